@@ -18,16 +18,52 @@ from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
 MODEL_TYPES = (
+    "afmoe",
+    "apertus",
+    "arcee",
+    "cohere",
+    "cohere2",
+    "cohere2_moe",
+    "cwm",
+    "dots1",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "exaone4",
+    "exaone_moe",
+    "gemma",
     "gemma2",
     "gemma3",
     "gemma3_text",
+    "glm4_moe",
+    "gpt_oss",
+    "granite",
+    "granitemoe",
+    "granitemoeshared",
+    "helium",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
     "llama",
+    "llama4",
+    "llama4_text",
+    "minimax_m2",
     "ministral",
+    "ministral3",
     "mistral",
+    "mistral3",
     "mixtral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "phimoe",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
     "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
 )
 
 # Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
@@ -43,7 +79,11 @@ LEGACY = (
     "rope_theta",
     "torch_dtype",
 )
-LEGACY_OF = {"gemma3_text": ("rope_local_base_freq", "sliding_window_pattern")}
+LEGACY_OF = {
+    "cohere2_moe": ("first_k_dense_replace",),
+    "cohere2": ("sliding_window_pattern",),
+    "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+}
 
 
 def table() -> dict[str, Any]:
@@ -62,10 +102,20 @@ def table() -> dict[str, Any]:
                 fields[field.name] = None if field.default is dataclasses.MISSING else field.default
             if "None" in str(field.type):
                 nullable.append(field.name)
-        if isinstance(theta := getattr(cls, "default_theta", None), float):
-            fields["rope_theta"] = theta
+        # Defaults that a class sets only when an instance is made.
+        made = cls()
+        rope = getattr(made, "rope_parameters", None) or {}
+        if rope.get("rope_type", "default") != "default":
+            fields["rope_parameters"] = rope
+        if fields.get("eos_token_id", 0) is None:
+            fields["eos_token_id"] = made.eos_token_id
+        text = cls.sub_configs_defaults.get("text_config")
+        if text is not None and text.init_kwargs:
+            fields["text_config"] = text.init_kwargs
         types[model_type] = {
             "class": cls.__name__,
+            "partial_rotary_factor": rope.get("partial_rotary_factor"),
+            "rope_theta": getattr(cls, "default_theta", None),
             "fields": dict(sorted(fields.items())),
             "nullable": sorted(nullable),
             "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),

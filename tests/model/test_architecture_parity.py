@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parity_cases_dense
+import parity_cases_moe
 import pytest
 from kernel_backends import on_the_best
-from parity_cases_moe import CASES as MOE_CASES
 
 from truffula.kernels.backend import Backend
 from truffula.model.load import ModelPlan, WeightReader, plan_model
@@ -88,6 +89,15 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+def spread(cases: list[tuple[str, str, dict[str, Any]]]) -> list[Any]:
+    """Parameter sets of which only the first of each type runs in the fast suite."""
+    made, seen = [], set()
+    for case in cases:
+        made.append(pytest.param(*case, id=f"{case[0]}: {case[1]}", marks=[pytest.mark.slow] * (case[0] in seen)))
+        seen.add(case[0])
+    return made
+
+
 def write(folder: Path, model_type: str, overrides: dict[str, Any]) -> Path:
     return write_tiny_checkpoint(folder, tiny_config(model_type, **overrides), seed=3)
 
@@ -114,8 +124,11 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
 @on_the_best
 @pytest.mark.parametrize(
     ("model_type", "name", "overrides"),
-    [pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in (*CASES, *MOE_CASES)],
-)
+    [
+        *(pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in CASES),
+        *spread([*parity_cases_dense.CASES, *parity_cases_moe.CASES]),
+    ],
+)  # the slow ones: 20 s
 def test_parity_with_transformers(
     tmp_path: Path, model_type: str, name: str, overrides: dict[str, Any], backend: Backend
 ) -> None:

@@ -89,7 +89,7 @@ class ProgramBuilder:
         """The id of a new weight with the row ``key``."""
         row = self.rows[key]
         name = row.slices[0].module if len(row.slices) == 1 else (row.fused or row.key)
-        decl = WeightDecl(len(self.weights), f"{name}.{row.param}", shape, parts, frozenset(uses), row.dtype)
+        decl = WeightDecl(len(self.weights), row.tensor(name), shape, parts, frozenset(uses), row.dtype)
         self.weights.append(decl)
         self.weight_ids[key] = decl.id
         return decl.id
@@ -156,8 +156,9 @@ class ProgramBuilder:
         layer: int | None = None, groups: int = 1, plus: Ref | None = None,
     ) -> None:  # fmt: skip
         """Append the norm with the row ``key``."""
+        weight = self.weight(key) if norm.weight else None
         self.ops.append(Norm(name=key, layer=layer, probe=probe, x=x, out=out, kind=norm.kind, eps=norm.eps,
-                             weight=self.weight(key), bias=self.bias(key), cast=norm.cast, groups=groups,
+                             weight=weight, bias=self.bias(key), cast=norm.cast, groups=groups,
                              plus=plus))  # fmt: skip
 
     def stream_after(self, layer: int, part: str | None = None) -> Probe | None:

@@ -145,7 +145,7 @@ def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, p
 
 def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], more: str) -> None:
     info = checkpoint.tensors[name]
-    if info.shape != wanted:
+    if (info.shape or (1,)) != wanted:  # a number without a shape is a vector of one
         raise CheckpointError(
             f"{name} in {info.file.name} has shape {list(info.shape)}; the config says {list(wanted)}.{more}",
             tensor=name,
@@ -295,7 +295,7 @@ def arranged(part: WeightPart, values: Array, shape: tuple[int, ...]) -> Array:
     if len(shape) == 1:
         if part.transform == "alternating":
             values = values.reshape(len(values), -1, 2).swapaxes(1, 2)
-        return values.reshape(-1) if part.stored else values
+        return values.reshape(-1)
     if part.stored and part.expert is None:
         experts, _, width = shape
         values = (

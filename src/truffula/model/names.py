@@ -87,7 +87,8 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     embed = f"{prefix}{spec.names.embed}.weight"
     heads = [name for name in stored if name.startswith(f"{head}.")]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]
-    unused = {name for name in left if name.startswith(spec.names.skip) or _IGNORABLE.search(name)}
+    unneeded = tuple(prefix + item for item in spec.names.unneeded)
+    unused = {n for n in left if n.startswith((*spec.names.skip, *unneeded)) or _IGNORABLE.search(n)}
     unknown = [name for name in left if name not in unused]
     unknown += [name for name in heads if name != f"{head}.weight" and not (spec.head_bias and name == f"{head}.bias")]
     _require_complete(spec, missing, unknown, stored)
@@ -101,7 +102,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
         embed=stored.get(embed, embed),
         head=stored.get(f"{head}.weight", f"{head}.weight"),
         has_embed=embed in stored,
-        has_head=bool(heads),
+        has_head=any(name != f"{head}.bias" for name in heads),
         unused=tuple(stored[name] for name in left if name in unused),
         warnings=tuple(dict.fromkeys(warnings)),
     )
@@ -151,7 +152,7 @@ def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
 def _split_names(row: WeightRow, prefix: str) -> list[str]:
     if row.experts:
         return [prefix + part.name for part in row.layouts[0].parts(row)]
-    return [f"{prefix}{item.module}.{row.param}" for item in row.slices]
+    return [prefix + row.tensor(item.module) for item in row.slices]
 
 
 def _find_experts(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[WeightPart]:
@@ -165,7 +166,7 @@ def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] |
     split = _split_names(row, prefix)
     if all(name in stored for name in split):
         return split
-    fused = f"{prefix}{row.fused}.{row.param}" if row.fused is not None else None
+    fused = prefix + row.tensor(row.fused) if row.fused is not None else None
     # Some of the split names beside a fused one are an error: the fused name is then reported as unknown.
     return [fused] if fused in stored and not any(name in stored for name in split) else None  # type: ignore[list-item]
 

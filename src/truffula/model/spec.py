@@ -90,7 +90,8 @@ class ModuleNames:
     ``body`` is the body's path in transformers, with the dot, as probes and PEFT use it (``lora/roots.py`` has those
     of other classes that adapters are trained on). ``prefixes`` are the prefixes of the body's names in checkpoints,
     most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
-    image encoder.
+    image encoder; ``unneeded``, named relative to the body, those that the logits do not depend on, such as layers that
+    predict further tokens (MTP).
     """
 
     embed: str = "embed_tokens"
@@ -105,6 +106,7 @@ class ModuleNames:
     up: str = "mlp.up_proj"
     gate_up: str | None = "mlp.gate_up_proj"
     down: str = "mlp.down_proj"
+    activation: str = "mlp.act_fn"
     head: str = "lm_head"
     body: str = "model."
     prefixes: tuple[tuple[str, str], ...] = (
@@ -114,6 +116,7 @@ class ModuleNames:
         ("model.language_model.", "lm_head"),
     )
     skip: tuple[str, ...] = ()
+    unneeded: tuple[str, ...] = ()
 
 
 LLAMA_NAMES = ModuleNames()

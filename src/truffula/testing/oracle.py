@@ -54,7 +54,7 @@ class Oracle:
     def __init__(self, path: Path, *, tied: bool, adapter: Path | None = None, dtype: str = "float32") -> None:
         require_packages(adapter=adapter is not None, gguf=path.suffix == ".gguf")
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the command shows its own progress
@@ -73,7 +73,8 @@ class Oracle:
         self.notes = _complete(config, path) if path.suffix == ".gguf" else ()
         config.tie_word_embeddings = tied
         factors = _take_factors(config)
-        model = AutoModelForCausalLM.from_pretrained(
+        causal = type(config) in AutoModelForCausalLM._model_mapping
+        model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_pretrained(
             **source,
             config=config,
             attn_implementation=_ATTENTION,
@@ -100,9 +101,10 @@ class Oracle:
             query: Any,
             key: Any,
             value: Any,
-            mask: Any,
+            attention_mask: Any,
             scaling: float | None = None,
             softcap: float | None = None,
+            s_aux: Any = None,
             **_: Any,
         ) -> tuple[Any, None]:
             rotated = [_rows(item.transpose(1, 2), item.shape[2]) for item in (query, key)]
@@ -112,9 +114,13 @@ class Oracle:
             scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
-            if mask is not None:
-                scores = scores + mask
+            if attention_mask is not None:
+                scores = scores + attention_mask
+            if s_aux is not None:  # a logit per head that counts in the denominator only
+                sinks = s_aux.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
+                scores = torch.cat([scores, sinks.to(scores.dtype)], -1)
             weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+            weights = weights[..., : key.shape[2]]
             return (weights @ value).transpose(1, 2).contiguous(), None
 
         AttentionInterface.register(_ATTENTION, recording_attention)

@@ -28,28 +28,158 @@ _BASE = {
     "max_position_embeddings": 512,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
+    "apertus": {"head_dim": 10},
+    "arcee": {},
+    "cohere": {"layer_norm_eps": 1e-4, "logit_scale": 0.4},
+    "cohere2": {"sliding_window": 7, "num_hidden_layers": 5, "logit_scale": 0.4},
+    "cwm": {"head_dim": 10, "sliding_window": 7, "num_hidden_layers": 5},
+    "ernie4_5": {"head_dim": 10},
+    "exaone4": {"sliding_window": 7, "sliding_window_pattern": 2, "head_dim": 10},
+    "gemma": {"head_dim": 10},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.5,
+        "residual_multiplier": 0.3,
+    },
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 10},
     "llama": {},
     "mixtral": {"sliding_window": None, "num_local_experts": 5, "num_experts_per_tok": 2},
     "ministral": {"sliding_window": 7, "head_dim": 8},
+    "ministral3": {"head_dim": 10, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3}},
     "mistral": {"sliding_window": 7},
+    "nemotron": {"head_dim": 12},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 7, "num_hidden_layers": 5},
     "qwen2": {},
     "qwen3": {"head_dim": 10},
+    "afmoe": {
+        "head_dim": 8,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "sliding_window": 6,
+        "global_attn_every_n_layers": 2,
+        "mup_enabled": True,
+        "route_scale": 1.7,
+    },
+    "cohere2_moe": {
+        "head_dim": 8,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "sliding_window": 6,
+        "sliding_window_pattern": 2,
+        "logit_scale": 0.4,
+    },
+    "exaone_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "sliding_window": 6,
+        "sliding_window_pattern": 2,
+    },
+    "llama4_text": {
+        "head_dim": 8,
+        "num_local_experts": 5,
+        "intermediate_size": 24,
+        "intermediate_size_mlp": 40,
+        "attention_chunk_size": 6,
+        "no_rope_layer_interval": 3,
+        "floor_scale": 4,
+    },
+    "dots1": {
+        "head_dim": 10,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "sliding_window": None,
+    },
+    "ernie4_5_moe": {
+        "head_dim": 8,
+        "moe_num_experts": 6,
+        "moe_k": 3,
+        "moe_intermediate_size": 24,
+        "moe_num_shared_experts": 2,
+    },
+    "glm4_moe": {
+        "head_dim": 8,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+    "gpt_oss": {
+        "head_dim": 8,
+        "sliding_window": 6,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 24,
+    },
+    "granitemoe": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 24,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    },
+    "granitemoeshared": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 24,
+        "shared_intermediate_size": 20,
+        "attention_multiplier": 0.3,
+    },
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 6, "moe_topk": 2, "intermediate_size": 24},
+    "minimax_m2": {
+        "head_dim": 12,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 24,
+        "rotary_dim": 6,
+    },
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 24},
+    "phimoe": {"num_local_experts": 5, "intermediate_size": 24, "router_jitter_noise": 0.1},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 20,
+    },
     "qwen3_moe": {"head_dim": 10, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+    "seed_oss": {"head_dim": 10},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "stablelm": {"hidden_size": 64},
 }
+# Numbers of xielu whose tensors have no shape.
+_SCALARS = ("act_fn.beta", "act_fn.eps")
+# Multimodal types, with the type and the default tying of their text part.
+_TEXT_OF: Mapping[str, tuple[str, bool]] = {"gemma3": ("gemma3_text", True), "mistral3": ("ministral3", True)}
 
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
     """A config.json of a tiny model, changed by ``overrides``; for multimodal types nested, without image encoder."""
-    if model_type == "gemma3":
-        text = tiny_config("gemma3_text", **overrides)
+    if model_type in _TEXT_OF:
+        text_type, tied = _TEXT_OF[model_type]
+        text = tiny_config(text_type, **overrides)
         return {
-            "model_type": "gemma3",
+            "model_type": model_type,
             "text_config": text,
-            "tie_word_embeddings": text.get("tie_word_embeddings", True),
+            "tie_word_embeddings": text.get("tie_word_embeddings", tied),
         }
     return {"model_type": model_type, **_BASE, **_OF_TYPE[model_type], **overrides}
 
@@ -75,11 +205,11 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
                 tensors[prefix + part.name] = _random(part.name, row, part.stored, seed, dtype)
             continue
         for item in row.slices:
-            if row.kind == "head" and tied:
+            if row.kind == "head" and tied and row.param == "weight":
                 continue
             module = head if row.kind == "head" else prefix + item.module
-            shape = (item.rows, row.width) if row.width else row.stored or (item.rows,)
-            tensors[f"{module}.{row.param}"] = _random(f"{item.module}.{row.param}", row, shape, seed, dtype)
+            shape = () if item.module.endswith(_SCALARS) else row.stored_shape(item.rows)
+            tensors[row.tensor(module)] = _random(row.tensor(item.module), row, shape, seed, dtype)
     return tensors
 
 
@@ -89,6 +219,8 @@ def _random(name: str, row: WeightRow, shape: tuple[int, ...], seed: int, dtype:
         values = values * np.float32(0.1) + np.float32(0 if row.transform == "plus_one" else 1)
     elif row.param == "bias":
         values = values * np.float32(0.1)
+    elif row.kind == "vector":
+        values = values * np.float32(0.3) + np.float32(0.4)
     else:
         # The embedding is small: a tied head with a large one would repeat every token.
         values = values * np.float32((0.5 if row.kind == "embed" else 1.5) / row.width**0.5)

@@ -5,27 +5,78 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from truffula.model.architectures.gemma import gemma2, gemma3, gemma3_text
-from truffula.model.architectures.llama import llama
-from truffula.model.architectures.mistral import mistral
+from truffula.model.architectures.cohere import cohere, cohere2, cohere2_moe
+from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_text
+from truffula.model.architectures.gpt_oss import gpt_oss
+from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
+from truffula.model.architectures.llama4 import llama4, llama4_text
+from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
+from truffula.model.architectures.olmo import olmo, olmo2, olmo3
 from truffula.model.architectures.qwen import qwen2, qwen3
-from truffula.model.architectures.qwen_moe import qwen3_moe
+from truffula.model.architectures.qwen_moe import qwen2_moe, qwen3_moe
+from truffula.model.architectures.sigmoid_moe import afmoe, dots1, ernie4_5_moe, exaone_moe, glm4_moe, minimax_m2
+from truffula.model.architectures.softmax_moe import granitemoe, hunyuan_v1_moe, olmoe, phimoe
+from truffula.model.architectures.variants import (
+    apertus,
+    ernie4_5,
+    exaone4,
+    helium,
+    hunyuan_v1_dense,
+    nemotron,
+    stablelm,
+)
 from truffula.model.config_view import ConfigView
 from truffula.model.spec import ModelSpec
 
 ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyType(
     {
+        "afmoe": afmoe,
+        "apertus": apertus,
+        "arcee": arcee,
+        "cohere": cohere,
+        "cohere2": cohere2,
+        "cohere2_moe": cohere2_moe,
+        "cwm": cwm,
+        "dots1": dots1,
+        "ernie4_5": ernie4_5,
+        "ernie4_5_moe": ernie4_5_moe,
+        "exaone4": exaone4,
+        "exaone_moe": exaone_moe,
+        "gemma": gemma,
         "gemma2": gemma2,
         "gemma3": gemma3,
         "gemma3_text": gemma3_text,
+        "glm4_moe": glm4_moe,
+        "gpt_oss": gpt_oss,
+        "granite": granite,
+        "granitemoe": granitemoe,
+        "granitemoeshared": granitemoe,
+        "helium": helium,
+        "hunyuan_v1_dense": hunyuan_v1_dense,
+        "hunyuan_v1_moe": hunyuan_v1_moe,
         "llama": llama,
+        "llama4": llama4,
+        "llama4_text": llama4_text,
+        "minimax_m2": minimax_m2,
         "ministral": mistral,
+        "ministral3": ministral3,
         "mistral": mistral,
+        "mistral3": mistral3,
         "mixtral": mixtral,
+        "nemotron": nemotron,
+        "olmo": olmo,
+        "olmo2": olmo2,
+        "olmo3": olmo3,
+        "olmoe": olmoe,
+        "phimoe": phimoe,
         "qwen2": qwen2,
+        "qwen2_moe": qwen2_moe,
         "qwen3": qwen3,
         "qwen3_moe": qwen3_moe,
+        "seed_oss": seed_oss,
+        "smollm3": smollm3,
+        "stablelm": stablelm,
     }
 )
 """``model_type`` of config.json to the function that reads it."""
