@@ -42,6 +42,7 @@ MODEL_TYPES = (
     "helium",
     "hunyuan_v1_dense",
     "hunyuan_v1_moe",
+    "lfm2",
     "llama",
     "llama4",
     "llama4_text",
@@ -83,6 +84,7 @@ LEGACY_OF = {
     "cohere2_moe": ("first_k_dense_replace",),
     "cohere2": ("sliding_window_pattern",),
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "lfm2": ("block_ff_dim", "tie_embedding"),
 }
 
 

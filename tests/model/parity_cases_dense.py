@@ -67,8 +67,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("olmo2", "tied, biases, one kv head", {**TIED, **ONE_KV, "attention_bias": True}),
     ("olmo2", "own head_dim, rope llama3", {"head_dim": 10, "rope_scaling": LLAMA3_OF_32}),
     ("olmo3", "plain", {}),
-    ("olmo3", "scaled full layers, tied", {**TIED, "rope_scaling": {"rope_type": "yarn", **YARN},
-                                           "layer_types": KINDS}),
+    ("olmo3", "scaled full layers", {**TIED, "rope_scaling": {"rope_type": "yarn", **YARN}, "layer_types": KINDS}),
     ("olmo3", "nested ropes, one kv head", {**ONE_KV, "rope_parameters": {
         FULL: {"rope_type": "linear", "factor": 3.0, "rope_theta": 7e3}, SLIDING: {"rope_theta": 2e3}}}),
     ("seed_oss", "plain", {}),

@@ -13,6 +13,7 @@ import parity_cases_dense
 import parity_cases_moe
 import pytest
 from kernel_backends import on_the_best
+from parity_cases_state import CASES as STATE_CASES
 
 from truffula.kernels.backend import Backend
 from truffula.model.load import ModelPlan, WeightReader, plan_model
@@ -86,6 +87,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma3_text", "pattern 2, scaled full layers", {"sliding_window_pattern": 2, "num_hidden_layers": 4, **LINEAR8}),
     ("gemma3_text", "nested ropes", {"layer_types": BOTH, "rope_parameters": NESTED, "num_hidden_layers": 2}),
     ("gemma3_text", "one kv head, biases", {"num_key_value_heads": 1, "attention_bias": True}),
+    *STATE_CASES,
 ]  # fmt: skip
 
 

@@ -52,7 +52,7 @@ Case pointwise_case(int32_t number) {
   for (size_t i = 0; i < made->x.memory->size() / 4; ++i)  // activations are interesting up to 12, exp up to 100
     if (made->x.memory->floats()[i] != kMark) made->x.memory->floats()[i] *= number % 2 ? 12.0f : 100.0f;
   made->call = {made->x.rows(), made->y.rows(), {}, which < 7 ? kAct : which - 6, which < 7 ? which : 0, width,
-                numbers.below(2), number % 2, made->params.data(), made->positions.data()};
+                numbers.below(2), made->params.data(), made->positions.data(), number % 2};
   return {numbers.wild, [made, rows, width](const Kernels& table) {
     const RowArray out(rows, width);
     PointwiseCall now = made->call;

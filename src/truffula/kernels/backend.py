@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -80,15 +80,36 @@ class QuantisedArray:
         return self.unpack(self.blocks.reshape(-1, self.blocks.shape[-1])).reshape(self.shape)
 
 
-def as_array(part: Array | QuantisedArray) -> Array:
+@dataclass(frozen=True)
+class ComputedArray:
+    """An array of ``shape`` in ``dtype`` whose rows are computed when they are read: ``read(lo, hi)`` is a new array of
+    rows ``lo .. hi``, as far as they exist.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[int, int], Array]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def dequantise(self) -> Array:
+        return self.read(0, self.shape[0])
+
+
+Part = Array | QuantisedArray | ComputedArray
+
+
+def as_array(part: Part) -> Array:
     """A part as an array, dequantised if necessary."""
-    return part.dequantise() if isinstance(part, QuantisedArray) else part
+    return part if isinstance(part, np.ndarray) else part.dequantise()
 
 
-PullWeight = Callable[[WeightDecl], Sequence[Array | QuantisedArray]]
+PullWeight = Callable[[WeightDecl], Sequence[Part]]
 """Returns a weight's parts in order, as mapped arrays in their stored dtype, with transforms applied. The caller may
 keep the views: the mapping outlives the executable. Parts stored in one of the backend's ``block_kinds`` are
-``QuantisedArray``."""
+``QuantisedArray``; those that are computed from several stored tensors, ``ComputedArray``."""
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -109,19 +130,18 @@ def make_shape(decl: WeightDecl, shapes: Sequence[tuple[int, ...]]) -> bool:
     return rows == decl.shape[0] and all(shape[1:] == decl.shape[1:] for shape in shapes)
 
 
-def expert_matrices(
-    decl: WeightDecl, parts: Sequence[Array | QuantisedArray]
-) -> Iterator[tuple[int, int, Array | QuantisedArray]]:
+def expert_matrices(decl: WeightDecl, parts: Sequence[Part]) -> Iterator[tuple[int, int, Part]]:
     """Expert, first row and matrix [O', I] for each matrix of the parts of a weight of experts. No bytes are copied."""
     for where, part in zip(decl.parts, parts, strict=True):
         if where.expert is not None:
             yield where.expert, where.lo, part
             continue
+        stacked = part.dequantise() if isinstance(part, ComputedArray) else part
         for expert in range(decl.shape[0]):
-            yield expert, where.lo, part[expert]
+            yield expert, where.lo, stacked[expert]
 
 
-def pull_parts(pull: PullWeight, decl: WeightDecl) -> list[Array | QuantisedArray]:
+def pull_parts(pull: PullWeight, decl: WeightDecl) -> list[Part]:
     """The parts of ``decl``. Raises ``KernelError`` unless they make its shape and are stored in an accepted dtype."""
     parts = list(pull(decl))
     if not make_shape(decl, [part.shape for part in parts]):

@@ -38,7 +38,7 @@ from truffula.kernels.program import (
 )
 from truffula.model.names import WeightNames
 from truffula.model.rows import NormSpec, WeightRow
-from truffula.model.spec import ModelSpec, ModuleNames
+from truffula.model.spec import Branch, ModelSpec, ModuleNames
 from truffula.weights.tying import Tie, TyingDecision
 
 _PLAIN = Epilogue()
@@ -164,12 +164,13 @@ class ProgramBuilder:
     def stream_after(self, layer: int, part: str | None = None) -> Probe | None:
         """The probe of the residual stream after ``part`` of a layer (None: its last): the input of the next module.
 
-        None between the two parts of a parallel layer, where transformers has no such value.
+        Layer -1 is the embedding. None between the two parts of a parallel layer, where transformers has no such value.
         """
         spec = self.spec
-        following = spec.layers[layer].branches
-        names = [branch[0] for branch in following]
-        following = following[names.index(part) + 1 :] if part is not None else ()
+        following: tuple[Branch, ...] = ()
+        if part is not None:
+            branches = spec.layers[layer].branches
+            following = branches[[branch[0] for branch in branches].index(part) + 1 :]
         if following and spec.layers[layer].parallel:
             return None
         index = layer

@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any, TypeVar
 
 from truffula.errors import UnsupportedModel
+from truffula.weights.tying import SPELLINGS
 
 T = TypeVar("T")
 
@@ -30,8 +31,11 @@ INERT = frozenset(
     | {"output_router_logits", "router_aux_loss_coef", "transformers_version", "use_cache"}
     | {"dtype", "pad_token_id", "torch_dtype"}
 )
-# Read by model/read.py, weights/tying.py and model/load.py (special ids).
-READ_ELSEWHERE = frozenset({"architectures", "bos_token_id", "eos_token_id", "model_type", "tie_word_embeddings"})
+# Read by model/read.py, weights/tying.py, weights/quantised/config.py and model/load.py (special ids).
+READ_ELSEWHERE = frozenset(
+    {"architectures", "bos_token_id", "eos_token_id", "model_type", *SPELLINGS}
+    | {"quantization_config", "compression_config"}
+)
 # Written by transformers 4 for every model, removed in 5, without effect on a decoder: no warning for them.
 OLD_BOOKKEEPING = frozenset(
     {"add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task", "prefix"}

@@ -109,7 +109,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
 
 
 def _body_rows(spec: ModelSpec) -> list[WeightRow]:
-    return [row for row in spec.rows if row.kind in ("linear", "vector", "experts")]
+    return [row for row in spec.rows if row.kind not in ("embed", "head")]
 
 
 def _unwrapped(names: Iterable[str]) -> dict[str, str]:

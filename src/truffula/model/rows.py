@@ -96,9 +96,9 @@ class WeightRow:
 
     ``slices`` stacked along axis 0 make the weight; the checkpoint holds either ``<slice module>.<param>`` for each or,
     when ``fused`` is given, one ``<fused>.<param>`` with all their rows in this order; LoRA addresses each slice by its
-    module and all of them together by ``fused``. Without a ``param`` slices are named like tensors. ``stored`` is the
-    shape of a vector in files where it is not ``[O]``. ``width`` is the input width I (0 for a vector; the taps of a
-    convolution). ``key`` is its name in the decoder. The tying decision assigns the tensors of embedding and head.
+    module and all of them together by ``fused``. Without a ``param`` slices are named like tensors. ``width`` is the
+    input width I (0 for a vector; the taps of a convolution). ``key`` is its name in the decoder. The tying decision
+    assigns the tensors of embedding and head.
 
     A row of kind ``experts`` has such a matrix for each of ``experts`` experts, in one of ``layouts``.
     """
@@ -108,7 +108,7 @@ class WeightRow:
     slices: tuple[RowSlice, ...]
     width: int
     layer: int | None = None
-    param: Literal["weight", "bias", ""] = "weight"
+    param: str = "weight"
     fused: str | None = None
     transform: Transform = "none"
     dtype: BufferDtype = "model"
@@ -191,11 +191,16 @@ class LayerRows:
         if norm.bias:
             self.found.append(replace(row, key=f"{key}.bias", param="bias", transform="none", dtype="model"))
 
-    def vector(self, key: str, names: Sequence[str], rows: int = 1, *, stored: tuple[int, ...] = ()) -> None:
-        """A vector, kept in float32, of ``rows`` numbers from each of the tensors ``names``."""
-        slices = tuple(RowSlice(self.prefix + name, rows) for name in names)
-        row = WeightRow(self.prefix + key, "vector", slices, 0, self.index, "", dtype="float32", stored=stored)
-        self.found.append(row)
+    def numbers(self, key: str, names: Sequence[str]) -> None:
+        """A vector of single numbers, kept in float32, each the tensor of a name."""
+        slices = tuple(RowSlice(self.prefix + name, 1) for name in names)
+        self.found.append(WeightRow(self.prefix + key, "vector", slices, 0, self.index, "", dtype="float32"))
+
+    def vector(self, key: str, name: str, width: int, *, stored: tuple[int, ...] = ()) -> None:
+        """A vector of ``width`` numbers, kept in float32; ``name`` is that of its tensor."""
+        module, _, param = (self.prefix + name).rpartition(".")
+        self.found.append(WeightRow(self.prefix + key, "vector", (RowSlice(module, width),), 0, self.index, param,
+                                    dtype="float32", stored=stored))  # fmt: skip
 
     def experts(
         self, key: str, parts: Sequence[tuple[str, int]], width: int, count: int, layouts: Sequence[ExpertLayout],

@@ -42,6 +42,11 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "gemma": {"head_dim": 10},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.1,
+    },
     "granite": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 3.0,

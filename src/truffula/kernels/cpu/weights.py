@@ -11,7 +11,16 @@ from typing import Any, Literal
 import numpy as np
 
 from truffula.errors import KernelError
-from truffula.kernels.backend import BFLOAT16, PullWeight, QuantisedArray, as_array, expert_matrices, pull_parts
+from truffula.kernels.backend import (
+    BFLOAT16,
+    ComputedArray,
+    Part,
+    PullWeight,
+    QuantisedArray,
+    as_array,
+    expert_matrices,
+    pull_parts,
+)
 from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
 from truffula.kernels.cpu.library import library
 from truffula.kernels.inputs import Array
@@ -68,7 +77,7 @@ def roles(program: Program) -> list[Role]:
 def planned_weights(program: Program, options: WeightOptions, stored_types: Mapping[str, str]) -> list[tuple[str, int]]:
     """For the memory plan, the format of each weight (``vectors`` for a vector) and its bytes after packing.
 
-    Tensors count as stored in float32, unless ``stored_types`` names a kind of blocks.
+    Tensors count as stored in float32, unless ``stored_types`` names bfloat16 or a kind of blocks.
     """
     made = []
     for decl, role in zip(program.weights, roles(program), strict=True):
@@ -76,7 +85,7 @@ def planned_weights(program: Program, options: WeightOptions, stored_types: Mapp
             made.append(("vectors", 4 * math.prod(decl.shape)))
             continue
         types = [stored_types.get(part.name, "") for part in decl.parts]
-        stored = {kind if kind in BLOCK_KINDS else "float32" for kind in types}
+        stored = {kind if kind in BLOCK_KINDS else "bfloat16" if kind == "BF16" else "float32" for kind in types}
         fmt, _ = options.matrix_format(stored, exact=role.exact, quantisable=role.quantisable)
         panels = role.kind == "panels"
         *experts, outputs, inputs = decl.shape
@@ -150,9 +159,7 @@ def load_one(
             rounding.sums[name] = before[0] + squares, before[1] + lost
 
 
-def _matrices(
-    decl: WeightDecl, parts: Sequence[Array | QuantisedArray]
-) -> Iterator[tuple[str, int, int, Array | QuantisedArray]]:
+def _matrices(decl: WeightDecl, parts: Sequence[Part]) -> Iterator[tuple[str, int, int, Part]]:
     """The matrices of the parts: tensor name, expert, first row, values."""
     if len(decl.shape) == 3:
         names = [part.name for part in decl.parts for _ in range(1 if part.expert is not None else decl.shape[0])]
@@ -166,14 +173,12 @@ def _matrices(
         first += part.shape[0]
 
 
-def _fill(
-    native: Any, weight: int, part: Array | QuantisedArray, first: int, expert: int, *, as_blocks: bool
-) -> tuple[float, float]:
+def _fill(native: Any, weight: int, part: Part, first: int, expert: int, *, as_blocks: bool) -> tuple[float, float]:
     """Pack a part as rows ``first ..`` of an expert's matrix. Returns sums of squares: values, rounding errors."""
     squares = lost = 0.0
     step = max(1, _CHUNK_BYTES * part.shape[0] // max(1, part.nbytes))
     for lo in range(0, part.shape[0], step):
-        some = part.rows(lo, lo + step) if isinstance(part, QuantisedArray) else part[lo : lo + step]
+        some = _rows(part, lo, lo + step)
         source = some.blocks if isinstance(some, QuantisedArray) else some
         if as_blocks and isinstance(some, QuantisedArray):
             more = native.fill(weight, np.ascontiguousarray(source), first + lo, some.kind, expert)
@@ -182,6 +187,12 @@ def _fill(
         squares, lost = squares + more[0], lost + more[1]
         release_pages(source)
     return squares, lost
+
+
+def _rows(part: Part, lo: int, hi: int) -> Array | QuantisedArray:
+    if isinstance(part, QuantisedArray):
+        return part.rows(lo, hi)
+    return part.read(lo, hi) if isinstance(part, ComputedArray) else part[lo:hi]
 
 
 def as_bits(array: Array) -> Array:

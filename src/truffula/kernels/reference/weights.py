@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from truffula.errors import KernelError
-from truffula.kernels.backend import BFLOAT16, STORED, PullWeight, QuantisedArray, as_array, expert_matrices, pull_parts
+from truffula.kernels.backend import (
+    BFLOAT16,
+    STORED,
+    Part,
+    PullWeight,
+    as_array,
+    expert_matrices,
+    pull_parts,
+)
 from truffula.kernels.inputs import Array
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Linear, Program, WeightDecl
@@ -87,7 +95,7 @@ def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight, device: to
 
 
 def _load_experts(
-    decl: WeightDecl, parts: Sequence[Array | QuantisedArray], target: torch.dtype, device: torch.device
+    decl: WeightDecl, parts: Sequence[Part], target: torch.dtype, device: torch.device
 ) -> tuple[Weight, ...]:
     """The weight of each expert: views of its matrices where they serve, else new tensors."""
     found: list[dict[int, Tensor]] = [{} for _ in range(decl.shape[0])]

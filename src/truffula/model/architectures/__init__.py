@@ -8,6 +8,7 @@ from types import MappingProxyType
 from truffula.model.architectures.cohere import cohere, cohere2, cohere2_moe
 from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_text
 from truffula.model.architectures.gpt_oss import gpt_oss
+from truffula.model.architectures.lfm2 import lfm2
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
 from truffula.model.architectures.llama4 import llama4, llama4_text
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
@@ -49,6 +50,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "gemma3_text": gemma3_text,
         "glm4_moe": glm4_moe,
         "gpt_oss": gpt_oss,
+        "lfm2": lfm2,
         "granite": granite,
         "granitemoe": granitemoe,
         "granitemoeshared": granitemoe,

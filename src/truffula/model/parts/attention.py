@@ -83,7 +83,7 @@ class AttentionSpec:
         rows.norm("q_norm", self.q_norm, self.q_width // self._groups(self.heads), self._groups(self.heads))
         rows.norm("k_norm", self.k_norm, self.kv_width // self._groups(self.kv_heads), self._groups(self.kv_heads))
         if self.sinks is not None:
-            rows.vector("sinks", [self.sinks], self.heads)
+            rows.vector("sinks", self.sinks, self.heads)
         if self.gate is not None:
             rows.linear("gate", [(self.gate, self.q_width)], rows.hidden)
         rows.linear("out", [(names.out, rows.hidden)], self.q_width, bias=self.out_bias)
@@ -102,7 +102,8 @@ class AttentionSpec:
         if self.rope is not None:
             # q and k are adjacent and rotated in the same way, by one op over the heads of both.
             rotated = Ref(qkv.buffer, 0, self.q_width + self.kv_width)
-            build.append(Rope(name="rope", probe=build.probe(names.attention, "in"), x=rotated,
+            last = not self.norm_rotated and self.position_scale is None
+            build.append(Rope(name="rope", probe=build.probe(names.attention, "in") if last else None, x=rotated,
                               rows=build.rope_rows(self.rope), heads=self.heads + self.kv_heads,
                               head_dim=self.head_dim, start=0, dims=build.spec.ropes[self.rope].dims,
                               layout=self.rope_layout))  # fmt: skip

@@ -46,7 +46,7 @@ class MlpSpec:
             parts = [(names.gate, self.width), *parts]
         rows.linear("mlp_in", parts, rows.hidden, bias=self.in_bias, fused=names.gate_up if self.gated else None)
         if self.activation == "xielu":
-            rows.vector("xielu", [f"{names.activation}.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")])
+            rows.numbers("xielu", [f"{names.activation}.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")])
         rows.linear("mlp_out", [(names.down, rows.hidden)], self.width, bias=self.out_bias)
 
     def write(self, build: LayerBuilder, x: Ref) -> None:

@@ -120,7 +120,7 @@ class MoeSpec:
         rows.linear("router", [(module, router.experts)], hidden, bias=router.bias,
                     alias=None if alias == module else alias)  # fmt: skip
         if router.correction:
-            rows.vector("correction", [at + names.correction], router.experts, stored=names.correction_shape)
+            rows.vector("correction", at + names.correction, router.experts, stored=names.correction_shape)
         each, stacked, module5 = f"{at}{names.experts}.{{e}}.", f"{at}{names.experts}.", f"{names.block5}.experts."
         gate, up, down = names.gate, names.up, names.down
         rows.experts(
