@@ -152,7 +152,7 @@ class ProgramBuilder:
         return self.spec.names.body + path
 
     def norm(
-        self, key: str, norm: NormSpec, x: Ref, out: Ref, probe: Probe, *,
+        self, key: str, norm: NormSpec, x: Ref, out: Ref, probe: Probe | None, *,
         layer: int | None = None, groups: int = 1, plus: Ref | None = None,
     ) -> None:  # fmt: skip
         """Append the norm with the row ``key``."""
@@ -263,9 +263,10 @@ class LayerBuilder:
 
     def norm(
         self, key: str, norm: NormSpec, x: Ref, out: Ref, *,
-        probe: Probe | None = None, groups: int = 1, plus: Ref | None = None,
+        probe: Probe | None = None, groups: int = 1, plus: Ref | None = None, compared: bool = True,
     ) -> None:  # fmt: skip
-        probe = probe or self.probe(norm.module, "out")
+        """Append the norm with the row ``key``. ``compared`` False: it has no value in transformers."""
+        probe = probe or (self.probe(norm.module, "out") if compared else None)
         self.program.norm(self.prefix + key, norm, x, out, probe, layer=self.index, groups=groups, plus=plus)
 
     def kv_planes(self) -> tuple[int, tuple[int, ...]]:

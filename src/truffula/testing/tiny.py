@@ -173,7 +173,11 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
 # Numbers of xielu whose tensors have no shape.
 _SCALARS = ("act_fn.beta", "act_fn.eps")
 # Multimodal types, with the type and the default tying of their text part.
-_TEXT_OF: Mapping[str, tuple[str, bool]] = {"gemma3": ("gemma3_text", True), "mistral3": ("ministral3", True)}
+_TEXT_OF: Mapping[str, tuple[str, bool]] = {
+    "gemma3": ("gemma3_text", True),
+    "llama4": ("llama4_text", False),
+    "mistral3": ("ministral3", True),
+}
 
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:

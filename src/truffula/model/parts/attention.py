@@ -131,7 +131,9 @@ class AttentionSpec:
         return heads if self.norm_over == "head" else 1
 
     def _write_norms(self, build: LayerBuilder, q: Ref, k: Ref) -> None:
+        # One module for both is called twice, so that its output is not that of either.
+        own = self.q_norm is None or self.k_norm is None or self.q_norm.module != self.k_norm.module
         if self.q_norm is not None:
-            build.norm("q_norm", self.q_norm, q, q, groups=self._groups(self.heads))
+            build.norm("q_norm", self.q_norm, q, q, groups=self._groups(self.heads), compared=own)
         if self.k_norm is not None:
-            build.norm("k_norm", self.k_norm, k, k, groups=self._groups(self.kv_heads))
+            build.norm("k_norm", self.k_norm, k, k, groups=self._groups(self.kv_heads), compared=own)

@@ -132,7 +132,8 @@ class MoeSpec:
         )  # fmt: skip
         rows.experts(
             "experts_out", [(each + down, hidden)], width, router.experts,
-            (*names.out_layouts, ExpertLayout((f"{each}{down}.weight",)), *_stacked(stacked, "down_proj", module5)),
+            (*names.out_layouts, ExpertLayout((f"{each}{down}.weight",)), *_stacked(stacked, "down_proj", module5),
+             ExpertLayout((f"{stacked}{down}.weight",))),
             names.out_biases,
         )  # fmt: skip
         if self.shared is None:
