@@ -13,6 +13,7 @@ import parity_cases_dense
 import parity_cases_moe
 import pytest
 from kernel_backends import on_the_best
+from parity_cases_delta import CASES as DELTA
 from parity_cases_state import CASES as STATE_CASES
 
 from truffula.kernels.backend import Backend
@@ -128,7 +129,7 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
     ("model_type", "name", "overrides"),
     [
         *(pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in CASES),
-        *spread([*parity_cases_dense.CASES, *parity_cases_moe.CASES]),
+        *spread([*parity_cases_dense.CASES, *parity_cases_moe.CASES, *DELTA]),
     ],
 )  # the slow ones: 20 s
 def test_parity_with_transformers(

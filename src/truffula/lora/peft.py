@@ -179,7 +179,7 @@ def _site_tensors(pairs: Sequence[Pair], tensors: Mapping[str, Array]) -> tuple[
         if pair.experts:
             made += site_tensors(pair.sites, a, b, pair.scale)
             continue
-        made += [low_rank(site.id, a, b[part.lo : part.hi], pair.scale) for site, part in pair.parts]
+        made += [low_rank(site.id, a, part.rows(b), pair.scale) for site, part in pair.parts]
     return tuple(sorted(made, key=lambda s: s.site))
 
 

@@ -14,7 +14,9 @@ from truffula.model.architectures.llama4 import llama4, llama4_text
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
 from truffula.model.architectures.olmo import olmo, olmo2, olmo3
+from truffula.model.architectures.olmo_hybrid import olmo_hybrid
 from truffula.model.architectures.qwen import qwen2, qwen3
+from truffula.model.architectures.qwen_hybrid import qwen3_5, qwen3_5_moe, qwen3_5_moe_text, qwen3_5_text, qwen3_next
 from truffula.model.architectures.qwen_moe import qwen2_moe, qwen3_moe
 from truffula.model.architectures.sigmoid_moe import afmoe, dots1, ernie4_5_moe, exaone_moe, glm4_moe, minimax_m2
 from truffula.model.architectures.softmax_moe import granitemoe, hunyuan_v1_moe, olmoe, phimoe
@@ -70,11 +72,17 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "olmo": olmo,
         "olmo2": olmo2,
         "olmo3": olmo3,
+        "olmo_hybrid": olmo_hybrid,
         "olmoe": olmoe,
         "phimoe": phimoe,
         "qwen2": qwen2,
         "qwen2_moe": qwen2_moe,
         "qwen3": qwen3,
+        "qwen3_5": qwen3_5,
+        "qwen3_5_moe": qwen3_5_moe,
+        "qwen3_5_moe_text": qwen3_5_moe_text,
+        "qwen3_5_text": qwen3_5_text,
+        "qwen3_next": qwen3_next,
         "qwen3_moe": qwen3_moe,
         "seed_oss": seed_oss,
         "smollm3": smollm3,
