@@ -29,6 +29,8 @@ MODEL_TYPES = (
     "gemma2",
     "gemma3",
     "gemma3_text",
+    "glm",
+    "glm4",
     "granite",
     "helium",
     "hunyuan_v1_dense",

@@ -41,6 +41,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma", "plain", {}),
     ("gemma", "untied, biases, the old activation", {**UNTIED, "attention_bias": True, "hidden_act": "gelu"}),
     ("gemma", "one kv head, rope linear", {**ONE_KV, "rope_scaling": {"type": "linear", "factor": 3.0}}),
+    ("glm", "plain", {}),
+    ("glm", "tied, no biases, all rotated, one kv head", {
+        **TIED, **ONE_KV, "attention_bias": False, "partial_rotary_factor": 1.0}),
+    ("glm4", "plain", {}),
+    ("glm4", "tied, rope yarn, one kv head", {**TIED, **ONE_KV, "rope_scaling": YARN}),
     ("granite", "plain", {}),
     ("granite", "tied, biases, odd vocabulary", {**TIED, "attention_bias": True, "mlp_bias": True, "vocab_size": 97}),
     ("granite", "no multipliers, rope yarn", {

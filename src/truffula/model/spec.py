@@ -93,7 +93,7 @@ class ModuleNames:
     ``body`` is the body's path in transformers, with the dot, as probes and PEFT use it (``lora/roots.py`` has those
     of other classes that adapters are trained on). ``prefixes`` are the prefixes of the body's names in checkpoints,
     most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
-    image encoder.
+    image encoder. ``gate_up_fused``: gate and up are the one module ``gate_up``.
     """
 
     embed: str = "embed_tokens"
@@ -107,6 +107,7 @@ class ModuleNames:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     gate_up: str | None = "mlp.gate_up_proj"
+    gate_up_fused: bool = False
     down: str = "mlp.down_proj"
     activation: str = "mlp.act_fn"
     head: str = "lm_head"

@@ -47,6 +47,8 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         "block_multiple_of": 8,
         "block_ffn_dim_multiplier": 1.1,
     },
+    "glm": {"head_dim": 12},
+    "glm4": {"head_dim": 12},
     "granite": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 3.0,

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from truffula.model.architectures.cohere import cohere, cohere2
 from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_text
+from truffula.model.architectures.glm import glm, glm4
 from truffula.model.architectures.lfm2 import lfm2
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
@@ -40,6 +41,8 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "gemma3": gemma3,
         "gemma3_text": gemma3_text,
         "lfm2": lfm2,
+        "glm": glm,
+        "glm4": glm4,
         "granite": granite,
         "helium": helium,
         "hunyuan_v1_dense": hunyuan_v1_dense,
