@@ -268,8 +268,8 @@ class Linear(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Op):
-    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y · ``scale``: x * params[0] · ``clip``, ``softcap``:
-    params[0] · ``sigmoid_mul``: x * sigmoid(y) · ``position_scale``: x * (1 + b * ln(1 + floor((p + o) / n))) with the
+    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y · ``scale``: x * params[0], or times the one
+    number of ``weight`` · ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y) · ``position_scale``: x * (1 + b * ln(1 + floor((p + o) / n))) with the
     row's position p and params (b, n, o) · ``xielu``: its activation, whose numbers are ``weight``: alpha_p, alpha_n,
     beta and eps as checkpoints store them. ``y`` of the two products may be one column, for all columns of x."""
 
@@ -313,12 +313,13 @@ class Attention(Op):
 
     Scores are ``scale * q·k``; ``softcap`` c gives c * tanh(s / c); then the mask; softmax in float32. With a
     ``window`` w query i attends to keys j with i - w < j <= i or, if ``chunked``, to keys j <= i with j // w = i // w.
-    Heads h use kv head ``h // (heads / kv_heads)``.
+    Heads h use kv head ``h // (heads / kv_heads)``. Without ``k`` and ``v`` nothing is written: the op attends to what an
+    earlier op with the same planes wrote.
     """
 
     q: Ref
-    k: Ref
-    v: Ref
+    k: Ref | None
+    v: Ref | None
     out: Ref
     group: int
     planes: tuple[int, int]
