@@ -20,17 +20,24 @@ TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "co
 MODEL_TYPES = (
     "apertus",
     "arcee",
+    "bloom",
     "cohere",
     "cohere2",
     "cwm",
     "ernie4_5",
     "exaone4",
+    "falcon",
     "gemma",
     "gemma2",
     "gemma3",
     "gemma3_text",
     "glm",
     "glm4",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
     "granite",
     "helium",
     "hunyuan_v1_dense",
@@ -41,16 +48,21 @@ MODEL_TYPES = (
     "mistral",
     "mistral3",
     "mixtral",
+    "mpt",
     "nemotron",
     "olmo",
     "olmo2",
     "olmo3",
+    "opt",
+    "phi",
+    "phi3",
     "qwen2",
     "qwen3",
     "qwen3_moe",
     "seed_oss",
     "smollm3",
     "stablelm",
+    "starcoder2",
 )
 
 # Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
@@ -69,8 +81,12 @@ LEGACY = (
 LEGACY_OF = {
     "cohere2": ("sliding_window_pattern",),
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "gpt_neo": ("attention_layers",),
+    "gpt_neox": ("rotary_emb_base", "rotary_pct"),
     "lfm2": ("block_ff_dim", "tie_embedding"),
 }
+# Other names of fields, besides those of the class's attribute_map.
+ALIASES_OF = {"bloom": {"n_embed": "hidden_size"}, "falcon": {"n_embed": "hidden_size"}}
 
 
 def table() -> dict[str, Any]:
@@ -106,7 +122,7 @@ def table() -> dict[str, Any]:
             "fields": dict(sorted(fields.items())),
             "nullable": sorted(nullable),
             "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),
-            "aliases": dict(sorted(cls.attribute_map.items())),
+            "aliases": dict(sorted({**cls.attribute_map, **ALIASES_OF.get(model_type, {})}.items())),
         }
     generation = sorted(GenerationConfig._get_default_generation_params())
     return {"generation": generation, "types": types}

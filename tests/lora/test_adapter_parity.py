@@ -72,6 +72,34 @@ BASES = {
     "llama": {"head_dim": 14, "num_key_value_heads": 1, "vocab_size": 97, "attention_bias": True},
     "qwen2": {"tie_word_embeddings": True},
     "gemma3_text": {"num_hidden_layers": 4},
+    "bloom": {},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neo": {"tie_word_embeddings": False},
+    "gpt_neox": {},
+    "gptj": {},
+    "mpt": {"attn_config": {"clip_qkv": 1.0}},
+    "opt": {"word_embed_proj_dim": 20, "do_layer_norm_before": False},
+    "phi": {"qk_layernorm": True},
+    "phi3": {"num_key_value_heads": 1},
+    "starcoder2": {},
+}
+# Fused modules, with rows in another order than the program's; matrices stored as [in, out].
+FAST = ["qwen2", "gemma3_text", "gpt2", "gpt_neox", "phi3"]
+TARGETS = {
+    "bloom": ["query_key_value", "dense_4h_to_h"],
+    "falcon": ["query_key_value", "dense_4h_to_h"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "gpt_bigcode": ["c_attn", "mlp.c_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "gptj": ["q_proj", "fc_out"],
+    "gpt_neo": ["q_proj", "mlp.c_proj"],
+    "mpt": ["Wqkv", "down_proj"],
+    "opt": ["q_proj", "fc2"],
+    "phi": ["q_proj", "fc2"],
+    "phi3": ["qkv_proj", "down_proj"],
+    "starcoder2": ["q_proj", "mlp.c_proj"],
 }
 DENSE = (
     "apertus",
@@ -161,13 +189,14 @@ def test_each_field_agrees_with_peft(outcomes: dict[str, Outcome], case: str, co
 
 @on_the_best
 @pytest.mark.parametrize(
-    "model_type", ["qwen2", "gemma3_text", *(pytest.param(name, marks=pytest.mark.slow) for name in DENSE)]
-)  # the slow ones: 40 s
+    "model_type",
+    [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*BASES, *DENSE} - {"llama", *FAST}))],
+)  # the slow ones: a minute
 def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend) -> None:
     served = served_base(tmp_path, model_type, backend)
     rows: list[tuple[int | None, list[int]]] = []
-    expected = []
-    for number, fields in enumerate(({"targets": "all-linear", "rank": 5}, {"targets": ["q_proj", "down_proj"]})):
+    expected, targets = [], TARGETS.get(model_type, ["q_proj", "down_proj"])
+    for number, fields in enumerate(({"targets": "all-linear", "rank": 5}, {"targets": targets})):
         folder = write_tiny_adapter(tmp_path / str(number), served.program.sites, seed=number, **fields)
         rows.append((served.add(folder), served.prompt(number)))
         expected.append(served.peft(folder, rows[-1][1]))

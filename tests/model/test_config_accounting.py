@@ -30,11 +30,13 @@ def test_the_table_of_defaults_covers_every_architecture() -> None:
 def test_an_empty_config_is_the_class_default(model_type: str) -> None:
     read = read_config({"model_type": model_type})
     text = load_defaults()[model_type].fields.get("text_config") or {}
-    fields = load_defaults()[read.spec.model_type].fields | text
+    defaults = load_defaults()[read.spec.model_type]
+    fields = defaults.fields | text
+    value = lambda key: fields[defaults.aliases.get(key, key)]
     assert read.warnings == ()
-    assert read.spec.vocab_size == fields["vocab_size"]
-    assert len(read.spec.layers) == fields["num_hidden_layers"]
-    assert read.spec.layers[0].mixer.heads == fields["num_attention_heads"]
+    assert read.spec.vocab_size == value("vocab_size")
+    assert len(read.spec.layers) == value("num_hidden_layers")
+    assert read.spec.layers[0].mixer.heads == value("num_attention_heads")
 
 
 def test_defaults_that_are_not_what_one_would_guess() -> None:
@@ -125,7 +127,8 @@ def test_wrong_values_are_refused_with_key_and_value(key: str, value: Any) -> No
 @pytest.mark.parametrize(
     ("rope", "named"),
     [
-        ({"type": "dynamic", "factor": 2.0}, "dynamic"),
+        ({"type": "dynamic"}, "factor"),
+        ({"type": "dynamic", "factor": 0.5}, "factor"),
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "longrope"),
         ({"type": "su"}, "su"),
         ({"type": "mrope", "mrope_section": [2, 1, 1]}, "mrope"),

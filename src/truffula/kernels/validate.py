@@ -216,7 +216,14 @@ def _pointwise(op: Pointwise, check: _Check) -> None:
 def _rope_rows(op: RopeRows, check: _Check) -> None:
     tables = check.program.rope_tables
     check.require("table", 0 <= op.table < len(tables), f"rope table {op.table} does not exist.")
-    check.write("out", op.out, "T", 2 * len(tables[op.table].inv_freq))
+    table = tables[op.table]
+    pairs = len(table.inv_freq)
+    long = len(table.long_freq) == pairs if table.long_freq else pairs > 1 and table.growth >= 1
+    check.require("table", table.border == 0 or (table.border > 0 and long), "no table for lengths above its border.")
+    regime = check.program.rope_regime
+    known = table.border == 0 or (regime is not None and regime.border == table.border)
+    check.require("table", known, f"its border {table.border} is not that of the program's rope_regime.")
+    check.write("out", op.out, "T", 2 * pairs)
 
 
 def _rope(op: Rope, check: _Check) -> None:
@@ -247,6 +254,7 @@ def _attention(op: Attention, check: _Check) -> None:
     check.require("window", kept, behind)
     check.require("chunked", not op.chunked or op.window is not None, "needs a window, the length of a chunk.")
     check.vector("sinks", op.sinks, op.heads)
+    check.require("alibi", len(op.alibi) in (0, op.heads), f"{len(op.alibi)} slopes for {op.heads} heads.")
     check.write("out", op.out, "T", op.heads * op.dim_v)
 
 

@@ -138,10 +138,11 @@ def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, p
         heights = [item.rows for item in row.slices] if len(parts) > 1 else [row.rows]
         for part, height in zip(parts, heights, strict=False):
             _check_tensor(checkpoint, part.name, row.stored_shape(height), "")
-    tables = [op.table if isinstance(op, Embed) else op.weight for op in program.ops if isinstance(op, Embed | Logits)]
+    tables = [op.table for op in program.ops if isinstance(op, Embed) and op.source == "token"]
+    tables += [op.weight for op in program.ops if isinstance(op, Logits)]
     for name in dict.fromkeys(part.name for table in tables for part in program.weights[table].parts):
         more = f" vocab_size is {spec.vocab_size}: rows beyond it cannot be assigned to tokens."
-        _check_tensor(checkpoint, name, (spec.vocab_size, spec.hidden), more)
+        _check_tensor(checkpoint, name, (spec.vocab_size, spec.embed_width or spec.hidden), more)
 
 
 def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], more: str) -> None:
@@ -257,7 +258,7 @@ class WeightReader:
 
     def _part(self, part: WeightPart, shape: tuple[int, ...]) -> Part:
         info = self.checkpoint.tensors[part.name]
-        as_stored = part.transform == "none"
+        as_stored = part.transform == "none" and part.order is None
         blocks = self.checkpoint.blocks(part.name) if info.dtype in self.block_kinds and as_stored else None
         by_rows = as_stored and (len(shape) < 3 or part.expert is not None)
         computed = self.checkpoint.computed(part.name) if by_rows else None
@@ -277,11 +278,14 @@ class WeightReader:
         _require_finite(stored, info)
         if part.transform == "conv":
             stored = stored[:, 0, :]
-        if stored.dtype != np.float64 and part.transform != "plus_one":
-            return stored
-        values = stored.astype(np.float32)
-        release_pages(stored)
-        return values + np.float32(1) if part.transform == "plus_one" else values
+        values = stored.T if part.transform == "transpose" else stored
+        values = values if part.order is None else part.order.sorted(values)
+        if stored.dtype == np.float64 or part.transform == "plus_one":
+            values = values.astype(np.float32) + np.float32(part.transform == "plus_one")
+        if values is not stored:
+            values = np.ascontiguousarray(values)
+            release_pages(stored)
+        return values
 
     def finish(self) -> None:
         """Raise ``KernelError`` when a weight of the program was not read: its values would be undefined."""

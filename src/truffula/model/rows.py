@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import BufferDtype, WeightPart
+from truffula.kernels.program import BufferDtype, RowOrder, Transform, WeightPart
 
 if TYPE_CHECKING:
     from truffula.model.spec import ModuleNames
 
-RowKind = Literal["embed", "linear", "vector", "conv", "head", "experts"]
-Transform = Literal["none", "plus_one", "conv"]
+RowKind = Literal["embed", "table", "linear", "vector", "conv", "head", "experts"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,8 @@ class WeightRow:
     ``slices`` stacked along axis 0 make the weight; the checkpoint holds either ``<slice module>.<param>`` for each or,
     when ``fused`` is given, one ``<fused>.<param>`` with all their rows in this order; LoRA addresses each slice by its
     module and all of them together by ``fused``. Without a ``param`` slices are named like tensors. ``width`` is the
-    input width I (0 for a vector; the taps of a convolution). ``key`` is its name in the decoder. The tying decision
-    assigns the tensors of embedding and head.
+    input width I (0 for a vector; the taps of a convolution). ``key`` is its name in the decoder. ``transform`` and
+    ``order``: see ``program.WeightPart``. The tying decision assigns the tensors of embedding and head.
 
     ``stored`` is the shape of a vector in checkpoints where it is not ``[O]``.
 
@@ -113,6 +112,7 @@ class WeightRow:
     param: str = "weight"
     fused: str | None = None
     transform: Transform = "none"
+    order: RowOrder | None = None
     dtype: BufferDtype = "model"
     stored: tuple[int, ...] = ()
     experts: int = 0
@@ -137,6 +137,8 @@ class WeightRow:
         """The shape in files of a tensor with ``rows`` of the rows."""
         if self.stored:
             return self.stored
+        if self.transform == "transpose":
+            return (self.width, rows)
         return (rows, 1, self.width) if self.transform == "conv" else (rows, *self.shape[1:])
 
 
@@ -153,16 +155,21 @@ class LayerRows:
 
     def linear(
         self, key: str, parts: Sequence[tuple[str, int]], width: int, *, bias: bool = False, fused: str | None = None,
-        alias: str | None = None,
+        alias: str | None = None, order: RowOrder | None = None,
     ) -> None:  # fmt: skip
         """A matrix ``[O, width]`` of stacked ``parts`` (module, rows), with its bias ``[O]``. ``alias``: see
         ``RowSlice``, of a matrix of one part."""
         alias = None if alias is None else self.prefix + alias
         slices = tuple(RowSlice(self.prefix + module, count, alias) for module, count in parts)
         whole, key = None if fused is None else self.prefix + fused, self.prefix + key
-        self.found.append(WeightRow(key, "linear", slices, width, self.index, fused=whole))
+        transform: Transform = "transpose" if self.names.transposed else "none"
+        self.found.append(
+            WeightRow(key, "linear", slices, width, self.index, fused=whole, transform=transform, order=order)
+        )
         if bias:
-            self.found.append(WeightRow(f"{key}.bias", "linear", slices, 0, self.index, param="bias", fused=whole))
+            self.found.append(
+                WeightRow(f"{key}.bias", "linear", slices, 0, self.index, param="bias", fused=whole, order=order)
+            )
 
     def conv(self, key: str, module: str, columns: int, taps: int, *, bias: bool) -> None:
         """The weight of a depthwise convolution, with its bias ``[columns]``."""
@@ -170,6 +177,11 @@ class LayerRows:
         self.found.append(WeightRow(key, "conv", slices, taps, self.index, transform="conv"))
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
+
+    def table(self, key: str, module: str, rows: int) -> None:
+        """A table ``[rows, hidden]``."""
+        slices = (RowSlice(self.prefix + module, rows),)
+        self.found.append(WeightRow(self.prefix + key, "table", slices, self.hidden, self.index))
 
     def norm(self, key: str, norm: NormSpec | None, width: int | None = None, heads: int = 1) -> None:
         """The vectors of a norm over ``width`` columns (all of the residual stream by default); none without a norm.

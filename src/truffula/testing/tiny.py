@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from truffula.model.config_view import load_defaults
 from truffula.model.read import read_config
 from truffula.model.rows import WeightRow
 from truffula.testing.files import Array, as_dtype, write_safetensors
@@ -32,6 +33,15 @@ _BASE = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
+    "bloom": {},
+    "falcon": {"ffn_hidden_size": 56},
+    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
+    "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
+    "gpt2": {"n_inner": 56},
+    "gpt_bigcode": {"n_inner": 56},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 7},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "gptj": {"n_inner": 56, "rotary_dim": 6},
     "apertus": {"head_dim": 10},
     "arcee": {},
     "cohere": {"layer_norm_eps": 1e-4, "logit_scale": 0.4},
@@ -40,8 +50,6 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "ernie4_5": {"head_dim": 10},
     "exaone4": {"sliding_window": 7, "sliding_window_pattern": 2, "head_dim": 10},
     "gemma": {"head_dim": 10},
-    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
-    "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
     "lfm2": {
         "layer_types": ["conv", "full_attention", "conv"],
         "block_multiple_of": 8,
@@ -62,12 +70,17 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "ministral": {"sliding_window": 7, "head_dim": 8},
     "ministral3": {"head_dim": 10, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3}},
     "mistral": {"sliding_window": 7},
+    "mpt": {"max_seq_len": 512},
+    "opt": {"ffn_dim": 56},
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {"sliding_window": 7},
+    "qwen2": {},
+    "qwen3": {"head_dim": 10},
+    "starcoder2": {"sliding_window": 7},
     "nemotron": {"head_dim": 12},
     "olmo": {},
     "olmo2": {},
     "olmo3": {"sliding_window": 7, "num_hidden_layers": 5},
-    "qwen2": {},
-    "qwen3": {"head_dim": 10},
     "qwen3_moe": {"head_dim": 10, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
     "seed_oss": {"head_dim": 10},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
@@ -89,7 +102,10 @@ def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
             "text_config": text,
             "tie_word_embeddings": text.get("tie_word_embeddings", tied),
         }
-    return {"model_type": model_type, **_BASE, **_OF_TYPE[model_type], **overrides}
+    defaults = load_defaults()[model_type]
+    base = {key: value for key, value in _BASE.items() if key in defaults.known}
+    config = {"model_type": model_type, **base, **_OF_TYPE[model_type], **overrides}
+    return {defaults.aliases.get(key, key): value for key, value in config.items()}
 
 
 def tiny_llama_config(**overrides: Any) -> dict[str, Any]:
@@ -104,7 +120,7 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
     """
     read = read_config(config)
     spec = read.spec
-    prefix, head = spec.names.prefixes[0 if spec.names.body == "model." else 2]
+    prefix, head = spec.names.prefixes[2 if spec.names.body == "model.language_model." else 0]
     tied = config.get("tie_word_embeddings", read.tie_default)
     tensors = {}
     for row in spec.rows:
@@ -113,7 +129,7 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
                 tensors[prefix + part.name] = _random(part.name, row, part.stored, seed, dtype)
             continue
         for item in row.slices:
-            if row.kind == "head" and tied:
+            if row.kind == "head" and row.param == "weight" and tied:
                 continue
             module = head if row.kind == "head" else prefix + item.module
             shape = () if item.module.endswith(_SCALARS) else row.stored_shape(item.rows)

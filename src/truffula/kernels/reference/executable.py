@@ -89,6 +89,7 @@ class _Step:
     token_ids: Tensor
     position: Tensor
     rope_pos: Tensor
+    rope_length: Tensor
     slots: list[Tensor]
     logit_rows: Tensor
     segments: list[Segment]
@@ -226,6 +227,7 @@ class ReferenceExecutable(SynchronousExecutable):
             token_ids=self._long(i.token_ids[: i.T]),
             position=self._long(i.position[: i.T]),
             rope_pos=self._long(i.rope_pos[0, : i.T]),
+            rope_length=self._long(i.rope_length[: i.T]),
             slots=[self._long(slots[: i.T]) for slots in i.slot_mapping],
             logit_rows=self._long(i.logit_rows[: i.R]),
             segments=self._segments(i.seg[:, :2]),
@@ -282,7 +284,8 @@ class ReferenceExecutable(SynchronousExecutable):
         self._buffers.put(op.out, ops.pointwise(op, x, y, weight, step.position, self._buffers.dtype(op.out)))
 
     def _rope_rows(self, op: RopeRows, step: _Step) -> None:
-        self._buffers.put(op.out, ops.rope_rows(self._program.rope_tables[op.table], step.rope_pos))
+        rows = ops.rope_rows(self._program.rope_tables[op.table], step.rope_pos, step.rope_length)
+        self._buffers.put(op.out, rows)
 
     def _rope(self, op: Rope, step: _Step) -> None:
         key = (op.rows, op.layout)  # all layers with the same rows share their factors

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from truffula.model.architectures.alibi import bloom, falcon, mpt
 from truffula.model.architectures.cohere import cohere, cohere2
 from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_text
 from truffula.model.architectures.glm import glm, glm4
+from truffula.model.architectures.gpt import gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj
 from truffula.model.architectures.lfm2 import lfm2
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
 from truffula.model.architectures.olmo import olmo, olmo2, olmo3
+from truffula.model.architectures.opt import opt
+from truffula.model.architectures.phi import phi, phi3
 from truffula.model.architectures.qwen import qwen2, qwen3
 from truffula.model.architectures.qwen_moe import qwen3_moe
+from truffula.model.architectures.starcoder import starcoder2
 from truffula.model.architectures.variants import (
     apertus,
     ernie4_5,
@@ -31,37 +36,49 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
     {
         "apertus": apertus,
         "arcee": arcee,
+        "bloom": bloom,
         "cohere": cohere,
         "cohere2": cohere2,
         "cwm": cwm,
         "ernie4_5": ernie4_5,
         "exaone4": exaone4,
+        "falcon": falcon,
         "gemma": gemma,
         "gemma2": gemma2,
         "gemma3": gemma3,
         "gemma3_text": gemma3_text,
-        "lfm2": lfm2,
         "glm": glm,
         "glm4": glm4,
+        "gpt2": gpt2,
+        "gpt_bigcode": gpt_bigcode,
+        "gpt_neo": gpt_neo,
+        "gpt_neox": gpt_neox,
+        "gptj": gptj,
         "granite": granite,
         "helium": helium,
         "hunyuan_v1_dense": hunyuan_v1_dense,
+        "lfm2": lfm2,
         "llama": llama,
         "ministral": mistral,
         "ministral3": ministral3,
         "mistral": mistral,
         "mistral3": mistral3,
         "mixtral": mixtral,
+        "mpt": mpt,
         "nemotron": nemotron,
         "olmo": olmo,
         "olmo2": olmo2,
         "olmo3": olmo3,
+        "opt": opt,
+        "phi": phi,
+        "phi3": phi3,
         "qwen2": qwen2,
         "qwen3": qwen3,
         "qwen3_moe": qwen3_moe,
         "seed_oss": seed_oss,
         "smollm3": smollm3,
         "stablelm": stablelm,
+        "starcoder2": starcoder2,
     }
 )
 """``model_type`` of config.json to the function that reads it."""

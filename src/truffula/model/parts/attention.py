@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import Attention, Epilogue, Pointwise, Ref, Rope
+from truffula.kernels.program import Attention, Epilogue, Pointwise, Ref, Rope, RowOrder
 from truffula.model.rows import LayerRows, NormSpec
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class AttentionSpec:
     ``rope`` is an index into ``ModelSpec.ropes``, or None for a layer without rotary embedding. ``q_norm`` and
     ``k_norm`` act per head, or over all heads with ``norm_over`` width; before the rotation, or after it with
     ``norm_rotated``. ``clip`` bounds q, k and v before both. ``position_scale`` multiplies q last. ``scale`` multiplies
-    q·k, ``softcap`` c makes scores c * tanh(s / c).
+    q·k, ``softcap`` c makes scores c * tanh(s / c). ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
     """
 
     heads: int
@@ -48,6 +48,8 @@ class AttentionSpec:
     softcap: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
+    alibi: tuple[float, ...] = ()
+    alibi_rounded: bool = False
 
     @property
     def q_width(self) -> int:
@@ -66,15 +68,21 @@ class AttentionSpec:
         return self.kv_width, self.kv_width
 
     def first_module(self, names: ModuleNames) -> str:
-        return names.q
+        return names.q if names.qkv_order == "split" else str(names.qkv)
 
     def last_module(self, names: ModuleNames) -> str:
         return names.out
 
     def rows(self, rows: LayerRows) -> None:
-        names = rows.names
-        q_k_v = [(names.q, self.q_width), (names.k, self.kv_width), (names.v, self.kv_width)]
-        rows.linear("qkv", q_k_v, rows.hidden, bias=self.qkv_bias, fused=names.qkv)
+        names, width = rows.names, rows.hidden
+        if names.qkv_order == "split":
+            q_k_v = [(names.q, self.q_width), (names.k, self.kv_width), (names.v, self.kv_width)]
+            rows.linear("qkv", q_k_v, width, bias=self.qkv_bias, fused=names.qkv)
+        else:
+            share = self.heads // self.kv_heads
+            of_head = (share * self.head_dim, self.head_dim, self.head_dim)
+            order = RowOrder(self.kv_heads, of_head) if names.qkv_order == "grouped" and self.kv_heads > 1 else None
+            rows.linear("qkv", [(str(names.qkv), self.qkv_width)], width, bias=self.qkv_bias, order=order)
         rows.norm("q_norm", self.q_norm, self.q_width // self._groups(self.heads), self._groups(self.heads))
         rows.norm("k_norm", self.k_norm, self.kv_width // self._groups(self.kv_heads), self._groups(self.kv_heads))
         rows.linear("out", [(names.out, rows.hidden)], self.q_width, bias=self.out_bias)
@@ -86,15 +94,15 @@ class AttentionSpec:
         k = Ref(qkv.buffer, self.q_width, self.kv_width)
         v = Ref(qkv.buffer, self.q_width + self.kv_width, self.kv_width)
         # transformers clips what its modules return.
-        probe = build.probe(names.q, "out") if self.clip is None else None
+        probe = build.probe(self.first_module(names), "out") if self.clip is None else None
         build.linear("qkv", x, qkv, probe, Epilogue(clip=self.clip))
         if not self.norm_rotated:
             self._write_norms(build, q, k)
         if self.rope is not None:
             # q and k are adjacent and rotated in the same way, by one op over the heads of both.
             rotated = Ref(qkv.buffer, 0, self.q_width + self.kv_width)
-            last = not self.norm_rotated and self.position_scale is None
-            build.append(Rope(name="rope", probe=build.probe(names.attention, "in") if last else None, x=rotated,
+            last = not self.norm_rotated and self.position_scale is None and names.attention is not None
+            build.append(Rope(name="rope", probe=build.probe(str(names.attention), "in") if last else None, x=rotated,
                               rows=build.rope_rows(self.rope), heads=self.heads + self.kv_heads,
                               head_dim=self.head_dim, start=0, dims=build.spec.ropes[self.rope].dims,
                               layout=self.rope_layout))  # fmt: skip
@@ -108,7 +116,7 @@ class AttentionSpec:
         build.append(Attention(name="attention", probe=build.probe(names.out, "in"), q=q, k=k, v=v, out=attended,
                                group=group, planes=(planes[0], planes[1]), heads=self.heads, kv_heads=self.kv_heads,
                                dim_k=self.head_dim, dim_v=self.head_dim, scale=self.scale, window=self.window,
-                               softcap=self.softcap))  # fmt: skip
+                               softcap=self.softcap, alibi=self.alibi, alibi_rounded=self.alibi_rounded))  # fmt: skip
         build.output("out", attended)
 
     def _groups(self, heads: int) -> int:

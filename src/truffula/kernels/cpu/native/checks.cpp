@@ -101,6 +101,8 @@ void Executable::check(const PointwiseOp& op) const {
 void Executable::check(const RopeRowsOp& op) const {
   require(!has_logit_rows(op.out), "rope rows: out has a row per token");
   require(op.out.width == static_cast<int64_t>(2 * op.inv_freq.size()), "rope rows: width");
+  require(op.long_freq.empty() || op.long_freq.size() == op.inv_freq.size(), "rope rows: long_freq");
+  require(op.border >= 0 && (op.border == 0 || !op.long_freq.empty() || (op.growth >= 1.0f && op.inv_freq.size() > 1)), "rope rows: growth");
 }
 
 void Executable::check(const RopeOp& op) const {
@@ -122,6 +124,7 @@ void Executable::check(const AttentionOp& op) const {
   require(op.group >= 0 && op.group < groups_, "attention: group");
   require_disjoint(op.out, {&op.q, &op.k, &op.v}, "attention: q, k or v lies where out is written");
   require_vector(op.sinks, heads, "attention: sinks");
+  require(op.alibi.empty() || op.alibi.size() == static_cast<size_t>(heads), "attention: alibi");
 }
 
 void Executable::check(const RouteOp& op) const {
