@@ -332,9 +332,9 @@ class Linear(Op):
 class Pointwise(Op):
     """``act``: activation(x) · ``add``: x + y · ``mul``: x * y · ``scale``: x * params[0], or times the one number of
     ``weight`` · ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y) · ``position_scale``: x * (1 + b *
-    ln(1 + floor((p + o) / n))) with the row's position p and params (b, n, o) · ``xielu``: its activation, whose numbers
-    are ``weight``: alpha_p, alpha_n, beta and eps as checkpoints store them. ``y`` of the two products may be one
-    column, for all columns of x."""
+    ln(1 + floor((p + o) / n))) with the row's position p and params (b, n, o) · ``xielu``: its activation, with the
+    numbers of ``weight``: alpha_p, alpha_n, beta and eps as checkpoints store them. ``y`` of the two products may be
+    one column, for all columns of x."""
 
     kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul", "position_scale", "xielu"]
     x: Ref

@@ -161,7 +161,7 @@ class ProgramBuilder:
                                slices=self.site_slices[key], epilogue=epilogue, compute=compute))  # fmt: skip
 
     def norm(
-        self, key: str, norm: NormSpec, x: Ref, out: Ref, probe: Probe, *,
+        self, key: str, norm: NormSpec, x: Ref, out: Ref, probe: Probe | None, *,
         layer: int | None = None, groups: int = 1, plus: Ref | None = None,
     ) -> None:  # fmt: skip
         """Append the norm with the row ``key``."""
@@ -173,15 +173,16 @@ class ProgramBuilder:
     def stream_after(self, layer: int, part: str | None = None) -> Probe | None:
         """The probe of the residual stream after ``part`` of a layer (None: its last): the input of the next module.
 
-        Layer -1 is the embedding. None between the two parts of a parallel layer, where transformers has no such value.
+        Layer -1 is the embedding. None where transformers has no such value: between the two parts of a parallel layer,
+        and before the stream is scaled.
         """
         spec = self.spec
         following: tuple[Branch, ...] = ()
         if part is not None:
             branches = spec.layers[layer].branches
             following = branches[[branch[0] for branch in branches].index(part) + 1 :]
-        if following and spec.layers[layer].parallel:
-            return None
+            if spec.layers[layer].parallel if following else spec.layers[layer].scalar is not None:
+                return None
         index = layer
         while not following and index + 1 < len(spec.layers):
             index += 1
@@ -273,12 +274,13 @@ class LayerBuilder:
         probe = probe or self.probe(norm.module, "out")
         self.program.norm(self.prefix + key, norm, x, out, probe, layer=self.index, groups=groups, plus=plus)
 
-    def kv_planes(self) -> tuple[int, tuple[int, ...]]:
-        """The KV group and the planes of this layer."""
+    def kv_planes(self, layer: int | None = None) -> tuple[int, tuple[int, ...]]:
+        """The KV group and the planes of ``layer``, by default of this one."""
+        layer = self.index if layer is None else layer
         for group in self.program.kv_groups:
-            if planes := tuple(plane.id for plane in group.planes if plane.layer == self.index):
+            if planes := tuple(plane.id for plane in group.planes if plane.layer == layer):
                 return group.id, planes
-        raise AssertionError(f"layer {self.index} caches nothing")
+        raise AssertionError(f"layer {layer} caches nothing")
 
     @property
     def norms_stream(self) -> bool:

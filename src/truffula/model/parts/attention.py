@@ -28,8 +28,10 @@ class AttentionSpec:
 
     ``rope`` is an index into ``ModelSpec.ropes``, or None for a layer without rotary embedding. ``q_norm`` and
     ``k_norm`` act per head, or over all heads with ``norm_over`` width; before the rotation, or after it with
-    ``norm_rotated``. ``clip`` bounds q, k and v before both. ``position_scale`` multiplies q last. ``scale`` multiplies
-    q·k, ``softcap`` c makes scores c * tanh(s / c). ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
+    ``norm_rotated``. ``v_norm`` acts per head. ``keys_as_values``: v is k before its norm. ``kv_layer`` is the layer
+    whose keys and values are attended to; then this one has none. ``clip`` bounds q, k and v before all that.
+    ``position_scale`` multiplies q last. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
+    ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
     """
 
     heads: int
@@ -43,6 +45,9 @@ class AttentionSpec:
     k_norm: NormSpec | None = None
     norm_over: Literal["head", "width"] = "head"
     norm_rotated: bool = False
+    v_norm: NormSpec | None = None
+    keys_as_values: bool = False
+    kv_layer: int | None = None
     clip: float | None = None
     position_scale: PositionScale | None = None
     softcap: float | None = None
@@ -61,11 +66,12 @@ class AttentionSpec:
 
     @property
     def qkv_width(self) -> int:
-        return self.q_width + 2 * self.kv_width
+        own = 0 if self.kv_layer is not None else 1 if self.keys_as_values else 2
+        return self.q_width + own * self.kv_width
 
     @property
     def kv_widths(self) -> tuple[int, ...]:
-        return self.kv_width, self.kv_width
+        return () if self.kv_layer is not None else (self.kv_width, self.kv_width)
 
     def first_module(self, names: ModuleNames) -> str:
         return names.q if names.qkv_order == "split" else str(names.qkv)
@@ -76,8 +82,11 @@ class AttentionSpec:
     def rows(self, rows: LayerRows) -> None:
         names, width = rows.names, rows.hidden
         if names.qkv_order == "split":
-            q_k_v = [(names.q, self.q_width), (names.k, self.kv_width), (names.v, self.kv_width)]
-            rows.linear("qkv", q_k_v, width, bias=self.qkv_bias, fused=names.qkv)
+            q_k_v = [(names.q, self.q_width)]
+            if self.kv_layer is None:
+                q_k_v += [(name, self.kv_width) for name in (names.k, names.v)[: 1 if self.keys_as_values else 2]]
+            fused = names.qkv if len(q_k_v) == 3 else None
+            rows.linear("qkv", q_k_v, width, bias=self.qkv_bias, fused=fused)
         else:
             share = self.heads // self.kv_heads
             of_head = (share * self.head_dim, self.head_dim, self.head_dim)
@@ -85,34 +94,33 @@ class AttentionSpec:
             rows.linear("qkv", [(str(names.qkv), self.qkv_width)], width, bias=self.qkv_bias, order=order)
         rows.norm("q_norm", self.q_norm, self.q_width // self._groups(self.heads), self._groups(self.heads))
         rows.norm("k_norm", self.k_norm, self.kv_width // self._groups(self.kv_heads), self._groups(self.kv_heads))
+        rows.norm("v_norm", self.v_norm, self.head_dim, self.kv_heads)
         rows.linear("out", [(names.out, rows.hidden)], self.q_width, bias=self.out_bias)
 
     def write(self, build: LayerBuilder, x: Ref) -> None:
         names = build.names
         qkv = build.buffer("qkv", self.qkv_width)
-        q = Ref(qkv.buffer, 0, self.q_width)
-        k = Ref(qkv.buffer, self.q_width, self.kv_width)
-        v = Ref(qkv.buffer, self.q_width + self.kv_width, self.kv_width)
+        q, k, v = Ref(qkv.buffer, 0, self.q_width), None, None
+        if self.kv_layer is None:
+            k = Ref(qkv.buffer, self.q_width, self.kv_width)
+            v = Ref(qkv.buffer, self.q_width + self.kv_width, self.kv_width)
         # transformers clips what its modules return.
         probe = build.probe(self.first_module(names), "out") if self.clip is None else None
         build.linear("qkv", x, qkv, probe, Epilogue(clip=self.clip))
+        if k is not None and v is not None and self.v_norm is not None:
+            source, v = (k, build.buffer("values", self.kv_width)) if self.keys_as_values else (v, v)
+            build.norm("v_norm", self.v_norm, source, v, groups=self.kv_heads)
         if not self.norm_rotated:
             self._write_norms(build, q, k)
         if self.rope is not None:
-            # q and k are adjacent and rotated in the same way, by one op over the heads of both.
-            rotated = Ref(qkv.buffer, 0, self.q_width + self.kv_width)
-            last = not self.norm_rotated and self.position_scale is None and names.attention is not None
-            build.append(Rope(name="rope", probe=build.probe(str(names.attention), "in") if last else None, x=rotated,
-                              rows=build.rope_rows(self.rope), heads=self.heads + self.kv_heads,
-                              head_dim=self.head_dim, start=0, dims=build.spec.ropes[self.rope].dims,
-                              layout=self.rope_layout))  # fmt: skip
+            self._write_rope(build, q, k)
         if self.norm_rotated:
             self._write_norms(build, q, k)
         if self.position_scale is not None:
             params = astuple(self.position_scale)
             build.append(Pointwise(name="position_scale", kind="position_scale", x=q, out=q, params=params))
         attended = build.buffer("attended", self.q_width)
-        group, planes = build.kv_planes()
+        group, planes = build.kv_planes(self.kv_layer)
         build.append(Attention(name="attention", probe=build.probe(names.out, "in"), q=q, k=k, v=v, out=attended,
                                group=group, planes=(planes[0], planes[1]), heads=self.heads, kv_heads=self.kv_heads,
                                dim_k=self.head_dim, dim_v=self.head_dim, scale=self.scale, window=self.window,
@@ -123,8 +131,18 @@ class AttentionSpec:
         """The number of norms over the columns of ``heads`` heads."""
         return heads if self.norm_over == "head" else 1
 
-    def _write_norms(self, build: LayerBuilder, q: Ref, k: Ref) -> None:
+    def _write_rope(self, build: LayerBuilder, q: Ref, k: Ref | None) -> None:
+        """q and k are adjacent and rotated in the same way, by one op over the heads of both."""
+        assert self.rope is not None
+        names, heads = build.names, self.heads if k is None else self.heads + self.kv_heads
+        observed = not self.norm_rotated and self.position_scale is None and k is not None
+        probe = build.probe(names.attention, "in") if observed and names.attention is not None else None
+        build.append(Rope(name="rope", probe=probe, x=Ref(q.buffer, 0, heads * self.head_dim),
+                          rows=build.rope_rows(self.rope), heads=heads, head_dim=self.head_dim, start=0,
+                          dims=build.spec.ropes[self.rope].dims, layout=self.rope_layout))  # fmt: skip
+
+    def _write_norms(self, build: LayerBuilder, q: Ref, k: Ref | None) -> None:
         if self.q_norm is not None:
             build.norm("q_norm", self.q_norm, q, q, groups=self._groups(self.heads))
-        if self.k_norm is not None:
+        if self.k_norm is not None and k is not None:
             build.norm("k_norm", self.k_norm, k, k, groups=self._groups(self.kv_heads))
