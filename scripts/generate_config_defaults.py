@@ -109,7 +109,7 @@ def table() -> dict[str, Any]:
                 fields[field.name] = field.default_factory()
             else:
                 fields[field.name] = None if field.default is dataclasses.MISSING else field.default
-            if "None" in str(field.type):
+            if "None" in str(field.type) or "Optional" in str(field.type):
                 nullable.append(field.name)
         # Defaults that a class sets only when an instance is made.
         made = cls()

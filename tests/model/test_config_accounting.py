@@ -187,7 +187,7 @@ def test_a_yarn_config_stretches_the_length() -> None:
     assert read_config(config).spec.max_positions == 131072
 
 
-@pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - {"gemma3", "mistral3"}))
+@pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - {"gemma3", "gemma4", "gemma4_unified", "mistral3"}))
 def test_what_transformers_writes_is_read_without_a_warning(model_type: str, tmp_path: Any) -> None:
     from transformers import AutoConfig
 
@@ -226,7 +226,12 @@ ROPE_KEYS += ["beta_slow", "mscale", "mscale_all_dim", "truncate", "partial_rota
 WRONG: list[Any] = [[], {}, "x", "", -1, 0, 1, True, None, 1.5, 1e308, 10**30, 10**400, [1], [None], {"a": 1}]
 
 
-@pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - {"gemma3"}))
+# Types with readers of their own; the others share these, and take a minute.
+FAST = {"gemma3_text", "gemma4_text", "gpt2", "llama", "phi3"}
+MANY = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in sorted(ARCHITECTURES)]
+
+
+@pytest.mark.parametrize("model_type", MANY)
 def test_a_wrong_value_of_any_key_is_an_error_of_ours(model_type: str) -> None:
     """Whatever JSON a file holds, it is read or refused: no other exception, and no array of its size."""
     config = tiny_config(model_type=model_type)

@@ -312,7 +312,8 @@ class LayerBuilder:
         after = self.program.stream_after(self.index, self.part)
         norm = None if self.norms_stream else self.after
         if norm is not None and self.scale == 1.0:
-            self.norm(f"after_{self.part}", norm, branch, self.hidden, probe=after, plus=self.hidden)
+            key = f"{self.prefix}after_{self.part}"
+            self.program.norm(key, norm, branch, self.hidden, after, layer=self.index, plus=self.hidden)
             return
         if norm is not None:
             self.norm(f"after_{self.part}", norm, branch, branch)

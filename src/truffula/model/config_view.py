@@ -11,7 +11,9 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from truffula.errors import UnsupportedModel
@@ -66,12 +68,13 @@ class TypeDefaults:
     generation: frozenset[str]
 
 
-def load_defaults() -> dict[str, TypeDefaults]:
+@cache
+def load_defaults() -> Mapping[str, TypeDefaults]:
     """The generated table (scripts/generate_config_defaults.py), by model type."""
     text = resources.files("truffula.model").joinpath("config_defaults.json").read_text(encoding="utf-8")
     table = json.loads(text)
     generation = frozenset(table["generation"])
-    return {
+    types = {
         name: TypeDefaults(
             model_type=name,
             class_name=entry["class"],
@@ -85,6 +88,7 @@ def load_defaults() -> dict[str, TypeDefaults]:
         )
         for name, entry in table["types"].items()
     }
+    return MappingProxyType(types)
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,10 @@ class ConfigView:
 
     def _names(self, key: str) -> list[str]:
         """The field that ``key`` means, and its aliases."""
-        field = self.defaults.aliases.get(key, key)
-        return [field, *(alias for alias, name in self.defaults.aliases.items() if name == field)]
+        target = self.defaults.aliases.get(key, key)
+        names = [target, *(alias for alias, name in self.defaults.aliases.items() if name == target)]
+        # Some classes name the alias as the field (Qwen3-MoE).
+        return sorted(names, key=lambda name: name not in self.defaults.fields)
 
     def _given(self, key: str) -> list[str]:
         return [name for name in self._names(key) if name in self.values]

@@ -56,16 +56,16 @@ def gemma4_text(view: ConfigView, names: ModuleNames = TEXT_NAMES) -> ModelSpec:
     widths = {kind: _sizes(view, sizes, kind, kinds) for kind in ORDER}
     shared = view.integer("num_kv_shared_layers", minimum=0)
     first = sizes.layers - shared
-    if any(kind not in kinds[:first] for kind in kinds[first:]):
+    if not set(kinds[first:]) <= set(kinds[:first]):
         raise view.error("num_kv_shared_layers", "no layer has the keys and values of each type.", shared)
     heads = {kind: widths[kind].head_dim for kind in ORDER}
     tables = read_rope_by_layer_type(view, heads, theta_keys=THETAS)
     inputs = None if unified else _inputs(view, sizes)
+    last = {kind: index for index, kind in enumerate(kinds[:first])}
     layers = []
     for index, window in enumerate(windows(view, sizes.layers, view.integer("sliding_window"), kinds)):
-        kind, source = kinds[index], None
-        if index >= first:
-            source = max(layer for layer in range(first) if kinds[layer] == kind)
+        kind = kinds[index]
+        source = last[kind] if index >= first else None
         mixer = _attention(view, widths[kind], window, ORDER.index(kind), source)
         double = view.flag("use_double_wide_mlp") and source is not None
         layers.append(_layer(view, mixer, sizes.mlp * (2 if double else 1), inputs))
