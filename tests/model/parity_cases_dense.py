@@ -47,9 +47,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
         "hidden_size_per_layer_input": 0, "final_logit_softcapping": 1.5}),
     ("gemma4_text", "wide shared layers, biases, one kv head", {
         **ONE_KV, "use_double_wide_mlp": True, "attention_bias": True, "num_kv_shared_layers": 3}),
-    ("gemma4_text", "other ropes", {"rope_parameters": {
-        FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 7e3},
-        SLIDING: {"rope_type": "linear", "factor": 2.0, "rope_theta": 2e3}}}),
+    ("gemma4_text", "other ropes", {"num_hidden_layers": 3, "layer_types": KINDS[2:], "num_kv_shared_layers": 0,
+        "rope_parameters": {FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 7e3},
+                            SLIDING: {"rope_type": "linear", "factor": 2.0, "rope_theta": 2e3}}}),
     ("gemma4_unified_text", "plain", {}),
     ("gemma4_unified_text", "shared layers, keys as values, window shorter", {
         "attention_k_eq_v": True, "num_kv_shared_layers": 1, "sliding_window": 3,
