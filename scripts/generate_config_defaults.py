@@ -57,12 +57,18 @@ MODEL_TYPES = (
     "olmo",
     "olmo2",
     "olmo3",
+    "olmo_hybrid",
     "opt",
     "phi",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
     "qwen3_moe",
+    "qwen3_next",
     "seed_oss",
     "smollm3",
     "stablelm",
@@ -90,6 +96,9 @@ LEGACY_OF = {
     "gpt_neo": ("attention_layers",),
     "gpt_neox": ("rotary_emb_base", "rotary_pct"),
     "lfm2": ("block_ff_dim", "tie_embedding"),
+    "qwen3_5_moe_text": ("full_attention_interval",),
+    "qwen3_5_text": ("full_attention_interval",),
+    "qwen3_next": ("full_attention_interval",),
 }
 # Other names of fields, besides those of the class's attribute_map.
 ALIASES_OF = {"bloom": {"n_embed": "hidden_size"}, "falcon": {"n_embed": "hidden_size"}}

@@ -12,18 +12,19 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from folder_loader import FolderLoader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_backends import SINGLE
-from rig import Answer, HandLoader, Rig, limits, request
+from rig import Answer, Rig, limits, request
 
 from truffula.kernels.inputs import Capacity
-from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load
+from truffula.lora.worker import LoadLimits, Setup
 from truffula.model.load import WeightReader, plan_model
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.oracle import Oracle
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
-from truffula.types import AdapterRef, EngineRequest
+from truffula.types import EngineRequest
 from truffula.weights.open import open_checkpoint
 from truffula.weights.tying import Tie
 
@@ -32,18 +33,6 @@ CAPACITY = Capacity(
     max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=8, num_blocks=80, block_size=4, max_blocks_per_seq=32,
     num_states=60,
 )  # fmt: skip
-
-
-class FolderLoader(HandLoader):
-    """Loads real adapters, at once and in this process, by the loading worker's own code."""
-
-    def __init__(self, setup: Setup, folder: Path) -> None:
-        super().__init__()
-        self._setup = setup
-        self._staging = folder
-
-    def _result(self, ticket: int, ref: AdapterRef) -> LoadResponse:
-        return load(LoadRequest(ticket=ticket, ref=ref), self._setup, [self._staging])
 
 
 @dataclass
@@ -110,13 +99,14 @@ FAMILIES = {
     # Gemma 3 by its own rule would have five sliding layers first. The blocks hold four tokens.
     "gemma3": ("gemma3_text", {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}),
     "gemma3-short": ("gemma3_text", {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}),
+    "qwen3_5": ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"]}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 4}),
     "gemma3-long": ("gemma3_text", {"sliding_window": 50, "layer_types": ["sliding_attention", "full_attention"]}),
 }
 
 
 # The reference takes a second for each test of these: in the slow suite.
-SLOW = {("reference", "lfm2")}
+SLOW = {("reference", "lfm2"), ("reference", "qwen3_5")}
 PARAMS = [
     pytest.param((b, f), marks=[pytest.mark.slow] * ((b, f) in SLOW), id=f"{b}-{f}") for b in SINGLE for f in FAMILIES
 ]

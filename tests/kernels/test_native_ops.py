@@ -19,6 +19,7 @@ from truffula.kernels.program import (
     Embed,
     Epilogue,
     ExpertLinear,
+    GatedDelta,
     Linear,
     Logits,
     Norm,
@@ -47,6 +48,8 @@ ONE_OF_EACH: list[Op] = [
     Attention(name="attention", q=ROWS, k=ROWS, v=ROWS, out=ROWS, group=0, planes=(0, 1), heads=1, kv_heads=1,
               dim_k=16, dim_v=16, scale=1.0),
     CausalConv(name="conv", x=ROWS, out=ROWS, weight=0, state=0),
+    GatedDelta(name="delta", q=ROWS, k=ROWS, v=ROWS, decay=ROWS, beta=ROWS, out=ROWS, state=0, rate=0, dt_bias=0,
+               heads=1, key_heads=1, dim_k=16, dim_v=16, scale=1.0),
     Route(name="route", logits=ROWS, out=ROWS, k=8),
     ExpertLinear(name="experts", x=ROWS, routes=ROWS, weight=0, out=ROWS),
     TakeRows(name="take rows", x=ROWS, out=ROWS),
@@ -77,7 +80,7 @@ def test_words_are_the_same():
             if words is not None:
                 assert set(words) - {"none"} == words_of(declared[field]) - {"none"}, (name, field)
                 compared += 1
-    assert compared == 12
+    assert compared == 13
 
 
 @pytest.mark.parametrize(

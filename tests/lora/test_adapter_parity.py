@@ -72,34 +72,14 @@ BASES = {
     "llama": {"head_dim": 14, "num_key_value_heads": 1, "vocab_size": 97, "attention_bias": True},
     "qwen2": {"tie_word_embeddings": True},
     "gemma3_text": {"num_hidden_layers": 4},
-    "bloom": {},
+    "qwen3_5_text": {},
+    "qwen3_next": {},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
-    "gpt2": {},
-    "gpt_bigcode": {},
     "gpt_neo": {"tie_word_embeddings": False},
-    "gpt_neox": {},
-    "gptj": {},
     "mpt": {"attn_config": {"clip_qkv": 1.0}},
     "opt": {"word_embed_proj_dim": 20, "do_layer_norm_before": False},
     "phi": {"qk_layernorm": True},
     "phi3": {"num_key_value_heads": 1},
-    "starcoder2": {},
-}
-# Fused modules, with rows in another order than the program's; matrices stored as [in, out].
-FAST = ["qwen2", "gemma3_text", "gpt2", "gpt_neox", "phi3"]
-TARGETS = {
-    "bloom": ["query_key_value", "dense_4h_to_h"],
-    "falcon": ["query_key_value", "dense_4h_to_h"],
-    "gpt2": ["c_attn", "mlp.c_proj"],
-    "gpt_bigcode": ["c_attn", "mlp.c_proj"],
-    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
-    "gptj": ["q_proj", "fc_out"],
-    "gpt_neo": ["q_proj", "mlp.c_proj"],
-    "mpt": ["Wqkv", "down_proj"],
-    "opt": ["q_proj", "fc2"],
-    "phi": ["q_proj", "fc2"],
-    "phi3": ["qkv_proj", "down_proj"],
-    "starcoder2": ["q_proj", "mlp.c_proj"],
 }
 DENSE = (
     "apertus",
@@ -187,17 +167,40 @@ def test_each_field_agrees_with_peft(outcomes: dict[str, Outcome], case: str, co
     assert np.abs(outcome.peft - outcome.base).max() > 100 * TOLERANCE, "the adapter does not show"
 
 
+TARGETS: dict[str, tuple[str | list[str], list[str]]] = {
+    "qwen2": ("all-linear", ["q_proj", "down_proj"]),
+    "gemma3_text": ("all-linear", ["q_proj", "down_proj"]),
+    "qwen3_5_text": ("all-linear", ["in_proj_qkv", "in_proj_a", "in_proj_b", "in_proj_z", "linear_attn.out_proj"]),
+    # peft takes the MLP of any qwen3_next model for experts, and warns.
+    "qwen3_next": (["in_proj_ba", "in_proj_qkvz", "q_proj", "o_proj", "out_proj"], ["in_proj_ba", "k_proj"]),
+    # Matrices stored as [in, out]; fused modules, with rows in another order than the program's.
+    "gpt2": ("all-linear", ["c_attn", "mlp.c_proj"]),
+    "gpt_neox": ("all-linear", ["query_key_value", "dense_4h_to_h"]),
+    "phi3": ("all-linear", ["qkv_proj", "down_proj"]),
+}
+OLDER: dict[str, tuple[str | list[str], list[str]]] = {
+    "bloom": ("all-linear", ["query_key_value", "dense_4h_to_h"]),
+    "falcon": ("all-linear", ["query_key_value", "dense_4h_to_h"]),
+    "gpt_bigcode": ("all-linear", ["c_attn", "mlp.c_proj"]),
+    "gpt_neo": ("all-linear", ["q_proj", "mlp.c_proj"]),
+    "gptj": ("all-linear", ["q_proj", "fc_out"]),
+    "mpt": ("all-linear", ["Wqkv", "down_proj"]),
+    "opt": ("all-linear", ["q_proj", "fc2"]),
+    "phi": ("all-linear", ["q_proj", "fc2"]),
+    "starcoder2": ("all-linear", ["q_proj", "mlp.c_proj"]),
+}
+
+
 @on_the_best
 @pytest.mark.parametrize(
-    "model_type",
-    [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*BASES, *DENSE} - {"llama", *FAST}))],
+    "model_type", [*TARGETS, *(pytest.param(name, marks=pytest.mark.slow) for name in (*DENSE, *OLDER))]
 )  # the slow ones: a minute
 def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend) -> None:
     served = served_base(tmp_path, model_type, backend)
     rows: list[tuple[int | None, list[int]]] = []
-    expected, targets = [], TARGETS.get(model_type, ["q_proj", "down_proj"])
-    for number, fields in enumerate(({"targets": "all-linear", "rank": 5}, {"targets": targets})):
-        folder = write_tiny_adapter(tmp_path / str(number), served.program.sites, seed=number, **fields)
+    expected = []
+    for number, targets in enumerate((TARGETS | OLDER).get(model_type, ("all-linear", ["q_proj", "down_proj"]))):
+        folder = write_tiny_adapter(tmp_path / str(number), served.program.sites, seed=number, targets=targets, rank=5)
         rows.append((served.add(folder), served.prompt(number)))
         expected.append(served.peft(folder, rows[-1][1]))
     rows.append((None, served.prompt(9)))

@@ -21,7 +21,7 @@ from truffula.errors import KernelError
 
 Rows = Literal["T", "R"]
 BufferDtype = Literal["model", "float32"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,18 @@ class RowOrder:
         return np.concatenate([run.reshape(-1, *rows.shape[1:]) for run in runs])
 
 
-Transform = Literal["none", "plus_one", "transpose", "conv", "columns", "even_columns", "odd_columns", "alternating"]
+Transform = Literal[
+    "none", "plus_one", "minus_exp", "transpose", "conv", "columns", "even_columns", "odd_columns", "alternating"
+]
 
 
 @dataclass(frozen=True)
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``transpose`` is for matrices that are stored
-    [I, O] (Conv1D), ``conv`` for [C, 1, K]. Then ``order`` sorts the rows. Of a weight of experts, a part fills rows
+    ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``minus_exp`` is -exp(w), in float32;
+    ``transpose`` is for matrices that are stored [I, O] (Conv1D), ``conv`` for [C, 1, K]. Then ``order`` sorts the
+    rows. Of a weight of experts, a part fills rows
     ``lo ..`` of ``expert`` (None: of every expert) and has the shape ``stored``; ``columns`` takes matrices that are
     stored [I, O], ``even_columns`` and ``odd_columns`` every second column of such matrices, and ``alternating`` a
     vector [E, O] in which entries of gates and ups alternate.
@@ -302,6 +305,7 @@ class Norm(Op):
     ``cast`` first: weight * round(normed) (llama); last: round(weight * normed) (gemma, olmo2). ``groups`` norms over
     each of that many equal column groups (per-head q/k norms): ``weight`` and ``bias`` are as wide as a group, which
     shares them with the others, or as all columns.
+    ``gate``: the result (with cast first: the rounded one) is multiplied by gate_activation(gate), then rounded.
     ``plus``: out = plus + round(result), a residual added after a post-norm.
     """
 
@@ -313,6 +317,8 @@ class Norm(Op):
     bias: int | None = None
     cast: Literal["first", "last"] = "first"
     groups: int = 1
+    gate: Ref | None = None
+    gate_activation: Activation | None = None
     plus: Ref | None = None
 
 
@@ -399,6 +405,38 @@ class Attention(Op):
     chunked: bool = False
     alibi: tuple[float, ...] = ()
     alibi_rounded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDelta(Op):
+    """The gated delta rule: linear attention whose state replaces what it holds for a key.
+
+    Per sequence and head a float32 state S ``[dim_k, dim_v]``, kept in ``state`` from step to step. For each row, with
+    q and k divided by sqrt(|x|² + eps) and q multiplied by ``scale``:
+
+    S = exp(g) S  ·  S = S + k (beta (v - Sᵀk))ᵀ  ·  out = Sᵀq
+
+    where g = ``rate`` * softplus(``decay`` + ``dt_bias``) and beta = ``beta_scale`` * sigmoid(``beta``). ``rate``
+    ``[heads]`` is below 0. ``decay`` has one column per head or, with a decay for each row of S (Kimi's delta
+    attention), dim_k of them. Head h uses the q and k of key head ``h // (heads / key_heads)``.
+    """
+
+    q: Ref
+    k: Ref
+    v: Ref
+    decay: Ref
+    beta: Ref
+    out: Ref
+    state: int
+    rate: int
+    dt_bias: int
+    heads: int
+    key_heads: int
+    dim_k: int
+    dim_v: int
+    scale: float
+    eps: float = 1e-6
+    beta_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ the class default or is on the inert list; a key that the class does not know is
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -68,27 +68,28 @@ class TypeDefaults:
     generation: frozenset[str]
 
 
-@cache
+@functools.cache
 def load_defaults() -> Mapping[str, TypeDefaults]:
     """The generated table (scripts/generate_config_defaults.py), by model type."""
     text = resources.files("truffula.model").joinpath("config_defaults.json").read_text(encoding="utf-8")
     table = json.loads(text)
     generation = frozenset(table["generation"])
-    types = {
-        name: TypeDefaults(
-            model_type=name,
-            class_name=entry["class"],
-            rope_theta=entry["rope_theta"],
-            partial_rotary_factor=entry["partial_rotary_factor"],
-            fields=entry["fields"],
-            nullable=frozenset(entry["nullable"]),
-            aliases=entry["aliases"],
-            known=frozenset((*entry["fields"], *entry["legacy"], *entry["aliases"])) | generation,
-            generation=generation,
-        )
-        for name, entry in table["types"].items()
-    }
-    return MappingProxyType(types)
+    return MappingProxyType(
+        {
+            name: TypeDefaults(
+                model_type=name,
+                class_name=entry["class"],
+                rope_theta=entry["rope_theta"],
+                partial_rotary_factor=entry["partial_rotary_factor"],
+                fields=entry["fields"],
+                nullable=frozenset(entry["nullable"]),
+                aliases=entry["aliases"],
+                known=frozenset((*entry["fields"], *entry["legacy"], *entry["aliases"])) | generation,
+                generation=generation,
+            )
+            for name, entry in table["types"].items()
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,10 @@ class ConfigView:
         return bool(self._given(key))
 
     def _names(self, key: str) -> list[str]:
-        """The field that ``key`` means, and its aliases."""
-        target = self.defaults.aliases.get(key, key)
-        names = [target, *(alias for alias, name in self.defaults.aliases.items() if name == target)]
-        # Some classes name the alias as the field (Qwen3-MoE).
-        return sorted(names, key=lambda name: name not in self.defaults.fields)
+        """The names of what ``key`` means, the class's field first."""
+        name = self.defaults.aliases.get(key, key)
+        names = [name, *(alias for alias, other in self.defaults.aliases.items() if other == name)]
+        return sorted(names, key=lambda item: item not in self.defaults.fields)
 
     def _given(self, key: str) -> list[str]:
         return [name for name in self._names(key) if name in self.values]

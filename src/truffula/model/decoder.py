@@ -84,7 +84,7 @@ def _write_embedding(build: ProgramBuilder, table: int) -> Ref:
     if projected:
         build.linear("project_in", rows, hidden, stream, Epilogue(residual=positions))
     if norm is not None:
-        build.norm("embed_norm", norm, hidden, hidden, Probe(build.module(norm.module), "out"))
+        build.norm("embed_norm", norm, hidden, hidden, Probe(build.module(norm.module5), "out"))
     if spec.per_layer is not None:
         spec.per_layer.write(build, hidden)
     return hidden
@@ -124,7 +124,7 @@ def _write_last(build: ProgramBuilder, hidden: Ref) -> Ref:
     if spec.embed_width is not None:
         # Adapters act on token rows, so the rows are taken after the projection.
         if norm is not None:
-            build.norm("final_norm", norm, hidden, hidden, Probe(build.module(norm.module), "out"))
+            build.norm("final_norm", norm, hidden, hidden, Probe(build.module(norm.module5), "out"))
         projected = build.buffer("projected", spec.embed_width)
         after = Probe(build.module(spec.names.project_out), "out")
         build.linear("project_out", hidden, projected, after)
@@ -134,7 +134,7 @@ def _write_last(build: ProgramBuilder, hidden: Ref) -> Ref:
     if norm is None:
         return last
     normed = build.buffer("last_normed", spec.hidden, "R")
-    build.norm("final_norm", norm, last, normed, Probe(build.module(norm.module), "out"))
+    build.norm("final_norm", norm, last, normed, Probe(build.module(norm.module5), "out"))
     return normed
 
 

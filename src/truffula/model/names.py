@@ -20,7 +20,7 @@ _OUTER = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
 _INNER = ("_fsdp_wrapped_module.", "_orig_mod.")
 
 # Recomputed here, or buffers of training. A stored inv_freq may be wrong (saved after a cast to bfloat16).
-_IGNORABLE = re.compile(
+IGNORABLE = re.compile(
     r"(^|\.)(rotary_emb\.(cos_cached|sin_cached)|rotary_emb(_local)?\.([a-z_]+_)?inv_freq"
     r"|rotary_pos_emb\..*|position_ids|num_batches_tracked)$"
 )
@@ -62,7 +62,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     Raises:
         CheckpointError: No known prefix, two prefixes, missing or unknown tensors (up to ten are listed).
     """
-    stored = _unwrapped(names)
+    stored = unwrapped(names)
     if not stored:
         raise CheckpointError("The checkpoint holds no tensors.", param="tensors")
     prefix, head = _prefix(spec, stored)
@@ -85,8 +85,10 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
             leaves = " | ".join(item.module.rsplit(".", 1)[-1] for item in row.slices)
             warnings.append(f"{found[0]} is stored fused; read as {leaves}.")
         taken.update(found)
+        orders = [item.order for item in row.slices] if len(found) == len(row.slices) else [None]
         parts[row.key] = tuple(
-            WeightPart(stored[name], row.transform, stored=row.stored, order=row.order) for name in found
+            WeightPart(stored[name], row.transform, stored=row.stored, order=order)
+            for name, order in zip(found, orders, strict=True)
         )
     if spec.head_bias and (bias := f"{head}.bias") in stored:
         taken.add(bias)
@@ -96,9 +98,10 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     embed = f"{prefix}{spec.names.embed}.weight"
     heads = [name for name in stored if name.startswith(f"{head}.") and name not in taken]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]
+    without_effect = spec.names.skip + spec.names.unused
     layers = [prefix + spec.layer_prefix(index) for index in range(len(spec.layers))]
     buffers = {layer + buffer for buffer in spec.names.buffers for layer in layers}
-    unused = {name for name in left if name.startswith(spec.names.skip) or _IGNORABLE.search(name) or name in buffers}
+    unused = {name for name in left if name.startswith(without_effect) or IGNORABLE.search(name) or name in buffers}
     unknown = [name for name in left if name not in unused]
     unknown += [name for name in heads if name != f"{head}.weight"]
     _require_complete(spec, missing, unknown, stored)
@@ -122,7 +125,7 @@ def _body_rows(spec: ModelSpec) -> list[WeightRow]:
     return [row for row in spec.rows if row.kind not in ("embed", "head")]
 
 
-def _unwrapped(names: Iterable[str]) -> dict[str, str]:
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
     """Names without wrapper prefixes → names as stored."""
     stored: dict[str, str] = {}
     for name in names:
@@ -178,6 +181,9 @@ def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] |
     split = _split_names(row, prefix)
     if all(name in stored for name in split):
         return split
+    aliased = [prefix + row.tensor(item.alias or item.module) for item in row.slices]
+    if all(name in stored for name in aliased):
+        return aliased
     fused = prefix + row.tensor(row.fused) if row.fused is not None else None
     # Some of the split names beside a fused one are an error: the fused name is then reported as unknown.
     return [fused] if fused in stored and not any(name in stored for name in split) else None  # type: ignore[list-item]

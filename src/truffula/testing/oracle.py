@@ -16,6 +16,7 @@ from truffula.errors import MissingDependency, UnsupportedModel
 from truffula.kernels.installation import CPU_TORCH, installation
 from truffula.kernels.program import Probe
 from truffula.weights.gguf import GgufCheckpoint, open_parts
+from truffula.weights.open import open_checkpoint
 
 Float32 = npt.NDArray[np.float32]
 _ATTENTION = "truffula_observed"
@@ -79,7 +80,14 @@ class Oracle:
         if not kind._supports_attention_backend:
             # Some older classes compute attention in their own modules, where nothing can be recorded.
             implementation = "sdpa" if kind._supports_sdpa else "eager"
-        model = auto.from_pretrained(
+        loader: Any = auto
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+            source = {"pretrained_model_name_or_path": None, "state_dict": _values(path)}
+            with torch.device("meta"):
+                loader = type(auto.from_config(config))
+            self.notes = ("transformers computes with the weights that truffula dequantised.",)
+        model = loader.from_pretrained(
             **source,
             config=config,
             attn_implementation=implementation,
@@ -195,6 +203,14 @@ def _take_factors(config: Any) -> list[float]:
         return []
     config.rope_parameters = {"rope_type": "default", "rope_theta": given["rope_theta"]}
     return list(given["factors"])
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """The tensors of a quantised checkpoint by name, dequantised: transformers would need the scheme's library."""
+    import torch
+
+    with contextlib.closing(open_checkpoint(path)) as opened:
+        return {name: torch.from_numpy(opened.read(name).astype(np.float32)) for name in opened.tensors}
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -126,7 +126,7 @@ def verify_model(
     rows = tuple(comparison.worst[index] for index in sorted(comparison.worst))
     return VerifyReport(
         model=str(path),
-        model_type=plan.spec.model_type,
+        model_type=plan.size.model_type,
         adapter=None if adapter is None else str(adapter),
         backend=describe(chosen),
         dtype=dtype,
@@ -205,7 +205,7 @@ def _default_prompts(checkpoint: Checkpoint, plan: ModelPlan) -> list[list[int]]
     if tokenizer is not None:
         return [tokenizer.encode(prompt) for prompt in DEFAULT_PROMPTS]
     rng = np.random.default_rng(0)
-    return [rng.integers(0, plan.spec.vocab_size, count).tolist() for count in (5, 17, 33)]
+    return [rng.integers(0, plan.interface.vocab_size, count).tolist() for count in (5, 17, 33)]
 
 
 @dataclass(frozen=True)
@@ -288,8 +288,9 @@ def _checks(program: Program) -> list[_Check]:
         plain = isinstance(op, Linear) and not op.epilogue.glu and op.epilogue.residual is None
         if isinstance(op, Linear) and plain and len(op.slices) > 1:
             for item in op.slices:
-                probe = Probe(program.sites[item.site].module, "out")
-                checks.append(_Check(index, op, probe, slice(item.lo, item.hi)))
+                module = program.sites[item.site].modules[0]
+                columns = slice(item.lo, item.hi)
+                checks.append(_Check(index, op, Probe(module.name, "out"), columns, module.order))
         else:
             order = program.sites[op.slices[0].site].modules[0].order if isinstance(op, Linear) and plain else None
             checks.append(_Check(index, op, op.probe, slice(None), order))

@@ -31,6 +31,20 @@ _BASE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_DELTA = {
+    # The norm of a small result of the delta rule would enlarge rounding errors, also transformers'.
+    "rms_norm_eps": 1e-2,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+}
+_SHARED = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
@@ -98,6 +112,16 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "olmo": {},
     "olmo2": {},
     "olmo3": {"sliding_window": 7, "num_hidden_layers": 5},
+    "olmo_hybrid": {
+        "num_hidden_layers": 4,
+        "pad_token_id": 0,
+        **_DELTA,
+        "linear_key_head_dim": 24,
+        "linear_value_head_dim": 20,
+    },
+    "qwen3_5_text": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA},
+    "qwen3_5_moe_text": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA, **_SHARED},
+    "qwen3_next": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA, **_SHARED},
     "qwen3_moe": {"head_dim": 10, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
     "seed_oss": {"head_dim": 10},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
@@ -111,6 +135,8 @@ _TEXT_OF: Mapping[str, tuple[str, bool]] = {
     "gemma4": ("gemma4_text", True),
     "gemma4_unified": ("gemma4_unified_text", True),
     "mistral3": ("ministral3", True),
+    "qwen3_5": ("qwen3_5_text", False),
+    "qwen3_5_moe": ("qwen3_5_moe_text", False),
 }
 
 

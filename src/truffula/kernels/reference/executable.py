@@ -19,6 +19,7 @@ from truffula.kernels.program import (
     CausalConv,
     Embed,
     ExpertLinear,
+    GatedDelta,
     Linear,
     Logits,
     Norm,
@@ -32,7 +33,7 @@ from truffula.kernels.program import (
     Route,
     TakeRows,
 )
-from truffula.kernels.reference import attention, ops, states
+from truffula.kernels.reference import attention, delta, ops, states
 from truffula.kernels.reference.kv import KvPlanes, LazyTensors
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, expert_product, lay_out
 from truffula.kernels.reference.weights import Weight
@@ -267,8 +268,8 @@ class ReferenceExecutable(SynchronousExecutable):
 
     def _norm(self, op: Norm, _: _Step) -> None:
         weight, bias = self._vector(op.weight), self._vector(op.bias)
-        x, plus = self._buffers.get(op.x), self._get(op.plus)
-        self._buffers.put(op.out, ops.norm(op, x, weight, bias, plus, self._buffers.dtype(op.out)))
+        x, gate, plus = self._buffers.get(op.x), self._get(op.gate), self._get(op.plus)
+        self._buffers.put(op.out, ops.norm(op, x, weight, bias, gate, plus, self._buffers.dtype(op.out)))
 
     def _linear(self, op: Linear, step: _Step) -> None:
         x, weight = self._buffers.get(op.x), self._weights[op.weight]
@@ -304,6 +305,12 @@ class ReferenceExecutable(SynchronousExecutable):
             step.plans[key] = attention.plan(step.inputs, *key, size, zero_slot, self._device)
         q = self._buffers.get(op.q)
         self._buffers.put(op.out, attention.compute(op, q, k, v, step.plans[key], self._vector(op.sinks)))
+
+    def _gated_delta(self, op: GatedDelta, step: _Step) -> None:
+        x = [self._buffers.get(ref) for ref in (op.q, op.k, op.v, op.decay, op.beta)]
+        rate, dt_bias = self._weights[op.rate].whole, self._weights[op.dt_bias].whole
+        out = delta.gated_delta(op, x, rate, dt_bias, self._states[op.state], step.spans)
+        self._buffers.put(op.out, out)
 
     def _route(self, op: Route, _: _Step) -> None:
         self._buffers.put(op.out, ops.route(op, self._buffers.get(op.logits), self._vector(op.correction)))
@@ -356,6 +363,7 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
     RopeRows: ReferenceExecutable._rope_rows,
     Rope: ReferenceExecutable._rope,
     Attention: ReferenceExecutable._attention,
+    GatedDelta: ReferenceExecutable._gated_delta,
     CausalConv: ReferenceExecutable._causal_conv,
     Route: ReferenceExecutable._route,
     ExpertLinear: ReferenceExecutable._expert_linear,

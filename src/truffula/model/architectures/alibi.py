@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from truffula.model.architectures.pieces import ACTIVATIONS, finish_spec, layer_norm, sizes_of
-from truffula.model.config_view import ConfigView
+from truffula.model.config_view import INERT, ConfigView
 from truffula.model.parts.attention import AttentionSpec
 from truffula.model.parts.mlp import MlpSpec
 from truffula.model.rope import read_rope
@@ -48,7 +48,7 @@ BLOOM_LENGTH = 2048
 """The length BLOOM was trained with; its class has no key for it, but the files do."""
 # Keys of attn_config: those that are read, those without effect, and those that transformers has but does not read.
 _MPT_READ = ("clip_qkv", "softmax_scale")
-_MPT_INERT = ("attn_impl", "attn_pdrop", "attn_uses_sequence_id", "model_type")
+_MPT_INERT = ("attn_impl", "attn_pdrop", "attn_uses_sequence_id", "is_encoder_decoder")
 _MPT_FIXED = MappingProxyType(
     {"alibi": True, "alibi_bias_max": 8, "attn_type": "multihead_attention", "prefix_lm": False, "qk_ln": False}
 )
@@ -184,7 +184,7 @@ def _attn_config(view: ConfigView) -> Mapping[str, Any]:
     """MPT's ``attn_config``, checked: clip_qkv and softmax_scale where they are given."""
     values, found = view.mapping("attn_config") or {}, {}
     for key, value in values.items():
-        if key not in (*_MPT_READ, *_MPT_INERT, *_MPT_FIXED):
+        if key not in (*_MPT_READ, *_MPT_INERT, *_MPT_FIXED) and key not in INERT:
             raise view.error(f"attn_config.{key}", "transformers has no such key.", value)
     for key, wanted in _MPT_FIXED.items():
         if values.get(key, wanted) != wanted:

@@ -80,6 +80,7 @@ def gpt2(view: ConfigView) -> ModelSpec:
 def gpt_bigcode(view: ConfigView) -> ModelSpec:
     """GPT-2 with ordinary linears, and with one KV head unless ``multi_query`` is false."""
     view.skip("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")  # it always is in float32
+    view.skip("num_key_value_heads")  # written, but made from multi_query
     shared = view.flag("multi_query")
     return _learned(view, BIGCODE_NAMES if shared else BIGCODE_HEADS_NAMES, _sizes(view, 1 if shared else None))
 

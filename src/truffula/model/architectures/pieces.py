@@ -42,12 +42,15 @@ class Sizes:
     mlp: int
 
 
-def read_sizes(view: ConfigView) -> Sizes:
-    """Read and check the sizes. An absent or null head_dim is hidden / heads; null KV heads are as many as heads."""
+def read_sizes(view: ConfigView, mlp: str = "intermediate_size") -> Sizes:
+    """Read and check the sizes. An absent or null head_dim is hidden / heads; null KV heads are as many as heads.
+
+    ``mlp`` is the key of the MLP's width.
+    """
     kv_heads = None
     if not (view.written("num_key_value_heads") and view.raw("num_key_value_heads") is None):
         kv_heads = view.optional_integer("num_key_value_heads")
-    return sizes_of(view, kv_heads, view.optional_integer("head_dim"), view.integer("intermediate_size"))
+    return sizes_of(view, kv_heads, view.optional_integer("head_dim"), view.integer(mlp))
 
 
 def sizes_of(view: ConfigView, kv_heads: int | None, head_dim: int | None, mlp: int | None) -> Sizes:

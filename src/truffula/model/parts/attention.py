@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from truffula.kernels.program import Attention, Epilogue, Pointwise, Ref, Rope, RowOrder
-from truffula.model.rows import LayerRows, NormSpec
+from truffula.model.rows import LayerRows, NormSpec, RowPart
 
 if TYPE_CHECKING:
     from truffula.model.builder import LayerBuilder
@@ -31,6 +31,7 @@ class AttentionSpec:
     ``norm_rotated``. ``v_norm`` acts per head. ``keys_as_values``: v is k before its norm. ``kv_layer`` is the layer
     whose keys and values are attended to; then this one has none. ``clip`` bounds q, k and v before all that.
     ``position_scale`` multiplies q last. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
+    ``gated``: the q module has the rows of q and of a gate for each head; the result is multiplied by sigmoid(gate).
     ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
     """
 
@@ -51,6 +52,7 @@ class AttentionSpec:
     clip: float | None = None
     position_scale: PositionScale | None = None
     softcap: float | None = None
+    gated: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     alibi: tuple[float, ...] = ()
@@ -65,9 +67,13 @@ class AttentionSpec:
         return self.kv_heads * self.head_dim
 
     @property
+    def gate_width(self) -> int:
+        return self.q_width if self.gated else 0
+
+    @property
     def qkv_width(self) -> int:
         own = 0 if self.kv_layer is not None else 1 if self.keys_as_values else 2
-        return self.q_width + own * self.kv_width
+        return self.q_width + self.gate_width + own * self.kv_width
 
     @property
     def kv_widths(self) -> tuple[int, ...]:
@@ -80,18 +86,19 @@ class AttentionSpec:
         return names.out
 
     def rows(self, rows: LayerRows) -> None:
-        names, width = rows.names, rows.hidden
+        names, width, order = rows.names, rows.hidden, None
         if names.qkv_order == "split":
-            q_k_v = [(names.q, self.q_width)]
+            order = RowOrder(self.heads, (self.head_dim, self.head_dim)) if self.gated else None
+            q_k_v: list[RowPart] = [(names.q, self.q_width + self.gate_width, order)]
             if self.kv_layer is None:
                 q_k_v += [(name, self.kv_width) for name in (names.k, names.v)[: 1 if self.keys_as_values else 2]]
-            fused = names.qkv if len(q_k_v) == 3 else None
+            fused = names.qkv if len(q_k_v) == 3 and not self.gated else None
             rows.linear("qkv", q_k_v, width, bias=self.qkv_bias, fused=fused)
         else:
-            share = self.heads // self.kv_heads
-            of_head = (share * self.head_dim, self.head_dim, self.head_dim)
-            order = RowOrder(self.kv_heads, of_head) if names.qkv_order == "grouped" and self.kv_heads > 1 else None
-            rows.linear("qkv", [(str(names.qkv), self.qkv_width)], width, bias=self.qkv_bias, order=order)
+            if names.qkv_order == "grouped" and self.kv_heads > 1:
+                share = self.heads // self.kv_heads
+                order = RowOrder(self.kv_heads, (share * self.head_dim, self.head_dim, self.head_dim))
+            rows.linear("qkv", [(str(names.qkv), self.qkv_width, order)], width, bias=self.qkv_bias)
         rows.norm("q_norm", self.q_norm, self.q_width // self._groups(self.heads), self._groups(self.heads))
         rows.norm("k_norm", self.k_norm, self.kv_width // self._groups(self.kv_heads), self._groups(self.kv_heads))
         rows.norm("v_norm", self.v_norm, self.head_dim, self.kv_heads)
@@ -101,9 +108,10 @@ class AttentionSpec:
         names = build.names
         qkv = build.buffer("qkv", self.qkv_width)
         q, k, v = Ref(qkv.buffer, 0, self.q_width), None, None
+        gate = Ref(qkv.buffer, self.q_width, self.gate_width)
         if self.kv_layer is None:
-            k = Ref(qkv.buffer, self.q_width, self.kv_width)
-            v = Ref(qkv.buffer, self.q_width + self.kv_width, self.kv_width)
+            k = Ref(qkv.buffer, self.q_width + self.gate_width, self.kv_width)
+            v = Ref(qkv.buffer, k.start + self.kv_width, self.kv_width)
         # transformers clips what its modules return.
         probe = build.probe(self.first_module(names), "out") if self.clip is None else None
         build.linear("qkv", x, qkv, probe, Epilogue(clip=self.clip))
@@ -113,33 +121,39 @@ class AttentionSpec:
         if not self.norm_rotated:
             self._write_norms(build, q, k)
         if self.rope is not None:
-            self._write_rope(build, q, k)
+            self._rotate(build, self.rope, q, k)
         if self.norm_rotated:
             self._write_norms(build, q, k)
         if self.position_scale is not None:
             params = astuple(self.position_scale)
             build.append(Pointwise(name="position_scale", kind="position_scale", x=q, out=q, params=params))
-        attended = build.buffer("attended", self.q_width)
+        attended, probe = build.buffer("attended", self.q_width), build.probe(names.out, "in")
         group, planes = build.kv_planes(self.kv_layer)
-        build.append(Attention(name="attention", probe=build.probe(names.out, "in"), q=q, k=k, v=v, out=attended,
+        build.append(Attention(name="attention", probe=None if self.gated else probe, q=q, k=k, v=v, out=attended,
                                group=group, planes=(planes[0], planes[1]), heads=self.heads, kv_heads=self.kv_heads,
                                dim_k=self.head_dim, dim_v=self.head_dim, scale=self.scale, window=self.window,
                                softcap=self.softcap, alibi=self.alibi, alibi_rounded=self.alibi_rounded))  # fmt: skip
+        if self.gated:
+            build.append(Pointwise(name="gate", probe=probe, kind="sigmoid_mul", x=attended, y=gate, out=attended))
         build.output("out", attended)
 
     def _groups(self, heads: int) -> int:
         """The number of norms over the columns of ``heads`` heads."""
         return heads if self.norm_over == "head" else 1
 
-    def _write_rope(self, build: LayerBuilder, q: Ref, k: Ref | None) -> None:
-        """q and k are adjacent and rotated in the same way, by one op over the heads of both."""
-        assert self.rope is not None
-        names, heads = build.names, self.heads if k is None else self.heads + self.kv_heads
-        observed = not self.norm_rotated and self.position_scale is None and k is not None
-        probe = build.probe(names.attention, "in") if observed and names.attention is not None else None
-        build.append(Rope(name="rope", probe=probe, x=Ref(q.buffer, 0, heads * self.head_dim),
-                          rows=build.rope_rows(self.rope), heads=heads, head_dim=self.head_dim, start=0,
-                          dims=build.spec.ropes[self.rope].dims, layout=self.rope_layout))  # fmt: skip
+    def _rotate(self, build: LayerBuilder, rope: int, q: Ref, k: Ref | None) -> None:
+        """Append the rotation: where q and k are adjacent, one op for the heads of both."""
+        last = not self.norm_rotated and self.position_scale is None and not self.gated and k is not None
+        module = build.names.attention if last else None
+        probe = None if module is None else build.probe(module, "in")
+        if k is None:
+            rotated = [q]
+        else:
+            rotated = [q, k] if self.gated else [Ref(q.buffer, q.start, q.width + k.width)]
+        for x in rotated:
+            build.append(Rope(name="rope", probe=probe, x=x, rows=build.rope_rows(rope),
+                              heads=x.width // self.head_dim, head_dim=self.head_dim, start=0,
+                              dims=build.spec.ropes[rope].dims, layout=self.rope_layout))  # fmt: skip
 
     def _write_norms(self, build: LayerBuilder, q: Ref, k: Ref | None) -> None:
         if self.q_norm is not None:

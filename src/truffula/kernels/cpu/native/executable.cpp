@@ -186,6 +186,9 @@ void Executable::add(Op op) {
     for (ThreadState& state : thread_states_)
       if (static_cast<int64_t>(state.attention.size()) < floats) state.attention.resize(static_cast<size_t>(floats));
   }
+  if (const auto* delta = std::get_if<GatedDeltaOp>(&op))
+    for (ThreadState& state : thread_states_)
+      state.delta.resize(std::max(state.delta.size(), static_cast<size_t>(delta_scratch(delta->dim_k))));
   ops_.push_back(std::move(op));
 }
 

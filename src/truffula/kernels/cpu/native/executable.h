@@ -124,7 +124,7 @@ class Executable {
   };
   // Scratch memory and counters of one thread.
   struct alignas(128) ThreadState {
-    std::vector<float> attention;
+    std::vector<float> attention, delta;
     std::vector<Delta> deltas;
     size_t deltas_op = SIZE_MAX;  // the op in this step that `deltas` are of
     // Of a block of an expert's rows: x, x converted, results, and products with A.
@@ -145,6 +145,7 @@ class Executable {
   void check(const RopeRowsOp&) const;
   void check(const RopeOp&) const;
   void check(const AttentionOp&) const;
+  void check(const GatedDeltaOp&) const;
   void check(const RouteOp&) const;
   void check(const ExpertLinearOp&) const;
   void check(const CausalConvOp&) const;
@@ -180,6 +181,7 @@ class Executable {
   void run_op(const RopeRowsOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const RopeOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const AttentionOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const GatedDeltaOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const RouteOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const ExpertLinearOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const CausalConvOp&, const Stage&, int32_t chunk, ThreadState&);

@@ -318,6 +318,8 @@ void bind_sizes(nb::module_& m) {
           return padded_rows(rows) * quantised_row_bytes(number, inputs);
         },
         "isa"_a, "rows"_a, "inputs"_a, "format"_a, "Bytes of x as products with a matrix of this format read it.");
+  m.def("delta_scratch_bytes", [](int64_t dim_k) { return 4 * delta_scratch(dim_k); }, "dim_k"_a,
+        "Bytes of scratch that a gated delta op needs per thread.");
   m.def("expert_scratch_bytes",
         [](int64_t outputs, int64_t inputs, const std::string& format, int64_t half, int64_t threads) {
           const int32_t number = format_named(format);
