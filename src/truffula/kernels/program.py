@@ -11,6 +11,7 @@ round once, to the dtype of the buffer they write. A backend without a mixed pro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -336,11 +337,11 @@ class Linear(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Op):
-    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y · ``scale``: x * params[0], or times the one number of
-    ``weight`` · ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y) · ``position_scale``: x * (1 + b *
-    ln(1 + floor((p + o) / n))) with the row's position p and params (b, n, o) · ``xielu``: its activation, with the
-    numbers of ``weight``: alpha_p, alpha_n, beta and eps as checkpoints store them. ``y`` of the two products may be
-    one column, for all columns of x."""
+    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y, or x * activation(y) · ``scale``: x * params[0], or
+    times the one number of ``weight`` · ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y) ·
+    ``position_scale``: x * (1 + b * ln(1 + floor((p + o) / n))) with the row's position p and params (b, n, o) ·
+    ``xielu``: its activation, whose numbers are ``weight``: alpha_p, alpha_n, beta and eps as checkpoints store them.
+    ``y`` of the two products may be one column, for all columns of x."""
 
     kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul", "position_scale", "xielu"]
     x: Ref
@@ -502,6 +503,35 @@ class ExpertLinear(Op):
     combine: Literal["none", "sum", "weighted"] = "none"
     slices: tuple[SiteSlice, ...] = ()
     epilogue: Epilogue = NO_EPILOGUE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2(Op):
+    """The selective state space of Mamba-2.
+
+    Per sequence and head a float32 state h ``[head_dim, state_size]``, kept in ``state`` from step to step. For each
+    row and head, with dt = softplus(``dt`` + ``dt_bias``) clipped to ``dt_limit``:
+
+    h = exp(rate * dt) h + (dt * x) bᵀ  ·  out = h c + skip * x
+
+    ``rate`` (below 0), ``dt_bias`` and ``skip`` are ``[heads]``. Head i uses the b and c of group
+    ``i // (heads / groups)``.
+    """
+
+    x: Ref
+    b: Ref
+    c: Ref
+    dt: Ref
+    out: Ref
+    state: int
+    rate: int
+    dt_bias: int
+    skip: int
+    heads: int
+    head_dim: int
+    groups: int
+    state_size: int
+    dt_limit: tuple[float, float] = (0.0, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from truffula.kernels.program import (
     GatedDelta,
     Linear,
     Logits,
+    Mamba2,
     Norm,
     Op,
     Pointwise,
@@ -206,7 +207,7 @@ def _pointwise(op: Pointwise, check: _Check) -> None:
     one = op.y is not None and op.y.width == 1 and op.kind != "add"
     check.read("y", op.y, rows, 1 if one else op.x.width)
     only = f"must be set exactly for kind 'act'; the kind is {op.kind!r}."
-    check.require("activation", (op.activation is not None) == (op.kind == "act"), only)
+    check.require("activation", op.kind == "mul" or (op.activation is not None) == (op.kind == "act"), only)
     count = {"scale": 1, "clip": 1, "softcap": 1, "position_scale": 3}.get(op.kind, 0)
     count = 0 if op.kind == "scale" and op.weight is not None else count
     check.require("params", len(op.params) == count, f"kind {op.kind!r} got {len(op.params)} of them.")
@@ -324,6 +325,20 @@ def _causal_conv(op: CausalConv, check: _Check) -> None:
     check.write("out", op.out, "T", op.x.width)
 
 
+def _mamba2(op: Mamba2, check: _Check) -> None:
+    shared = min(op.heads, op.groups, op.head_dim, op.state_size) >= 1 and op.heads % op.groups == 0
+    check.require("groups", shared, f"{op.heads} heads cannot share {op.groups} groups.")
+    check.read("x", op.x, "T", op.heads * op.head_dim)
+    check.read("b", op.b, "T", op.groups * op.state_size)
+    check.read("c", op.c, "T", op.groups * op.state_size)
+    check.read("dt", op.dt, "T", op.heads)
+    for field in ("rate", "dt_bias", "skip"):
+        check.vector(field, getattr(op, field), op.heads)
+    check.require("dt_limit", 0 <= op.dt_limit[0] < op.dt_limit[1], f"{op.dt_limit} is empty or below 0.")
+    check.state("state", op.state, op.heads * op.head_dim * op.state_size)
+    check.write("out", op.out, "T", op.x.width)
+
+
 def _take_rows(op: TakeRows, check: _Check) -> None:
     check.read("x", op.x, "T")
     check.write("out", op.out, "R", op.x.width)
@@ -348,6 +363,7 @@ _CHECKS: dict[type[Op], Callable[..., None]] = {
     Attention: _attention,
     GatedDelta: _gated_delta,
     CausalConv: _causal_conv,
+    Mamba2: _mamba2,
     Route: _route,
     ExpertLinear: _expert_linear,
     TakeRows: _take_rows,

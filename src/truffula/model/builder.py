@@ -273,8 +273,10 @@ class LayerBuilder:
     def norm(
         self, key: str, norm: NormSpec, x: Ref, out: Ref, *,
         probe: Probe | None = None, groups: int = 1, gate: Gate | None = None, plus: Ref | None = None,
+        compared: bool = True,
     ) -> None:  # fmt: skip
-        probe = probe or self.probe(norm.module5, "out")
+        """Append the norm with the row ``key``. ``compared`` False: it has no value in transformers."""
+        probe = probe or (self.probe(norm.module5, "out") if compared else None)
         self.program.norm(self.prefix + key, norm, x, out, probe, layer=self.index, groups=groups, gate=gate, plus=plus)
 
     def kv_planes(self, layer: int | None = None) -> tuple[int, tuple[int, ...]]:

@@ -59,7 +59,7 @@ def plan_model(checkpoint: Checkpoint, implementation: str = "auto", *, serial: 
 
     plan = plan_transformers(checkpoint, serial)
     for name in plan.stored_types:
-        _check_tensor(checkpoint, name, checkpoint.tensors[name].shape, "")
+        _check_tensor(checkpoint, name, checkpoint.tensors[name].shape or (1,), "")
     return dataclasses.replace(plan, warnings=(*warnings, *plan.warnings))
 
 

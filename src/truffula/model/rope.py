@@ -21,6 +21,7 @@ from truffula.model.spec import RopeSpec
 
 Float32 = npt.NDArray[np.float32]
 NESTED = ("full_attention", "sliding_attention")
+DEFAULT_THETA = 10_000.0
 MOST_WIDTH = 1 << 16
 """Far above the width of any head; bounds the table that an invalid config can create."""
 _ALPHA = "dynamic with alpha"
@@ -68,12 +69,14 @@ USUAL_KEYS = RopeKeys()
 
 
 def read_rope(
-    view: ConfigView, head_dim: int, *, partial: bool = False, more: Collection[str] = (), keys: RopeKeys = USUAL_KEYS
-) -> RopeSpec:
+    view: ConfigView, head_dim: int, *,
+    partial: bool | float = False, more: Collection[str] = (), keys: RopeKeys = USUAL_KEYS,
+) -> RopeSpec:  # fmt: skip
     """The table that all layers of a model share. ``head_dim`` is the width of a head.
 
-    ``partial``: the architecture rotates only the first ``partial_rotary_factor`` of a head. ``more`` are parameters
-    that only this architecture has: ``alpha`` stretches the base of the type ``dynamic``; it reads the others itself.
+    ``partial``: the architecture rotates only the first ``partial_rotary_factor`` of a head; a number is the value
+    where the config has none. ``more`` are parameters that only this architecture has: ``alpha`` stretches the base of
+    the type ``dynamic``; it reads the others itself.
     """
     nested, flat, label = _parameters(view)
     if nested:
@@ -168,7 +171,7 @@ def _table(
     theta: float,
     head_dim: int,
     *,
-    partial: bool = False,
+    partial: bool | float = False,
     more: Collection[str] = (),
     keys: RopeKeys = USUAL_KEYS,
 ) -> RopeSpec:
@@ -200,11 +203,12 @@ def _table(
     return table
 
 
-def _rotated(view: ConfigView, values: Mapping[str, Any], head_dim: int, partial: bool, key: str) -> int:
+def _rotated(view: ConfigView, values: Mapping[str, Any], head_dim: int, partial: bool | float, key: str) -> int:
     """The number of columns of a head that are rotated."""
     share, outer = values.get("partial_rotary_factor"), view.raw(key)
     share = outer if share is None else share
-    share = view.defaults.partial_rotary_factor if share is None else share
+    default = view.defaults.partial_rotary_factor if isinstance(partial, bool) else partial
+    share = default if share is None else share
     share = 1.0 if share is None else view.number_value(key, share)
     # Where an architecture rotates the whole head, only transformers' scaled types read the factor.
     if share != 1 and not partial:

@@ -110,8 +110,6 @@ class WeightRow:
     input width I (0 for a vector; the taps of a convolution). ``key`` is its name in the decoder. ``transform``:
     see ``program.WeightPart``. The tying decision assigns the tensors of embedding and head.
 
-    ``stored`` is the shape of a vector in checkpoints where it is not ``[O]``.
-
     A row of kind ``experts`` has such a matrix for each of ``experts`` experts, in one of ``layouts``.
     """
 

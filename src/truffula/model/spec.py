@@ -111,9 +111,11 @@ class ModuleNames:
     """The paths of a model's modules. ``layer`` contains ``{i}``; names inside a layer are relative to it.
 
     ``body`` is the body's path in transformers, with the dot, as probes and PEFT use it (``lora/roots.py`` has those
-    of other classes that adapters are trained on). ``prefixes`` are the prefixes of the body's names in checkpoints,
+    of other classes that adapters are trained on). ``gate_up_fused``: gate and up are the one module ``gate_up``.
+    ``prefixes`` are the prefixes of the body's names in checkpoints,
     most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
-    image encoder; ``unused`` those of parts without effect on generation, such as a head that predicts further tokens.
+    image encoder; ``unused`` those of parts without effect on generation, such as a head that predicts further tokens;
+    ``unneeded`` the same, named relative to the body.
 
     ``qkv_order``: ``split`` are three modules; the others are the one module ``qkv``, whose rows are all q, all k and
     all v (``flat``), or the q, k and v of each KV head in turn (``grouped``). ``gate_up_fused``: gate and up are the
@@ -152,6 +154,7 @@ class ModuleNames:
     buffers: tuple[str, ...] = ()
     transposed: bool = False
     unused: tuple[str, ...] = ()
+    unneeded: tuple[str, ...] = ()
 
 
 LLAMA_NAMES = ModuleNames()

@@ -22,6 +22,7 @@ from truffula.kernels.program import (
     GatedDelta,
     Linear,
     Logits,
+    Mamba2,
     Norm,
     Op,
     Pointwise,
@@ -338,6 +339,12 @@ class ReferenceExecutable(SynchronousExecutable):
         weight, bias = self._weights[op.weight].whole, self._vector(op.bias)
         self._buffers.put(op.out, states.causal_conv(op, x, weight, bias, self._states[op.state], step.spans, dtype))
 
+    def _mamba2(self, op: Mamba2, step: _Step) -> None:
+        x, b, c, dt = (self._buffers.get(ref) for ref in (op.x, op.b, op.c, op.dt))
+        vectors = self._weights[op.rate].whole, self._weights[op.dt_bias].whole, self._weights[op.skip].whole
+        out = states.mamba2(op, x, b, c, dt, vectors, self._states[op.state], step.spans)
+        self._buffers.put(op.out, out.to(self._buffers.dtype(op.out)))
+
     def _take_rows(self, op: TakeRows, step: _Step) -> None:
         self._buffers.put(op.out, self._buffers.get(op.x).index_select(0, step.logit_rows))
 
@@ -365,6 +372,7 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
     Attention: ReferenceExecutable._attention,
     GatedDelta: ReferenceExecutable._gated_delta,
     CausalConv: ReferenceExecutable._causal_conv,
+    Mamba2: ReferenceExecutable._mamba2,
     Route: ReferenceExecutable._route,
     ExpertLinear: ReferenceExecutable._expert_linear,
     TakeRows: ReferenceExecutable._take_rows,

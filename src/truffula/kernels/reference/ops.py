@@ -93,7 +93,7 @@ def pointwise(
             out = values + y.float()
         case "mul":
             assert y is not None
-            out = values * y.float()
+            out = values * (y.float() if op.activation is None else activation(y.float(), op.activation))
         case "scale":
             out = values * (op.params[0] if weight is None else weight)
         case "clip":

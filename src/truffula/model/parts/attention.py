@@ -31,8 +31,10 @@ class AttentionSpec:
     ``norm_rotated``. ``v_norm`` acts per head. ``keys_as_values``: v is k before its norm. ``kv_layer`` is the layer
     whose keys and values are attended to; then this one has none. ``clip`` bounds q, k and v before all that.
     ``position_scale`` multiplies q last. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
-    ``gated``: the q module has the rows of q and of a gate for each head; the result is multiplied by sigmoid(gate).
-    ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
+    ``chunked``: the window is a chunk of positions, see ``program.Attention``. ``sinks`` is the tensor of a logit per
+    head, which only counts in the softmax's denominator. ``gated``: the q module has the rows of q and of a gate for
+    each head; the result is multiplied by sigmoid(gate). ``gate``: the same with a module of its own, of the part's
+    input. ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
     """
 
     heads: int
@@ -52,7 +54,10 @@ class AttentionSpec:
     clip: float | None = None
     position_scale: PositionScale | None = None
     softcap: float | None = None
+    chunked: bool = False
+    sinks: str | None = None
     gated: bool = False
+    gate: str | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     alibi: tuple[float, ...] = ()
@@ -102,6 +107,10 @@ class AttentionSpec:
         rows.norm("q_norm", self.q_norm, self.q_width // self._groups(self.heads), self._groups(self.heads))
         rows.norm("k_norm", self.k_norm, self.kv_width // self._groups(self.kv_heads), self._groups(self.kv_heads))
         rows.norm("v_norm", self.v_norm, self.head_dim, self.kv_heads)
+        if self.sinks is not None:
+            rows.vector("sinks", self.sinks, self.heads)
+        if self.gate is not None:
+            rows.linear("gate", [(self.gate, self.q_width)], rows.hidden)
         rows.linear("out", [(names.out, rows.hidden)], self.q_width, bias=self.out_bias)
 
     def write(self, build: LayerBuilder, x: Ref) -> None:
@@ -129,12 +138,18 @@ class AttentionSpec:
             build.append(Pointwise(name="position_scale", kind="position_scale", x=q, out=q, params=params))
         attended, probe = build.buffer("attended", self.q_width), build.probe(names.out, "in")
         group, planes = build.kv_planes(self.kv_layer)
-        build.append(Attention(name="attention", probe=None if self.gated else probe, q=q, k=k, v=v, out=attended,
+        whole = not self.gated and self.gate is None
+        build.append(Attention(name="attention", probe=probe if whole else None, q=q, k=k, v=v, out=attended,
                                group=group, planes=(planes[0], planes[1]), heads=self.heads, kv_heads=self.kv_heads,
                                dim_k=self.head_dim, dim_v=self.head_dim, scale=self.scale, window=self.window,
-                               softcap=self.softcap, alibi=self.alibi, alibi_rounded=self.alibi_rounded))  # fmt: skip
-        if self.gated:
-            build.append(Pointwise(name="gate", probe=probe, kind="sigmoid_mul", x=attended, y=gate, out=attended))
+                               softcap=self.softcap, chunked=self.chunked, alibi=self.alibi,
+                               alibi_rounded=self.alibi_rounded,
+                               sinks=build.weight("sinks") if self.sinks is not None else None))  # fmt: skip
+        if self.gate is not None:
+            gate = build.buffer("gate", self.q_width)
+            build.linear("gate", x, gate, build.probe(self.gate, "out"))
+        if not whole:
+            build.append(Pointwise(name="gated", probe=probe, kind="sigmoid_mul", x=attended, y=gate, out=attended))
         build.output("out", attended)
 
     def _groups(self, heads: int) -> int:
@@ -156,7 +171,9 @@ class AttentionSpec:
                               dims=build.spec.ropes[rope].dims, layout=self.rope_layout))  # fmt: skip
 
     def _write_norms(self, build: LayerBuilder, q: Ref, k: Ref | None) -> None:
+        # One module for both is called twice, so that its output is not that of either.
+        own = self.q_norm is None or self.k_norm is None or self.q_norm.module != self.k_norm.module
         if self.q_norm is not None:
-            build.norm("q_norm", self.q_norm, q, q, groups=self._groups(self.heads))
+            build.norm("q_norm", self.q_norm, q, q, groups=self._groups(self.heads), compared=own)
         if self.k_norm is not None and k is not None:
-            build.norm("k_norm", self.k_norm, k, k, groups=self._groups(self.kv_heads))
+            build.norm("k_norm", self.k_norm, k, k, groups=self._groups(self.kv_heads), compared=own)

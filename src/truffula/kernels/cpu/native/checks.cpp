@@ -190,6 +190,23 @@ void Executable::check(const CausalConvOp& op) const {
   require_disjoint(op.out, {&op.x}, "causal conv: x lies where out is written");
 }
 
+void Executable::check(const Mamba2Op& op) const {
+  require(!has_logit_rows(op.out), "mamba2: out has a row per token");
+  require_same_rows(op.out, {&op.x, &op.b, &op.c, &op.dt});
+  const int64_t heads = op.heads, width = op.head_dim, groups = op.groups, size = op.state_size;
+  require(heads > 0 && width > 0 && groups > 0 && size > 0 && heads % groups == 0, "mamba2: heads");
+  require(op.x.width == heads * width && op.out.width == op.x.width && op.dt.width == heads &&
+              op.b.width == groups * size && op.c.width == groups * size, "mamba2: width");
+  require(heads * width <= kMaxColumns && heads * width * size <= kMaxWidth, "mamba2: a state that is too large");
+  for (int32_t id : {op.rate, op.dt_bias, op.skip}) {
+    weight(id);  // none may be absent
+    require_vector(id, heads, "mamba2: rate, dt_bias or skip");
+  }
+  require(op.dt_limit[0] >= 0.0f && op.dt_limit[0] < op.dt_limit[1], "mamba2: dt_limit");
+  require_state(op.state, heads * width * size);
+  require_disjoint(op.out, {&op.x, &op.b, &op.c, &op.dt}, "mamba2: an operand lies where out is written");
+}
+
 void Executable::check(const TakeRowsOp& op) const {
   require(!has_logit_rows(op.x) && has_logit_rows(op.out) && op.x.width == op.out.width, "take rows: width or rows");
   require_disjoint(op.out, {&op.x}, "take rows: x lies where out is written");

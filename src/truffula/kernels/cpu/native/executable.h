@@ -149,6 +149,7 @@ class Executable {
   void check(const RouteOp&) const;
   void check(const ExpertLinearOp&) const;
   void check(const CausalConvOp&) const;
+  void check(const Mamba2Op&) const;
   void check(const TakeRowsOp&) const;
   States states_of(int32_t id) const;
   void plan_spans();
@@ -185,6 +186,7 @@ class Executable {
   void run_op(const RouteOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const ExpertLinearOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const CausalConvOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const Mamba2Op&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const TakeRowsOp&, const Stage&, int32_t chunk, ThreadState&);
   bool converts_x(int32_t weight, const Ref& x) const;
   std::vector<float> packed_bias(int32_t bias, int32_t matrix) const;

@@ -255,6 +255,20 @@ struct CausalConvOp {
   }
 };
 
+struct Mamba2Op {
+  Ref x, b, c, dt, out;
+  int32_t state = 0, rate = 0, dt_bias = 0, skip = 0, heads = 0, head_dim = 0, groups = 0, state_size = 0;
+  std::array<float, 2> dt_limit{};
+
+  static constexpr const char* kName = "Mamba2";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("x", o.x), f("b", o.b), f("c", o.c), f("dt", o.dt), f("out", o.out), f("state", o.state), f("rate", o.rate);
+    f("dt_bias", o.dt_bias), f("skip", o.skip), f("heads", o.heads), f("head_dim", o.head_dim), f("groups", o.groups);
+    f("state_size", o.state_size), f("dt_limit", o.dt_limit);
+  }
+};
+
 struct TakeRowsOp {
   Ref x, out;
 
@@ -266,7 +280,7 @@ struct TakeRowsOp {
 };
 
 using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, CausalConvOp,
-                        GatedDeltaOp, RouteOp, ExpertLinearOp, TakeRowsOp>;
+                        GatedDeltaOp, Mamba2Op, RouteOp, ExpertLinearOp, TakeRowsOp>;
 
 // The columns that an op writes.
 inline const Ref& out_of(const Op& op) {

@@ -163,6 +163,8 @@ int32_t Executable::chunks_of(const Stage& stage) {
     const int32_t panels = (conv->x.width + kLanes - 1) / kLanes;
     return std::min(panels, counts_.T < kFineRows ? team : 4 * team);
   }
+  if (const auto* mamba2 = std::get_if<Mamba2Op>(&op))
+    return static_cast<int32_t>(std::min<int64_t>(static_cast<int64_t>(counts_.N) * mamba2->heads, 4 * team));
   if (const auto* take = std::get_if<TakeRowsOp>(&op)) return row_chunks(rows_of(take->out), team);
   if (const auto* rope = std::get_if<RopeOp>(&op)) return row_chunks(rows_of(rope->x), team);
   return row_chunks(counts_.T, team);
@@ -382,6 +384,20 @@ void Executable::run_op(const CausalConvOp& op, const Stage& stage, int32_t chun
                       states_of(op.state), op.x.width, static_cast<int32_t>(w.outputs / op.x.width), op.activation, rounded(op.out)};
   const auto mine = span_of((op.x.width + kLanes - 1) / kLanes, chunk, chunks_of(stage));
   kernels_->conv(&call, spans_.data(), static_cast<int32_t>(spans_.size()), mine.lo * kLanes, std::min(mine.hi * kLanes, op.x.width));
+}
+
+// A unit is one head of one sequence: all its spans, in their order.
+void Executable::run_op(const Mamba2Op& op, const Stage& stage, int32_t chunk, ThreadState&) {
+  const auto vector = [&](int32_t id) { return weight(id).memory.floats(); };
+  const Mamba2Call call{rows(op.x), rows(op.b), rows(op.c), rows(op.dt), rows(op.out), vector(op.rate), vector(op.dt_bias),
+                        vector(op.skip), states_of(op.state), op.heads, op.head_dim, op.groups, op.state_size,
+                        rounded(op.out), op.dt_limit[0], op.dt_limit[1]};
+  const auto mine = span_of(static_cast<int64_t>(counts_.N) * op.heads, chunk, chunks_of(stage));
+  for (int64_t unit = mine.lo; unit < mine.hi; ++unit) {
+    const auto [first, last] = spans_of_sequence_[static_cast<size_t>(unit / op.heads)];
+    for (int32_t z = first; z < last; ++z)
+      kernels_->mamba2(&call, &spans_[static_cast<size_t>(z)], static_cast<int32_t>(unit % op.heads));
+  }
 }
 
 void Executable::run_op(const TakeRowsOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
