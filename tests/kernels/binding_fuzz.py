@@ -37,8 +37,8 @@ NASTY = st.sampled_from(
     [-(2**31), -(2**31) + 1, -65536, -2, -1, 0, 1, 2, 3, 5, 16, 24, 25, 63, 80, 127, 65536, 2**30, 2**31 - 2, 2**31 - 1]
 )
 ARRAYS = (
-    "token_ids", "position", "rope_pos", "slot_mapping", "block_tables", "q_start", "kv_len", "seg", "seg_r",
-    "seg_weight", "logit_rows", "span_start", "state_in", "state_out",
+    "token_ids", "position", "rope_pos", "rope_length", "slot_mapping", "block_tables", "q_start", "kv_len", "seg",
+    "seg_r", "seg_weight", "logit_rows", "span_start", "state_in", "state_out",
 )  # fmt: skip
 settled = lambda examples: settings(
     max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)

@@ -112,6 +112,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         vocab_size=plan.interface.vocab_size,
         eos_token_ids=plan.eos_token_ids,
         prefetch_adapters=config.prefetch_adapters,
+        rope_regime=plan.interface.rope_regime,
         kv_windows=layout.windows,
         kv_block_bytes=layout.block_bytes,
         num_states=memory.num_states,

@@ -30,7 +30,7 @@ struct Capacity {
 
 // The arrays that vary from step to step, owned by the caller (see kernels/inputs.py for shapes and meaning).
 struct StepArrays {
-  const int32_t *token_ids, *position, *rope_pos, *slot_mapping, *block_tables, *q_start, *kv_len, *seg, *seg_r;
+  const int32_t *token_ids, *position, *rope_pos, *rope_length, *slot_mapping, *block_tables, *q_start, *kv_len, *seg, *seg_r;
   const float* seg_weight;
   const int32_t* logit_rows;
   const int32_t *span_start, *state_in, *state_out;

@@ -129,7 +129,7 @@ struct NormCall {
 struct PointwiseCall {
   Rows x, y, out;
   int32_t kind, activation, width, round_out;
-  const float* params;        // kXielu: alpha_p, alpha_n, beta, eps as stored
+  const float* params;        // of kXielu: alpha_p, alpha_n, beta, eps as stored
   const int32_t* positions;   // of token rows
   int32_t y_column;  // y is one column, for all columns of x
 };
@@ -189,6 +189,8 @@ struct AttentionCall {
   KvCache cache;
   Rows q, k, v, out;
   const float* sinks;   // per head; may be null
+  const float* alibi;   // per head, the slope of its bias by the key's position; may be null
+  int32_t alibi_rounded;   // position and bias are rounded to bfloat16, and the bias is scaled as the scores are
   int32_t heads, window, chunked, round_out;
   float scale, softcap;
 };

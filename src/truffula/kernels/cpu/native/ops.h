@@ -144,14 +144,15 @@ struct PointwiseOp {
 };
 
 struct RopeRowsOp {
-  std::vector<float> inv_freq;
-  float factor = 1.0f;
+  std::vector<float> inv_freq, long_freq;
+  float factor = 1.0f, growth = 0.0f;
+  int32_t border = 0;
   Ref out;
 
   static constexpr const char* kName = "RopeRows";
   template <class Self, class F>
   static void fields(Self& o, F&& f) {
-    f("inv_freq", o.inv_freq), f("factor", o.factor), f("out", o.out);
+    f("inv_freq", o.inv_freq), f("factor", o.factor), f("border", o.border), f("long_freq", o.long_freq), f("growth", o.growth), f("out", o.out);
   }
 };
 
@@ -174,14 +175,17 @@ struct AttentionOp {
   int64_t window = 0;               // 0: none; positions are int32, so larger ones hide no key
   float scale = 1.0f, softcap = 0.0f;
   int32_t sinks = kAbsent;
+  std::vector<float> alibi;
+  bool alibi_rounded = false;
   bool chunked = false;
 
   static constexpr const char* kName = "Attention";
   template <class Self, class F>
   static void fields(Self& o, F&& f) {
-    f("q", o.q), f("k", o.k), f("v", o.v), f("out", o.out), f("group", o.group), f("planes", o.planes);
+    f("q", o.q), f("k", o.k, kOptional), f("v", o.v, kOptional), f("out", o.out), f("group", o.group), f("planes", o.planes);
     f("heads", o.heads), f("kv_heads", o.kv_heads), f("dim_k", o.dim_k), f("dim_v", o.dim_v), f("scale", o.scale);
     f("window", o.window), f("softcap", o.softcap), f("sinks", o.sinks);
+    f("alibi", o.alibi), f("alibi_rounded", o.alibi_rounded);
     f("chunked", o.chunked);
   }
 };

@@ -149,7 +149,7 @@ int32_t Executable::chunks_of(const Stage& stage) {
   }
   if (const auto* attention = std::get_if<AttentionOp>(&op)) {
     const AttentionPlan& plan = plan_of(*attention);
-    if (stage.number == 0) return row_chunks(counts_.T, team);
+    if (stage.number == 0) return attention->k.buffer == kAbsent ? 0 : row_chunks(counts_.T, team);
     if (stage.number == 2 && plan.partial_rows == 0) return 0;
     return chunks_for(static_cast<int64_t>(plan.tiles.size()) * attention->kv_heads);
   }
@@ -281,8 +281,15 @@ void Executable::run_op(const RopeRowsOp& op, const Stage& stage, int32_t chunk,
   for (int32_t t = mine.lo; t < mine.hi; ++t) {
     float* row = out.data + t * out.stride;
     const auto position = static_cast<float>(in_.rope_pos[t]);
+    const int64_t length = std::max<int64_t>(in_.rope_length[t], static_cast<int64_t>(in_.rope_pos[t]) + 1);
+    const bool is_long = op.border > 0 && length > op.border;
+    const std::vector<float>& freq = is_long && !op.long_freq.empty() ? op.long_freq : op.inv_freq;
+    // The base grows with the length: each frequency falls by a power of this.
+    const double grown = is_long && op.long_freq.empty() ? op.growth * static_cast<double>(length) / op.border - (op.growth - 1.0) : 1.0;
     for (size_t i = 0; i < pairs; ++i) {
-      const float angle = position * op.inv_freq[i];
+      float inv_freq = freq[i];
+      if (grown != 1.0) inv_freq = static_cast<float>(inv_freq * std::pow(grown, -static_cast<double>(i) / static_cast<double>(pairs - 1)));
+      const float angle = position * inv_freq;
       row[i] = std::cos(angle) * op.factor;
       row[pairs + i] = std::sin(angle) * op.factor;
     }
@@ -307,6 +314,8 @@ AttentionCall Executable::call_of(const AttentionOp& op) const {
   call.v = rows(op.v);
   call.out = rows(op.out);
   call.sinks = op.sinks == kAbsent ? nullptr : weight(op.sinks).memory.floats();
+  call.alibi = op.alibi.empty() ? nullptr : op.alibi.data();
+  call.alibi_rounded = op.alibi_rounded;
   call.heads = op.heads;
   call.window = static_cast<int32_t>(op.window);
   call.chunked = op.chunked;
