@@ -74,6 +74,7 @@ def test_answers_and_memory_are_those_of_the_plain_values(tmp_path: Path, name: 
 PACKED = {
     "gptq-4": "Q4_1", "gptq-3": "Q4_1", "awq-gemm": "Q4_1", "awq-gemv": "Q4_1", "ct-int4-group": "Q4_0",
     "ct-int4-channel": "Q4_0", "ct-int3": "Q4_0", "ct-int8": "Q8_0", "ct-naive": "Q8_0", "ct-int8-packed": "Q8_0",
+    "ct-mxfp4": "Q5_0",
 }  # fmt: skip
 
 
@@ -92,6 +93,17 @@ def test_integers_are_kept_in_blocks_of_the_native_kernels(tmp_path: Path, name:
     assert np.abs(logits - exact).max() < 0.2 * exact.std()
     formats = CpuBackend(1).plan(plan.program, "bfloat16", CAPACITY, plan.stored_types).weight_formats
     assert set(formats) == {PACKED[name].lower(), "bfloat16", "vectors"}
+
+
+def test_stacked_experts_of_mxfp4_are_kept_in_blocks_along_their_inputs(tmp_path: Path) -> None:
+    fixture = Fixture("mxfp4-experts")
+    config = {**MODEL, "quantization_config": fixture.config}
+    opened = open_checkpoint(write_folder(tmp_path / "m", config, fixture.tensors))
+    for name in fixture.expected:
+        values, blocks = opened.read(name).astype(np.float32).swapaxes(1, 2), opened.blocks(name)
+        assert blocks is not None and (blocks.kind, blocks.shape) == ("Q5_0", values.shape)
+        np.testing.assert_array_equal(blocks.dequantise(), values)
+        np.testing.assert_array_equal(blocks.output_rows(slice(1, None, 2))[2].dequantise(), values[2, 1::2])
 
 
 @pytest.mark.parametrize("stored", [0x77777777, 0x76777777])
@@ -154,6 +166,21 @@ def test_fused_modules_are_quantised_as_one(tmp_path: Path) -> None:
     _, logits = run(path)
     _, wanted = run(plain_copy(path, config, tmp_path / "plain"))
     assert np.array_equal(logits, wanted)
+
+
+@pytest.mark.parametrize("name", ["gptq-4", "fp8-block"])
+def test_experts_are_modules_like_others(tmp_path: Path, name: str) -> None:
+    moe = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    config, tensors = as_model(Fixture(name), model_type="qwen3_moe", head_dim=16, norm_topk_prob=True, **moe)
+    assert (
+        any("experts.3.down_proj" in key and "weight" not in key.split(".") for key in tensors) or name == "fp8-block"
+    )
+    path = write_folder(tmp_path / "m", config, tensors)
+    _, logits = run(path)
+    _, wanted = run(plain_copy(path, config, tmp_path / "plain"))
+    assert np.array_equal(logits, wanted)
+    _, packed = run(path, exact=False)
+    assert np.abs(packed - logits).max() < logits.std()
 
 
 def test_scales_of_activations_and_of_the_cache_are_left_out_and_said(tmp_path: Path) -> None:
@@ -341,6 +368,14 @@ def test_a_config_that_is_not_supported_is_refused_by_name(tmp_path: Path, value
     with pytest.raises(UnsupportedModel, match=named) as raised:
         open_checkpoint(path)
     assert "quantization_config" in str(raised.value.param)
+
+
+def test_auto_round_of_version_0_4_names_its_layout_as_backend(tmp_path: Path) -> None:
+    for name, backend in (("auto-round", "auto_round:gptq:exllamav2"), ("awq-gemm", "auto_round:awq:gemm")):
+        fixture = Fixture(name)
+        config = {"quant_method": "intel/auto-round", "bits": 4, "group_size": 32, "sym": False, "backend": backend}
+        folder = write_folder(tmp_path / name, {**MODEL, "quantization_config": config}, fixture.tensors)
+        assert digest(open_checkpoint(folder).read("tall.weight")) == fixture.expected["tall"][1]
 
 
 def test_widths_that_differ_by_module_follow_from_the_shapes(tmp_path: Path) -> None:

@@ -135,8 +135,8 @@ class ConfigView:
 
     def error(self, key: str, why: str, value: Any = None) -> UnsupportedModel:
         """The error about the value of ``key``, for callers that check a value themselves."""
-        shown = self.values.get(key) if value is None else value
-        return UnsupportedModel(f"{self.where}: {key} is {_shown(shown)}; {why}", param=key, value=_shown(shown))
+        found = self.values.get(key) if value is None else value
+        return UnsupportedModel(f"{self.where}: {key} is {shown(found)}; {why}", param=key, value=shown(found))
 
     def _value(self, key: str) -> Any:
         value = self.raw(key)
@@ -257,7 +257,7 @@ class ConfigView:
             if use == _UNKNOWN:
                 unknown.append(key)
             elif use == _DEFAULT and value != self.defaults.fields[key]:
-                why = f"only {_shown(self.defaults.fields[key])} is supported for {self.model_type}."
+                why = f"only {shown(self.defaults.fields[key])} is supported for {self.model_type}."
                 raise self.error(key, why, value)
             elif use == _BOOKKEEPING and key in self.defaults.known and value is not None:
                 raise self.error(key, "it has an effect in transformers that is not supported here.", value)
@@ -268,7 +268,7 @@ class ConfigView:
 
     def key_uses(self) -> tuple[KeyUse, ...]:
         """The use of every key of the file, in its order; call it after ``finish``."""
-        own = tuple(KeyUse(f"{self._path}{key}", _shown(value), self._use(key)) for key, value in self.values.items())
+        own = tuple(KeyUse(f"{self._path}{key}", shown(value), self._use(key)) for key, value in self.values.items())
         return (*own, *(use for view in self._nested for use in view.key_uses()))
 
     @property
@@ -285,6 +285,7 @@ class ConfigView:
         return _BOOKKEEPING if key in self.defaults.known or key in OLD_BOOKKEEPING else _UNKNOWN
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as JSON, cut when it is long."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 120 else text[:117] + "..."

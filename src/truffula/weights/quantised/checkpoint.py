@@ -80,7 +80,7 @@ class QuantisedCheckpoint(Checkpoint):
             return None
         for part in self.tensors[name].parts:
             release_pages(self.bytes_of(part))
-        return QuantisedArray(format.name, made, logical.shape, partial(values_of_blocks, format))
+        return QuantisedArray(format.name, made, logical.packed_shape, partial(values_of_blocks, format))
 
 
 def _modules(opened: Checkpoint, scheme: Scheme) -> dict[str, dict[str, TensorInfo]]:

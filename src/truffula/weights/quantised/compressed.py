@@ -41,7 +41,7 @@ from truffula.weights.quantised.floats import (
 )
 from truffula.weights.quantised.keys import Keys
 from truffula.weights.quantised.logical import BFLOAT16, FLOATS, Logical, Parts, Scheme
-from truffula.weights.quantised.packing import Terms, integers, kind_for
+from truffula.weights.quantised.packing import Terms, integers, kind_for, pack_e2m1
 
 WEIGHT, PACKED, SCALE, ZERO = ".weight", ".weight_packed", ".weight_scale", ".weight_zero_point"
 GLOBAL, SHAPE, G_IDX = ".weight_global_scale", ".weight_shape", ".weight_g_idx"
@@ -171,17 +171,26 @@ def _floats4(parts: Parts) -> Logical:
         parts.need(GLOBAL, "F32")
         parts.require(GLOBAL, (1,))
 
-    def compute(lo: int, hi: int) -> Array:
+    def terms(lo: int, hi: int) -> tuple[Array, Array]:
         if exponents:
             scales = scale_rows(parts, SCALE, lo, hi, (1, size))
         else:
             scales = np.take(table(F8["F8_E4M3"]), parts.read(SCALE)[lo:hi].view(np.uint8))
             with np.errstate(all="ignore"):
                 scales = scales / parts.read(GLOBAL).reshape(-1)[0]
-        return affine(unpack_e2m1(parts.read(PACKED)[lo:hi]), None, scales, size, BFLOAT16)
+        return unpack_e2m1(parts.read(PACKED)[lo:hi]), scales
 
-    kind = "MXFP4" if exponents else "NVFP4"
-    return Logical(f"{parts.module}.weight", (outputs, 2 * half), BFLOAT16, kind, compute)
+    def compute(lo: int, hi: int) -> Array:
+        values, scales = terms(lo, hi)
+        return affine(values, None, scales, size, BFLOAT16)
+
+    def pack(lo: int, hi: int) -> Array | None:
+        return pack_e2m1(*terms(lo, hi))
+
+    name, shape = f"{parts.module}.weight", (outputs, 2 * half)
+    if not exponents:  # 16 inputs share a scale, fewer than a block has
+        return Logical(name, shape, BFLOAT16, "NVFP4", compute)
+    return Logical(name, shape, BFLOAT16, "MXFP4", compute, "Q5_0", pack)
 
 
 def _scale_shapes(outputs: int, groups: int) -> tuple[tuple[int, ...], ...]:

@@ -73,13 +73,14 @@ class Gptq(Scheme):
 
     def _bits(self, parts: Parts, zero_words: tuple[int, ...], outputs: int) -> int:
         """The width that the zeros' shape tells; there are as many of them as scales."""
-        bits = next((bits for bits in BITS if -(-outputs * bits // 32) == zero_words[1]), None)
-        if bits is None or (self.bits is not None and bits != self.bits):
-            said = "2, 3, 4 or 8" if self.bits is None else str(self.bits)
+        widths = BITS if self.bits is None else (self.bits,)
+        fitting = [bits for bits in widths if -(-outputs * bits // 32) == zero_words[1]]
+        if len(fitting) != 1:
+            said = " or ".join(map(str, widths))
             raise parts.error(
                 QZEROS, f"has {zero_words[1]} words for {outputs} outputs, which are not zeros of {said} bits."
             )
-        return bits
+        return fitting[0]
 
     def _group_size(self, parts: Parts, inputs: int, groups: int) -> int:
         if G_IDX in parts:

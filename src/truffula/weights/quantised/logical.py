@@ -27,7 +27,7 @@ class Logical:
 
     ``kind`` names the stored form (``GPTQ-4``). ``compute`` is called from several threads. A weight that native
     kernels can multiply as it is has the kind of its blocks as ``packed`` (``Q4_0``), and ``pack(lo, hi)`` makes them,
-    or returns None where the numbers do not fit.
+    or returns None where the numbers do not fit. ``swapped``: blocks run along the last dimension but one.
     """
 
     name: str
@@ -37,6 +37,12 @@ class Logical:
     compute: Callable[[int, int], Array]
     packed: str = ""
     pack: Callable[[int, int], Array | None] | None = None
+    swapped: bool = False
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """``shape``, with the dimension of the blocks last."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.swapped else self.shape
 
     def rows(self, lo: int, hi: int) -> Array:
         """Rows ``lo .. hi``, computed in pieces by the threads of this machine."""
@@ -50,10 +56,11 @@ class Logical:
         return out
 
     def blocks(self, nbytes: int) -> Array | None:
-        """uint8 ``[rows, blocks of a row, nbytes]``: all rows in blocks of the kind ``packed``; None where they do not
-        fit.
+        """uint8 ``[..., blocks of a row, nbytes]``: ``packed_shape`` in blocks of the kind ``packed``; None where they
+        do not fit.
         """
-        out = np.empty((self.shape[0], self.shape[1] // 32, nbytes), np.uint8)
+        *rows, width = self.packed_shape
+        out = np.empty((*rows, width // 32, nbytes), np.uint8)
         fitting: list[bool] = []
 
         def piece(start: int, stop: int) -> None:

@@ -51,6 +51,11 @@ def integers(
     return Logical(name, shape, dtype, kind, compute, packed, blocks if packed else None)
 
 
+def pack_e2m1(values: Array, scales: Array) -> Array | None:
+    """Blocks of Q5_0 for floats of 4 bits ``[n, inputs]`` with a scale per 32: twice a value is a whole number."""
+    return pack("Q5_0", 2 * values, None, scales / 2, BLOCK)
+
+
 def pack(kind: str, quants: Array, zeros: Array | None, scales: Array, groups: int | Array) -> Array | None:
     """``[n, inputs / 32, bytes of a block]`` uint8; None when a block cannot hold these numbers: groups out of order,
     zeros that differ although they are said not to, scales that are not finite in float16.
@@ -73,9 +78,9 @@ def pack(kind: str, quants: Array, zeros: Array | None, scales: Array, groups: i
     if kind == "Q4_1":
         assert minimum is not None
         parts.append(minimum)
-    elif zeros is not None and zeros.size:
-        zero = int(zeros.flat[0])
-        if (zeros != zero).any():
+    else:
+        zero = 0 if zeros is None else int(zeros.flat[0])
+        if zeros is not None and (zeros != zero).any():
             return None
         numbers += np.int16(_MIDDLE[kind] - zero)
     if kind != "Q8_0" and (numbers.min() < 0 or numbers.max() > (31 if kind == "Q5_0" else 15)):
