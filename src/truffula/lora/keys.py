@@ -28,7 +28,9 @@ _HALF = re.compile(
     r"|embedding_(?P<table_half>[AB])(?:\.(?P<table_name>[^.]+))?)\Z"
 )
 _TRAINING = re.compile(r".+\.lora_(velora_embed|monteclora_sampler\b.*)(\..+)?\Z")
-_TABLE_COPY = re.compile(r"(?P<module>(.+\.)?(embed_tokens|lm_head|wte|embed_in))\.base_layer\.weight\Z")
+_TABLE_COPY = re.compile(
+    r"(?P<module>(.+\.)?(embed_tokens|lm_head|wte|embed_in|word_embeddings))\.base_layer\.weight\Z"
+)
 
 # Pattern → the field of adapter_config.json that writes such tensors.
 _UNSERVED = {
@@ -37,7 +39,6 @@ _UNSERVED = {
     r"\.lora_diag(\..+)?$": "kasa_config",
     r"\.(base_layer\.)?bias$": "bias",
     r"\.token_adapter\.trainable_tokens_delta$": "trainable_token_indices",
-    r"\.experts(\.base_layer)?\.lora_[AB](\.[^.]+)?\.weight$": "target_parameters",
     r"\.modules_to_save\.": "modules_to_save",
 }
 # Pattern → what has such tensors, in other formats and methods.
@@ -55,7 +56,7 @@ _FOREIGN = {
     r"^prompt_embeddings": "prompt or prefix tuning",
 }
 _BASE_COPY = re.compile(r"(?P<module>[^.]+)\.base_layer\.weight$")
-_TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight")
+_TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
 @dataclass
@@ -109,7 +110,7 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
             plan.left_out[_module_of(key)] = key
             continue
         found = _HALF.match(path)
-        if found is None or re.search(r"(^|\.)experts(\.base_layer)?\Z", found["module"]):
+        if found is None:
             if (copy := _TABLE_COPY.match(path)) is not None:
                 plan.copies[copy["module"]] = key
             else:
