@@ -21,6 +21,8 @@ MODEL_TYPES = (
     "afmoe",
     "apertus",
     "arcee",
+    "bamba",
+    "bloom",
     "cohere",
     "cohere2",
     "cohere2_moe",
@@ -30,14 +32,27 @@ MODEL_TYPES = (
     "ernie4_5_moe",
     "exaone4",
     "exaone_moe",
+    "falcon",
     "gemma",
     "gemma2",
     "gemma3",
     "gemma3_text",
+    "gemma4",
+    "gemma4_text",
+    "gemma4_unified",
+    "gemma4_unified_text",
+    "glm",
+    "glm4",
     "glm4_moe",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
     "gpt_oss",
+    "gptj",
     "granite",
     "granitemoe",
+    "granitemoehybrid",
     "granitemoeshared",
     "helium",
     "hunyuan_v1_dense",
@@ -52,12 +67,17 @@ MODEL_TYPES = (
     "mistral",
     "mistral3",
     "mixtral",
+    "mpt",
     "nemotron",
+    "nemotron_h",
     "olmo",
     "olmo2",
     "olmo3",
     "olmo_hybrid",
     "olmoe",
+    "opt",
+    "phi",
+    "phi3",
     "phimoe",
     "qwen2",
     "qwen2_moe",
@@ -71,6 +91,7 @@ MODEL_TYPES = (
     "seed_oss",
     "smollm3",
     "stablelm",
+    "starcoder2",
 )
 
 # Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
@@ -90,11 +111,22 @@ LEGACY_OF = {
     "cohere2_moe": ("first_k_dense_replace",),
     "cohere2": ("sliding_window_pattern",),
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "gemma4_text": ("global_head_dim", "num_global_key_value_heads"),
+    "gemma4_unified_text": ("global_head_dim", "num_global_key_value_heads"),
+    "gpt_neo": ("attention_layers",),
+    "gpt_neox": ("rotary_emb_base", "rotary_pct"),
     "lfm2": ("block_ff_dim", "tie_embedding"),
+    "nemotron_h": (
+        *("hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers", "mamba_n_groups"),
+        *("mamba_d_conv", "mamba_expand", "mamba_dt_min", "mamba_dt_max", "mamba_dt_limit", "mamba_dt_init_floor"),
+        *("mamba_conv_bias", "mamba_chunk_size"),
+    ),
     "qwen3_5_moe_text": ("full_attention_interval",),
     "qwen3_5_text": ("full_attention_interval",),
     "qwen3_next": ("full_attention_interval",),
 }
+# Other names of fields, besides those of the class's attribute_map.
+ALIASES_OF = {"bloom": {"n_embed": "hidden_size"}, "falcon": {"n_embed": "hidden_size"}}
 
 
 def table() -> dict[str, Any]:
@@ -111,12 +143,13 @@ def table() -> dict[str, Any]:
                 fields[field.name] = field.default_factory()
             else:
                 fields[field.name] = None if field.default is dataclasses.MISSING else field.default
-            if "None" in str(field.type):
+            if "None" in str(field.type) or "Optional" in str(field.type):
                 nullable.append(field.name)
         # Defaults that a class sets only when an instance is made.
         made = cls()
         rope = getattr(made, "rope_parameters", None) or {}
-        if rope.get("rope_type", "default") != "default":
+        kinds = [each.get("rope_type", "default") for each in (rope, *rope.values()) if isinstance(each, dict)]
+        if set(kinds) != {"default"}:
             fields["rope_parameters"] = rope
         if fields.get("eos_token_id", 0) is None:
             fields["eos_token_id"] = made.eos_token_id
@@ -130,7 +163,7 @@ def table() -> dict[str, Any]:
             "fields": dict(sorted(fields.items())),
             "nullable": sorted(nullable),
             "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),
-            "aliases": dict(sorted(cls.attribute_map.items())),
+            "aliases": dict(sorted({**cls.attribute_map, **ALIASES_OF.get(model_type, {})}.items())),
         }
     generation = sorted(GenerationConfig._get_default_generation_params())
     return {"generation": generation, "types": types}

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parity_cases_delta
 import parity_cases_dense
 import parity_cases_moe
+import parity_cases_older
+import parity_cases_state
 import pytest
 from kernel_backends import on_the_best
-from parity_cases_delta import CASES as DELTA
-from parity_cases_state import CASES as STATE_CASES
 
 from truffula.kernels.backend import Backend
 from truffula.model.load import ModelPlan, WeightReader, plan_model
@@ -88,7 +89,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma3_text", "pattern 2, scaled full layers", {"sliding_window_pattern": 2, "num_hidden_layers": 4, **LINEAR8}),
     ("gemma3_text", "nested ropes", {"layer_types": BOTH, "rope_parameters": NESTED, "num_hidden_layers": 2}),
     ("gemma3_text", "one kv head, biases", {"num_key_value_heads": 1, "attention_bias": True}),
-    *STATE_CASES,
 ]  # fmt: skip
 
 
@@ -129,7 +129,11 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
     ("model_type", "name", "overrides"),
     [
         *(pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in CASES),
-        *spread([*parity_cases_dense.CASES, *parity_cases_moe.CASES, *DELTA]),
+        *spread(parity_cases_dense.CASES),
+        *spread(parity_cases_older.CASES),
+        *spread(parity_cases_moe.CASES),
+        *spread(parity_cases_state.CASES),
+        *spread(parity_cases_delta.CASES),
     ],
 )  # the slow ones: 20 s
 def test_parity_with_transformers(

@@ -310,5 +310,6 @@ def _checks(program: Program) -> list[_Check]:
                 columns = slice(item.lo, item.hi)
                 checks.append(_Check(index, op, Probe(module.name, "out"), columns, module.order))
         else:
-            checks.append(_Check(index, op, op.probe, slice(None)))
+            order = program.sites[op.slices[0].site].modules[0].order if isinstance(op, Linear) and plain else None
+            checks.append(_Check(index, op, op.probe, slice(None), order))
     return checks

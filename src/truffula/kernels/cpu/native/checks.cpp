@@ -87,10 +87,10 @@ void Executable::check(const LinearOp& op) const {
 void Executable::check(const PointwiseOp& op) const {
   const bool two = op.kind == kAdd || op.kind == kSigmoidMul || op.kind == kMul;
   require(op.kind >= kAct && op.kind <= kXielu && is_activation(op.activation), "pointwise: kind");
-  const bool one = op.kind == kScale || op.kind == kClip || op.kind == kSoftcap;
+  const bool stored = op.weight != kAbsent, one = (op.kind == kScale && !stored) || op.kind == kClip || op.kind == kSoftcap;
   require(op.params.size() == (op.kind == kPositionScale ? 3u : one ? 1u : 0u), "pointwise: params");
-  require((op.weight != kAbsent) == (op.kind == kXielu), "pointwise: weight");
-  require_vector(op.weight, 4, "pointwise: weight");
+  require(op.kind == kXielu ? stored : !stored || op.kind == kScale, "pointwise: weight");
+  require_vector(op.weight, op.kind == kXielu ? 4 : 1, "pointwise: weight");
   require(op.kind != kPositionScale || !has_logit_rows(op.out), "pointwise: rows without tokens have no position");
   require(two == (op.y.buffer != kAbsent), "pointwise: y");
   require_same_rows(op.out, {&op.x, &op.y});
@@ -103,6 +103,8 @@ void Executable::check(const PointwiseOp& op) const {
 void Executable::check(const RopeRowsOp& op) const {
   require(!has_logit_rows(op.out), "rope rows: out has a row per token");
   require(op.out.width == static_cast<int64_t>(2 * op.inv_freq.size()), "rope rows: width");
+  require(op.long_freq.empty() || op.long_freq.size() == op.inv_freq.size(), "rope rows: long_freq");
+  require(op.border >= 0 && (op.border == 0 || !op.long_freq.empty() || (op.growth >= 1.0f && op.inv_freq.size() > 1)), "rope rows: growth");
 }
 
 void Executable::check(const RopeOp& op) const {
@@ -118,11 +120,13 @@ void Executable::check(const AttentionOp& op) const {
   require_same_rows(op.out, {&op.q, &op.k, &op.v});
   const int64_t heads = op.heads, kv_heads = op.kv_heads;
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "attention: heads");
-  require(op.dim_k > 0 && op.dim_v > 0 && op.q.width == heads * op.dim_k && op.k.width == kv_heads * op.dim_k &&
-              op.v.width == kv_heads * op.dim_v && op.out.width == heads * op.dim_v, "attention: width");
+  require(op.dim_k > 0 && op.dim_v > 0 && op.q.width == heads * op.dim_k && op.out.width == heads * op.dim_v, "attention: width");
+  require((op.k.buffer == kAbsent) == (op.v.buffer == kAbsent), "attention: k without v");
+  require(op.k.buffer == kAbsent || (op.k.width == kv_heads * op.dim_k && op.v.width == kv_heads * op.dim_v), "attention: width");
   require(op.group >= 0 && op.group < groups_, "attention: group");
   require_disjoint(op.out, {&op.q, &op.k, &op.v}, "attention: q, k or v lies where out is written");
   require_vector(op.sinks, heads, "attention: sinks");
+  require(op.alibi.empty() || op.alibi.size() == static_cast<size_t>(heads), "attention: alibi");
 }
 
 void Executable::check(const GatedDeltaOp& op) const {
@@ -184,6 +188,23 @@ void Executable::check(const CausalConvOp& op) const {
   require_state(op.state, (taps - 1) * width);
   require(is_activation(op.activation), "causal conv: activation");
   require_disjoint(op.out, {&op.x}, "causal conv: x lies where out is written");
+}
+
+void Executable::check(const Mamba2Op& op) const {
+  require(!has_logit_rows(op.out), "mamba2: out has a row per token");
+  require_same_rows(op.out, {&op.x, &op.b, &op.c, &op.dt});
+  const int64_t heads = op.heads, width = op.head_dim, groups = op.groups, size = op.state_size;
+  require(heads > 0 && width > 0 && groups > 0 && size > 0 && heads % groups == 0, "mamba2: heads");
+  require(op.x.width == heads * width && op.out.width == op.x.width && op.dt.width == heads &&
+              op.b.width == groups * size && op.c.width == groups * size, "mamba2: width");
+  require(heads * width <= kMaxColumns && heads * width * size <= kMaxWidth, "mamba2: a state that is too large");
+  for (int32_t id : {op.rate, op.dt_bias, op.skip}) {
+    weight(id);  // none may be absent
+    require_vector(id, heads, "mamba2: rate, dt_bias or skip");
+  }
+  require(op.dt_limit[0] >= 0.0f && op.dt_limit[0] < op.dt_limit[1], "mamba2: dt_limit");
+  require_state(op.state, heads * width * size);
+  require_disjoint(op.out, {&op.x, &op.b, &op.c, &op.dt}, "mamba2: an operand lies where out is written");
 }
 
 void Executable::check(const TakeRowsOp& op) const {
