@@ -119,5 +119,5 @@ def test_a_stacked_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
 )
 def test_what_is_not_served_is_refused_by_name(model_type: str, changes: dict[str, object], named: str) -> None:
     with pytest.raises(UnsupportedModel) as caught:
-        read_config(tiny_config(model_type, **changes))
+        read_config(tiny_config(model_type) | changes)
     assert caught.value.param == named

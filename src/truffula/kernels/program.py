@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import KernelError
+from truffula.kernels.stacked import StackedSlice
 
 Rows = Literal["T", "R"]
 BufferDtype = Literal["model", "float32"]
@@ -120,24 +121,6 @@ class ModuleSlice:
         """This site's part of ``whole`` ``[of, ...]``."""
         part = whole[self.lo : self.hi]
         return part if self.order is None else self.order.sorted(part)
-
-
-@dataclass(frozen=True)
-class StackedSlice:
-    """Rows of matrix number ``expert`` of the parameter ``name`` (``model.layers.3.mlp.experts.gate_up_proj``).
-
-    The site's rows are ``lo, lo + step ..`` of ``of`` rows. ``columns``: the parameter is stored [E, I, O];
-    ``peft_columns``: PEFT takes it to be stored so.
-    """
-
-    name: str
-    expert: int
-    experts: int
-    lo: int
-    step: int
-    of: int
-    columns: bool = False
-    peft_columns: bool = False
 
 
 @dataclass(frozen=True)
