@@ -21,6 +21,7 @@ import numpy.typing as npt
 from truffula.errors import KernelError
 from truffula.kernels.rope_tables import RopeRegime as RopeRegime
 from truffula.kernels.rope_tables import RopeTable as RopeTable
+from truffula.kernels.stacked import StackedSlice
 
 Rows = Literal["T", "R"]
 BufferDtype = Literal["model", "float32"]
@@ -122,24 +123,6 @@ class ModuleSlice:
         """This site's part of ``whole`` ``[of, ...]``."""
         part = whole[self.lo : self.hi]
         return part if self.order is None else self.order.sorted(part)
-
-
-@dataclass(frozen=True)
-class StackedSlice:
-    """Rows of matrix number ``expert`` of the parameter ``name`` (``model.layers.3.mlp.experts.gate_up_proj``).
-
-    The site's rows are ``lo, lo + step ..`` of ``of`` rows. ``columns``: the parameter is stored [E, I, O];
-    ``peft_columns``: PEFT takes it to be stored so.
-    """
-
-    name: str
-    expert: int
-    experts: int
-    lo: int
-    step: int
-    of: int
-    columns: bool = False
-    peft_columns: bool = False
 
 
 @dataclass(frozen=True)
