@@ -37,6 +37,12 @@ MODEL_TYPES = (
     "gemma2",
     "gemma3",
     "gemma3_text",
+    "gemma4",
+    "gemma4_text",
+    "gemma4_unified",
+    "gemma4_unified_text",
+    "glm",
+    "glm4",
     "glm4_moe",
     "gpt2",
     "gpt_bigcode",
@@ -105,6 +111,8 @@ LEGACY_OF = {
     "cohere2_moe": ("first_k_dense_replace",),
     "cohere2": ("sliding_window_pattern",),
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "gemma4_text": ("global_head_dim", "num_global_key_value_heads"),
+    "gemma4_unified_text": ("global_head_dim", "num_global_key_value_heads"),
     "gpt_neo": ("attention_layers",),
     "gpt_neox": ("rotary_emb_base", "rotary_pct"),
     "lfm2": ("block_ff_dim", "tie_embedding"),
@@ -135,12 +143,13 @@ def table() -> dict[str, Any]:
                 fields[field.name] = field.default_factory()
             else:
                 fields[field.name] = None if field.default is dataclasses.MISSING else field.default
-            if "None" in str(field.type):
+            if "None" in str(field.type) or "Optional" in str(field.type):
                 nullable.append(field.name)
         # Defaults that a class sets only when an instance is made.
         made = cls()
         rope = getattr(made, "rope_parameters", None) or {}
-        if rope.get("rope_type", "default") != "default":
+        kinds = [each.get("rope_type", "default") for each in (rope, *rope.values()) if isinstance(each, dict)]
+        if set(kinds) != {"default"}:
             fields["rope_parameters"] = rope
         if fields.get("eos_token_id", 0) is None:
             fields["eos_token_id"] = made.eos_token_id

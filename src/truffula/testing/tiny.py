@@ -46,6 +46,7 @@ _SHARED = {
     "shared_expert_intermediate_size": 20,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "bloom": {},
     "falcon": {"ffn_hidden_size": 56},
@@ -90,6 +91,24 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         "block_multiple_of": 8,
         "block_ffn_dim_multiplier": 1.1,
     },
+    "gemma4_text": {
+        "head_dim": 10,
+        "global_head_dim": 16,
+        "sliding_window": 7,
+        "num_hidden_layers": 5,
+        "layer_types": [_SLIDING, _FULL, _SLIDING, _SLIDING, _FULL],
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": 103,
+        "num_kv_shared_layers": 2,
+    },
+    "gemma4_unified_text": {
+        "head_dim": 10,
+        "global_head_dim": 16,
+        "sliding_window": 7,
+        "layer_types": [_SLIDING, _SLIDING, _FULL],
+    },
+    "glm": {"head_dim": 12},
+    "glm4": {"head_dim": 12},
     "granite": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 3.0,
@@ -242,6 +261,8 @@ _SCALARS = ("act_fn.beta", "act_fn.eps")
 # Multimodal types, with the type and the default tying of their text part.
 _TEXT_OF: Mapping[str, tuple[str, bool]] = {
     "gemma3": ("gemma3_text", True),
+    "gemma4": ("gemma4_text", True),
+    "gemma4_unified": ("gemma4_unified_text", True),
     "llama4": ("llama4_text", False),
     "mistral3": ("ministral3", True),
     "qwen3_5": ("qwen3_5_text", False),

@@ -76,7 +76,7 @@ class CpuBackend:
                 sum(
                     library().kv_block_bytes(*_attention_shape(op), capacity.block_size, dtype)
                     for op in program.ops
-                    if isinstance(op, Attention) and op.group == group.id
+                    if isinstance(op, Attention) and op.group == group.id and op.k is not None
                 )
                 for group in program.kv_groups
             ),

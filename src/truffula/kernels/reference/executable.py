@@ -297,8 +297,9 @@ class ReferenceExecutable(SynchronousExecutable):
 
     def _attention(self, op: Attention, step: _Step) -> None:
         k, v = (self._planes[plane] for plane in op.planes)
-        attention.write(k, step.slots[op.group], self._buffers.get(op.k))
-        attention.write(v, step.slots[op.group], self._buffers.get(op.v))
+        for plane, ref in ((k, op.k), (v, op.v)):
+            if ref is not None:
+                attention.write(plane, step.slots[op.group], self._buffers.get(ref))
         key = (op.group, op.window, op.chunked)
         if key not in step.plans:
             size, zero_slot = self._capacity.block_size, self._planes.zero_slot

@@ -8,6 +8,8 @@ from types import MappingProxyType
 from truffula.model.architectures.alibi import bloom, falcon, mpt
 from truffula.model.architectures.cohere import cohere, cohere2, cohere2_moe
 from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_text
+from truffula.model.architectures.gemma4 import gemma4, gemma4_text
+from truffula.model.architectures.glm import glm, glm4
 from truffula.model.architectures.gpt import gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj
 from truffula.model.architectures.gpt_oss import gpt_oss
 from truffula.model.architectures.lfm2 import lfm2
@@ -60,6 +62,12 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "gemma2": gemma2,
         "gemma3": gemma3,
         "gemma3_text": gemma3_text,
+        "gemma4": gemma4,
+        "gemma4_text": gemma4_text,
+        "gemma4_unified": gemma4,
+        "gemma4_unified_text": gemma4_text,
+        "glm": glm,
+        "glm4": glm4,
         "gpt2": gpt2,
         "gpt_bigcode": gpt_bigcode,
         "gpt_neo": gpt_neo,

@@ -166,7 +166,11 @@ void Executable::add(Op op) {
       require(id >= 0 && id < (1 << 20), "attention: planes");
       if (static_cast<size_t>(id) >= planes_.size()) planes_.resize(static_cast<size_t>(id) + 1);
       Plane& plane = planes_[static_cast<size_t>(id)];
-      require(plane.block_bytes == 0, "attention: a plane serves one op");
+      if (attention->k.buffer == kAbsent) {
+        require(plane.block_bytes == bytes[i] && plane.group == attention->group, "attention: no op before writes this plane");
+        continue;
+      }
+      require(plane.block_bytes == 0, "attention: one op writes a plane");
       plane.block_bytes = bytes[i];
       plane.group = attention->group;
       plane.memory = Memory(static_cast<size_t>(bytes[i]) * static_cast<size_t>(capacity_.num_blocks));

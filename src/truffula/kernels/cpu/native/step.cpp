@@ -149,7 +149,7 @@ int32_t Executable::chunks_of(const Stage& stage) {
   }
   if (const auto* attention = std::get_if<AttentionOp>(&op)) {
     const AttentionPlan& plan = plan_of(*attention);
-    if (stage.number == 0) return row_chunks(counts_.T, team);
+    if (stage.number == 0) return attention->k.buffer == kAbsent ? 0 : row_chunks(counts_.T, team);
     if (stage.number == 2 && plan.partial_rows == 0) return 0;
     return chunks_for(static_cast<int64_t>(plan.tiles.size()) * attention->kv_heads);
   }
