@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
-MODEL_TYPES = ("gemma2", "gemma3", "gemma3_text", "llama", "ministral", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = (
+    "deepseek_v2", "deepseek_v3", "gemma2", "gemma3", "gemma3_text", "glm4_moe_lite", "kimi_k25", "llama", "ministral",
+    "mistral", "qwen2", "qwen3", "youtu",
+)  # fmt: skip
+# Types of hub files that transformers reads with the class of another type.
+SAME_CLASS = {"kimi_k2": "deepseek_v3"}
 
 # Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
 LEGACY = (
@@ -58,6 +63,7 @@ def table() -> dict[str, Any]:
             "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),
             "aliases": dict(sorted(cls.attribute_map.items())),
         }
+    types |= {name: types[of] for name, of in SAME_CLASS.items()}
     generation = sorted(GenerationConfig._get_default_generation_params())
     return {"generation": generation, "types": types}
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from truffula.errors import KernelError
 from truffula.kernels.inputs import Array
-from truffula.kernels.program import Embed, Linear, Logits, Program, SiteSlice
+from truffula.kernels.program import Embed, Linear, Logits, Mla, Program, SiteSlice
 
 ALIGN = 64
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
@@ -126,7 +126,8 @@ def tensors_of(part: Part) -> tuple[Array, ...]:
 class Place:
     """Where a site acts in a program: columns ``first ..`` of what op number ``op`` computes, before any glu.
 
-    ``half`` > 0: these columns are gates ``0 .. half``, then ups. ``gathers``: the op reads rows of a table.
+    ``half`` > 0: these columns are gates ``0 .. half``, then ups. ``gathers``: the op reads rows of a table. ``heads``
+    (count, key rows, value rows): the columns of ``Mla``'s kv_b, head by head.
     """
 
     module: str
@@ -136,6 +137,7 @@ class Place:
     first: int = 0
     half: int = 0
     gathers: bool = False
+    heads: tuple[int, int, int] | None = None
 
 
 Storage = Literal["stored", "float32", "panels"]
@@ -165,9 +167,12 @@ def layout_of(program: Program, storage: Storage) -> AdapterLayout:
     """The layout of ``program``'s sites."""
     places: list[Place | None] = [None] * len(program.sites)
     for index, op in enumerate(program.ops):
-        half = 0
-        if isinstance(op, Linear):
+        half, heads = 0, None
+        if isinstance(op, Mla):
             slices: tuple[SiteSlice, ...] = op.slices
+            heads = (op.heads, op.nope, op.dim_v)
+        elif isinstance(op, Linear):
+            slices = op.slices
             half = program.weights[op.weight].shape[0] // 2 if op.epilogue.glu else 0
         elif isinstance(op, Embed | Logits) and op.site is not None:
             slices = (SiteSlice(op.site, 0, op.out.width),)
@@ -176,7 +181,7 @@ def layout_of(program: Program, storage: Storage) -> AdapterLayout:
         for item in slices:
             site = program.sites[item.site]
             places[item.site] = Place(
-                site.module, index, site.in_features, site.out_features, item.lo, half, isinstance(op, Embed)
+                site.module, index, site.in_features, site.out_features, item.lo, half, isinstance(op, Embed), heads
             )
     return AdapterLayout(storage, tuple(places))
 

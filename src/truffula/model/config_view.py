@@ -200,13 +200,16 @@ class ConfigView:
             raise self.error(key, "expected an object.", value)
         return value
 
-    def nested(self, key: str, model_type: str) -> ConfigView:
-        """The object under ``key`` (or an empty one) as a nested view, which ``finish`` includes."""
+    def nested(self, key: str, *model_types: str) -> ConfigView:
+        """The object under ``key`` (or an empty one) as a nested view, which ``finish`` includes.
+
+        It is of one of ``model_types``, of the first unless it says so.
+        """
         values = self.mapping(key) or {}
-        stated = values.get("model_type", model_type)
-        if stated != model_type:
-            raise self.error(f"{key}.model_type", f"expected {model_type}.", stated)
-        view = ConfigView(values, model_type, self._table, f"{self.where} {key}")
+        stated = values.get("model_type", model_types[0])
+        if stated not in model_types:
+            raise self.error(f"{key}.model_type", f"expected {' or '.join(model_types)}.", stated)
+        view = ConfigView(values, stated, self._table, f"{self.where} {key}")
         self._nested.append(view)
         return view
 

@@ -81,7 +81,8 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     embed = f"{prefix}{spec.names.embed}.weight"
     heads = [name for name in stored if name.startswith(f"{head}.")]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]
-    unused = {name for name in left if name.startswith(spec.names.skip) or _IGNORABLE.search(name)}
+    unneeded = tuple(prefix + item for item in spec.names.unneeded)
+    unused = {n for n in left if n.startswith((*spec.names.skip, *unneeded)) or _IGNORABLE.search(n)}
     unknown = [name for name in left if name not in unused]
     unknown += [name for name in heads if name != f"{head}.weight" and not (spec.head_bias and name == f"{head}.bias")]
     _require_complete(spec, missing, unknown, stored)

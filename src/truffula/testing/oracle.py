@@ -54,7 +54,7 @@ class Oracle:
     def __init__(self, path: Path, *, tied: bool, adapter: Path | None = None, dtype: str = "float32") -> None:
         require_packages(adapter=adapter is not None, gguf=path.suffix == ".gguf")
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the command shows its own progress
@@ -73,7 +73,8 @@ class Oracle:
         self.notes = _complete(config, path) if path.suffix == ".gguf" else ()
         config.tie_word_embeddings = tied
         factors = _take_factors(config)
-        model = AutoModelForCausalLM.from_pretrained(
+        causal = type(config) in AutoModelForCausalLM._model_mapping
+        model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_pretrained(
             **source, config=config, attn_implementation=_ATTENTION, dtype=getattr(torch, dtype)
         )
         if factors:

@@ -29,14 +29,26 @@ _BASE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 18,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+}
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v2": {**_MLA, "first_k_dense_replace": 3},
+    "deepseek_v3": {**_MLA, "first_k_dense_replace": 3},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
+    "glm4_moe_lite": {**_MLA, "mlp_layer_types": ["dense"] * 3},
     "llama": {},
     "ministral": {"sliding_window": 7, "head_dim": 8},
     "mistral": {"sliding_window": 7},
     "qwen2": {},
     "qwen3": {"head_dim": 10},
+    "youtu": _MLA,
 }
 
 

@@ -21,6 +21,7 @@ from truffula.kernels.program import (
     Embed,
     Linear,
     Logits,
+    Mla,
     Norm,
     Op,
     Pointwise,
@@ -30,7 +31,7 @@ from truffula.kernels.program import (
     RopeRows,
     TakeRows,
 )
-from truffula.kernels.reference import attention, ops
+from truffula.kernels.reference import attention, mla, ops
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, lay_out
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
@@ -294,12 +295,22 @@ class ReferenceExecutable(SynchronousExecutable):
         k, v = (self._planes[plane] for plane in op.planes)
         attention.write(k, step.slots[op.group], self._buffers.get(op.k))
         attention.write(v, step.slots[op.group], self._buffers.get(op.v))
-        key = (op.group, op.window)
+        q, batches = self._buffers.get(op.q), self._batches(step, op.group, op.window)
+        self._buffers.put(op.out, attention.compute(op, q, k, v, batches, self._vector(op.sinks)))
+
+    def _mla(self, op: Mla, step: _Step) -> None:
+        plane, batches = self._planes[op.plane], self._batches(step, op.group, None)
+        attention.write(plane, step.slots[op.group], self._buffers.get(op.latent))
+        q, kv_b = self._buffers.get(op.q), self._weights[op.kv_b]
+        self._buffers.put(op.out, mla.compute(op, q, plane, kv_b, batches, step.op, step.segments))
+
+    def _batches(self, step: _Step, group: int, window: int | None) -> list[attention.Batch]:
+        """The step's sequences for one KV group and window; all layers share them."""
+        key = (group, window)
         if key not in step.plans:
             c = self._capacity
             step.plans[key] = attention.plan(step.inputs, *key, c.block_size, c.num_blocks * c.block_size, self._device)
-        q = self._buffers.get(op.q)
-        self._buffers.put(op.out, attention.compute(op, q, k, v, step.plans[key], self._vector(op.sinks)))
+        return step.plans[key]
 
     def _take_rows(self, op: TakeRows, step: _Step) -> None:
         self._buffers.put(op.out, self._buffers.get(op.x).index_select(0, step.logit_rows))
@@ -326,6 +337,7 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
     RopeRows: ReferenceExecutable._rope_rows,
     Rope: ReferenceExecutable._rope,
     Attention: ReferenceExecutable._attention,
+    Mla: ReferenceExecutable._mla,
     TakeRows: ReferenceExecutable._take_rows,
     Logits: ReferenceExecutable._head,
 }

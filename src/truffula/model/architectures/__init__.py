@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from truffula.model.architectures.deepseek import deepseek_v2, deepseek_v3, glm4_moe_lite, kimi_k25, youtu
 from truffula.model.architectures.gemma import gemma2, gemma3, gemma3_text
 from truffula.model.architectures.llama import llama
 from truffula.model.architectures.mistral import mistral
@@ -14,14 +15,20 @@ from truffula.model.spec import ModelSpec
 
 ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyType(
     {
+        "deepseek_v2": deepseek_v2,
+        "deepseek_v3": deepseek_v3,
         "gemma2": gemma2,
         "gemma3": gemma3,
         "gemma3_text": gemma3_text,
+        "glm4_moe_lite": glm4_moe_lite,
+        "kimi_k2": deepseek_v3,
+        "kimi_k25": kimi_k25,
         "llama": llama,
         "ministral": mistral,
         "mistral": mistral,
         "qwen2": qwen2,
         "qwen3": qwen3,
+        "youtu": youtu,
     }
 )
 """``model_type`` of config.json to the function that reads it."""

@@ -1,0 +1,136 @@
+"""DeepSeek V2 and V3 and the models with their latent attention: Kimi K2 and K2.5, GLM-4.7-Flash, Youtu."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from truffula.model.architectures.pieces import ACTIVATIONS, MOST_LAYERS, finish_spec, rms
+from truffula.model.config_view import ConfigView
+from truffula.model.parts.mla import MlaSpec
+from truffula.model.parts.mlp import MlpSpec
+from truffula.model.rope import attention_magnitude, read_rope
+from truffula.model.rows import NormSpec
+from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames
+
+_LATENT_EPS = 1e-6
+"""Of the latents' norms, which do not read rms_norm_eps."""
+_KIMI_K25_NAMES = ModuleNames(
+    body="model.language_model.",
+    skip=("vision_tower.", "mm_projector.", "model.vision_tower.", "model.mm_projector."),
+)
+
+
+def deepseek_v2(view: ConfigView) -> ModelSpec:
+    """The first ``first_k_dense_replace`` layers are dense, the others mixtures of experts."""
+    view.must_be("scoring_func", (None, "softmax"), "only softmax is supported.")
+    return _model(view, _first_dense(view), interleaved=True, mlp_bias=view.flag("mlp_bias"))
+
+
+def deepseek_v3(view: ConfigView, names: ModuleNames | None = None) -> ModelSpec:
+    """As V2, with another router; also Kimi K2."""
+    view.must_be("scoring_func", (None, "sigmoid"), "only sigmoid is supported.")
+    view.must_be("topk_method", (None, "noaux_tc"), "only noaux_tc is supported.")
+    return _model(view, _first_dense(view), interleaved=view.flag("rope_interleave"), names=names)
+
+
+def kimi_k25(view: ConfigView) -> ModelSpec:
+    """The text part of Kimi K2.5 and K2.6: text_config with the class defaults of deepseek_v3."""
+    view.skip("vision_config", "projection_hidden_size", "projection_layer_norm_eps", "image_token_id")
+    view.skip("video_token_id", "vision_start_token_id", "vision_end_token_id")
+    # Of the repository's own class: placeholders of images, and training.
+    view.skip("media_placeholder_token_id", "video_placeholder", "use_unified_vision_chunk", "ignore_index")
+    return deepseek_v3(view.nested("text_config", "deepseek_v3", "kimi_k2"), _KIMI_K25_NAMES)
+
+
+def glm4_moe_lite(view: ConfigView) -> ModelSpec:
+    """GLM-4.7-Flash: as V3; ``mlp_layer_types`` says which layers are dense (by default the first)."""
+    layers = _layers(view)
+    kinds = view.strings("mlp_layer_types", layers) or ("dense", *["sparse"] * (layers - 1))
+    return _model(view, _dense_layers(view, kinds), interleaved=view.flag("rope_interleave"))
+
+
+def youtu(view: ConfigView) -> ModelSpec:
+    """Latent attention and a dense MLP in every layer."""
+    view.skip("embedding_initializer_range")
+    return _model(view, [True] * _layers(view), interleaved=view.flag("rope_interleave"), experts=False)
+
+
+def _layers(view: ConfigView) -> int:
+    layers = view.integer("num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise view.error("num_hidden_layers", f"at most {MOST_LAYERS} layers are served.", layers)
+    return layers
+
+
+def _first_dense(view: ConfigView) -> list[bool]:
+    """Per layer whether it is dense: the first ``first_k_dense_replace``."""
+    dense = view.integer("first_k_dense_replace", minimum=0)
+    return [index < dense for index in range(_layers(view))]
+
+
+def _dense_layers(view: ConfigView, kinds: Sequence[str]) -> list[bool]:
+    """Per layer whether it is dense, by ``mlp_layer_types``."""
+    for kind in kinds:
+        if kind not in ("dense", "sparse"):
+            raise view.error("mlp_layer_types", f"{kind} is not supported; dense and sparse are.", kind)
+    return [kind == "dense" for kind in kinds]
+
+
+def _model(
+    view: ConfigView,
+    dense: Sequence[bool],
+    *,
+    interleaved: bool,
+    mlp_bias: bool = False,
+    experts: bool = True,
+    names: ModuleNames | None = None,
+) -> ModelSpec:
+    mixer = mla(view, interleaved=interleaved)
+    activation = view.choice("hidden_act", ACTIVATIONS)
+    mlp = MlpSpec(view.integer("intermediate_size"), activation, in_bias=mlp_bias, out_bias=mlp_bias)
+    if not all(dense):
+        raise view.error("first_k_dense_replace", "mixtures of experts are not supported yet.")
+    names = names or ModuleNames()
+    if experts:
+        _skip_experts(view)
+        names = replace(names, unneeded=_predictors(view, len(dense)))
+    layers = [LayerSpec(mixer, mlp, rms(view, "input_layernorm"), rms(view, "post_attention_layernorm")) for _ in dense]
+    return finish_spec(view, layers, (read_rope(view, mixer.rope),), rms(view, "norm"), names=names)
+
+
+def _predictors(view: ConfigView, layers: int) -> tuple[str, ...]:
+    """The layers after the last that predict further tokens (MTP): generation does not need them."""
+    counts = [view.optional_integer(key, minimum=0) for key in ("num_nextn_predict_layers", "num_mtp_layers")]
+    count = next((count for count in counts if count is not None), 1)
+    return tuple(f"layers.{index}." for index in range(layers, min(layers + count, MOST_LAYERS)))
+
+
+def _skip_experts(view: ConfigView) -> None:
+    """Marks the keys of experts as read: no layer has any."""
+    view.skip("moe_intermediate_size", "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "n_group")
+    view.skip("topk_group", "topk_method", "norm_topk_prob", "routed_scaling_factor", "output_router_logits")
+
+
+def mla(view: ConfigView, *, interleaved: bool) -> MlaSpec:
+    """The latent attention that all layers share, with rope table 0."""
+    heads = view.integer("num_attention_heads")
+    view.must_be("num_key_value_heads", (None, heads), f"latent attention has a key for each of the {heads} heads.")
+    nope, rope = view.integer("qk_nope_head_dim"), view.integer("qk_rope_head_dim")
+    view.must_be("qk_head_dim", (None, nope + rope), "it is qk_nope_head_dim + qk_rope_head_dim.")
+    view.must_be("head_dim", (None, rope), "in this architecture it is qk_rope_head_dim.")
+    q_rank = view.optional_integer("q_lora_rank")
+    return MlaSpec(
+        heads=heads,
+        nope=nope,
+        rope=rope,
+        dim_v=view.integer("v_head_dim"),
+        rank=view.integer("kv_lora_rank"),
+        scale=(nope + rope) ** -0.5 * attention_magnitude(view) ** 2,
+        table=0,
+        kv_norm=NormSpec("self_attn.kv_a_layernorm", _LATENT_EPS),
+        q_rank=q_rank,
+        q_norm=None if q_rank is None else NormSpec("self_attn.q_a_layernorm", _LATENT_EPS),
+        rope_layout="interleaved" if interleaved else "half",
+        bias=view.flag("attention_bias"),
+    )
