@@ -38,6 +38,8 @@ class CpuExecutable(SynchronousExecutable):
         self.layout = layout
         self._native = native
         self._op_of_site = np.array([-1 if place is None else place.op for place in layout.places], np.int64)
+        # Products with A are computed per head of latent attention.
+        self._heads_of_op = {place.op: place.heads[0] for place in layout.places if place is not None and place.heads}
 
     def run(self) -> None:
         with as_kernel_errors():
@@ -81,7 +83,7 @@ class CpuExecutable(SynchronousExecutable):
         panels: Counter[int] = Counter()  # of each op; parts with the same A and scale share a product
         shrinks = zip(ops.tolist(), offsets.tolist(), table[:, SCALE].tolist(), ranks.tolist(), strict=True)
         for op, _, _, rank in {*shrinks}:
-            panels[op] += -(-rank // lanes)
+            panels[op] += -(-rank // lanes) * self._heads_of_op.get(op, 1)
         widest = max(panels.values(), default=0) * lanes
         rows = max(len(self.inputs.token_ids), len(self.inputs.logit_rows))
         return 4 * rows * max(0, widest - planned_rank)
