@@ -72,6 +72,7 @@ BASES = {
     "llama": {"head_dim": 14, "num_key_value_heads": 1, "vocab_size": 97, "attention_bias": True},
     "qwen2": {"tie_word_embeddings": True},
     "gemma3_text": {"num_hidden_layers": 4},
+    "youtu": {"num_hidden_layers": 2},
 }
 
 
@@ -136,12 +137,12 @@ def test_each_field_agrees_with_peft(outcomes: dict[str, Outcome], case: str, co
 
 
 @on_the_best
-@pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text", "youtu"])
 def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend) -> None:
     served = served_base(tmp_path, model_type, backend)
     rows: list[tuple[int | None, list[int]]] = []
     expected = []
-    for number, fields in enumerate(({"targets": "all-linear", "rank": 5}, {"targets": ["q_proj", "down_proj"]})):
+    for number, fields in enumerate(({"targets": "all-linear", "rank": 5}, {"targets": ["q_proj", "kv_b_proj", "down_proj"]})):
         folder = write_tiny_adapter(tmp_path / str(number), served.program.sites, seed=number, **fields)
         rows.append((served.add(folder), served.prompt(number)))
         expected.append(served.peft(folder, rows[-1][1]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parity_cases_mla as mla
 import pytest
 from kernel_backends import on_the_best
 
@@ -84,7 +85,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma3_text", "pattern 2, scaled full layers", {"sliding_window_pattern": 2, "num_hidden_layers": 4, **LINEAR8}),
     ("gemma3_text", "nested ropes", {"layer_types": BOTH, "rope_parameters": NESTED, "num_hidden_layers": 2}),
     ("gemma3_text", "one kv head, biases", {"num_key_value_heads": 1, "attention_bias": True}),
+    *mla.CASES,
 ]  # fmt: skip
+SLOW: list[tuple[str, str, dict[str, Any]]] = [*mla.SLOW]
 
 
 def write(folder: Path, model_type: str, overrides: dict[str, Any]) -> Path:
@@ -117,6 +120,16 @@ def test_parity_with_transformers(
 ) -> None:
     plan = compare(write(tmp_path / "model", model_type, overrides), backend)
     assert plan.warnings == (), name
+
+
+@pytest.mark.slow
+@on_the_best
+@pytest.mark.parametrize(("model_type", "name", "overrides"), SLOW, ids=[f"{case[0]}: {case[1]}" for case in SLOW])
+def test_parity_of_every_case(
+    tmp_path: Path, model_type: str, name: str, overrides: dict[str, Any], backend: Backend
+) -> None:
+    """0.5 s each."""
+    assert compare(write(tmp_path / "model", model_type, overrides), backend).warnings == (), name
 
 
 @on_the_best

@@ -37,6 +37,15 @@ _MLA = {
     "qk_rope_head_dim": 6,
     "v_head_dim": 12,
 }
+_KIMI_VISION = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pos_emb_height": 2,
+    "pos_emb_width": 2,
+}  # fmt: skip
+# Multimodal types: the type of their text part, whether its class default is tied, and the keys beside it.
+_TEXT_OF: Mapping[str, tuple[str, bool, Mapping[str, Any]]] = {
+    "gemma3": ("gemma3_text", True, {}),
+    "kimi_k25": ("deepseek_v3", False, {"vision_config": _KIMI_VISION, "projection_hidden_size": 8}),
+}
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {**_MLA, "first_k_dense_replace": 3},
     "deepseek_v3": {**_MLA, "first_k_dense_replace": 3},
@@ -54,12 +63,14 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
     """A config.json of a tiny model, changed by ``overrides``; for multimodal types nested, without image encoder."""
-    if model_type == "gemma3":
-        text = tiny_config("gemma3_text", **overrides)
+    if model_type in _TEXT_OF:
+        of, tied, more = _TEXT_OF[model_type]
+        text = tiny_config(of, **overrides)
         return {
-            "model_type": "gemma3",
+            "model_type": model_type,
             "text_config": text,
-            "tie_word_embeddings": text.get("tie_word_embeddings", True),
+            "tie_word_embeddings": text.get("tie_word_embeddings", tied),
+            **more,
         }
     return {"model_type": model_type, **_BASE, **_OF_TYPE[model_type], **overrides}
 
