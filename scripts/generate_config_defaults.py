@@ -18,8 +18,8 @@ from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
 MODEL_TYPES = (
-    "deepseek_v2", "deepseek_v3", "gemma2", "gemma3", "gemma3_text", "glm4_moe_lite", "kimi_k25", "llama", "ministral",
-    "mistral", "qwen2", "qwen3", "youtu",
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "gemma2", "gemma3", "gemma3_text", "glm4_moe_lite", "glm_moe_dsa",
+    "kimi_k25", "llama", "ministral", "mistral", "qwen2", "qwen3", "youtu",
 )  # fmt: skip
 # Types of hub files that transformers reads with the class of another type.
 SAME_CLASS = {"kimi_k2": "deepseek_v3"}

@@ -3,8 +3,9 @@ tables.
 
 Another legitimate backend, small enough to run a thousand steps a second. Plane 0 of each KV group holds a hash of
 (token, position, adapter); what a row sees of plane 0 of all groups, each in its window, is hashed to plane 1, and what
-it sees of plane 1 to its logits. A wrong block table, a stale or foreign block, a wrong position or adapter give other
-tokens. Memory begins as garbage.
+it sees of plane 1 to its logits. With state rows a state, the hash of the one before it and of a row's token, position
+and adapter, is hashed to the logits too. A wrong block table, a stale or foreign block or state row, a wrong position
+or adapter give other tokens. Memory begins as garbage.
 Each step is also held against the rules of ``kernels/inputs.py`` and ``kernels/backend.py``; one that breaks them
 raises ``Misuse``, which no engine may handle.
 """
@@ -129,6 +130,8 @@ class HashModel:
         garbage = np.random.default_rng(seed)
         slots = capacity.num_blocks * capacity.block_size
         self._kv = garbage.integers(0, 2**63, (len(windows), 2, slots)).astype(np.uint64)
+        self._states = garbage.integers(0, 2**63, capacity.num_states).astype(np.uint64)
+        self._states[:1] = 0
         self._vocab = mix(np.arange(vocab_size) + (seed << 32))
         self._adapters: dict[int, np.uint64] = {}
         self._next_slot = 0
@@ -199,6 +202,7 @@ class HashModel:
             # Half of the work is done when it fails: blocks of this step hold what must not be read.
             for kv, slots in zip(self._kv, i.slot_mapping, strict=True):
                 kv[:, slots[: i.T]] = np.uint64(0xDEAD)
+            self._states[i.state_out[: i.Z]] = np.uint64(0xDEAD)
             raise self.faults.error
         if self.faults.nan_on_token is not None:
             self._logits[ids[i.logit_rows[: i.R]] == self.faults.nan_on_token] = np.nan
@@ -238,9 +242,23 @@ class HashModel:
                     rows = slice(int(i.q_start[n]), int(i.q_start[n + 1]))
                     for group in range(len(self.windows)):
                         state[rows] = mix(state[rows]) + self._seen(i, plane, group, n)
+            if len(self._states):
+                state += mix(self._advance_states(i, mix(mix(ids + (position << np.uint64(32))) ^ mix(adapter))))
             hashed = mix(state[i.logit_rows[: i.R]])[:, None] ^ self._vocab[None, :]
             uniform = (mix(hashed) >> np.uint64(11)).astype(np.float64) / 2.0**53
         self._logits = ((uniform - 0.5) * (self._spread * 12**0.5)).astype(np.float32)
+
+    def _advance_states(self, i: StepInputs, inputs: U64) -> U64:
+        """The state after each row: of the one before it and of the row's ``inputs``."""
+        after = np.zeros(i.T, np.uint64)
+        for z in range(i.Z):
+            state = int(self._states[i.state_in[z]])
+            for t in range(i.span_start[z], i.span_start[z + 1]):
+                state = ((state ^ int(inputs[t])) * int(_GOLDEN) + 1) & (2**64 - 1)
+                state ^= state >> 29
+                after[t] = state
+            self._states[i.state_out[z]] = state
+        return after
 
     def logits(self) -> Array:
         return self._logits.copy()
@@ -287,6 +305,14 @@ class HashModel:
                     _need(not np.isin(slots, read).any(), "the memory of a block of an unfinished step is released")
         self._kv[group][:, slots] ^= np.uint64(0xF00D)
         self.blocks_released += len(blocks)
+
+    def release_states(self, rows: Int32) -> None:
+        _need(bool((rows > 0).all() and (np.diff(rows) > 0).all()), "state rows that do not ascend are released")
+        for item in self._queue:
+            if isinstance(item, _Submitted):
+                used = np.concatenate([item.inputs.state_in[: item.inputs.Z], item.inputs.state_out[: item.inputs.Z]])
+                _need(not np.isin(rows, used).any(), "the memory of a state row of an unfinished step is released")
+        self._states[rows] ^= np.uint64(0xF00D)
 
     def close(self) -> None:
         self.closed = True
@@ -355,6 +381,10 @@ class _Rules:
             _need(i.position[rows].tolist() == wanted, f"positions of sequence {n}")
         for group in range(len(self._model.windows)):
             self._check_slots(group)
+        if c.num_states:
+            self._check_spans(c)
+        else:
+            _need(i.Z == 0, "spans without states")
         self._check_segments()
 
     def _check_slots(self, group: int) -> None:
@@ -371,6 +401,22 @@ class _Rules:
             read |= set(before)
         _need(len(set(written)) == len(written), "two rows write one slot")
         _need(not read & set(written), "a row writes where another sequence reads")
+
+    def _check_spans(self, c: Capacity) -> None:
+        i = self._inputs
+        starts = i.span_start[: i.Z + 1].tolist()
+        source, target = i.state_in[: i.Z].tolist(), i.state_out[: i.Z].tolist()
+        _need(starts[0] == 0 and starts[-1] == i.T and starts == sorted(set(starts)), "spans do not cover the rows")
+        _need(set(i.q_start[: i.N + 1].tolist()) <= set(starts), "a span has rows of two sequences")
+        _need(all(0 <= row < c.num_states for row in source) and all(0 < row < c.num_states for row in target), "a row")
+        _need(len(set(target)) == i.Z, "two spans leave their state in one row")
+        begins = set(i.q_start[: i.N].tolist())
+        for z in range(i.Z):
+            if starts[z] in begins:
+                _need(source[z] not in target, "a sequence begins with a row that this step writes")
+                _need((source[z] == 0) == (i.position[starts[z]] == 0), "the state before a first token is row 0")
+            else:
+                _need(source[z] == target[z - 1], "a span does not continue the one before it")
 
     def _check_segments(self) -> None:
         i = self._inputs

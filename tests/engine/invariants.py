@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as Items
 
-from truffula.engine.blocks import OWNER, BlockPool, BlockTable
+from truffula.engine.block_store import OWNER
+from truffula.engine.blocks import BlockPool, BlockTable
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
 from truffula.engine.prefix import NO_BLOCK, PrefixIndex
@@ -83,30 +84,37 @@ def _check_running(batch: RunningBatch) -> None:
 
 
 def check_blocks(pool: BlockPool, tables: Items[BlockTable]) -> None:
-    """No block is lost, owned twice or miscounted. ``tables`` are all that hold blocks."""
-    for g, group in enumerate(pool._groups):
+    """No block or state row is lost, owned twice or miscounted. ``tables`` are all that hold some."""
+    for g, group in enumerate(pool.store.groups):
         free, cached = {*group.free, *group.unused}, set(group.cached)
         used = {block for block, refs in enumerate(group.refs) if refs}
         assert len(free) == len(group.free) + len(group.unused), "a block is free twice"
         assert not (free & cached or free & used or cached & used), (free & cached, free & used, cached & used)
-        assert free | cached | used == set(range(1, pool.num_blocks)), "a block is lost"
+        assert free | cached | used == set(range(1, len(group.refs))), "a block is lost"
         assert all(block in group.nodes for block in cached), "a cached block is not indexed"
         assert not free & group.nodes.keys(), "a free block is indexed"
         assert all(node.attached and node.blocks[g] == block for block, node in group.nodes.items())
         stamps = list(group.cached.values())
         assert stamps == sorted(stamps), "the LRU is out of order"
-        counts = Counter(block for table in tables for block in table.held(g))
+        counts = Counter(block for table in tables for block in _held(table, g))
         assert all(counts.get(block, 0) == refs for block, refs in enumerate(group.refs)), "references differ"
     _check_index(pool._index)
     indexed = sum(block != NO_BLOCK for node in pool._index.root.below() for block in node.blocks)
-    assert indexed == sum(len(group.nodes) for group in pool._groups), "an indexed block without its node"
+    assert indexed == sum(len(group.nodes) for group in pool.store.groups), "an indexed block without its node"
     for table in tables:
         for view, ids, first in zip(table.views, table.ids, table.first, strict=True):
             assert (view == ids[: table.length]).all()
             assert (view[:first] == NO_BLOCK).all() and (view[first:] > 0).all()
-    if pool._budget is not None:
-        committed = [pool.num_blocks - 1 - len(group.unused) for group in pool._groups]
-        assert pool._budget.used(OWNER) == pool.layout.nbytes(committed)
+    if pool.store.budget is not None:
+        committed = [(len(group.refs) - 1 - len(group.unused)) * group.nbytes for group in pool.store.groups]
+        assert pool.store.budget.used(OWNER) == sum(committed)
+
+
+def _held(table: BlockTable, g: int) -> list[int]:
+    if g < len(table.ids):
+        return table.held(g)
+    assert table.states is not None
+    return table.states.held()
 
 
 def _check_index(index: PrefixIndex) -> None:

@@ -32,6 +32,7 @@ from truffula.params import EngineParams
 from truffula.types import AdapterRef, EngineRequest, TokenEvent
 
 EOS = VOCAB - 1
+STATES = -1
 DEPTHS = [1, 2]
 """Steps that may be unfinished: what holds with one holds with two."""
 
@@ -141,7 +142,7 @@ def capacity_of(lim: EngineLimits) -> Capacity:
     return Capacity(
         max_tokens=lim.step_tokens, max_seqs=lim.max_running, max_logit_rows=lim.step_logit_rows,
         max_segments=lim.max_running, num_blocks=lim.num_blocks, block_size=lim.block_size,
-        max_blocks_per_seq=-(-lim.max_model_len // lim.block_size),
+        max_blocks_per_seq=-(-lim.max_model_len // lim.block_size), num_states=lim.num_states,
     )  # fmt: skip
 
 
@@ -198,7 +199,8 @@ class Rig:
         return list(self.engine._scheduler._waiting)
 
     def check_unfinished(self) -> None:
-        """Each block that an unfinished step uses is held by the sequence it was planned for, or kept for that step."""
+        """Each block and state row that an unfinished step uses is held by the sequence it was planned for, or kept for
+        that step."""
         running = self.engine._scheduler._running
         for plan, _ in self.engine._submitted:
             kept = [held for step, holdings in running._unfinished.items() if step >= plan.step for held in holdings]
@@ -211,6 +213,8 @@ class Rig:
                 for group, table in enumerate(chunk.block_tables):
                     read = table[layout.first_block(group, chunk.start) :].tolist()
                     assert {(group, block) for block in read} <= own | blocks, "a block in use was released"
+                used = {(STATES, row) for _, *rows in chunk.spans for row in rows if row}
+                assert used <= own | blocks, "a state row in use was released"
 
     def step(self) -> list[TokenEvent]:
         self.steps += 1
@@ -257,12 +261,14 @@ class Rig:
         assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0), stats
         assert stats.free_blocks + stats.cached_blocks == stats.num_blocks - len(self.limits.kv_windows)
         assert all(state.leases == 0 for state in self.adapters.states())
+        assert not any(any(group.refs) for group in self.engine._blocks.store.groups)
         check_engine(self.engine)
 
 
 def refs(table: BlockTable) -> set[tuple[int, int]]:
-    """The blocks that a table references, with their groups."""
-    return {(group, block) for group in range(len(table.ids)) for block in table.held(group)}
+    """The blocks and state rows that a table references, with their groups."""
+    blocks = {(group, block) for group in range(len(table.ids)) for block in table.held(group)}
+    return blocks | {(STATES, row) for row in (table.states.held() if table.states else ())}
 
 
 def request(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from invariants import check_blocks, check_budget
 
-from truffula.engine.blocks import OWNER, BlockPool
+from truffula.engine.block_store import OWNER
+from truffula.engine.blocks import BlockPool
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.kv_layout import KvLayout
 from truffula.engine.prefix import BlockKeys
@@ -39,7 +40,7 @@ class PoolMachine(RuleBasedStateMachine):
     def begin(self, num_blocks, limit, windows):
         self.layout = layout_of(windows)
         self.budget = MemoryBudget(limit * sum(self.layout.block_bytes))
-        self.pool = BlockPool(num_blocks, self.layout, budget=self.budget, release_kv=self.lose)
+        self.pool = BlockPool(num_blocks, self.layout, budget=self.budget, release_memory=self.lose)
         self.holders: list[Holder] = []
         self.content: dict[tuple[int, int], tuple] = {}
         self.now = 0.0
@@ -126,8 +127,8 @@ class PoolMachine(RuleBasedStateMachine):
             check_blocks(self.pool, [])
             assert self.pool.num_used() == self.pool.used_bytes() == 0
             assert self.budget.used(OWNER) or not self.content, "bytes that hold something are not counted"
-            while self.pool.oldest() is not None:
-                self.pool.evict_oldest()
+            while self.pool.store.oldest() is not None:
+                self.pool.store.evict_oldest()
             check_blocks(self.pool, [])
             assert self.budget.total_used() == 0
 
@@ -160,8 +161,8 @@ def test_a_prefix_is_evicted_from_its_end(windows):
     keys = BlockKeys("", None, SIZE)
     keys.extend(np.arange(12, dtype=np.int32))
     hits = [len(pool.match(keys, 6))]
-    while pool.oldest() is not None:
-        pool.evict_oldest()
+    while pool.store.oldest() is not None:
+        pool.store.evict_oldest()
         hits.append(len(pool.match(keys, 6)))
     assert hits[0] == 6 and hits == sorted(hits, reverse=True) and hits[-1] == 0
 
@@ -201,7 +202,7 @@ def test_a_hit_needs_the_blocks_of_the_window_only():
     table, _ = run(pool, range(40))
     pool.release(table, 1.0)
     for _ in range(16):  # those behind the window were released first
-        pool.evict_oldest()
+        pool.store.evict_oldest()
     table, hit = run(pool, [*range(40), 7])
     assert hit == 40
     assert table.num_held() == [21, 2]

@@ -25,13 +25,14 @@ class EngineMachine(RuleBasedStateMachine):
         max_waiting=st.integers(3, 12),
         block_bytes=st.sampled_from([0, 20]),
         windows=st.sampled_from([(None,), (None, 6), (3, 9), (5,)]),
+        num_states=st.sampled_from([0, 0, 6, 12, 40]),
         depth=st.sampled_from([1, 2, 3]),
     )
-    def begin(self, step_tokens, num_blocks, max_running, room, max_waiting, block_bytes, windows, depth):
+    def begin(self, step_tokens, num_blocks, max_running, room, max_waiting, block_bytes, windows, num_states, depth):
         lim = limits(
             step_tokens=step_tokens, step_logit_rows=8, num_blocks=num_blocks, max_running=max_running,
             max_waiting=max_waiting, kv_block_bytes=(block_bytes,) * len(windows),
-            kv_windows=windows, patience=3,
+            kv_windows=windows, patience=3, num_states=num_states, state_bytes=2 * block_bytes,
         )  # fmt: skip
         self.rig = Rig(lim, loader=HandLoader(automatic=False, nbytes=200), budget_bytes=room, depth=depth)
         self.requests = {}
@@ -118,8 +119,9 @@ class EngineMachine(RuleBasedStateMachine):
             assert answer.final is not None
             assert answer.final.times is not None
             if answer.finish_reason in ("stop", "length"):
+                lim = self.rig.limits
                 expected = alone(
-                    req, max_model_len=self.rig.limits.max_model_len, kv_windows=self.rig.limits.kv_windows
+                    req, max_model_len=lim.max_model_len, kv_windows=lim.kv_windows, num_states=4 * (lim.num_states > 0)
                 )
                 many = len(answer.token_ids)
                 assert answer.token_ids == expected.token_ids[:many]

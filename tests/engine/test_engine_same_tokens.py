@@ -60,6 +60,8 @@ def engines(draw):
         num_blocks=draw(st.integers(2 + 56 // size, 2 + 256 // size)),
         prefix_cache=draw(st.booleans()), patience=draw(st.sampled_from([1, 16])),
         kv_windows=draw(st.sampled_from([(None,), (None,), (None, 7), (3,), (20, 5)])),
+        # Of a model with states: from barely enough for one request to snapshots of all.
+        num_states=draw(st.sampled_from([0, 0, 4, 6, 11, 100])),
     )  # fmt: skip
 
 
@@ -95,13 +97,17 @@ def hold_company(crowd, lim, data) -> None:
     rig.drain()
     rig.assert_clean()
     for req in crowd:
-        assert_same(rig.answers[req.request_id], alone(req, kv_windows=lim.kv_windows))
+        assert_same(rig.answers[req.request_id], alone(req, **same_model(lim)))
+
+
+def same_model(lim) -> dict:
+    return {"kv_windows": lim.kv_windows, "num_states": 4 if lim.num_states else 0}
 
 
 @settings(max_examples=40, deadline=None)
 @given(requests(), engines(), st.data())
 def test_resumed_behind_any_of_its_tokens(req, lim, data):
-    whole = alone(req, kv_windows=lim.kv_windows)
+    whole = alone(req, **same_model(lim))
     shown = data.draw(st.integers(1, max(1, len(whole.token_ids) - 1)), label="shown")
     if shown >= len(whole.token_ids):
         return

@@ -24,14 +24,21 @@ from truffula.testing.programs import Part, attach, fill_step, pull_from, random
 REFUSALS = (ValueError, TypeError, RuntimeError, OverflowError, MemoryError)
 S = 4
 CAPACITY = Capacity(
-    max_tokens=24, max_seqs=4, max_logit_rows=16, max_segments=4, num_blocks=20, block_size=S, max_blocks_per_seq=6
+    max_tokens=24,
+    max_seqs=4,
+    max_logit_rows=16,
+    max_segments=4,
+    num_blocks=20,
+    block_size=S,
+    max_blocks_per_seq=6,
+    num_states=20,
 )
 NASTY = st.sampled_from(
     [-(2**31), -(2**31) + 1, -65536, -2, -1, 0, 1, 2, 3, 5, 16, 24, 25, 63, 80, 127, 65536, 2**30, 2**31 - 2, 2**31 - 1]
 )
 ARRAYS = (
     "token_ids", "position", "rope_pos", "slot_mapping", "block_tables", "q_start", "kv_len", "seg", "seg_r",
-    "seg_weight", "logit_rows",
+    "seg_weight", "logit_rows", "span_start", "state_in", "state_out",
 )  # fmt: skip
 settled = lambda examples: settings(
     max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -51,7 +58,7 @@ def fuzz_steps(examples: int, isa: str) -> None:
     executable.run()
     good = executable.logits()
     change = st.tuples(st.sampled_from(ARRAYS), st.integers(0, 2**16), NASTY)
-    counts = st.dictionaries(st.sampled_from("TNRG"), NASTY, max_size=2)
+    counts = st.dictionaries(st.sampled_from("TNRGZ"), NASTY, max_size=2)
 
     @settled(examples)
     @given(st.lists(change, max_size=4), counts)
@@ -167,6 +174,7 @@ def tables(draw: Any) -> np.ndarray:
 CALLS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "add_buffer": {"offset": numbers, "stride": numbers, "logit_rows": booleans, "rounded": booleans},
     "add_vector": {"values": st.sampled_from([np.ones(16, np.float32), np.ones(0, np.float32), np.ones((4, 4))])},
+    "add_state": {"width": numbers},
     "add_matrix": {"outputs": numbers, "inputs": numbers, "format": formats, "panels": booleans, "half": numbers},
     "fill": {"weight": ids, "array": matrices, "first": numbers},
     "Embed": {"table": ids, "out": columns, "add": maybe, "source": words, "offset": numbers, "scale": floats},
@@ -184,6 +192,7 @@ CALLS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
                   "planes": st.lists(ids, min_size=1, max_size=3), "heads": numbers, "kv_heads": numbers,
                   "dim_k": numbers, "dim_v": numbers,
                   "scale": floats, "window": numbers, "softcap": floats, "sinks": maybe_id},
+    "CausalConv": {"x": columns, "out": columns, "weight": ids, "state": ids, "bias": maybe_id, "activation": words},
     "TakeRows": {"x": columns, "out": columns},
     "seal": {"inputs": st.just("inputs"), "arena_floats": st.one_of(numbers, st.just(4096), st.just(4096)),
              "logits_buffer": ids, "vocab": st.one_of(numbers, st.just(32))},
@@ -194,6 +203,7 @@ CALLS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "add_adapter": {"table": tables(), "data": st.one_of(images, images, images, matrices)},
     "drop_adapter": {"slot": ids},
     "release_kv": {"group": ids, "blocks": tokens},
+    "release_states": {"rows": tokens},
     "set_sequence": {"slot": ids, "prompt_ids": tokens,
                      "completion_ids": tokens, "sampling": samplings},
     "sample": {"samples": sample_inputs()},
@@ -228,6 +238,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("Attention", {"q": (0, 0, 16), "k": (1, 0, 16), "v": (1, 16, 16), "out": (2, 0, 16), "group": 0,
                        "planes": [2, 3], "heads": 16, "kv_heads": 16, "dim_k": 1, "dim_v": 1,
                        "scale": 1.0, "window": 0, "softcap": 0.0, "sinks": 0}),
+    ("CausalConv", {"x": (0, 0, 16), "out": (2, 16, 16), "weight": 6, "state": 0, "bias": 0, "activation": "silu"}),
     ("TakeRows", {"x": (0, 0, 16), "out": (4, 0, 16)}),
     *(("add_site", {"site": op % 3, "op": op, "first": 0, "outputs": 16}) for op in range(6)),
     *(("add_site", {"site": 3, "op": op, "first": 5, "outputs": 8}) for op in range(6)),
@@ -240,6 +251,7 @@ GOOD_BEHIND: list[tuple[str, dict[str, Any]]] = [
     ("sample", {"samples": SampleInputs.allocate(CAPACITY, 32)}),
     ("drop_adapter", {"slot": 0}),
     ("release_kv", {"group": 0, "blocks": np.array([1, 2, 19], np.int32)}),
+    ("release_states", {"rows": np.array([1, 3, 19], np.int32)}),
     ("tap", {"op": 1}),
     ("logits", {"vocab": 32}),
     ("fill", {"weight": 4, "array": np.ones((9, 16), np.float16), "first": 3}),
@@ -283,6 +295,8 @@ def prepared(isa: str, debug: bool) -> tuple[Any, StepInputs]:
         outputs = 2 * half or 16
         weight = native.add_matrix(outputs, 16, fmt, panels, half)
         native.fill(weight, np.ones((outputs, 16), np.float32), 0)
+    native.add_vector(np.ones(3 * 16, np.float32))
+    native.add_state(2 * 16)
     fill_step(inputs, [Part((1, 2, 3, 4, 5), 0, (1, 2)), Part((6, 7), 0, (3,))], S)
     return native, inputs
 
@@ -312,7 +326,7 @@ def fuzz_calls(examples: int, isa: str) -> None:
     capacities = st.fixed_dictionaries(
         {name: st.one_of(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), NASTY)
          for name in ("max_tokens", "max_seqs", "max_logit_rows", "max_segments", "num_blocks", "block_size",
-                      "max_blocks_per_seq")}
+                      "max_blocks_per_seq", "num_states")}
     )  # fmt: skip
     odd = st.sampled_from(
         [np.zeros(500, np.int32), np.zeros(1000, np.int32)[::2], np.zeros(500, np.int64), np.zeros(3, np.int32), None,

@@ -18,6 +18,7 @@ from truffula.kernels.program import (
     Op,
     Output,
     Program,
+    RecurrentState,
     Ref,
     RopeTable,
     Site,
@@ -28,7 +29,14 @@ from truffula.kernels.program import (
 from truffula.testing.programs import AdapterTensors, as_dtype, attach, pull_from
 
 CAPACITY = Capacity(
-    max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=16, num_blocks=40, block_size=4, max_blocks_per_seq=16
+    max_tokens=64,
+    max_seqs=8,
+    max_logit_rows=64,
+    max_segments=16,
+    num_blocks=40,
+    block_size=4,
+    max_blocks_per_seq=16,
+    num_states=12,
 )
 
 
@@ -57,6 +65,7 @@ class OneOp:
     sites: list[Site] = field(default_factory=list)
     tables: list[RopeTable] = field(default_factory=list)
     groups: list[KvGroup] = field(default_factory=list)
+    states: list[RecurrentState] = field(default_factory=list)
     adapters: list[AdapterTensors] = field(default_factory=list)
     capacity: Capacity = CAPACITY
 
@@ -93,8 +102,8 @@ class OneOp:
         self.ops += [TakeRows(name="take", x=x, out=taken), Logits(name="logits", x=taken, weight=head, out=logits)]
         program = Program(
             name="one", vocab_size=3, buffers=tuple(self.buffers), weights=tuple(self.weights), sites=tuple(self.sites),
-            rope_tables=tuple(self.tables), kv_groups=tuple(self.groups), ops=tuple(self.ops), result=logits,
-            output=Output("logits", 3), max_positions=1000,
+            rope_tables=tuple(self.tables), kv_groups=tuple(self.groups), states=tuple(self.states),
+            ops=tuple(self.ops), result=logits, output=Output("logits", 3), max_positions=1000,
         )  # fmt: skip
         executable = backend.load(program, self.dtype, pull_from(self.values), self.capacity, debug=True)
         for adapter in self.adapters:

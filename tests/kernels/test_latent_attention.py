@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,6 @@ from hypothesis import strategies as st
 from kernel_backends import NATIVE, on_every_backend
 from one_op import OneOp, close, exact
 
-from truffula.errors import KernelError
 from truffula.kernels.adapters import low_rank
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import KvGroup, KvPlane, Mla, ModuleSlice, Site, SiteSlice
@@ -100,7 +101,7 @@ def test_any_mix_equals_expanded_heads_with_folded_adapters(backend, case_):
             inputs.block_tables[0, n, : len(blocks)] = blocks
             inputs.q_start[n], inputs.q_start[n + 1], inputs.kv_len[n] = lo, lo + length, length
 
-    spans = [slice(lo, hi) for lo, hi in zip(starts, starts[1:], strict=False)]
+    spans = [slice(lo, hi) for lo, hi in pairwise(starts)]
     wanted = [oracle(q[span], latent[span], matrix, op) for span, matrix in zip(spans, folded, strict=True)]
     close(case.run(backend, op, fill), np.concatenate(wanted), c["dtype"], roundings=2)
 

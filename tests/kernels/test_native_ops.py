@@ -15,10 +15,12 @@ from truffula.kernels.cpu import available
 from truffula.kernels.cpu.lowering import add_ops, lower
 from truffula.kernels.program import (
     Attention,
+    CausalConv,
     Embed,
     Epilogue,
     Linear,
     Logits,
+    Mla,
     Norm,
     Op,
     Pointwise,
@@ -43,6 +45,9 @@ ONE_OF_EACH: list[Op] = [
     Rope(name="rope", x=ROWS, rows=ROWS, heads=1, head_dim=16, start=0, dims=16),
     Attention(name="attention", q=ROWS, k=ROWS, v=ROWS, out=ROWS, group=0, planes=(0, 1), heads=1, kv_heads=1,
               dim_k=16, dim_v=16, scale=1.0),
+    CausalConv(name="conv", x=ROWS, out=ROWS, weight=0, state=0),
+    Mla(name="mla", q=ROWS, latent=ROWS, out=ROWS, kv_b=0, group=0, plane=0, heads=1, nope=8, rope=8, dim_v=16, rank=8,
+        scale=1.0),
     TakeRows(name="take rows", x=ROWS, out=ROWS),
 ]  # fmt: skip
 
@@ -71,7 +76,7 @@ def test_words_are_the_same():
             if words is not None:
                 assert set(words) - {"none"} == words_of(declared[field]), (name, field)
                 compared += 1
-    assert compared == 7
+    assert compared == 8
 
 
 @pytest.mark.parametrize(

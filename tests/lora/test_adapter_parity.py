@@ -142,7 +142,9 @@ def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend
     served = served_base(tmp_path, model_type, backend)
     rows: list[tuple[int | None, list[int]]] = []
     expected = []
-    for number, fields in enumerate(({"targets": "all-linear", "rank": 5}, {"targets": ["q_proj", "kv_b_proj", "down_proj"]})):
+    for number, fields in enumerate(
+        ({"targets": "all-linear", "rank": 5}, {"targets": ["q_proj", "kv_b_proj", "down_proj"]})
+    ):
         folder = write_tiny_adapter(tmp_path / str(number), served.program.sites, seed=number, **fields)
         rows.append((served.add(folder), served.prompt(number)))
         expected.append(served.peft(folder, rows[-1][1]))

@@ -7,11 +7,17 @@ from typing import Any
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 MSCALE = {**YARN, "mscale": 1.2, "mscale_all_dim": 0.7}
 NO_Q_RANK = {"q_lora_rank": None}
+BIASED_HALVES = {"attention_bias": True, "rope_interleave": False}
+
+
+def heads(count: int) -> dict[str, int]:
+    return {"num_attention_heads": count, "num_key_value_heads": count}
+
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("deepseek_v2", "yarn with mscale, biases", {"rope_scaling": MSCALE, "attention_bias": True, "mlp_bias": True}),
     ("deepseek_v3", "yarn with mscale", {"rope_scaling": MSCALE}),
-    ("deepseek_v3", "no query rank, biases, rope in halves", {**NO_Q_RANK, "attention_bias": True, "rope_interleave": False}),
+    ("deepseek_v3", "no query rank, biases, rope in halves", {**NO_Q_RANK, **BIASED_HALVES}),
     ("glm4_moe_lite", "odd widths, odd vocabulary", {"v_head_dim": 7, "kv_lora_rank": 33, "vocab_size": 97}),
     ("kimi_k25", "text part", {}),
     ("youtu", "tied", {}),
@@ -19,9 +25,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 SLOW: list[tuple[str, str, dict[str, Any]]] = [
     ("deepseek_v2", "plain", {}),
-    ("deepseek_v2", "no query rank, one head", {**NO_Q_RANK, "num_attention_heads": 1, "num_key_value_heads": 1}),
+    ("deepseek_v2", "no query rank, one head", {**NO_Q_RANK, **heads(1)}),
     ("deepseek_v3", "plain", {}),
-    ("deepseek_v3", "hidden not divisible by heads", {"hidden_size": 30, "num_attention_heads": 7, "num_key_value_heads": 7}),
+    ("deepseek_v3", "hidden not divisible by heads", {"hidden_size": 30, **heads(7)}),
     ("deepseek_v3", "yarn without mscale_all_dim", {"rope_scaling": {**YARN, "mscale": 1.2}}),
     ("deepseek_v3", "large eps, which the latents' norms do not read", {"rms_norm_eps": 0.01}),
     ("glm4_moe_lite", "plain", {}),

@@ -1,7 +1,8 @@
 """Capabilities of the spec that no shipped architecture uses yet, against transformers models that do.
 
 Each case changes a llama spec in a few fields and must then equal another family exactly: multipliers (granite), a
-plain MLP (arcee), layers without positions (smollm3), layernorms with biases (starcoder2), fused on disk (phi3).
+plain MLP (arcee), layers without positions (smollm3), layernorms with biases (starcoder2), fused on disk (phi3),
+a parallel residual (stablelm).
 """
 
 from __future__ import annotations
@@ -70,6 +71,15 @@ def starcoder2(spec: ModelSpec) -> ModelSpec:
     return each_layer(dataclasses.replace(spec, names=names, final_norm=norm("norm")), change)
 
 
+def stablelm(spec: ModelSpec) -> ModelSpec:
+    norm = NormSpec("input_layernorm", 1e-5, kind="layer", cast="last", bias=True)
+    final = dataclasses.replace(norm, module="norm")
+    return each_layer(
+        dataclasses.replace(spec, final_norm=final),
+        lambda i, layer: dataclasses.replace(layer, before_mixer=norm, before_mlp=None, parallel=True),
+    )
+
+
 def phi3(spec: ModelSpec) -> ModelSpec:
     return spec
 
@@ -82,6 +92,14 @@ CASES: list[tuple[Callable[[ModelSpec], ModelSpec], dict[str, Any]]] = [
     (arcee, {"hidden_act": "relu2"}),
     (smollm3, {"no_rope_layers": [1, 0, 1], "use_sliding_window": False}),
     (starcoder2, {"use_bias": True, "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "sliding_window": None}),
+    (
+        stablelm,
+        {
+            "use_parallel_residual": True,
+            "layer_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        },
+    ),
     (phi3, {"sliding_window": None}),
 ]
 

@@ -1,32 +1,23 @@
-"""BlockPool: the only owner of KV block ids. A sequence holds a BlockTable and changes it through the pool.
+"""BlockPool: the only owner of KV blocks and state rows. A sequence holds a BlockTable and changes it through the pool.
 
-Each KV group has block ids of its own; bytes of all come from one budget. A block is
-
-unused     its memory is not committed, its bytes are not reserved
-free       not referenced; its memory is committed and its bytes are reserved, until the budget needs them
-in use     referenced by one table, or by several when it is full and shared through the prefix index
-cached     referenced by none, still indexed: a prefix hit uses it again, or it is evicted (LRU over all groups)
-
-Id 0 of each group is scratch and never allocated.
+``BlockStore`` keeps the ids of all groups; here are the tables of sequences and the prefix index. State rows are the
+last group (``engine/states.py``).
 """
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
+from truffula.engine.block_store import BlockStore
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.kv_layout import KvLayout
 from truffula.engine.prefix import NO_BLOCK, BlockKey, BlockKeys, PrefixIndex, PrefixNode
+from truffula.engine.states import Span, StateRows, StateTable
 from truffula.kernels.inputs import Int32
 
-OWNER = "kv"
 NEVER = 1 << 62
-RELEASED_TOGETHER = 16
-"""Free blocks whose memory is released in one call: a run of adjacent ones costs one system call per plane."""
 
 
 class BlockTable:
@@ -36,7 +27,7 @@ class BlockTable:
     In group g the entries before ``first[g]`` were freed and are -1. ``views`` has ``ids[g][:length]`` of each group;
     it is the same tuple until the table changes, and an older one keeps what it holds. The first ``num_indexed`` blocks
     are in the prefix index, ``node`` is the last of them (the root for none). ``node`` None: nothing is indexed. At
-    ``due`` committed tokens the next block is to be indexed or freed.
+    ``due`` committed tokens the next block is to be indexed or freed. ``states`` None: the model has none.
     """
 
     def __init__(self, groups: int, block_size: int, node: PrefixNode | None) -> None:
@@ -48,6 +39,7 @@ class BlockTable:
         self.num_indexed = 0
         self.node = node
         self.due = 0
+        self.states: StateTable | None = None
 
     def held(self, group: int) -> list[int]:
         """Ids of the blocks that it references in a group."""
@@ -57,6 +49,16 @@ class BlockTable:
     def num_held(self) -> list[int]:
         """How many blocks it references, per group."""
         return [self.length - first for first in self.first]
+
+    def node_at(self, border: int) -> PrefixNode | None:
+        """The node of the block that ends at position ``border``; None when it is not in the index."""
+        node, index = self.node, border // self.block_size
+        if node is None or not node.attached or not 0 < index <= self.num_indexed:
+            return None
+        for _ in range(self.num_indexed - index):
+            assert node is not None
+            node = node.parent
+        return node
 
     def append(self, columns: Sequence[Sequence[int]]) -> None:
         """Add blocks at the end: for each group equally many."""
@@ -78,33 +80,10 @@ class BlockTable:
         self.views = tuple([ids[: self.length] for ids in self.ids])
 
 
-class _Group:
-    """The block ids of one KV group."""
-
-    def __init__(self, num_blocks: int) -> None:
-        # Both are stacks. Lowest ids on top: small loads stay in few pages.
-        self.unused = list(range(num_blocks - 1, 0, -1))
-        self.free: list[int] = []
-        self.refs = [0] * num_blocks
-        self.cached: OrderedDict[int, float] = OrderedDict()
-        self.nodes: dict[int, PrefixNode] = {}
-
-    @property
-    def available(self) -> int:
-        return len(self.unused) + len(self.free) + len(self.cached)
-
-    @property
-    def used(self) -> int:
-        return len(self.refs) - 1 - self.available
-
-    def oldest(self) -> float:
-        """When its least recently used cached block was released; there must be one."""
-        return next(iter(self.cached.values()))
-
-
 class BlockPool:
-    """Blocks ``1 .. num_blocks`` of each group of ``layout``. Bytes of all but the unused ones are reserved from
-    ``budget``. ``release_kv`` is the executable's. ``prefix_cache`` False indexes nothing.
+    """Blocks ``1 .. num_blocks`` of each group of ``layout`` and state rows ``1 .. num_states``. Bytes of all but the
+    unused ones are reserved from ``budget``. ``release_memory`` returns the memory of blocks of a KV group to the
+    system; the group of the state rows is the last. ``prefix_cache`` False indexes nothing.
     """
 
     def __init__(
@@ -112,58 +91,56 @@ class BlockPool:
         num_blocks: int,
         layout: KvLayout,
         *,
+        num_states: int = 0,
         budget: MemoryBudget | None = None,
-        release_kv: Callable[[int, Int32], None] = lambda group, blocks: None,
+        release_memory: Callable[[int, Int32], None] = lambda group, blocks: None,
         prefix_cache: bool = True,
     ) -> None:
         self.num_blocks = num_blocks
         self.layout = layout
-        self._budget = budget if any(layout.block_bytes) else None
-        self._release_kv = release_kv
         self._prefix_cache = prefix_cache
-        self._groups = [_Group(num_blocks) for _ in layout.windows]
+        sizes = [num_blocks] * layout.num_groups + [num_states] * layout.has_states
+        self._index = PrefixIndex(len(sizes))
+        self.store = BlockStore(sizes, layout.costs, self._index, budget, release_memory)
+        self._kv = self.store.groups[: layout.num_groups]
         self._sliding = [g for g, window in enumerate(layout.windows) if window is not None]
-        self._index = PrefixIndex(layout.num_groups)
-        if self._budget is not None:
-            self._budget.register_reclaimer(OWNER, self)
+        self._states: StateRows | None = None
+        if layout.has_states:
+            self._states = StateRows(self.store, layout.num_groups, layout.state_rows, layout.block_size)
 
     # Counts
 
     def num_free(self) -> int:
-        """Free and unused blocks of all groups."""
-        return sum(len(group.free) + len(group.unused) for group in self._groups)
+        """Free and unused KV blocks of all groups."""
+        return sum(len(group.free) + len(group.unused) for group in self._kv)
 
     def num_cached(self) -> int:
-        """Cached blocks of all groups."""
-        return sum(len(group.cached) for group in self._groups)
+        """Cached KV blocks of all groups."""
+        return sum(len(group.cached) for group in self._kv)
 
     def num_used(self) -> int:
-        """Blocks of all groups that tables reference."""
-        return sum(group.used for group in self._groups)
+        """KV blocks of all groups that tables reference."""
+        return sum(group.used for group in self._kv)
 
     def used_bytes(self) -> int:
-        """Bytes of the blocks that tables reference."""
-        return self.layout.nbytes([group.used for group in self._groups])
+        """Bytes of the KV blocks and state rows that tables reference."""
+        return self.store.used_bytes()
 
     def cached_bytes(self) -> int:
-        """Bytes of the cached blocks."""
-        return self.layout.nbytes([len(group.cached) for group in self._groups])
+        """Bytes of the cached KV blocks and snapshots."""
+        return self.store.cached_bytes()
 
     def can_fit(self, counts: Sequence[int], bytes_elsewhere: Callable[[], int]) -> bool:
-        """Whether ``counts[g]`` more blocks of each group would fit if everything idle were evicted.
+        """Whether ``counts[g]`` more blocks of each group (state rows last) would fit if everything idle were evicted.
 
         ``bytes_elsewhere`` returns the bytes that other owners with a reclaimer have in use.
         """
-        if any(count > group.available for count, group in zip(counts, self._groups, strict=True)):
-            return False
-        nbytes = self.layout.nbytes(counts)
-        if self._budget is None or nbytes <= self._budget.available():
-            return True
-        return self._budget.fixed() + bytes_elsewhere() + self.used_bytes() + nbytes <= self._budget.limit
+        return self.store.can_fit(counts, bytes_elsewhere)
 
     def longest(self, most_tokens: int) -> int:
         """Tokens, at most ``most_tokens``, of the longest sequence that fits when it runs alone."""
-        nbytes = None if self._budget is None else self._budget.limit - self._budget.fixed()
+        budget = self.store.budget
+        nbytes = None if budget is None else budget.limit - budget.fixed()
         return self.layout.longest(most_tokens, nbytes=nbytes, num_blocks=self.num_blocks - 1)
 
     # Tables
@@ -172,56 +149,48 @@ class BlockPool:
         """An empty table."""
         node = self._index.root if self._prefix_cache else None
         table = BlockTable(self.layout.num_groups, self.layout.block_size, node)
+        table.states = None if self._states is None else StateTable()
         self._set_due(table)
         return table
 
     def growth(self, table: BlockTable, num_tokens: int) -> list[int]:
-        """Per group, how many more blocks than now ``table`` may hold before ``num_tokens`` tokens are computed."""
+        """Per group, how many more blocks than now ``table`` may hold before ``num_tokens`` tokens are computed; then
+        how many more state rows."""
         if num_tokens <= table.capacity:
-            return [0] * len(self._groups)
-        peaks = self.layout.peak_blocks(num_tokens)
-        return [max(0, peak - held) for peak, held in zip(peaks, table.num_held(), strict=True)]
+            more = [0] * len(self._kv)
+        else:
+            peaks = self.layout.peak_blocks(num_tokens)
+            more = [max(0, peak - held) for peak, held in zip(peaks, table.num_held(), strict=True)]
+        if self._states is not None and table.states is not None:
+            more.append(self._states.missing(table.states))
+        return more
 
     def extend(self, table: BlockTable, num_tokens: int) -> bool:
         """Give ``table`` blocks for ``num_tokens`` tokens in every group, evicting cached blocks if needed. False, with
-        nothing taken, when too few blocks or bytes are available.
+        nothing taken, when too few blocks or bytes are available. The first call takes its state rows, too.
         """
         count = self.layout.blocks_for(num_tokens) - table.length
         if count <= 0:
             return True
-        if any(count > group.available for group in self._groups):
+        if any(count > group.available for group in self._kv):
+            return False
+        states, filled = self._states, table.states is None or table.states.filled
+        if states is not None and table.states is not None and not states.fill(table.states):
             return False
         columns: list[list[int]] = []
-        for g, group in enumerate(self._groups):
+        for g in range(len(self._kv)):
             columns.append([])
             for _ in range(count):
-                block = group.free.pop() if group.free else self._take_block(g)
+                block = self.store.take(g)
                 if block is None:
-                    for other, blocks in zip(self._groups, columns, strict=False):
-                        other.free += reversed(blocks)
+                    for other, blocks in enumerate(columns):
+                        self.store.put_back(other, blocks)
+                    if states is not None and table.states is not None and not filled:
+                        states.unfill(table.states)
                     return False
                 columns[g].append(block)
-        for group, blocks in zip(self._groups, columns, strict=True):
-            for block in blocks:
-                group.refs[block] = 1
         table.append(columns)
         return True
-
-    def _take_block(self, g: int) -> int | None:
-        """A block of a group that has no free one; None when too few blocks or bytes are available.
-
-        An unused one while the budget has room. Else what was idle for longest is evicted: the group's cached block,
-        which is used again, or an entry of another owner.
-        """
-        group, nbytes, budget = self._groups[g], self.layout.block_bytes[g], self._budget
-        if group.cached:
-            full = budget is not None and budget.available() < nbytes and group.oldest() == budget.oldest()
-            if full or not group.unused:
-                self._evict(g)
-                return group.free.pop()
-        if not group.unused or not (budget is None or budget.reserve(OWNER, nbytes)):
-            return None
-        return group.unused.pop()
 
     def free_behind(self, table: BlockTable, num_computed: int, now: float) -> None:
         """Release the blocks that no query at ``num_computed`` or later reads. Indexed ones stay cached.
@@ -232,7 +201,7 @@ class BlockPool:
         for g in self._sliding:
             first, stop = table.first[g], self.layout.first_block(g, num_computed)
             if stop > first:
-                self._release_blocks(g, table.ids[g][first:stop].tolist(), now)
+                self.store.release(g, table.ids[g][first:stop].tolist(), now)
                 table.free(g, stop)
         self._set_due(table)
 
@@ -248,28 +217,37 @@ class BlockPool:
         The last block first: a prefix hit needs all full-attention blocks before it, so the end of a prefix must be
         evicted before its start.
         """
-        for g in range(len(self._groups)):
-            self._release_blocks(g, reversed(table.held(g)), now)
+        for g in range(len(self._kv)):
+            self.store.release(g, reversed(table.held(g)), now)
+        if self._states is not None and table.states is not None:
+            self._states.release(table.states, now)
 
-    def _release_blocks(self, g: int, blocks: Iterable[int], now: float) -> None:
-        group = self._groups[g]
-        for block in blocks:
-            assert group.refs[block] > 0, (g, block)
-            group.refs[block] -= 1
-            if group.refs[block]:
-                continue
-            if block in group.nodes:
-                group.cached[block] = now
-            else:
-                group.free.append(block)
+    # State rows, of a model that has them
+
+    def begin_states(self, table: BlockTable, start: int, stop: int, borders: Sequence[int]) -> tuple[Span, ...]:
+        """The spans of a chunk of tokens ``start .. stop``, with snapshots at ``borders``, which ascend; () without
+        states."""
+        if self._states is None or table.states is None:
+            return ()
+        return self._states.begin(table.states, start, stop, borders)
+
+    def undo_states(self, table: BlockTable) -> None:
+        """Undo ``begin_states``, the newest that is not committed."""
+        if self._states is not None and table.states is not None:
+            self._states.undo(table.states)
+
+    def commit_states(self, table: BlockTable, stop: int, kept: Collection[int], now: float) -> None:
+        """Record that the oldest chunk, which ends at ``stop``, is computed. Call it after ``register``."""
+        if self._states is not None and table.states is not None:
+            self._states.commit(table.states, stop, kept, table.node_at, now)
 
     # Prefix index
 
     def match(self, keys: BlockKeys, limit: int) -> list[PrefixNode]:
         """The longest indexed prefix of ``keys``, of at most ``limit`` blocks, that every group can serve.
 
-        A full group must have all of its blocks, a group with a window only those that the next query reads. Takes no
-        reference.
+        A full group must have all of its blocks, a group with a window only those that the next query reads, and there
+        must be a snapshot of the states behind the last block. Takes no reference.
         """
         if not self._prefix_cache:
             return []
@@ -277,9 +255,15 @@ class BlockPool:
         length, known = len(path), -1
         while length != known:
             known = length
-            for g in range(len(self._groups)):
+            for g in range(len(self._kv)):
                 length = self._servable(g, path, length)
+            if self._states is not None:
+                length = self._states.servable(path, length)
         return path[:length]
+
+    def num_known(self, keys: BlockKeys, limit: int) -> int:
+        """The length of the longest indexed prefix of ``keys``, of at most ``limit`` blocks, servable or not."""
+        return len(self._index.find(keys, limit)) if self._prefix_cache else 0
 
     def _servable(self, g: int, path: Sequence[PrefixNode], length: int) -> int:
         """The most blocks, up to ``length``, after which group ``g`` has all that the next query reads."""
@@ -308,12 +292,14 @@ class BlockPool:
         if not path:
             return
         columns = []
-        for g, group in enumerate(self._groups):
+        for g in range(len(self._kv)):
             first = table.first[g] = self.layout.first_block(g, len(path) * self.layout.block_size)
             blocks = [node.blocks[g] for node in path[first:]]
             for block in blocks:
-                self._take(group, block)
+                self.store.share(g, block)
             columns.append([NO_BLOCK] * first + blocks)
+        if self._states is not None and table.states is not None:
+            self._states.attach(table.states, path[-1])
         table.append(columns)
         table.num_indexed = len(path)
         table.node = path[-1]
@@ -329,10 +315,8 @@ class BlockPool:
                 break
             table.node = node = self._index.child(table.node, keys[index])
             table.num_indexed = index + 1
-            for g, group in enumerate(self._groups):
-                if node.blocks[g] == NO_BLOCK:
-                    node.blocks[g] = own = int(table.ids[g][index])
-                    group.nodes[own] = node
+            for g in range(len(self._kv)):
+                self.store.add_to_index(g, int(table.ids[g][index]), node)
 
     def forget(self, table: BlockTable) -> None:
         """Remove the blocks of ``table`` and their descendants from the index: their contents may be wrong."""
@@ -340,55 +324,9 @@ class BlockPool:
         while top is not None and top.parent is not None and top.parent.parent is not None:
             top = top.parent
         if top is not None and top.parent is not None and top.attached:
-            self._forget_node(top)
+            self.store.forget_node(top)
 
     def reset_index(self) -> None:
         """Remove all blocks from the index. Cached ones become free; tables keep theirs."""
         for top in list(self._index.root.children.values()):
-            self._forget_node(top)
-
-    def _forget_node(self, top: PrefixNode) -> None:
-        """Remove ``top`` and its descendants from the index."""
-        self._index.detach(top)
-        for node in top.below():
-            for g, block in enumerate(node.blocks):
-                if block == NO_BLOCK:
-                    continue
-                del self._groups[g].nodes[block]
-                if self._groups[g].cached.pop(block, None) is not None:
-                    self._groups[g].free.append(block)
-
-    def _take(self, group: _Group, block: int) -> None:
-        assert group.refs[block] or block in group.cached, block
-        group.cached.pop(block, None)
-        group.refs[block] += 1
-
-    # Reclaimer
-
-    def oldest(self) -> float | None:
-        """When the least recently used cached block was released; before all times when there are free blocks."""
-        if any(group.free for group in self._groups):
-            return -math.inf
-        return min((group.oldest() for group in self._groups if group.cached), default=None)
-
-    def evict_oldest(self) -> int:
-        """Release the memory of free blocks; if there are none, evict the least recently used cached block."""
-        g = next((g for g, group in enumerate(self._groups) if group.free), None)
-        if g is None:
-            _, g = min((group.oldest(), g) for g, group in enumerate(self._groups) if group.cached)
-            self._evict(g)
-        group = self._groups[g]
-        group.free, released = group.free[:-RELEASED_TOGETHER], sorted(group.free[-RELEASED_TOGETHER:])
-        self._release_kv(g, np.asarray(released, np.int32))
-        group.unused += reversed(released)
-        nbytes = len(released) * self.layout.block_bytes[g]
-        if self._budget is not None:
-            self._budget.release(OWNER, nbytes)
-        return nbytes
-
-    def _evict(self, g: int) -> None:
-        block, _ = self._groups[g].cached.popitem(last=False)
-        node = self._groups[g].nodes.pop(block)
-        node.blocks[g] = NO_BLOCK
-        self._index.prune(node)
-        self._groups[g].free.append(block)
+            self.store.forget_node(top)

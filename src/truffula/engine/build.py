@@ -79,7 +79,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
     planned = backend.plan(plan.program, dtype.dtype, capacity, plan.stored_types)
     layout = KvLayout(
         config.block_size, config.step_tokens, tuple(group.window for group in plan.interface.kv_groups),
-        planned.kv_block_bytes,
+        planned.kv_block_bytes, state_rows=2 if plan.interface.states else 0, state_bytes=planned.state_bytes,
     )  # fmt: skip
     memory = plan_memory(
         planned,
@@ -92,6 +92,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
     capacity = dataclasses.replace(
         capacity,
         num_blocks=memory.num_blocks,
+        num_states=memory.num_states,
         max_blocks_per_seq=math.ceil(memory.max_model_len / config.block_size),
     )
     limits = EngineLimits(
@@ -108,6 +109,8 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         prefetch_adapters=config.prefetch_adapters,
         kv_windows=layout.windows,
         kv_block_bytes=layout.block_bytes,
+        num_states=memory.num_states,
+        state_bytes=layout.state_bytes,
     )
     info = _describe(config, path, plan, backend, dtype, planned, memory)
     return EngineSettings(info, limits, capacity)

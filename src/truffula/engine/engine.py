@@ -32,6 +32,7 @@ from truffula.errors import (
     TruffulaError,
 )
 from truffula.kernels.backend import Executable, PendingStep
+from truffula.kernels.inputs import Int32
 from truffula.lora.generations import OWNER
 from truffula.lora.pool import AdapterPool
 from truffula.types import (
@@ -84,7 +85,8 @@ class Engine:
             limits.num_blocks,
             limits.kv_layout(executable.depth),
             budget=budget,
-            release_kv=executable.release_kv,
+            num_states=limits.num_states,
+            release_memory=self._release_memory,
             prefix_cache=limits.prefix_cache,
         )
         self._runner = ModelRunner(executable, limits)
@@ -94,6 +96,12 @@ class Engine:
         self._steps = 0
         self._pauses: list[tuple[EngineAction, Future[list[AdapterState]]]] = []  # that are not in effect yet
         self._files_checked_at = float("-inf")
+
+    def _release_memory(self, group: int, blocks: Int32) -> None:
+        if group < len(self.limits.kv_windows):
+            self._executable.release_kv(group, blocks)
+        else:
+            self._executable.release_states(blocks)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Set the tokens for the grammars of later requests; only the first call counts."""

@@ -1,4 +1,4 @@
-"""KvLayout: how many blocks and bytes of KV a sequence needs, by KV group."""
+"""KvLayout: how many blocks and bytes of KV a sequence needs, by KV group, and how many state rows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,29 @@ class KvLayout:
 
     ``windows[g]`` is group g's window in tokens (None: it keeps all keys), ``block_bytes[g]`` what one of its blocks
     costs (0: bytes are not counted). ``chunk_tokens`` is the most tokens of one sequence that are planned and not yet
-    committed; blocks behind the window are freed when tokens are committed.
+    committed; blocks behind the window are freed when tokens are committed. While a sequence runs it has ``state_rows``
+    state rows (0: the model has no states), which cost ``state_bytes`` each.
     """
 
     block_size: int
     chunk_tokens: int
     windows: tuple[int | None, ...] = (None,)
     block_bytes: tuple[int, ...] = (0,)
+    state_rows: int = 0
+    state_bytes: int = 0
 
     @property
     def num_groups(self) -> int:
         return len(self.windows)
+
+    @property
+    def has_states(self) -> bool:
+        return self.state_rows > 0
+
+    @property
+    def costs(self) -> tuple[int, ...]:
+        """Bytes of a block of each group, then of a state row, if there are states."""
+        return (*self.block_bytes, self.state_bytes) if self.has_states else self.block_bytes
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens from a sequence's start."""
@@ -53,6 +65,10 @@ class KvLayout:
         """Bytes of ``counts[g]`` blocks of each group."""
         return sum(count * cost for count, cost in zip(counts, self.block_bytes, strict=True))
 
+    def peak_bytes(self, num_tokens: int) -> int:
+        """The most bytes that a sequence holds at a time while ``num_tokens`` tokens are computed."""
+        return self.nbytes(self.peak_blocks(num_tokens)) + self.state_rows * self.state_bytes
+
     def longest(self, most_tokens: int, *, nbytes: int | None = None, num_blocks: int | None = None) -> int:
         """The longest sequence, in tokens and at most ``most_tokens``, that can be computed alone.
 
@@ -61,7 +77,8 @@ class KvLayout:
 
         def fits(blocks: int) -> bool:
             peaks = self.peak_blocks(blocks * self.block_size)
-            return (nbytes is None or self.nbytes(peaks) <= nbytes) and (num_blocks is None or max(peaks) <= num_blocks)
+            enough = num_blocks is None or max(peaks) <= num_blocks
+            return enough and (nbytes is None or self.peak_bytes(blocks * self.block_size) <= nbytes)
 
         low, high = 0, self.blocks_for(most_tokens)
         if fits(high):  # each request asks, and most engines have room for any length

@@ -16,7 +16,7 @@ from truffula.types import EngineRequest
 class EngineLimits:
     """Fixed at start. ``kv_windows`` and ``kv_block_bytes`` have an entry per KV group (see ``KvLayout``; without
     ``kv_block_bytes`` KV is not in the byte budget). Each group has ``num_blocks`` block ids, the scratch block among
-    them.
+    them. A model with sequence states has ``num_states`` state rows, row 0 among them, of ``state_bytes`` each.
 
     ``prefetch_adapters``: how many adapters may be loading for waiting requests at a time. ``patience``: in how
     many steps an adapter that runs nothing may be refused for lack of room, before the one that runs most is preempted.
@@ -35,6 +35,8 @@ class EngineLimits:
     prefetch_adapters: int = 64
     kv_windows: tuple[int | None, ...] = (None,)
     kv_block_bytes: tuple[int, ...] = ()
+    num_states: int = 0
+    state_bytes: int = 0
     patience: int = 16
 
     @property
@@ -45,7 +47,8 @@ class EngineLimits:
     def kv_layout(self, depth: int) -> KvLayout:
         """How KV divides into groups and blocks when ``depth`` steps may be unfinished."""
         block_bytes = self.kv_block_bytes or (0,) * len(self.kv_windows)
-        return KvLayout(self.block_size, depth * self.step_tokens, self.kv_windows, block_bytes)
+        rows = depth + 1 if self.num_states else 0
+        return KvLayout(self.block_size, depth * self.step_tokens, self.kv_windows, block_bytes, rows, self.state_bytes)
 
 
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:

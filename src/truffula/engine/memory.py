@@ -1,7 +1,8 @@
 """Divides the memory limit before anything is loaded.
 
-The limit divides into a fixed part (weights, arena, logits, the scratch block) and a pool, which KV blocks and adapters
-share by need (``engine/budget.py``). KV memory is touched when it is used, so a large pool costs nothing while idle.
+The limit divides into a fixed part (weights, arena, logits, the scratch block) and a pool, which KV blocks, sequence
+states and adapters share by need (``engine/budget.py``). KV memory is touched when it is used, so a large pool costs
+nothing while idle.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ SHORTEST_USEFUL_TOKENS = 1024
 class MemoryDivision:
     """How the limit is divided.
 
-    ``pool_bytes`` is for adapters and KV. ``num_blocks`` is how many block ids each KV group has, the scratch block
-    among them. ``kv_tokens`` is what the pool holds of sequences of ``max_model_len`` tokens.
+    ``pool_bytes`` is for adapters, KV and states. ``num_blocks`` is how many block ids each KV group has, the scratch
+    block among them; ``num_states`` is the number of state rows, row 0 among them. ``kv_tokens`` is what the pool holds
+    of sequences of ``max_model_len`` tokens.
     """
 
     limit_bytes: int
@@ -34,6 +36,7 @@ class MemoryDivision:
     num_blocks: int
     kv_tokens: int
     max_model_len: int
+    num_states: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -69,24 +72,28 @@ def plan_memory(
         )
     blocks = max_running * layout.blocks_for(longest)
     tokens = max_running * longest
-    if each := layout.nbytes(layout.peak_blocks(longest)):
+    if each := layout.peak_bytes(longest):
         # The cheapest block bounds the ids of all groups: KV memory is committed block by block, when it is written.
         blocks = min(blocks, pool // min(layout.block_bytes))
         tokens = min(tokens, pool // each * longest + layout.longest(longest, nbytes=pool % each))
-    return MemoryDivision(limit.nbytes, limit.reason, fixed, pool, blocks + 1, tokens, longest, warnings)
+    states = 0
+    if layout.has_states:  # as many snapshots as blocks, if they fit: the budget evicts the least recently used
+        states = 1 + min(max_running * layout.state_rows + blocks, pool // layout.state_bytes)
+    return MemoryDivision(limit.nbytes, limit.reason, fixed, pool, blocks + 1, tokens, longest, states, warnings)
 
 
 def _too_little(plan: MemoryPlan, limit: MemoryLimit, layout: KvLayout, least: int, holds: int) -> InsufficientMemory:
-    fixed, kv = plan.fixed_bytes, layout.nbytes(layout.peak_blocks(least))
+    fixed, kv = plan.fixed_bytes, layout.peak_bytes(least)
     ways = ["raise --memory" if limit.reason.startswith("--memory") else "free memory or raise the limit"]
     if holds >= 1:
         ways.append(f"--max-model-len {holds} (the longest that fits)")
     else:
         ways.append("a smaller model, or lower --step-tokens and --max-running")
+    cached = "KV cache and state" if layout.has_states else "KV cache"
     message = (
         f"Not enough memory: {format_size(fixed + kv)} are needed, but only {format_size(limit.nbytes)} may be used "
         f"({limit.reason}). Weights {format_size(plan.weight_bytes)}, working memory {format_size(plan.arena_bytes)}, "
-        f"logits {format_size(plan.logits_bytes)}, KV cache of one sequence of {least} tokens {format_size(kv)}. "
+        f"logits {format_size(plan.logits_bytes)}, {cached} of one sequence of {least} tokens {format_size(kv)}. "
         f"Ways out: {'; '.join(ways)}."
     )
     return InsufficientMemory(

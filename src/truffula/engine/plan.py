@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from truffula.engine.constraints import Matcher
+from truffula.engine.states import Span
 from truffula.kernels.inputs import Float32, Int32, SequenceSampling
 
 TopList = list[tuple[int, float]]
@@ -30,7 +31,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     has one array ``[blocks]`` per KV group that covers all positions; the tuple is the same object until a table
     changes. ``adapter_slot`` is None for the base. The last rows of the chunk have logits: one for each of ``targets``,
     the ids to score, then one for each of ``draws``, the numbers of the completion tokens to draw. ``matcher``
-    says which ids may be drawn; None: all, or it draws none.
+    says which ids may be drawn; None: all, or it draws none. ``spans`` divide the chunk of a model with states.
     """
 
     serial: int
@@ -43,6 +44,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     targets: Int32
     draws: tuple[int, ...]
     matcher: Matcher | None = None
+    spans: tuple[Span, ...] = ()
 
     @property
     def count(self) -> int:

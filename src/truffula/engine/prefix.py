@@ -39,6 +39,11 @@ class BlockKeys:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def num_common(self, other: BlockKeys) -> int:
+        """How many keys the two begin with in common."""
+        pairs = enumerate(zip(self._keys, other._keys, strict=False))
+        return next((index for index, (one, two) in pairs if one != two), min(len(self), len(other)))
+
     def __getitem__(self, index: int) -> BlockKey:
         return self._keys[index]
 

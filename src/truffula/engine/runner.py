@@ -67,6 +67,7 @@ class ModelRunner:
         sequence_of_row = self._numbers[:N].repeat(rows)
         i.logit_rows[:R] = self._numbers[:R] + (stop - rows_stop)[sequence_of_row]
         i.T, i.N, i.R, i.G = T, N, R, _fill_segments(i, chunks, stop, rows_stop)
+        i.Z = _fill_spans(i, chunks)
         s.row_slot[:R] = seq_slot[sequence_of_row]
         s.target[:R] = s.mask_row[:R] = -1
         masked = rows_stop[np.array([chunk.matcher is not None for chunk in chunks])] - 1
@@ -101,6 +102,11 @@ def _require_capacity(inputs: StepInputs, limits: EngineLimits) -> None:
         raise ConfigError(
             f"kv_windows is {limits.kv_windows}; the executable has {groups} KV groups.", param="kv_windows"
         )
+    if (len(inputs.state_in) > 0) != (limits.num_states > 0):
+        raise ConfigError(
+            f"num_states is {limits.num_states}; the executable has {'' if len(inputs.state_in) else 'no '}state rows.",
+            param="num_states",
+        )
     for param, size, least in (
         ("step_tokens", len(inputs.token_ids), limits.step_tokens),
         ("step_logit_rows", len(inputs.logit_rows), limits.step_logit_rows),
@@ -123,6 +129,16 @@ def _fill_segments(i: StepInputs, chunks: Sequence[Chunk], stop: Int32, rows_sto
         spans[0, 0] = 0
         spans[1:G, 0] = spans[: G - 1, 1]
     return G
+
+
+def _fill_spans(i: StepInputs, chunks: Sequence[Chunk]) -> int:
+    """Write the spans of the chunks; returns their number, 0 without states."""
+    spans = np.array([span for chunk in chunks for span in chunk.spans], np.int32)
+    Z = len(spans)
+    if Z:
+        counts, i.state_in[:Z], i.state_out[:Z] = spans.T
+        i.span_start[1 : Z + 1] = counts.cumsum()
+    return Z
 
 
 def split_output(chunks: Sequence[Chunk], output: StepOutput) -> list[ChunkResult]:

@@ -10,9 +10,14 @@ from operator import add, attrgetter
 
 from truffula.engine.blocks import BlockPool, BlockTable
 from truffula.engine.limits import EngineLimits
+from truffula.engine.plan import Chunk
+from truffula.engine.prefix import BlockKeys
 from truffula.engine.sequence import AdapterKey, Sequence
 from truffula.errors import InsufficientMemory
 from truffula.lora.pool import AdapterLease, AdapterPool
+
+MAX_KEPT_BORDERS = 4
+"""Snapshots that a prompt leaves for prompts that wait for it, its own two among them."""
 
 _age = attrgetter("serial")
 
@@ -36,6 +41,7 @@ class RunningBatch:
     def __init__(self, limits: EngineLimits, blocks: BlockPool, adapters: AdapterPool) -> None:
         self._block_size = limits.block_size
         self._prefix_cache = limits.prefix_cache
+        self._has_states = limits.num_states > 0
         self._blocks = blocks
         self._adapters = adapters
         self._by_age: list[Sequence] = []
@@ -94,11 +100,23 @@ class RunningBatch:
         found = self._blocks.match(keys, limit)
         if len(found) >= min(limit, len(keys)):
             return False
+        if self._has_states:
+            return any(self._leaves_snapshot(other, keys, len(found), limit) for other in prompts)
         return any(
             len(found) < min(other.num_wanted, other.num_known) // self._block_size
             and self._blocks.continues(other.table, other.block_keys(), found, keys[len(found)])
             for other in prompts
         )
+
+    def _leaves_snapshot(self, prompt: Sequence, keys: BlockKeys, found: int, limit: int) -> bool:
+        """Whether a running ``prompt`` is about to leave a snapshot behind a prefix of ``keys`` that is longer than the
+        ``found`` blocks; it is made to where the two part, unless it is past that border."""
+        common = min(prompt.block_keys().num_common(keys), limit, (prompt.num_wanted - 1) // self._block_size)
+        border, kept = common * self._block_size, prompt.kept_borders
+        if common > found and border > prompt.num_computed and len(kept) < MAX_KEPT_BORDERS:
+            kept.add(border)
+        left = [border // self._block_size for border in kept if border > prompt.num_committed]
+        return any(found < length <= common for length in left)
 
     def admit(self, sequence: Sequence, allowance: int, rows: int, now: float) -> int:
         """Take a slot, an adapter lease and the first blocks together, and run; 0 and nothing taken if one is missing.
@@ -143,7 +161,19 @@ class RunningBatch:
         self._slots[sequence.seq_slot] = sequence
         sequence.lease = lease
         sequence.row_order = (lease is None, lease.slot if lease else 0, sequence.serial)
+        if self._has_states and self._prefix_cache:
+            last = (sequence.num_tokens - 1) // self._block_size
+            known = blocks.num_known(sequence.block_keys(), last)
+            sequence.kept_borders = {known * self._block_size, last * self._block_size}
         return count
+
+    def advance(self, sequence: Sequence, count: int, step: int) -> Chunk:
+        """The chunk of its next ``count`` tokens, with the state rows that the step reads and writes."""
+        if not self._has_states:
+            return sequence.advance(count, step)
+        borders = sequence.snapshot_borders(count) if self._prefix_cache else []
+        start = sequence.num_computed
+        return sequence.advance(count, step, self._blocks.begin_states(sequence.table, start, start + count, borders))
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether all its tokens fit beside those that the running sequences have and get next, so that none is

@@ -202,7 +202,8 @@ class Scheduler:
 
     def _make_plan(self, counts: dict[Sequence, int]) -> StepPlan:
         step = self._last_step + 1
-        chunks = [sequence.advance(counts[sequence], step) for sequence in sorted(counts, key=_row_order)]
+        advance = self._running.advance
+        chunks = [advance(sequence, counts[sequence], step) for sequence in sorted(counts, key=_row_order)]
         if chunks:
             self._last_step = step
             self._running.begin_step(step)
@@ -227,6 +228,8 @@ class Scheduler:
                 continue
             if sequence.num_committed >= sequence.table.due:
                 self._running.commit_blocks(sequence, now)
+            if chunk.spans:
+                self._blocks.commit_states(sequence.table, sequence.num_committed, sequence.kept_borders, now)
             if event is None:
                 continue
             generated += len(event.token_ids)
@@ -242,6 +245,7 @@ class Scheduler:
             sequence = self._running.at(chunk.seq_slot)
             if sequence is not None:
                 sequence.undo(chunk)
+                self._blocks.undo_states(sequence.table)
         self._running.end_step(plan.step, now)
 
     def retry(self, plan: StepPlan, error: TruffulaError, now: float) -> None:

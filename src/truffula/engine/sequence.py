@@ -11,6 +11,7 @@ from truffula.engine.constraints import GrammarCompiler, Matcher
 from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import Chunk, ChunkResult, SequenceState, TopList
 from truffula.engine.prefix import BlockKeys
+from truffula.engine.states import Span
 from truffula.errors import AdapterError, DeadlineExceeded, ErrorInfo, GenerationError, QueueTimeout, TruffulaError
 from truffula.kernels.inputs import NO_IDS, RELAY, Float32, Int32, SequenceSampling
 from truffula.lora.pool import AdapterLease
@@ -77,6 +78,7 @@ class Sequence:
         self.row_order = (True, 0, serial)
         self._restart = True
         self._block_keys: BlockKeys | None = None
+        self.kept_borders: set[int] = set()  # where snapshots of its states stay, see ``StateRows``
 
         self._stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else limits.eos_token_ids)
         self._min_tokens = params.min_tokens
@@ -140,9 +142,9 @@ class Sequence:
 
     # Steps
 
-    def advance(self, count: int, step: int) -> Chunk:
+    def advance(self, count: int, step: int, spans: tuple[Span, ...] = ()) -> Chunk:
         """The chunk of its next ``count`` tokens for ``step``. They count as computed from here on, and a token that
-        the step draws is pending.
+        the step draws is pending. ``spans``: of its state rows.
         """
         assert self.seq_slot is not None
         start = self.num_computed
@@ -160,6 +162,7 @@ class Sequence:
             targets=self._targets(start, stop) if self.scoring else NO_IDS,
             draws=(stop - self.num_prompt,) if draws else (),
             matcher=self.matcher if draws else None,
+            spans=spans,
         )
         self._restart = False
         if draws:
@@ -290,6 +293,12 @@ class Sequence:
         if self.scoring and self.first_unscored < self.num_prompt - 1:
             limit = min(limit, self.first_unscored)
         return max(limit, 0) // self._block_size
+
+    def snapshot_borders(self, count: int) -> list[int]:
+        """The block borders in its next ``count`` tokens where snapshots of its states are taken."""
+        start, stop = self.num_computed, self.num_computed + count
+        newest = stop // self._block_size * self._block_size
+        return sorted({border for border in (*self.kept_borders, newest) if start < border <= stop})
 
     # Events
 

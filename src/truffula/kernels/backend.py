@@ -28,9 +28,8 @@ class MemoryLimit:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by part, computed before weights are read. A block of KV group g costs ``kv_block_bytes[g]``.
-
-    ``state_bytes`` is the state of recurrent layers for all sequence slots.
+    """Bytes by part, computed before weights are read. A block of KV group g costs ``kv_block_bytes[g]``, a state row
+    ``state_bytes``.
     """
 
     weight_bytes: int
@@ -43,7 +42,8 @@ class MemoryPlan:
 
     @property
     def fixed_bytes(self) -> int:
-        """All bytes but the pool that KV blocks and adapters share. Includes the scratch block of each KV group."""
+        """All bytes but the pool that KV blocks, states and adapters share. Includes the scratch block of each KV group
+        and state row 0."""
         parts = self.weight_bytes, self.arena_bytes, self.logits_bytes, self.state_bytes
         return sum(parts) + sum(self.kv_block_bytes)
 
@@ -190,6 +190,9 @@ class Executable(Protocol):
         Memory that such a block shares with other blocks (a page at either end) stays. Does nothing on a device that
         allocates KV at load.
         """
+
+    def release_states(self, rows: Int32) -> None:
+        """Return the memory of state rows to the system, as ``release_kv`` does. Row 0 is not among them."""
 
     def close(self) -> None:
         """Free everything. Idempotent."""

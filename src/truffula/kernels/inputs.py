@@ -19,13 +19,15 @@ Bool = npt.NDArray[np.bool_]
 
 NO_IDS: Int32 = np.zeros(0, np.int32)
 NO_VALUES: Float32 = np.zeros(0, np.float32)
+SPANS_PER_SEQUENCE = 3
+"""Spans of one sequence in a step: so many snapshots of its state may be taken, the last one behind its last row."""
 RELAY = -1
 """In ``token_ids``: the token last drawn for the row's sequence slot, which the host may not know yet."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Upper bounds of a step and of the KV memory. Block 0 is scratch: no sequence owns it."""
+    """Upper bounds of a step, of the KV memory and of the state rows. Block 0 is scratch: no sequence owns it."""
 
     max_tokens: int  # T
     max_seqs: int  # N
@@ -34,6 +36,12 @@ class Capacity:
     num_blocks: int  # P, scratch included
     block_size: int  # S
     max_blocks_per_seq: int  # M
+    num_states: int = 0  # state rows, row 0 included; 0: the program has no states
+
+    @property
+    def max_spans(self) -> int:  # Z
+        """Spans of a step: see ``StepInputs``."""
+        return min(SPANS_PER_SEQUENCE * self.max_seqs, self.max_tokens) if self.num_states else 0
 
 
 @dataclass
@@ -45,6 +53,10 @@ class StepInputs:
     in ``block_tables[group, n]``, whose entries beyond those keys are not read; row t's K and V go to slot
     ``slot_mapping[group, t]`` (block * block_size + offset). ``seq_slot[n]`` (0 .. max_seqs - 1) is the sequence's
     slot while it runs: the executable keeps its sampling state there. A token id may be ``RELAY``.
+    The rows of a program with states are divided into spans: ``span_start[z] .. span_start[z + 1]`` belong to one
+    sequence, which has one or several, in order. A span begins with the state in row ``state_in[z]`` and leaves the
+    state after its last token in row ``state_out[z]``; the next span of its sequence begins with that row. Row 0 is all
+    zeros, the state before a sequence's first token, and is never written. The two may be the same row.
     ``seg[g] = (lo, hi, adapter slot)`` over T rows, ``seg_r[g] = (lo, hi)`` the same segment over R rows; base rows are
     in no segment; segments may overlap (composition), each with its ``seg_weight``. ``logit_rows`` ascends.
     """
@@ -65,6 +77,10 @@ class StepInputs:
     seg_r: Int32  # [G, 2]
     seg_weight: Float32  # [G]
     logit_rows: Int32  # [R]
+    span_start: Int32  # [Z + 1]
+    state_in: Int32  # [Z]
+    state_out: Int32  # [Z]
+    Z: int = 0
 
     @classmethod
     def allocate(cls, capacity: Capacity, groups: int) -> StepInputs:
@@ -77,6 +93,7 @@ class StepInputs:
             q_start=zeros(c.max_seqs + 1), kv_len=zeros(c.max_seqs), seq_slot=zeros(c.max_seqs),
             seg=zeros(c.max_segments, 3), seg_r=zeros(c.max_segments, 2),
             seg_weight=np.ones(c.max_segments, np.float32), logit_rows=zeros(c.max_logit_rows),
+            span_start=zeros(c.max_spans + 1), state_in=zeros(c.max_spans), state_out=zeros(c.max_spans),
         )  # fmt: skip
 
 

@@ -45,19 +45,20 @@ class Ref:
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``transform`` is applied in float32: ``plus_one`` for norms with 1 + w.
+    ``transform`` is applied in float32: ``plus_one`` for norms with 1 + w. ``conv``: the file has ``[C, 1, K]``.
     """
 
     name: str
-    transform: Literal["none", "plus_one"] = "none"
+    transform: Literal["none", "plus_one", "conv"] = "none"
 
 
 @dataclass(frozen=True)
 class WeightDecl:
     """A weight of the program: ``shape`` ``[O, I]``, ``[V, D]`` or ``[width]``, made of ``parts`` stacked along axis 0.
 
-    ``name`` is the canonical one, used in messages. ``uses``: ``rows`` (gathered), ``matmul``, ``vector``. A tied table
-    is one decl with both rows and matmul, stored once. ``dtype`` float32 is kept exact whatever the model's dtype.
+    ``name`` is the canonical one, used in messages. ``uses``: ``rows`` (gathered), ``matmul``, ``vector``, ``conv``
+    (``[C, K]`` of a convolution). A tied table is one decl with both rows and matmul, stored once. ``dtype`` float32 is
+    kept exact whatever the model's dtype.
     """
 
     id: int
@@ -134,8 +135,8 @@ class KvGroup:
 class RecurrentState:
     """The state of a recurrent layer: ``width`` numbers per sequence, whatever its length.
 
-    Stored per sequence slot (``StepInputs.seq_slot``). A prefix hit needs a snapshot of it at the end of the hit's last
-    block, of the same size.
+    The states of all layers of a sequence are one state row (``StepInputs.state_in``). ``dtype`` model: they are values
+    of a buffer, such as the last inputs of a convolution; a backend may hold them in float32.
     """
 
     id: int
@@ -237,10 +238,10 @@ class Linear(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Op):
-    """``act``: activation(x) · ``add``: x + y · ``scale``: x * params[0] · ``clip``, ``softcap``: params[0] ·
-    ``sigmoid_mul``: x * sigmoid(y)."""
+    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y · ``scale``: x * params[0] · ``clip``, ``softcap``:
+    params[0] · ``sigmoid_mul``: x * sigmoid(y)."""
 
-    kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul"]
+    kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul"]
     x: Ref
     out: Ref
     y: Ref | None = None
@@ -324,6 +325,23 @@ class Mla(Op):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CausalConv(Op):
+    """A depthwise convolution along each sequence, ending at the row itself:
+    ``out[t, c] = activation(bias[c] + Σ_k weight[c, k] · x[t - (K - 1) + k, c])``, in float32.
+
+    ``weight`` is ``[C, K]`` for the C columns of ``x``. ``state`` holds the last K - 1 rows of ``x``, the oldest first:
+    width (K - 1) · C.
+    """
+
+    x: Ref
+    out: Ref
+    weight: int
+    state: int
+    bias: int | None = None
+    activation: Activation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TakeRows(Op):
     """``out[r] = x[logit_rows[r]]``: from T rows to R rows."""
 
@@ -372,7 +390,7 @@ class ModelInterface:
         _require_ids_in_order(self, "sites", "kv_groups", "states")
 
     def state_bytes(self, model_itemsize: int) -> int:
-        """Bytes of one sequence's ``states``, and of a snapshot of them. ``model_itemsize``: of the model's dtype."""
+        """Bytes of one state row. ``model_itemsize``: of a number with the model's dtype."""
         return sum(state.width * (4 if state.dtype == "float32" else model_itemsize) for state in self.states)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from truffula.errors import KernelError
 from truffula.kernels.arena import written_by
 from truffula.kernels.program import (
     Attention,
+    CausalConv,
     Embed,
     Linear,
     Logits,
@@ -51,12 +53,12 @@ def _check_tables(program: Program) -> None:
         shaped = 1 <= len(decl.shape) <= 2 and min(decl.shape) >= 1
         _require("shape", shaped, f"weight {decl.name}: shape {decl.shape} is not [width] or [O, I].")
         _require("parts", bool(decl.parts), f"weight {decl.name} has no parts.")
-        unknown = sorted(decl.uses - {"rows", "matmul", "vector"})
+        unknown = sorted(decl.uses - {"rows", "matmul", "vector", "conv"})
         _require("uses", not unknown, f"weight {decl.name}: unknown uses {unknown}.")
     for site in program.sites:
         wide = bool(site.modules) and min(site.in_features, site.out_features) >= 1
         _require("sites", wide, f"site {site.id} has no module or no width.")
-    _require("states", not program.states, "states of recurrent layers are not computed yet.")
+    _check_states(program)
     seen: set[int] = set()
     for group in program.kv_groups:
         usable = bool(group.planes) and (group.window is None or group.window >= 1)
@@ -65,6 +67,13 @@ def _check_tables(program: Program) -> None:
             new = plane.id not in seen and plane.width >= 1
             _require("planes", new, f"KV plane {plane.id} is declared twice or has width {plane.width}.")
             seen.add(plane.id)
+
+
+def _check_states(program: Program) -> None:
+    owners = Counter(getattr(op, "state", None) for op in program.ops)
+    for state in program.states:
+        _require("states", state.width >= 1, f"state {state.id} has width {state.width}.")
+        _require("states", owners[state.id] == 1, f"state {state.id} is used by {owners[state.id]} ops instead of one.")
 
 
 def _check_result(program: Program) -> None:
@@ -132,6 +141,11 @@ class _Check:
         self.require(field, fits, f"{decl.name} has shape {list(decl.shape)}; {list(shape)} needed (None: any).")
         return decl.shape
 
+    def state(self, field: str, state: int, width: int) -> None:
+        self.require(field, 0 <= state < len(self.program.states), f"state {state} does not exist.")
+        found = self.program.states[state].width
+        self.require(field, found == width, f"state {state} is {found} wide; {width} needed.")
+
     def site(self, field: str, site: int | None, kinds: tuple[str, ...], inputs: int, outputs: int) -> None:
         if site is None:
             return
@@ -182,7 +196,7 @@ def _linear(op: Linear, check: _Check) -> None:
 def _pointwise(op: Pointwise, check: _Check) -> None:
     rows = check.read("x", op.x)
     needs = f"kind {op.kind!r} {'does not take' if op.y else 'needs'} a second operand."
-    check.require("y", (op.y is not None) == (op.kind in ("add", "sigmoid_mul")), needs)
+    check.require("y", (op.y is not None) == (op.kind in ("add", "mul", "sigmoid_mul")), needs)
     check.read("y", op.y, rows, op.x.width)
     only = f"must be set exactly for kind 'act'; the kind is {op.kind!r}."
     check.require("activation", (op.activation is not None) == (op.kind == "act"), only)
@@ -246,6 +260,14 @@ def _mla(op: Mla, check: _Check) -> None:
     check.write("out", op.out, "T", op.heads * op.dim_v)
 
 
+def _causal_conv(op: CausalConv, check: _Check) -> None:
+    check.read("x", op.x, "T")
+    _, taps = check.weight("weight", op.weight, "conv", (op.x.width, None))
+    check.vector("bias", op.bias, op.x.width)
+    check.state("state", op.state, (taps - 1) * op.x.width)
+    check.write("out", op.out, "T", op.x.width)
+
+
 def _take_rows(op: TakeRows, check: _Check) -> None:
     check.read("x", op.x, "T")
     check.write("out", op.out, "R", op.x.width)
@@ -269,6 +291,7 @@ _CHECKS: dict[type[Op], Callable[..., None]] = {
     Rope: _rope,
     Attention: _attention,
     Mla: _mla,
+    CausalConv: _causal_conv,
     TakeRows: _take_rows,
     Logits: _logits,
 }

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from truffula.kernels.program import (
+    Activation,
     Buffer,
     BufferDtype,
+    CausalConv,
     Epilogue,
     KvGroup,
     KvPlane,
@@ -22,6 +24,7 @@ from truffula.kernels.program import (
     Op,
     Pointwise,
     Probe,
+    RecurrentState,
     Ref,
     RopeRows,
     Rows,
@@ -51,6 +54,7 @@ class ProgramBuilder:
         self.weight_ids: dict[str, int] = {}
         self.site_slices: dict[str, tuple[SiteSlice, ...]] = {}
         self.kv_groups = _kv_groups(spec)
+        self.states: list[RecurrentState] = []
 
     def buffer(self, name: str, width: int, rows: Rows = "T", dtype: BufferDtype = "model") -> Ref:
         """The first ``width`` columns of the buffer ``name``, which is created or widened where needed."""
@@ -93,7 +97,8 @@ class ProgramBuilder:
             return self.weight_ids[key]
         row, body = self.rows[key], self.spec.names.body
         matrix = row.kind == "linear" and row.param == "weight"
-        weight = self.declare(key, row.shape, self.names.parts[key], "matmul" if matrix else "vector")
+        use = "conv" if row.kind == "conv" else "matmul" if matrix else "vector"
+        weight = self.declare(key, row.shape, self.names.parts[key], use)
         if matrix:
             slices, lo = [], 0
             for item in row.slices:
@@ -132,12 +137,17 @@ class ProgramBuilder:
                              weight=self.weight(key), bias=self.bias(key), cast=norm.cast, groups=groups,
                              plus=plus))  # fmt: skip
 
-    def stream_after(self, layer: int, part: str | None = None) -> Probe:
-        """The probe of the residual stream after ``part`` of a layer (None: its last): the input of the next module."""
+    def stream_after(self, layer: int, part: str | None = None) -> Probe | None:
+        """The probe of the residual stream after ``part`` of a layer (None: its last): the input of the next module.
+
+        None between the two parts of a parallel layer, where transformers has no such value.
+        """
         spec = self.spec
         following = spec.layers[layer].branches
         names = [branch[0] for branch in following]
         following = following[names.index(part) + 1 :] if part is not None else ()
+        if following and spec.layers[layer].parallel:
+            return None
         index = layer
         while not following and index + 1 < len(spec.layers):
             index += 1
@@ -192,6 +202,19 @@ class LayerBuilder:
     def weight(self, key: str) -> int:
         return self.program.weight(self.prefix + key)
 
+    def state(self, width: int, dtype: BufferDtype = "float32") -> int:
+        """The id of a new state of this layer, of ``width`` numbers."""
+        states = self.program.states
+        states.append(RecurrentState(len(states), self.index, width, dtype))
+        return states[-1].id
+
+    def conv(self, key: str, x: Ref, out: Ref, activation: Activation | None = None) -> None:
+        """Append the causal convolution with the row ``key``, its bias and its state."""
+        row = self.program.rows[self.prefix + key]
+        state = self.state((row.width - 1) * row.rows, "model")
+        self.append(CausalConv(name=key, x=x, out=out, weight=self.weight(key), state=state, activation=activation,
+                               bias=self.program.bias(self.prefix + key)))  # fmt: skip
+
     def linear(self, key: str, x: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN) -> None:
         """Append the linear with the row ``key``, its bias and its sites."""
         weight, name = self.weight(key), self.prefix + key
@@ -213,11 +236,11 @@ class LayerBuilder:
                 return group.id, planes
         raise AssertionError(f"layer {self.index} caches nothing")
 
-    def input(self, before: NormSpec | None) -> Ref:
-        """The input of the part: the normed residual stream, or the stream itself when there is no norm."""
+    def input(self, before: NormSpec | None, buffer: str = "normed") -> Ref:
+        """The input of the part: the normed residual stream in ``buffer``, or the stream itself without a norm."""
         if before is None:
             return self.hidden
-        normed = self.buffer("normed", self.spec.hidden)
+        normed = self.buffer(buffer, self.spec.hidden)
         self.norm(f"before_{self.part}", before, self.hidden, normed)
         return normed
 

@@ -11,7 +11,7 @@ from truffula.errors import KernelError
 from truffula.kernels.program import Embed, Logits, Output, Probe, Program, Ref, RopeTable, TakeRows, WeightPart
 from truffula.model.builder import LayerBuilder, ProgramBuilder
 from truffula.model.names import WeightNames
-from truffula.model.spec import ModelSpec
+from truffula.model.spec import LayerSpec, ModelSpec
 from truffula.weights.tying import TyingDecision
 
 
@@ -34,9 +34,7 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
                            probe=Probe(module, "out")))  # fmt: skip
     build.write_rope_rows()
     for index, layer in enumerate(spec.layers):
-        for name, part, before, after in layer.branches:
-            branch = LayerBuilder(build, index, name, after, layer.residual_multiplier)
-            part.write(branch, branch.input(before))
+        _write_layer(build, index, layer)
     logits = _write_logits(build, head, hidden)
     return Program(
         name=spec.model_type,
@@ -46,12 +44,30 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
         sites=tuple(build.sites),
         rope_tables=tuple(RopeTable(i, table.inv_freq, table.factor) for i, table in enumerate(spec.ropes)),
         kv_groups=build.kv_groups,
+        states=tuple(build.states),
         ops=tuple(build.ops),
         result=logits,
         output=Output("logits", spec.vocab_size),
         max_positions=spec.max_positions,
         notes=(tie.reason,),
     )
+
+
+def _write_layer(build: ProgramBuilder, index: int, layer: LayerSpec) -> None:
+    branches = [
+        (LayerBuilder(build, index, name, after, layer.residual_multiplier), part, before)
+        for name, part, before, after in layer.branches
+    ]
+    if not layer.parallel:
+        for writer, part, before in branches:
+            part.write(writer, writer.input(before))
+        return
+    inputs: list[Ref] = []  # both are written first, as the parts add to the stream
+    for writer, _, before in branches:
+        shared = before is None and inputs
+        inputs.append(inputs[0] if shared else writer.input(before, f"normed_{writer.part}"))
+    for (writer, part, _), x in zip(branches, inputs, strict=True):
+        part.write(writer, x)
 
 
 def _write_logits(build: ProgramBuilder, head: int, hidden: Ref) -> Ref:

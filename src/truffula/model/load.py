@@ -132,7 +132,7 @@ def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, p
         parts = names.parts.get(row.key, ())
         heights = [item.rows for item in row.slices] if len(parts) > 1 else [row.rows]
         for part, height in zip(parts, heights, strict=False):
-            _check_tensor(checkpoint, part.name, (height, *row.shape[1:]), "")
+            _check_tensor(checkpoint, part.name, row.stored_shape(height), "")
     tables = [op.table if isinstance(op, Embed) else op.weight for op in program.ops if isinstance(op, Embed | Logits)]
     for name in dict.fromkeys(part.name for table in tables for part in program.weights[table].parts):
         more = f" vocab_size is {spec.vocab_size}: rows beyond it cannot be assigned to tokens."
@@ -271,11 +271,13 @@ class WeightReader:
                 file=str(info.file),
                 count=count,
             )
-        if stored.dtype != np.float64 and part.transform == "none":
+        if part.transform == "conv":
+            stored = stored[:, 0, :]
+        if stored.dtype != np.float64 and part.transform != "plus_one":
             return stored
         values = stored.astype(np.float32)
         release_pages(stored)
-        return values if part.transform == "none" else values + np.float32(1)
+        return values + np.float32(1) if part.transform == "plus_one" else values
 
     def finish(self) -> None:
         """Raise ``KernelError`` when a weight of the program was not read: its values would be undefined."""

@@ -91,12 +91,12 @@ def extended_positions(view: ConfigView, limit: int) -> int:
 def attention_magnitude(view: ConfigView) -> float:
     """What latent attention multiplies q and k by: of ``mscale_all_dim``, where the rope is scaled."""
     _, flat, label = _parameters(view)
-    mscale, factor = flat.get("mscale_all_dim"), flat.get("factor")
-    if not mscale or flat.get("rope_type", flat.get("type")) in (None, "default"):
+    if not flat.get("mscale_all_dim") or flat.get("rope_type", flat.get("type")) in (None, "default"):
         return 1.0
-    if factor is None:
+    if flat.get("factor") is None:
         raise view.error(f"{label}.factor", "mscale_all_dim needs it.")
-    return _magnitude(view.number_value(f"{label}.factor", factor), view.number_value(f"{label}.mscale_all_dim", mscale))
+    factor, mscale = (view.number_value(f"{label}.{key}", flat[key]) for key in ("factor", "mscale_all_dim"))
+    return _magnitude(factor, mscale)
 
 
 def _parameters(view: ConfigView) -> tuple[bool, Mapping[str, Any], str]:
@@ -217,8 +217,9 @@ def _yarn(values: Mapping[str, float], original: float, dims: int, truncate: boo
     attention = values.get("attention_factor")
     if attention is None:
         mscale, all_dim = values.get("mscale"), values.get("mscale_all_dim")
-        both = mscale and all_dim
-        attention = _magnitude(factor, mscale) / _magnitude(factor, all_dim) if both else _magnitude(factor)
+        attention = _magnitude(factor)
+        if mscale and all_dim:
+            attention = _magnitude(factor, mscale) / _magnitude(factor, all_dim)
 
     def pair_of(rotations: float) -> float:
         return (dims * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(theta))

@@ -14,8 +14,8 @@ from truffula.kernels.program import BufferDtype
 if TYPE_CHECKING:
     from truffula.model.spec import ModuleNames
 
-RowKind = Literal["embed", "linear", "vector", "head"]
-Transform = Literal["none", "plus_one"]
+RowKind = Literal["embed", "linear", "vector", "conv", "head"]
+Transform = Literal["none", "plus_one", "conv"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class WeightRow:
 
     ``slices`` stacked along axis 0 make the weight; the checkpoint holds either ``<slice module>.<param>`` for each or,
     when ``fused`` is given, one ``<fused>.<param>`` with all their rows in this order; LoRA addresses each slice by its
-    module and all of them together by ``fused``. ``width`` is the input width I (0 for a vector). ``key`` is its
-    name in the decoder. The tying decision assigns the tensors of embedding and head.
+    module and all of them together by ``fused``. ``width`` is the input width I (0 for a vector; the taps of a
+    convolution). ``key`` is its name in the decoder. The tying decision assigns the tensors of embedding and head.
     """
 
     key: str
@@ -72,6 +72,10 @@ class WeightRow:
     def shape(self) -> tuple[int, ...]:
         """``[O, I]`` or ``[O]``."""
         return (self.rows, self.width) if self.width else (self.rows,)
+
+    def stored_shape(self, rows: int) -> tuple[int, ...]:
+        """The shape in files of a tensor with ``rows`` of the rows."""
+        return (rows, 1, self.width) if self.transform == "conv" else (rows, *self.shape[1:])
 
 
 class LayerRows:
@@ -94,6 +98,13 @@ class LayerRows:
         self.found.append(WeightRow(key, "linear", slices, width, self.index, fused=whole))
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "linear", slices, 0, self.index, param="bias", fused=whole))
+
+    def conv(self, key: str, module: str, columns: int, taps: int, *, bias: bool) -> None:
+        """The weight of a depthwise convolution, with its bias ``[columns]``."""
+        key, slices = self.prefix + key, (RowSlice(self.prefix + module, columns),)
+        self.found.append(WeightRow(key, "conv", slices, taps, self.index, transform="conv"))
+        if bias:
+            self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
 
     def norm(self, key: str, norm: NormSpec | None, width: int | None = None) -> None:
         """The vectors of a norm over ``width`` columns (all of the residual stream by default); none without a norm."""

@@ -58,7 +58,11 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One block: h += m * after(mixer(before(h))), then the same with the MLP. A part or a norm may be absent."""
+    """One block: h += m * after(mixer(before(h))), then the same with the MLP. A part or a norm may be absent.
+
+    ``parallel``: both parts read the stream from before the block; an MLP without a norm of its own reads the mixer's
+    normed input.
+    """
 
     mixer: Part | None
     mlp: Part | None
@@ -67,6 +71,7 @@ class LayerSpec:
     after_mixer: NormSpec | None = None
     after_mlp: NormSpec | None = None
     residual_multiplier: float = 1.0
+    parallel: bool = False
 
     @property
     def branches(self) -> tuple[tuple[str, Part, NormSpec | None, NormSpec | None], ...]:

@@ -116,10 +116,10 @@ class Part:
 def fill_step(inputs: StepInputs, parts: list[Part], block_size: int) -> None:
     """Write a step. ``parts`` must be sorted as ``StepInputs`` requires: by slot, base last.
 
-    All KV groups use the same block ids.
+    All KV groups use the same block ids. A sequence's state row has the number of its first block.
     """
     i = inputs
-    i.T = i.R = i.G = 0
+    i.T = i.R = i.G = i.Z = 0
     i.N = len(parts)
     for n, part in enumerate(parts):
         count, lo, lo_r = len(part.ids), i.T, i.R
@@ -136,6 +136,9 @@ def fill_step(inputs: StepInputs, parts: list[Part], block_size: int) -> None:
         wanted = np.arange(lo if part.logits == "all" else lo + count - 1, lo + count)
         i.logit_rows[lo_r : lo_r + len(wanted)] = wanted
         i.T, i.R = lo + count, lo_r + len(wanted)
+        if len(i.state_in):
+            i.state_in[n], i.state_out[n] = blocks[0] if part.start else 0, blocks[0]
+            i.span_start[n + 1], i.Z = i.T, n + 1
         if part.slot is None:
             continue
         if i.G and i.seg[i.G - 1, 2] == part.slot:
@@ -156,6 +159,7 @@ def capacity_for(tokens: int, *, block_size: int = 16) -> Capacity:
         num_blocks=blocks + 1,
         block_size=block_size,
         max_blocks_per_seq=blocks,
+        num_states=blocks + 1,
     )
 
 

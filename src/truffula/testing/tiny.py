@@ -37,6 +37,7 @@ _MLA = {
     "qk_rope_head_dim": 6,
     "v_head_dim": 12,
 }
+_INDEXER = {"index_topk": 64, "index_head_dim": 8, "index_n_heads": 2}
 _KIMI_VISION = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pos_emb_height": 2,
     "pos_emb_width": 2,
@@ -49,9 +50,11 @@ _TEXT_OF: Mapping[str, tuple[str, bool, Mapping[str, Any]]] = {
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {**_MLA, "first_k_dense_replace": 3},
     "deepseek_v3": {**_MLA, "first_k_dense_replace": 3},
+    "deepseek_v32": {**_MLA, "first_k_dense_replace": 3, **_INDEXER},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
     "glm4_moe_lite": {**_MLA, "mlp_layer_types": ["dense"] * 3},
+    "glm_moe_dsa": {**_MLA, "first_k_dense_replace": 3, **_INDEXER},
     "llama": {},
     "ministral": {"sliding_window": 7, "head_dim": 8},
     "mistral": {"sliding_window": 7},

@@ -76,7 +76,7 @@ class CpuBackend:
                 sum(_kv_block_bytes(op, group.id, capacity.block_size, dtype) for op in program.ops)
                 for group in program.kv_groups
             ),
-            state_bytes=capacity.max_seqs * program.state_bytes(2 if dtype == "bfloat16" else 4),
+            state_bytes=sum(library().state_row_bytes(state.width) for state in program.states),
         )
 
     def _scratch_bytes(self, program: Program, capacity: Capacity, formats: Sequence[str]) -> int:
@@ -127,6 +127,8 @@ class CpuBackend:
                 rounded = dtype == "bfloat16" and buffer.dtype == "model"
                 native.add_buffer(offset=offset, stride=stride, logit_rows=buffer.rows == "R", rounded=rounded)
             load_weights(native, program, self._weight_options(dtype), pull)
+            for state in program.states:
+                native.add_state(state.width)
             add_ops(native, program, dtype)
             layout = self.adapter_layout(program)
             for site, place in enumerate(layout.places):

@@ -73,6 +73,10 @@ class CpuExecutable(SynchronousExecutable):
         with as_kernel_errors():
             self._native.release_kv(group, blocks)
 
+    def release_states(self, rows: Int32) -> None:
+        with as_kernel_errors():
+            self._native.release_states(rows)
+
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def adapter_bytes(self, image: AdapterImage) -> int:

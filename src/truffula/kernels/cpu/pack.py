@@ -62,7 +62,7 @@ def runs(place: Place) -> list[tuple[int, int, int]]:
 
 
 def _of_heads(b: Array, heads: int, keys: int, values: int) -> list[tuple[Array, int]]:
-    """B of latent attention ``[heads · (keys + values), r]`` as pieces: ``[r, keys]`` of each head, then ``[values, r]``."""
+    """B of latent attention as pieces, whose first lane is 0: ``[r, keys]`` of each head, then ``[values, r]``."""
     per_head = b.reshape(heads, keys + values, b.shape[1])
     return [(piece, 0) for piece in (*per_head[:, :keys].swapaxes(1, 2), *per_head[:, keys:])]
 

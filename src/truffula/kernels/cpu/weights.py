@@ -60,7 +60,7 @@ def roles(program: Program) -> list[Role]:
         if decl.id in latent and decl.id in halves:
             raise KernelError(f"{decl.name} is used both by head and as a whole.", param=decl.name)
         keep = decl.dtype == "float32" or decl.id in exact
-        if len(decl.shape) == 1:
+        if len(decl.shape) == 1 or "conv" in decl.uses:
             made.append(Role("vector", 0, keep, quantisable=False))
         elif decl.id in latent:
             made.append(Role("latent", 0, keep, quantisable=False, heads=latent[decl.id]))
@@ -80,7 +80,7 @@ def planned_weights(program: Program, options: WeightOptions, stored_types: Mapp
     made = []
     for decl, role in zip(program.weights, roles(program), strict=True):
         if role.kind == "vector":
-            made.append(("vectors", 4 * decl.shape[0]))
+            made.append(("vectors", 4 * math.prod(decl.shape)))
             continue
         types = [stored_types.get(part.name, "") for part in decl.parts]
         stored = {kind if kind in BLOCK_KINDS else "float32" for kind in types}
@@ -140,7 +140,7 @@ def load_one(
         values = np.concatenate([np.asarray(as_array(part), np.float32) for part in parts])
         if options.dtype == "bfloat16" and not role.exact:
             values = values.astype(BFLOAT16).astype(np.float32)
-        native.add_vector(values)
+        native.add_vector(np.ascontiguousarray(values.T).ravel())  # a convolution's: [K, C]
         return
     kinds = {part.kind if isinstance(part, QuantisedArray) else part.dtype.name for part in parts}
     fmt, as_blocks = options.matrix_format(kinds, exact=role.exact, quantisable=role.quantisable)

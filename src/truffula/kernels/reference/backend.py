@@ -70,7 +70,8 @@ class ReferenceBackend:
         del stored_types
         width = _dtype(dtype).itemsize
         weights = sum(
-            math.prod(d.shape) * (4 if d.dtype == "float32" or len(d.shape) == 1 else width) for d in program.weights
+            math.prod(d.shape) * (4 if d.dtype == "float32" or d.uses & {"vector", "conv"} else width)
+            for d in program.weights
         )
         widest = max((program.weights[op.weight].shape[0] for op in program.ops if isinstance(op, Linear)), default=0)
         logits = 4 * capacity.max_logit_rows * program.vocab_size
@@ -82,7 +83,7 @@ class ReferenceBackend:
             kv_block_bytes=tuple(
                 sum(plane.width for plane in group.planes) * capacity.block_size * width for group in program.kv_groups
             ),
-            state_bytes=capacity.max_seqs * program.state_bytes(width),
+            state_bytes=program.state_bytes(width),
         )
 
     def adapter_layout(self, program: Program) -> AdapterLayout:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -18,6 +16,7 @@ from truffula.kernels.arena import dead_after, written_by
 from truffula.kernels.inputs import Array, Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import (
     Attention,
+    CausalConv,
     Embed,
     Linear,
     Logits,
@@ -26,12 +25,14 @@ from truffula.kernels.program import (
     Op,
     Pointwise,
     Program,
+    RecurrentState,
     Ref,
     Rope,
     RopeRows,
     TakeRows,
 )
-from truffula.kernels.reference import attention, mla, ops
+from truffula.kernels.reference import attention, mla, ops, states
+from truffula.kernels.reference.kv import KvPlanes, LazyTensors
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, lay_out
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
@@ -80,8 +81,8 @@ class _Buffers:
 
 @dataclass
 class _Step:
-    """The tensors of one step that its ops share, and the attention plans made so far. ``op`` is the number of the op
-    that runs."""
+    """The tensors of one step that its ops share, the spans of sequence states, and the attention plans made so far.
+    ``op`` is the number of the op that runs."""
 
     inputs: StepInputs
     token_ids: Tensor
@@ -91,6 +92,7 @@ class _Step:
     logit_rows: Tensor
     segments: list[Segment]
     segments_r: list[Segment]
+    spans: list[states.SpanBatch]
     plans: dict[tuple[int, int | None], list[attention.Batch]] = field(default_factory=dict)
     factors: dict[tuple[Ref, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     op: int = 0
@@ -101,10 +103,9 @@ class _Step:
 
 
 class ReferenceExecutable(SynchronousExecutable):
-    """``Executable`` in plain torch. Each op is one method (what it reads and writes) around one function (its maths).
+    """``Executable`` in plain torch. Each op is a method (what it reads and writes) around a function (its maths).
 
-    KV planes are ``[P + 1, S, width]``: the last block is never written and stays zero (see ``attention.Batch``).
-    Their memory is committed by the system when it is first touched.
+    States are ``[rows, width]``.
     """
 
     def __init__(
@@ -131,9 +132,9 @@ class ReferenceExecutable(SynchronousExecutable):
         self._capacity = capacity
         self._buffers = _Buffers(program, dtype)
         self._device = device
-        self._planes: dict[int, Tensor] = {}
-        self._mappings: dict[int, mmap.mmap] = {}  # of the planes on a CPU
-        self._make_planes()
+        self._memory = LazyTensors(device)
+        self._planes = KvPlanes(program.kv_groups, capacity, dtype, self._memory)
+        self._states = [self._make_state(state) for state in program.states]
         self._adapters: dict[int, dict[int, OpAdapter]] = {}
         self._logits: Array = np.zeros((0, program.output.width), np.float32)
         self._taps: dict[int, Array] | None = {} if debug else None
@@ -186,35 +187,25 @@ class ReferenceExecutable(SynchronousExecutable):
         if self._adapters.pop(slot, None) is None:
             raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
 
-    def _make_planes(self) -> None:
-        for group in self._program.kv_groups:
-            for plane in group.planes:
-                shape = self._capacity.num_blocks + 1, self._capacity.block_size, plane.width
-                if self._device.type == "cpu":
-                    mapping = self._mappings[plane.id] = mmap.mmap(
-                        -1, math.prod(shape) * self._dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-                    )
-                    tensor = torch.frombuffer(mapping, dtype=self._dtype).view(shape)
-                else:
-                    tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
-                tensor[-1].zero_()
-                self._planes[plane.id] = tensor
+    def _make_state(self, state: RecurrentState) -> Tensor:
+        """The rows of a state, of which row 0 is zeroed."""
+        dtype = torch.float32 if state.dtype == "float32" else self._dtype
+        rows = self._memory.make((self._capacity.num_states, state.width), dtype)
+        rows[0].zero_()
+        return rows
 
     def release_kv(self, group: int, blocks: Int32) -> None:
-        for plane in self._program.kv_groups[group].planes:
-            if plane.id not in self._mappings:
-                continue
-            block_bytes = self._planes[plane.id][0].nbytes
-            for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
-                start = -(-int(run[0]) * block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-                stop = (int(run[-1]) + 1) * block_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-                if start < stop:
-                    self._mappings[plane.id].madvise(mmap.MADV_DONTNEED, start, stop - start)
+        self._planes.release(group, blocks)
+
+    def release_states(self, rows: Int32) -> None:
+        for state in self._states:
+            self._memory.release(state, rows)
 
     def close(self) -> None:
         self._adapters.clear()
-        self._planes.clear()
-        self._mappings.clear()
+        self._planes.close()
+        self._states.clear()
+        self._memory.close()
         self._weights = []
         self._buffers.drop(tuple(range(len(self._program.buffers))))
         self._logits = np.zeros((0, self._program.output.width), np.float32)
@@ -232,6 +223,7 @@ class ReferenceExecutable(SynchronousExecutable):
             logit_rows=self._long(i.logit_rows[: i.R]),
             segments=self._segments(i.seg[:, :2]),
             segments_r=self._segments(i.seg_r),
+            spans=states.plan_spans(i, self._device) if self._states else [],
         )
 
     def _long(self, array: Array) -> Tensor:
@@ -308,9 +300,14 @@ class ReferenceExecutable(SynchronousExecutable):
         """The step's sequences for one KV group and window; all layers share them."""
         key = (group, window)
         if key not in step.plans:
-            c = self._capacity
-            step.plans[key] = attention.plan(step.inputs, *key, c.block_size, c.num_blocks * c.block_size, self._device)
+            size, zero_slot = self._capacity.block_size, self._planes.zero_slot
+            step.plans[key] = attention.plan(step.inputs, *key, size, zero_slot, self._device)
         return step.plans[key]
+
+    def _causal_conv(self, op: CausalConv, step: _Step) -> None:
+        x, dtype = self._buffers.get(op.x), self._buffers.dtype(op.out)
+        weight, bias = self._weights[op.weight].whole, self._vector(op.bias)
+        self._buffers.put(op.out, states.causal_conv(op, x, weight, bias, self._states[op.state], step.spans, dtype))
 
     def _take_rows(self, op: TakeRows, step: _Step) -> None:
         self._buffers.put(op.out, self._buffers.get(op.x).index_select(0, step.logit_rows))
@@ -338,6 +335,7 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
     Rope: ReferenceExecutable._rope,
     Attention: ReferenceExecutable._attention,
     Mla: ReferenceExecutable._mla,
+    CausalConv: ReferenceExecutable._causal_conv,
     TakeRows: ReferenceExecutable._take_rows,
     Logits: ReferenceExecutable._head,
 }

@@ -22,7 +22,7 @@ def compute(
     ``number`` is the op's number, under which ``segments`` have the adapters of ``kv_b``.
     """
     q = q.float().view(-1, op.heads, op.nope + op.rope)
-    keys, values = kv_b.whole.float().view(op.heads, op.nope + op.dim_v, op.rank).split([op.nope, op.dim_v], 1)
+    keys, values = _by_head(op, kv_b.whole.float())
     latent_q = torch.cat([torch.einsum("thn,hnc->thc", q[..., : op.nope], keys), q[..., op.nope :]], -1)
     deltas = [delta for segment in segments for delta in _deltas(op, segment, number)]
     for rows, scale, a, b_keys, _ in deltas:
@@ -40,14 +40,15 @@ def compute(
     return out.flatten(1)
 
 
+def _by_head(op: Mla, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of keys ``[heads, nope, ·]`` and of values ``[heads, dim_v, ·]`` of a matrix with kv_b's rows."""
+    rows = matrix.view(op.heads, op.nope + op.dim_v, -1)
+    return rows[:, : op.nope], rows[:, op.nope :]
+
+
 def _deltas(op: Mla, segment: Segment, number: int) -> list[tuple[slice, float, Tensor, Tensor, Tensor]]:
-    """What a segment's adapter adds: rows, scale, A ``[r, rank]``, B of the keys ``[heads, nope, r]`` and of the values
-    ``[heads, dim_v, r]``."""
-    found = segment.ops.get(number)
+    """What a segment's adapter adds: its rows, the scale, A ``[r, rank]``, and B by head, of keys and of values."""
+    found, rows = segment.ops.get(number), slice(segment.lo, segment.hi)
     if found is None:
         return []
-    made = []
-    for e in found.expands:
-        b_keys, b_values = e.b.view(op.heads, op.nope + op.dim_v, -1).split([op.nope, op.dim_v], 1)
-        made.append((slice(segment.lo, segment.hi), e.scale * segment.weight, found.shrinks[e.shrink].t(), b_keys, b_values))
-    return made
+    return [(rows, e.scale * segment.weight, found.shrinks[e.shrink].t(), *_by_head(op, e.b)) for e in found.expands]

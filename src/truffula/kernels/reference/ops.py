@@ -67,6 +67,9 @@ def pointwise(op: Pointwise, x: Tensor, y: Tensor | None, dtype: torch.dtype) ->
         case "add":
             assert y is not None
             out = values + y.float()
+        case "mul":
+            assert y is not None
+            out = values * y.float()
         case "scale":
             out = values * op.params[0]
         case "clip":

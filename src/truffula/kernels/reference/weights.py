@@ -58,13 +58,15 @@ def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight, device: to
     """Views when the device is the CPU and every part is stored in the served dtype; else one new tensor, filled part
     by part.
 
-    Vectors end as float32 (they are small, and every op computes in float32), rounded to the served dtype on the way.
+    Vectors and the weights of convolutions end as float32 (they are small, and every op computes in float32), rounded
+    to the served dtype on the way.
     Cost: mapped parts cost no memory of their own; source pages are released while a part is converted.
     """
     target = torch.float32 if decl.dtype == "float32" else dtype
     arrays = [as_array(part) for part in pull_parts(pull, decl)]
     sources = [view(array) for array in arrays]
-    keep = device.type == "cpu" and all(source.dtype == target for source in sources) and len(decl.shape) > 1
+    small = len(decl.shape) == 1 or "conv" in decl.uses
+    keep = device.type == "cpu" and all(source.dtype == target for source in sources) and not small
     if keep and (len(sources) == 1 or "rows" not in decl.uses):
         return Weight(tuple(sources))
     made = torch.empty(decl.shape, dtype=target, device=device)
@@ -73,4 +75,4 @@ def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight, device: to
         made[row : row + source.shape[0]].copy_(source)
         row += source.shape[0]
         release_pages(array)
-    return Weight((made.float() if len(decl.shape) == 1 else made,))
+    return Weight((made.float() if small else made,))

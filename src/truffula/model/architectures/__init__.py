@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from truffula.model.architectures.deepseek import deepseek_v2, deepseek_v3, glm4_moe_lite, kimi_k25, youtu
+from truffula.model.architectures.deepseek import (
+    deepseek_v2,
+    deepseek_v3,
+    deepseek_v32,
+    glm4_moe_lite,
+    glm_moe_dsa,
+    kimi_k25,
+    youtu,
+)
 from truffula.model.architectures.gemma import gemma2, gemma3, gemma3_text
 from truffula.model.architectures.llama import llama
 from truffula.model.architectures.mistral import mistral
@@ -17,10 +25,12 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
     {
         "deepseek_v2": deepseek_v2,
         "deepseek_v3": deepseek_v3,
+        "deepseek_v32": deepseek_v32,
         "gemma2": gemma2,
         "gemma3": gemma3,
         "gemma3_text": gemma3_text,
         "glm4_moe_lite": glm4_moe_lite,
+        "glm_moe_dsa": glm_moe_dsa,
         "kimi_k2": deepseek_v3,
         "kimi_k25": kimi_k25,
         "llama": llama,

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 and the models with their latent attention: Kimi K2 and K2.5, GLM-4.7-Flash, Youtu."""
+"""DeepSeek V2 to V3.2 and the models with their latent attention: Kimi K2 and K2.5, GLM-4.7-Flash, GLM-5, Youtu."""
 
 from __future__ import annotations
 
@@ -50,6 +50,35 @@ def glm4_moe_lite(view: ConfigView) -> ModelSpec:
     return _model(view, _dense_layers(view, kinds), interleaved=view.flag("rope_interleave"))
 
 
+def deepseek_v32(view: ConfigView) -> ModelSpec:
+    """As V3, with sparse attention to ``index_topk`` keys that an indexer chooses: all keys of a shorter sequence.
+
+    So attention to all keys is exact up to that length, which is the longest served; the indexers are not needed.
+    """
+    layers = _layers(view)
+    view.must_be("rope_interleave", (None, True), "only true is supported.")
+    view.must_be("layer_types", (None, ["indexed_attention"] * layers), "only indexed_attention is supported.")
+    view.skip("index_head_dim", "index_n_heads")
+    dense = view.integer("first_k_dense_replace", minimum=0)
+    kinds = view.strings("mlp_layer_types", layers)
+    kinds = kinds or tuple("dense" if index < dense else "sparse" for index in range(layers))
+    spec = _model(view, _dense_layers(view, kinds), interleaved=True)
+    longest = view.integer("index_topk")
+    note = (
+        f"Attention is to all keys, which is what this model computes up to index_topk = {longest} tokens; longer "
+        "sequences are not served."
+    )
+    indexers = tuple(f"layers.{index}.self_attn.indexer." for index in range(layers))
+    names = replace(spec.names, unneeded=(*spec.names.unneeded, *indexers))
+    return replace(spec, max_positions=min(spec.max_positions, longest), names=names, notes=(*spec.notes, note))
+
+
+def glm_moe_dsa(view: ConfigView) -> ModelSpec:
+    """GLM-5: as DeepSeek V3.2; layers may share an indexer."""
+    view.skip("indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
+    return deepseek_v32(view)
+
+
 def youtu(view: ConfigView) -> ModelSpec:
     """Latent attention and a dense MLP in every layer."""
     view.skip("embedding_initializer_range")
@@ -87,6 +116,9 @@ def _model(
     names: ModuleNames | None = None,
 ) -> ModelSpec:
     mixer = mla(view, interleaved=interleaved)
+    # Of the repositories' own classes: which layers have experts; how training balances and divides them.
+    view.must_be("moe_layer_freq", (None, 1), "only 1 is supported.")
+    view.skip("aux_loss_alpha", "ep_size", "seq_aux")
     activation = view.choice("hidden_act", ACTIVATIONS)
     mlp = MlpSpec(view.integer("intermediate_size"), activation, in_bias=mlp_bias, out_bias=mlp_bias)
     if not all(dense):
@@ -118,7 +150,8 @@ def mla(view: ConfigView, *, interleaved: bool) -> MlaSpec:
     view.must_be("num_key_value_heads", (None, heads), f"latent attention has a key for each of the {heads} heads.")
     nope, rope = view.integer("qk_nope_head_dim"), view.integer("qk_rope_head_dim")
     view.must_be("qk_head_dim", (None, nope + rope), "it is qk_nope_head_dim + qk_rope_head_dim.")
-    view.must_be("head_dim", (None, rope), "in this architecture it is qk_rope_head_dim.")
+    if view.written("head_dim"):
+        view.must_be("head_dim", (None, rope), "in this architecture it is qk_rope_head_dim.")
     q_rank = view.optional_integer("q_lora_rank")
     return MlaSpec(
         heads=heads,

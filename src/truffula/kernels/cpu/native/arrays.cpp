@@ -58,7 +58,10 @@ StepArrays step_arrays(HeldArrays& held, const nb::object& inputs, const Capacit
           step_array<int32_t>(held, inputs, "seg", 3 * G),
           step_array<int32_t>(held, inputs, "seg_r", 2 * G),
           step_array<float>(held, inputs, "seg_weight", G),
-          step_array<int32_t>(held, inputs, "logit_rows", c.max_logit_rows)};
+          step_array<int32_t>(held, inputs, "logit_rows", c.max_logit_rows),
+          step_array<int32_t>(held, inputs, "span_start", c.max_spans() + 1),
+          step_array<int32_t>(held, inputs, "state_in", c.max_spans()),
+          step_array<int32_t>(held, inputs, "state_out", c.max_spans())};
 }
 
 Out<float> floats(const float* from, size_t rows, size_t width, int64_t stride) {

@@ -82,8 +82,8 @@ void Executable::check(const LinearOp& op) const {
 }
 
 void Executable::check(const PointwiseOp& op) const {
-  const bool two = op.kind == kAdd || op.kind == kSigmoidMul;
-  require(op.kind >= kAct && op.kind <= kSigmoidMul && is_activation(op.activation), "pointwise: kind");
+  const bool two = op.kind == kAdd || op.kind == kSigmoidMul || op.kind == kMul;
+  require(op.kind >= kAct && op.kind <= kMul && is_activation(op.activation), "pointwise: kind");
   require(two == (op.y.buffer != kAbsent), "pointwise: y");
   require_same_rows(op.out, {&op.x, &op.y});
   require(op.x.width == op.out.width && absent_or(op.y, op.out.width), "pointwise: width");
@@ -115,6 +115,24 @@ void Executable::check(const AttentionOp& op) const {
   require_vector(op.sinks, heads, "attention: sinks");
 }
 
+void Executable::require_state(int32_t id, int64_t width) const {
+  require(id >= 0 && static_cast<size_t>(id) < states_.size(), "no such state");
+  require(states_[static_cast<size_t>(id)].width == width, "a state of another width");
+}
+
+void Executable::check(const CausalConvOp& op) const {
+  require(!has_logit_rows(op.out), "causal conv: out has a row per token");
+  require_same_rows(op.out, {&op.x});
+  const Weight& w = weight(op.weight);
+  const int64_t width = op.x.width, taps = w.outputs / width;
+  require(op.out.width == width && w.inputs == 0 && w.outputs == taps * width, "causal conv: width");
+  require(taps >= 2 && taps <= kMaxTaps, "causal conv: not between 2 and 16 taps");
+  require_vector(op.bias, width, "causal conv: bias");
+  require_state(op.state, (taps - 1) * width);
+  require(is_activation(op.activation), "causal conv: activation");
+  require_disjoint(op.out, {&op.x}, "causal conv: x lies where out is written");
+}
+
 void Executable::check(const TakeRowsOp& op) const {
   require(!has_logit_rows(op.x) && has_logit_rows(op.out) && op.x.width == op.out.width, "take rows: width or rows");
   require_disjoint(op.out, {&op.x}, "take rows: x lies where out is written");
@@ -138,6 +156,7 @@ void check_capacity(const Capacity& c) {
   for (int32_t number : {c.max_segments, c.max_blocks_per_seq})
     require(number >= 0 && number <= kMax, "capacity: not between 0 and 2^24");
   require(c.block_size <= 4096, "capacity: a block has at most 4096 tokens");
+  require(c.num_states >= 0 && c.num_states <= kMax && c.num_states != 1, "capacity: num_states is 0, or 2 to 2^24");
   require(static_cast<int64_t>(c.num_blocks) * c.block_size <= INT32_MAX, "capacity: more than 2^31 slots");
 }
 

@@ -191,6 +191,14 @@ void Executable::add_plan(int32_t queries_per_kv, int64_t partial_row_floats, in
     if (static_cast<int64_t>(state.attention.size()) < scratch_floats) state.attention.resize(static_cast<size_t>(scratch_floats));
 }
 
+void Executable::add_state(int64_t width) {
+  require(!sealed_, "the program is sealed");
+  require(width >= 1 && width <= kMaxWidth, "state: bad width");
+  require(capacity_.num_states > 0, "state: the capacity has no state rows");
+  const int64_t bytes = state_row_bytes(width);
+  states_.push_back({Memory(static_cast<size_t>(bytes * capacity_.num_states)), width, bytes / 4});
+}
+
 void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer, int64_t vocab) {
   require(!sealed_, "the program is sealed");
   require(arena_floats >= 0 && arena_floats <= int64_t{1} << 44, "arena: too large");
@@ -247,6 +255,18 @@ void Executable::release_kv(int32_t group, const int32_t* blocks, size_t count) 
   }
 }
 
+void Executable::release_states(const int32_t* state_rows, size_t count) {
+  for (size_t i = 0; i < count; ++i)
+    require(state_rows[i] > (i ? state_rows[i - 1] : 0) && state_rows[i] < capacity_.num_states, "release_states: rows do not ascend");
+  for (size_t first = 0, stop; first < count; first = stop) {
+    for (stop = first + 1; stop < count && state_rows[stop] == state_rows[stop - 1] + 1;) ++stop;
+    for (State& state : states_) {
+      const int64_t bytes = state.stride * 4;
+      state.memory.release(static_cast<size_t>(state_rows[first] * bytes), static_cast<size_t>((state_rows[stop - 1] + 1) * bytes));
+    }
+  }
+}
+
 // Checks of a step's inputs: an index out of range is an error here, never a read out of bounds.
 
 void Executable::check_inputs(const StepCounts& c) const {
@@ -277,6 +297,7 @@ void Executable::check_inputs(const StepCounts& c) const {
       for (int64_t b = first; b < blocks; ++b) require(table[b] >= 0 && table[b] < cap.num_blocks, "block_tables: no such block");
     }
   }
+  if (!states_.empty()) check_spans(c);
   for (int32_t g = 0; g < c.G; ++g) {
     const int32_t *seg = in_.seg + 3 * g, *seg_r = in_.seg_r + 2 * g;
     require(seg[0] >= 0 && seg[0] <= seg[1] && seg[1] <= c.T, "seg: rows outside the step");
@@ -286,6 +307,19 @@ void Executable::check_inputs(const StepCounts& c) const {
   }
   for (int32_t r = 0; r < c.R; ++r)
     require(in_.logit_rows[r] >= 0 && in_.logit_rows[r] < c.T, "logit_rows: outside the step");
+}
+
+// After the check of q_start.
+void Executable::check_spans(const StepCounts& c) const {
+  require(c.Z >= 1 && c.Z <= capacity_.max_spans(), "step: Z outside the capacity");
+  require(in_.span_start[0] == 0 && in_.span_start[c.Z] == c.T, "span_start: does not cover the rows");
+  for (int32_t z = 0, n = 0; z < c.Z; ++z) {
+    require(in_.span_start[z + 1] > in_.span_start[z], "span_start: does not ascend");
+    while (in_.q_start[n + 1] <= in_.span_start[z]) ++n;
+    require(in_.span_start[z + 1] <= in_.q_start[n + 1], "span_start: a span has rows of two sequences");
+    require(in_.state_in[z] >= 0 && in_.state_in[z] < capacity_.num_states, "state_in: no such row");
+    require(in_.state_out[z] >= 1 && in_.state_out[z] < capacity_.num_states, "state_out: no such row");
+  }
 }
 
 // Taps

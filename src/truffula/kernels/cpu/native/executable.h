@@ -1,6 +1,7 @@
 // A loaded program: weights, activations, KV blocks, adapters, and the loop that runs the ops.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -19,6 +20,12 @@ namespace truffula {
 
 struct Capacity {
   int32_t max_tokens, max_seqs, max_logit_rows, max_segments, num_blocks, block_size, max_blocks_per_seq;
+  int32_t num_states = 0;  // state rows; row 0 is zeros
+
+  // Spans of a step (SPANS_PER_SEQUENCE of kernels/inputs.py).
+  int32_t max_spans() const {
+    return num_states == 0 ? 0 : static_cast<int32_t>(std::min<int64_t>(3 * static_cast<int64_t>(max_seqs), max_tokens));
+  }
 };
 
 // The arrays that vary from step to step, owned by the caller (see kernels/inputs.py for shapes and meaning).
@@ -26,16 +33,17 @@ struct StepArrays {
   const int32_t *token_ids, *position, *rope_pos, *slot_mapping, *block_tables, *q_start, *kv_len, *seg, *seg_r;
   const float* seg_weight;
   const int32_t* logit_rows;
+  const int32_t *span_start, *state_in, *state_out;
 };
 
 struct StepCounts {
-  int32_t T = 0, N = 0, R = 0, G = 0;
+  int32_t T = 0, N = 0, R = 0, G = 0, Z = 0;
 };
 
 // Throws std::invalid_argument when a number is out of range or products of two of them overflow.
 void check_capacity(const Capacity& capacity);
 
-// Not thread-safe. Built in this order: buffers, weights, ops, sites; then `seal`. Every argument is checked: a method
+// Not thread-safe. Built in this order: buffers, weights, states, ops, sites; then `seal`. Every argument is checked: a method
 // that throws std::invalid_argument has changed nothing.
 class Executable {
  public:
@@ -50,6 +58,7 @@ class Executable {
   // Fills rows first .. first + rows. Returns the error of rounding this part to a quantised format, 0 for other
   // formats.
   Rounding fill_matrix(int32_t weight, const Source& source, int64_t rows, int64_t first);
+  void add_state(int64_t width);
   void add(Op op);
   void seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer, int64_t vocab);
 
@@ -68,6 +77,9 @@ class Executable {
 
   // Returns the memory of cached keys and values to the system: of `count` blocks of a group, in ascending order.
   void release_kv(int32_t group, const int32_t* blocks, size_t count);
+
+  // Likewise the memory of state rows.
+  void release_states(const int32_t* state_rows, size_t count);
 
   // Adapters
   // Binds a site to output columns of an op: once per site, before `seal`.
@@ -131,8 +143,13 @@ class Executable {
   void check(const RopeOp&) const;
   void check(const AttentionOp&) const;
   void check(const MlaOp&) const;
+  void check(const CausalConvOp&) const;
   void check(const TakeRowsOp&) const;
+  States states_of(int32_t id) const;
+  void plan_spans();
+  void check_spans(const StepCounts& counts) const;
   bool has_logit_rows(const Ref& ref) const;
+  void require_state(int32_t id, int64_t width) const;
   void require_same_rows(const Ref& out, std::initializer_list<const Ref*> others) const;
   bool overlap(const Ref& a, const Ref& b) const;
   void require_disjoint(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const;
@@ -164,6 +181,7 @@ class Executable {
   void run_op(const RopeOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const AttentionOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const MlaOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const CausalConvOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const TakeRowsOp&, const Stage&, int32_t chunk, ThreadState&);
   bool converts_x(const LinearOp& op) const;
   int32_t quantise_chunks(const LinearOp&) const;
@@ -197,6 +215,9 @@ class Executable {
   std::vector<Weight> weights_;
   std::vector<Op> ops_;
   std::vector<Plane> planes_;
+  std::vector<State> states_;
+  std::vector<StateSpan> spans_;                               // of this step
+  std::vector<std::array<int32_t, 2>> spans_of_sequence_;  // per sequence: its range in spans_
   std::vector<AdapterPlace> places_;  // per site
   std::vector<std::unique_ptr<Adapter>> adapters_;
   std::vector<int32_t> free_slots_;

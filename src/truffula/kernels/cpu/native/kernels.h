@@ -38,7 +38,7 @@ static constexpr int64_t padded_rows(int64_t rows) { return (rows + kXRows - 1) 
 
 enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5 };
 
-enum PointwiseKind : int32_t { kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5 };
+enum PointwiseKind : int32_t { kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5, kMul = 6 };
 
 // A matrix [outputs, inputs] in panels of 16 outputs; lines of 64 bytes, k ascending; lanes beyond `outputs` are zero.
 struct Packed {
@@ -131,6 +131,27 @@ struct RopeCall {
   int32_t heads, head_dim, start, dims, interleaved, round_out;
 };
 
+// Rows lo .. hi of one sequence, which begin with the state in state row `in` and leave it in row `out`.
+struct StateSpan {
+  int32_t lo, hi, in, out;
+};
+
+// The state of one layer: row r begins at data + r * stride.
+struct States {
+  float* data;
+  int64_t stride;
+};
+
+// Convolves columns; `weight` is [taps, width], a state [taps - 1, width].
+struct ConvCall {
+  Rows x, out;
+  const float* weight;
+  const float* bias;   // may be null
+  States states;
+  int32_t width, taps, activation, round_out;
+};
+constexpr int32_t kMaxTaps = 16;
+
 // One layer's KV cache. Keys: per block and KV head, lines of 16 tokens. Values: per block and KV head, a row of
 // dim_v values per token, padded to a multiple of 16. `latent`: `values` alone, rows of dim_k numbers per token, padded
 // likewise. A row is the key of all heads, its first dim_v numbers are their value.
@@ -191,6 +212,8 @@ struct Kernels {
   void (*norm)(const NormCall*, int32_t row_lo, int32_t row_hi);
   void (*pointwise)(const PointwiseCall*, int32_t row_lo, int32_t row_hi);
   void (*rope)(const RopeCall*, int32_t row_lo, int32_t row_hi);
+  // Columns lo .. hi of all spans, in their order; both are multiples of kLanes, but for the last column.
+  void (*conv)(const ConvCall*, const StateSpan* spans, int32_t num_spans, int32_t column_lo, int32_t column_hi);
   void (*write_kv)(const AttentionCall*, const int32_t* slots, int32_t row_lo, int32_t row_hi);
   void (*attend)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*merge_parts)(const AttentionCall*, const AttentionItem*, float* scratch);

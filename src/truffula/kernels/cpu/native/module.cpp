@@ -28,7 +28,7 @@ struct Native {
          bool debug)
       : cap{field(capacity, "max_tokens"), field(capacity, "max_seqs"), field(capacity, "max_logit_rows"),
             field(capacity, "max_segments"), field(capacity, "num_blocks"), field(capacity, "block_size"),
-            field(capacity, "max_blocks_per_seq")},
+            field(capacity, "max_blocks_per_seq"), field(capacity, "num_states")},
         num_groups(groups),
         executable(isa, threads, cap, format_named(kv_format), groups, debug) {}
 
@@ -79,7 +79,7 @@ void run(Native& self) {
     if (!self.inputs.attr(name).is(object))
       throw std::invalid_argument(std::string(name) + " is another array than at load; fill that array instead");
   const auto count = [&](const char* name) { return nb::cast<int32_t>(self.inputs.attr(name)); };
-  const StepCounts counts{count("T"), count("N"), count("R"), count("G")};
+  const StepCounts counts{count("T"), count("N"), count("R"), count("G"), count("Z")};
   const auto entered = self.enter();
   const nb::gil_scoped_release release;
   entered->run(counts);
@@ -112,6 +112,8 @@ int32_t add_adapter(Native& self, const In<int64_t>& table, const nb::object& da
 void release_kv(Native& self, int32_t group, const In<int32_t>& blocks) {
   self.enter()->release_kv(group, blocks.data(), blocks.size());
 }
+
+void release_states(Native& self, const In<int32_t>& rows) { self.enter()->release_states(rows.data(), rows.size()); }
 
 void drop_adapter(Native& self, int32_t slot) {
   self.enter()->drop_adapter(slot);
@@ -273,6 +275,7 @@ void bind_load(nb::class_<Native>& c) {
            "heads"_a, "keys"_a, "values"_a, "inputs"_a, "format"_a)
       .def("fill", fill, "weight"_a, "array"_a, "first"_a, "kind"_a = "")
       .def("seal", seal, "inputs"_a, "arena_floats"_a, "logits_buffer"_a, "vocab"_a)
+      .def("add_state", [](Native& self, int64_t width) { self.enter()->add_state(width); }, "width"_a)
       .def("add", add_op, "op"_a, "fields"_a)
       .def("add_site",
            [](Native& self, int32_t site, int32_t op, int64_t first, int64_t outputs) {
@@ -290,6 +293,7 @@ void bind_step(nb::class_<Native>& c) {
       .def("add_adapter", add_adapter, "table"_a.noconvert(), "data"_a)
       .def("drop_adapter", drop_adapter, "slot"_a)
       .def("release_kv", release_kv, "group"_a, "blocks"_a.noconvert())
+      .def("release_states", release_states, "rows"_a.noconvert())
       .def("take_seconds",
            [](Native& self) {
              const auto seconds = self.enter()->take_seconds();
@@ -335,6 +339,7 @@ void bind_sizes(nb::module_& m) {
           return 4 * latent_scratch_of(heads, width, rank, block_size);
         },
         "heads"_a, "width"_a, "rank"_a, "block_size"_a, "Bytes of scratch memory of latent attention per thread.");
+  m.def("state_row_bytes", state_row_bytes, "width"_a, "Bytes of one row of a state.");
   const auto attention = [](int32_t heads, int32_t kv_heads, int32_t dim_k, int32_t dim_v, int32_t block_size) {
     if (std::min({heads, kv_heads, dim_k, dim_v, block_size}) < 1) throw std::invalid_argument("a size is below 1");
     AttentionOp op;

@@ -93,7 +93,7 @@ constexpr const char* kNormKinds[] = {"rms", "layer"};
 constexpr const char* kCasts[] = {"last", "first"};
 constexpr const char* kLayouts[] = {"half", "interleaved"};
 constexpr const char* kActivations[] = {"none", "silu", "gelu", "gelu_tanh", "relu", "relu2"};
-constexpr const char* kPointwiseKinds[] = {"act", "add", "scale", "clip", "softcap", "sigmoid_mul"};
+constexpr const char* kPointwiseKinds[] = {"act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul"};
 
 struct EmbedOp {
   int32_t table = 0, source = 0, offset = 0;
@@ -206,6 +206,18 @@ struct MlaOp {
   int32_t width() const { return rank + rope; }  // of a latent row, and of a head's query in that space
 };
 
+struct CausalConvOp {
+  Ref x, out;
+  int32_t weight = 0, state = 0, bias = kAbsent, activation = kNone;
+
+  static constexpr const char* kName = "CausalConv";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("x", o.x), f("out", o.out), f("weight", o.weight), f("state", o.state), f("bias", o.bias);
+    f("activation", o.activation, kActivations);
+  }
+};
+
 struct TakeRowsOp {
   Ref x, out;
 
@@ -216,7 +228,7 @@ struct TakeRowsOp {
   }
 };
 
-using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, MlaOp, TakeRowsOp>;
+using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, MlaOp, CausalConvOp, TakeRowsOp>;
 
 // The columns that an op writes.
 inline const Ref& out_of(const Op& op) {
@@ -265,6 +277,15 @@ struct Plane {
   int64_t block_bytes = 0;
   int32_t group = 0;
 };
+
+// The state of one layer, in float32: a row of `width` numbers per state row, each on cache lines of its own.
+struct State {
+  Memory memory;
+  int64_t width = 0, stride = 0;
+};
+
+// Bytes of one row of a state.
+constexpr int64_t state_row_bytes(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes * 4; }
 
 // Where a site acts: output columns first .. first + outputs of op number `op`.
 struct AdapterPlace {

@@ -58,6 +58,9 @@ static void pointwise(const PointwiseCall* c, int32_t row_lo, int32_t row_hi) {
         case kAdd:
           a = a + load_n(c->y.data + t * c->y.stride + i, n);
           break;
+        case kMul:
+          a = a * load_n(c->y.data + t * c->y.stride + i, n);
+          break;
         case kScale:
           a = a * set1(c->param);
           break;

@@ -71,6 +71,7 @@ void Executable::sample(const SampleArgs& args, const SampleOut& out) {
 // before it (or since an adapter with a rank above the planned one was dropped).
 void Executable::prepare() {
   plan_adapters();
+  if (!states_.empty()) plan_spans();
   for (AttentionPlan& plan : attention_plans_) {
     plan_attention(plan);
     const auto floats = static_cast<size_t>(plan.partial_rows * partial_row_floats_);
@@ -79,6 +80,22 @@ void Executable::prepare() {
   team_.resize(static_cast<int32_t>(stages_.size()));
   for (size_t phase = 0; phase < stages_.size(); ++phase)
     team_.set(static_cast<int32_t>(phase), chunks_of(stages_[phase]));
+}
+
+void Executable::plan_spans() {
+  spans_.clear();
+  spans_of_sequence_.clear();
+  for (int32_t n = 0, z = 0; n < counts_.N; ++n) {
+    const int32_t first = z;
+    for (; z < counts_.Z && in_.span_start[z] < in_.q_start[n + 1]; ++z)
+      spans_.push_back({in_.span_start[z], in_.span_start[z + 1], in_.state_in[z], in_.state_out[z]});
+    spans_of_sequence_.push_back({first, z});
+  }
+}
+
+States Executable::states_of(int32_t id) const {
+  const State& state = states_[static_cast<size_t>(id)];
+  return {state.memory.floats(), state.stride};
 }
 
 // Groups query rows that read the same keys. With few rows over a long context each partition of the keys is a tile of
@@ -133,6 +150,10 @@ int32_t Executable::chunks_of(const Stage& stage) {
   }
   if (const auto* latent = std::get_if<MlaOp>(&op)) return chunks_of(*latent, stage);
   if (std::holds_alternative<EmbedOp>(op) && stage.number == 0) return chunks_for(num_shrink_tasks(stage.op));
+  if (const auto* conv = std::get_if<CausalConvOp>(&op)) {
+    const int32_t panels = (conv->x.width + kLanes - 1) / kLanes;
+    return std::min(panels, counts_.T < kFineRows ? team : 4 * team);
+  }
   if (const auto* take = std::get_if<TakeRowsOp>(&op)) return row_chunks(rows_of(take->out), team);
   if (const auto* rope = std::get_if<RopeOp>(&op)) return row_chunks(rows_of(rope->x), team);
   return row_chunks(counts_.T, team);
@@ -316,6 +337,14 @@ void Executable::attend(const AttentionCall& call, int32_t group, bool merge, in
     made.parts = partials_.data() + (kv_head * plan.partial_rows + row) * partial_floats(1, call.cache.dim_v);
   }
   (merge ? kernels_->merge_parts : kernels_->attend)(&call, &made, state.attention.data());
+}
+
+void Executable::run_op(const CausalConvOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
+  const Weight& w = weight(op.weight);
+  const ConvCall call{rows(op.x), rows(op.out), w.memory.floats(), op.bias == kAbsent ? nullptr : weight(op.bias).memory.floats(),
+                      states_of(op.state), op.x.width, static_cast<int32_t>(w.outputs / op.x.width), op.activation, rounded(op.out)};
+  const auto mine = span_of((op.x.width + kLanes - 1) / kLanes, chunk, chunks_of(stage));
+  kernels_->conv(&call, spans_.data(), static_cast<int32_t>(spans_.size()), mine.lo * kLanes, std::min(mine.hi * kLanes, op.x.width));
 }
 
 void Executable::run_op(const TakeRowsOp& op, const Stage& stage, int32_t chunk, ThreadState&) {

@@ -1,0 +1,85 @@
+"""Ops with sequence states: the same whether a sequence is computed in one span or in many, beside any others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_backends import BACKENDS, on_every_backend
+from one_op import CAPACITY, OneOp, close, exact
+
+from truffula.errors import KernelError
+from truffula.kernels.program import CausalConv, RecurrentState
+
+quick = settings(max_examples=20, deadline=None, derandomize=True)
+SILU = {"silu": lambda x: x / (1 + np.exp(-x)), None: lambda x: x}
+
+
+def fill_spans(inputs, lengths: list[list[int]], *, in_place: bool) -> None:
+    """One sequence per list, with spans of these lengths. Row 0 begins each; ``in_place``: one state row each."""
+    inputs.N, inputs.Z, at, row = len(lengths), 0, 0, 1
+    for n, spans in enumerate(lengths):
+        before = 0
+        for length in spans:
+            z, at = inputs.Z, at + length
+            inputs.state_in[z], inputs.state_out[z], inputs.span_start[z + 1] = before, row, at
+            before, row, inputs.Z = row, row if in_place else row + 1, z + 1
+        row = before + 1
+        inputs.q_start[n + 1], inputs.kv_len[n] = at, sum(spans)
+
+
+sequences = st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=3)
+
+
+@on_every_backend
+@quick
+@given(
+    st.sampled_from(["float32", "bfloat16"]), sequences, st.sampled_from([3, 16, 40]), st.sampled_from([2, 3, 4]),
+    st.sampled_from(["silu", None]), st.booleans(), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_causal_conv(backend, dtype, lengths, width, taps, activation, biased, in_place, seed):
+    rng = np.random.default_rng(seed)
+    rows = sum(map(sum, lengths))
+    x, weight, bias = (exact(rng.standard_normal(s), dtype) for s in ((rows, width), (width, taps), (width,)))
+    case = OneOp(dtype, rows, states=[RecurrentState(0, 0, (taps - 1) * width, "model")])
+    op = CausalConv(
+        name="conv", x=case.input(x), out=case.buffer(width), weight=case.weight(weight, "conv"), state=0,
+        bias=case.weight(bias, "vector") if biased else None, activation=activation,
+    )  # fmt: skip
+    found = case.run(backend, op, lambda inputs: fill_spans(inputs, lengths, in_place=in_place))
+    at = 0
+    for spans in lengths:
+        count = sum(spans)
+        padded = np.concatenate([np.zeros((taps - 1, width)), x[at : at + count]])
+        wanted = sum(padded[k : k + count] * weight[:, k] for k in range(taps)) + (bias if biased else 0)
+        close(found[at : at + count], SILU[activation](wanted), dtype)
+        at += count
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: i.state_out.fill(0), "state_out"),
+        (lambda i: i.state_in.fill(CAPACITY.num_states), "state_in"),
+        (lambda i: i.span_start.fill(0), "span_start"),
+        (lambda i: (i.q_start.__setitem__(1, 2), i.kv_len.fill(6)), "two sequences"),
+        (lambda i: setattr(i, "Z", 0), "Z"),
+    ],
+)
+def test_the_native_backend_rejects_spans_out_of_range(change, message):
+    for name, backend in BACKENDS.items():
+        if name == "reference":
+            continue
+        case = OneOp("float32", 6, states=[RecurrentState(0, 0, 8)])
+        op = CausalConv(
+            name="conv", x=case.input(np.ones((6, 4))), out=case.buffer(4), state=0,
+            weight=case.weight(np.ones((4, 3)), "conv"),
+        )  # fmt: skip
+
+        def fill(inputs):
+            fill_spans(inputs, [[3], [3]], in_place=False)
+            change(inputs)
+
+        with pytest.raises(KernelError, match=message):
+            case.run(backend, op, fill)
