@@ -96,7 +96,10 @@ def attention_magnitude(view: ConfigView) -> float:
     if flat.get("factor") is None:
         raise view.error(f"{label}.factor", "mscale_all_dim needs it.")
     factor, mscale = (view.number_value(f"{label}.{key}", flat[key]) for key in ("factor", "mscale_all_dim"))
-    return _magnitude(factor, mscale)
+    found = _magnitude(factor, mscale)
+    if not math.isfinite(found * found):
+        raise view.error(f"{label}.mscale_all_dim", "scores would be infinite.", mscale)
+    return found
 
 
 def _parameters(view: ConfigView) -> tuple[bool, Mapping[str, Any], str]:

@@ -55,6 +55,7 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
     "glm4_moe_lite": {**_MLA, "mlp_layer_types": ["dense"] * 3},
     "glm_moe_dsa": {**_MLA, "first_k_dense_replace": 3, **_INDEXER},
+    "kimi_k2": {**_MLA, "first_k_dense_replace": 3},
     "llama": {},
     "ministral": {"sliding_window": 7, "head_dim": 8},
     "mistral": {"sliding_window": 7},

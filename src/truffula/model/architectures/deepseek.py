@@ -152,14 +152,14 @@ def mla(view: ConfigView, *, interleaved: bool) -> MlaSpec:
     view.must_be("qk_head_dim", (None, nope + rope), "it is qk_nope_head_dim + qk_rope_head_dim.")
     if view.written("head_dim"):
         view.must_be("head_dim", (None, rope), "in this architecture it is qk_rope_head_dim.")
-    q_rank = view.optional_integer("q_lora_rank")
+    q_rank, magnitude = view.optional_integer("q_lora_rank"), attention_magnitude(view)
     return MlaSpec(
         heads=heads,
         nope=nope,
         rope=rope,
         dim_v=view.integer("v_head_dim"),
         rank=view.integer("kv_lora_rank"),
-        scale=(nope + rope) ** -0.5 * attention_magnitude(view) ** 2,
+        scale=(nope + rope) ** -0.5 * magnitude * magnitude,
         table=0,
         kv_norm=NormSpec("self_attn.kv_a_layernorm", _LATENT_EPS),
         q_rank=q_rank,
