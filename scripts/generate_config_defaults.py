@@ -18,9 +18,24 @@ from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
 MODEL_TYPES = (
-    "deepseek_v2", "deepseek_v3", "deepseek_v32", "gemma2", "gemma3", "gemma3_text", "glm4_moe_lite", "glm_moe_dsa",
-    "kimi_k25", "llama", "ministral", "mistral", "qwen2", "qwen3", "youtu",
-)  # fmt: skip
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "kimi_k25",
+    "llama",
+    "ministral",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "youtu",
+)
 # Types of hub files that transformers reads with the class of another type.
 SAME_CLASS = {"kimi_k2": "deepseek_v3"}
 
@@ -56,6 +71,8 @@ def table() -> dict[str, Any]:
                 fields[field.name] = None if field.default is dataclasses.MISSING else field.default
             if "None" in str(field.type):
                 nullable.append(field.name)
+        if isinstance(theta := getattr(cls, "default_theta", None), float):
+            fields["rope_theta"] = theta
         types[model_type] = {
             "class": cls.__name__,
             "fields": dict(sorted(fields.items())),

@@ -6,6 +6,7 @@ and run; or it raises one of the project's own errors, which names the file and 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import ml_dtypes
 import numpy as np
 from fuzz_formats import Gguf, Obj, Safetensors, as_tree
 from fuzz_mutations import Case
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights"))
+from quantised_files import Fixture, as_model
 
 from truffula.errors import CheckpointError, TruffulaError
 from truffula.kernels.adapters import LowRank
@@ -82,8 +86,9 @@ def checkpoint(path: Path) -> None:
     except TruffulaError as error:
         return _named(error, file=True)
     for name, info in opened.tensors.items():
-        _inside(info)
-        assert opened.raw(name).nbytes == info.nbytes
+        for part in info.parts or (info,):
+            _inside(part)
+        assert sum(opened.bytes_of(part).nbytes for part in info.parts or (info,)) == info.nbytes
         try:
             array = opened.read(name)
         except TruffulaError as error:
@@ -202,6 +207,15 @@ def _folder_seeds() -> list[Case]:
     return seeds
 
 
+def _quantised_seeds() -> list[Case]:
+    """Models whose linear modules are those of a fixture: one of each kind of layout."""
+    seeds = []
+    for name in ("gptq-4-act-order", "gptq-3", "awq-gemv", "ct-int4-asymmetric", "ct-nvfp4", "fp8-block"):
+        config, tensors = as_model(Fixture(name), num_hidden_layers=1)
+        seeds.append(Case({"config.json": as_tree(config), "model.safetensors": _stored(tensors)}))
+    return seeds
+
+
 _TOKENS = ["<a>", "<b>", "<c>", "\u2581", "a", "b", "ab", "\u2581a", "<0x41>"]
 
 
@@ -312,6 +326,7 @@ def _adapter_seeds() -> list[Case]:
 TARGETS: Mapping[str, tuple[Callable[[Path], None], Callable[[], list[Case]]]] = {
     "safetensors": (safetensors, _safetensors_seeds),
     "folder": (folder_checkpoint, _folder_seeds),
+    "quantised": (folder_checkpoint, _quantised_seeds),
     "gguf": (gguf_checkpoint, _gguf_seeds),
     "adapter": (adapter, _adapter_seeds),
 }

@@ -12,6 +12,7 @@ import numpy as np
 import parity_cases_mla as mla
 import pytest
 from kernel_backends import on_the_best
+from parity_cases_moe import CASES as MOE_CASES
 
 from truffula.kernels.backend import Backend
 from truffula.model.load import ModelPlan, WeightReader, plan_model
@@ -114,7 +115,10 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
 
 
 @on_the_best
-@pytest.mark.parametrize(("model_type", "name", "overrides"), CASES, ids=[f"{case[0]}: {case[1]}" for case in CASES])
+@pytest.mark.parametrize(
+    ("model_type", "name", "overrides"),
+    [pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in (*CASES, *MOE_CASES)],
+)
 def test_parity_with_transformers(
     tmp_path: Path, model_type: str, name: str, overrides: dict[str, Any], backend: Backend
 ) -> None:

@@ -92,6 +92,8 @@ struct Product {
     call.activation = numbers.below(6);
     call.round_out = numbers.below(2);
     call.clip = numbers.below(3) ? -1.0f : 1.5f;
+    call.glu_limit = numbers.below(3) ? -1.0f : 1.0f;
+    call.glu_offset = static_cast<float>(numbers.below(2));
     call.scale = numbers.below(2) ? 1.0f : 0.37f;
     call.softcap = numbers.below(3) ? 0.0f : 5.0f;
   }

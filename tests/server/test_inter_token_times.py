@@ -28,7 +28,7 @@ def test_gaps_are_counted_before_anybody_reads_them(live):
     async def go():
         one = GenerateRequest(prompt="Hello", params=SamplingParams(max_tokens=150, ignore_eos=True, temperature=0))
         batches = run(Watched(app, RequestRecord(request_id="r", generates=True)), [one])
-        read = sum(len(delta.tokens) for _, delta in await anext(batches))
+        read = sum(len(delta.tokens) for _, deltas in await anext(batches) for delta in deltas)
         while gaps() < before + read + 10:  # more than what was read could give; the test's own timeout bounds it
             await asyncio.sleep(0.005)
         await batches.aclose()

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from truffula.errors import KernelError
 from truffula.kernels.inputs import Array
-from truffula.kernels.program import Embed, Linear, Logits, Mla, Program, SiteSlice
+from truffula.kernels.program import Embed, ExpertLinear, Linear, Logits, Mla, Program, SiteSlice
 
 ALIGN = 64
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
@@ -126,8 +126,9 @@ def tensors_of(part: Part) -> tuple[Array, ...]:
 class Place:
     """Where a site acts in a program: columns ``first ..`` of what op number ``op`` computes, before any glu.
 
-    ``half`` > 0: these columns are gates ``0 .. half``, then ups. ``gathers``: the op reads rows of a table. ``heads``
-    (count, key rows, value rows): the columns of ``Mla``'s kv_b, head by head.
+    ``half`` > 0: these columns are gates ``0 .. half``, then ups. ``gathers``: the op reads rows of a table. Of an op
+    with experts, columns are those of ``expert``. ``heads`` (count, key rows, value rows): the columns of ``Mla``'s
+    kv_b, head by head.
     """
 
     module: str
@@ -137,6 +138,7 @@ class Place:
     first: int = 0
     half: int = 0
     gathers: bool = False
+    expert: int = 0
     heads: tuple[int, int, int] | None = None
 
 
@@ -170,18 +172,28 @@ def layout_of(program: Program, storage: Storage) -> AdapterLayout:
         half, heads = 0, None
         if isinstance(op, Mla):
             slices: tuple[SiteSlice, ...] = op.slices
-            heads = (op.heads, op.nope, op.dim_v)
-        elif isinstance(op, Linear):
+            columns, heads = program.weights[op.kv_b].shape[0], (op.heads, op.nope, op.dim_v)
+        elif isinstance(op, Linear | ExpertLinear):
             slices = op.slices
-            half = program.weights[op.weight].shape[0] // 2 if op.epilogue.glu else 0
+            columns = program.weights[op.weight].shape[-2]
+            half = columns // 2 if op.epilogue.glu else 0
         elif isinstance(op, Embed | Logits) and op.site is not None:
             slices = (SiteSlice(op.site, 0, op.out.width),)
+            columns = op.out.width
         else:
             continue
         for item in slices:
-            site = program.sites[item.site]
+            site, (expert, first) = program.sites[item.site], divmod(item.lo, columns)
             places[item.site] = Place(
-                site.module, index, site.in_features, site.out_features, item.lo, half, isinstance(op, Embed), heads
+                site.module,
+                index,
+                site.in_features,
+                site.out_features,
+                first,
+                half,
+                isinstance(op, Embed),
+                expert,
+                heads,
             )
     return AdapterLayout(storage, tuple(places))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -50,14 +51,15 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class QuantisedArray:
-    """A matrix as GGUF stores it: uint8 ``blocks [rows, blocks of a row, bytes of a block]`` of the type ``kind``.
+    """A matrix as GGUF stores it: uint8 ``blocks [rows, blocks of a row, bytes of a block]`` of the type ``kind``; or
+    matrices of experts, ``[E, rows, ...]``.
 
     ``unpack`` dequantises ``[N, bytes]`` blocks to float32. Scales are finite.
     """
 
     kind: str
     blocks: Array
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     unpack: Callable[[Array], Array]
 
     @property
@@ -69,20 +71,45 @@ class QuantisedArray:
         part = self.blocks[lo:hi]
         return QuantisedArray(self.kind, part, (len(part), self.shape[1]), self.unpack)
 
+    def __getitem__(self, expert: int) -> QuantisedArray:
+        """One expert's matrix; a view."""
+        return QuantisedArray(self.kind, self.blocks[expert], self.shape[1:], self.unpack)
+
     def dequantise(self) -> Array:
         """float32 ``shape``, as the format defines the values."""
-        return self.unpack(self.blocks.reshape(-1, self.blocks.shape[2])).reshape(self.shape)
+        return self.unpack(self.blocks.reshape(-1, self.blocks.shape[-1])).reshape(self.shape)
 
 
-def as_array(part: Array | QuantisedArray) -> Array:
+@dataclass(frozen=True)
+class ComputedArray:
+    """An array of ``shape`` in ``dtype`` whose rows are computed when they are read: ``read(lo, hi)`` is a new array of
+    rows ``lo .. hi``, as far as they exist.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[int, int], Array]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def dequantise(self) -> Array:
+        return self.read(0, self.shape[0])
+
+
+Part = Array | QuantisedArray | ComputedArray
+
+
+def as_array(part: Part) -> Array:
     """A part as an array, dequantised if necessary."""
-    return part.dequantise() if isinstance(part, QuantisedArray) else part
+    return part if isinstance(part, np.ndarray) else part.dequantise()
 
 
-PullWeight = Callable[[WeightDecl], Sequence[Array | QuantisedArray]]
+PullWeight = Callable[[WeightDecl], Sequence[Part]]
 """Returns a weight's parts in order, as mapped arrays in their stored dtype, with transforms applied. The caller may
 keep the views: the mapping outlives the executable. Parts stored in one of the backend's ``block_kinds`` are
-``QuantisedArray``."""
+``QuantisedArray``; those that are computed from several stored tensors, ``ComputedArray``."""
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -90,11 +117,34 @@ STORED = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 """The dtypes of files and adapters that are accepted. Dtypes, not names: numpy computes a name on each access."""
 
 
-def pull_parts(pull: PullWeight, decl: WeightDecl) -> list[Array | QuantisedArray]:
+def make_shape(decl: WeightDecl, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether parts of these shapes make ``decl``'s: stacked along axis 0, or of experts each [O', I] or [E, O', I]."""
+    if len(decl.shape) == 3:
+        experts, _, width = decl.shape
+        fits = len(shapes) == len(decl.parts) and all(
+            shape == (*(() if part.expert is not None else (experts,)), shape[-2], width)
+            for shape, part in zip(shapes, decl.parts, strict=True)
+        )
+        return fits and sum(math.prod(shape) for shape in shapes) == math.prod(decl.shape)
+    rows = sum(shape[0] for shape in shapes if shape)
+    return rows == decl.shape[0] and all(shape[1:] == decl.shape[1:] for shape in shapes)
+
+
+def expert_matrices(decl: WeightDecl, parts: Sequence[Part]) -> Iterator[tuple[int, int, Part]]:
+    """Expert, first row and matrix [O', I] for each matrix of the parts of a weight of experts. No bytes are copied."""
+    for where, part in zip(decl.parts, parts, strict=True):
+        if where.expert is not None:
+            yield where.expert, where.lo, part
+            continue
+        stacked = part.dequantise() if isinstance(part, ComputedArray) else part
+        for expert in range(decl.shape[0]):
+            yield expert, where.lo, stacked[expert]
+
+
+def pull_parts(pull: PullWeight, decl: WeightDecl) -> list[Part]:
     """The parts of ``decl``. Raises ``KernelError`` unless they make its shape and are stored in an accepted dtype."""
     parts = list(pull(decl))
-    rows = sum(part.shape[0] for part in parts if part.shape)
-    if rows != decl.shape[0] or any(part.shape[1:] != decl.shape[1:] for part in parts):
+    if not make_shape(decl, [part.shape for part in parts]):
         shapes = [list(part.shape) for part in parts]
         raise KernelError(f"weight {decl.name}: parts {shapes} do not make {list(decl.shape)}.", param=decl.name)
     for part in parts:

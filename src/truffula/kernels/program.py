@@ -18,7 +18,7 @@ from truffula.errors import KernelError
 
 Rows = Literal["T", "R"]
 BufferDtype = Literal["model", "float32"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,23 @@ class Ref:
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``transform`` is applied in float32: ``plus_one`` for norms with 1 + w. ``conv``: the file has ``[C, 1, K]``.
+    ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``conv``: the file has ``[C, 1, K]``. Of a
+    weight of experts, a part fills rows ``lo ..`` of ``expert`` (None: of every expert) and has the shape ``stored``;
+    ``columns`` takes matrices that are stored [I, O], ``even_columns`` and ``odd_columns`` every second column of such
+    matrices, and ``alternating`` a vector [E, O] in which entries of gates and ups alternate.
     """
 
     name: str
-    transform: Literal["none", "plus_one", "conv"] = "none"
+    transform: Literal["none", "plus_one", "conv", "columns", "even_columns", "odd_columns", "alternating"] = "none"
+    expert: int | None = None
+    lo: int = 0
+    stored: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class WeightDecl:
-    """A weight of the program: ``shape`` ``[O, I]``, ``[V, D]`` or ``[width]``, made of ``parts`` stacked along axis 0.
+    """A weight of the program: ``shape`` ``[O, I]``, ``[V, D]`` or ``[width]``, made of ``parts`` stacked along axis 0;
+    or a matrix per expert, ``[E, O, I]``, whose parts say which rows they fill.
 
     ``name`` is the canonical one, used in messages. ``uses``: ``rows`` (gathered), ``matmul``, ``vector``, ``conv``
     (``[C, K]`` of a convolution). A tied table is one decl with both rows and matmul, stored once. ``dtype`` float32 is
@@ -80,11 +87,30 @@ class ModuleSlice:
 
 
 @dataclass(frozen=True)
+class StackedSlice:
+    """Rows of matrix number ``expert`` of the parameter ``name`` (``model.layers.3.mlp.experts.gate_up_proj``).
+
+    The site's rows are ``lo, lo + step ..`` of ``of`` rows. ``columns``: the parameter is stored [E, I, O];
+    ``peft_columns``: PEFT takes it to be stored so.
+    """
+
+    name: str
+    expert: int
+    experts: int
+    lo: int
+    step: int
+    of: int
+    columns: bool = False
+    peft_columns: bool = False
+
+
+@dataclass(frozen=True)
 class Site:
     """A place where adapters act: one slice of a linear weight, or a table.
 
     ``modules[0]`` is the site's own module path as PEFT names it without ``base_model.model.``, e.g.
-    ``model.layers.3.self_attn.q_proj``; further entries are fused modules that cover it with some of their rows.
+    ``model.layers.3.self_attn.q_proj``; further entries are other names of it, and fused modules that cover it with
+    some of their rows. ``stacked`` is the place of an expert's site in a parameter that holds all experts.
     """
 
     id: int
@@ -93,6 +119,7 @@ class Site:
     in_features: int
     out_features: int
     modules: tuple[ModuleSlice, ...]
+    stacked: StackedSlice | None = None
 
     @property
     def module(self) -> str:
@@ -160,7 +187,7 @@ class Epilogue:
 
     ``bias`` [O] · ``clip`` to ±clip · ``activation`` · ``glu``: the columns are [gate | up] halves and the result is
     activation(gate) * up, half as wide (then ``activation`` acts on the gate only) · times ``scale`` · plus
-    ``residual``.
+    ``residual``. With ``glu_limit`` c the gate is at most c and the up within ±c; ``glu_offset`` is added to the up.
     """
 
     bias: int | None = None
@@ -169,6 +196,8 @@ class Epilogue:
     glu: bool = False
     scale: float = 1.0
     residual: Ref | None = None
+    glu_limit: float | None = None
+    glu_offset: float = 0.0
 
 
 NO_EPILOGUE = Epilogue()
@@ -239,7 +268,7 @@ class Linear(Op):
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Op):
     """``act``: activation(x) · ``add``: x + y · ``mul``: x * y · ``scale``: x * params[0] · ``clip``, ``softcap``:
-    params[0] · ``sigmoid_mul``: x * sigmoid(y)."""
+    params[0] · ``sigmoid_mul``: x * sigmoid(y). ``y`` of the two products may be one column, for all columns of x."""
 
     kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul"]
     x: Ref
@@ -279,7 +308,8 @@ class Attention(Op):
     """Write this step's K and V to their slots, then attend causally over the sequence's blocks.
 
     Scores are ``scale * q·k``; ``softcap`` c gives c * tanh(s / c); then the mask; softmax in float32. With a
-    ``window`` w query i attends to keys j with i - w < j <= i. Heads h use kv head ``h // (heads / kv_heads)``.
+    ``window`` w query i attends to keys j with i - w < j <= i or, if ``chunked``, to keys j <= i with j // w = i // w.
+    Heads h use kv head ``h // (heads / kv_heads)``.
     """
 
     q: Ref
@@ -296,6 +326,7 @@ class Attention(Op):
     window: int | None = None
     softcap: float | None = None
     sinks: int | None = None
+    chunked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +370,54 @@ class CausalConv(Op):
     state: int
     bias: int | None = None
     activation: Activation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route(Op):
+    """Chooses ``k`` experts per row: ``out`` is their numbers in descending order of preference, then their weights.
+
+    ``logits`` and ``out`` are float32. Scores are ``softmax`` or ``sigmoid`` of the logits. The experts with the best
+    logits are chosen; with ``correction`` [E], those with the best score + correction. With ``groups`` > 1 only experts
+    of the best ``topk_groups`` groups (equal runs of experts) are chosen from; a group counts as its best expert
+    (``max``) or its two best (``top2``). The weights are the chosen scores, divided by max(their ``norm``-norm,
+    ``floor``) unless ``norm`` is None, times ``scale``. Equal values: the lower number first.
+
+    ``sparsemixer``: expert after expert, the one with the best logit m among those left; its weight is its softmax
+    among those left whose logit s is near: (m - s) / max(abs(s), m) <= 2 * ``jitter``, s of the logits.
+    """
+
+    logits: Ref
+    out: Ref
+    k: int
+    score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    correction: int | None = None
+    groups: int = 1
+    topk_groups: int = 1
+    group_score: Literal["max", "top2"] = "top2"
+    norm: float | None = None
+    floor: float = 1e-20
+    scale: float = 1.0
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLinear(Op):
+    """Each row's products with the matrices of its k experts: ``epilogue(x W[e]ᵀ + adapters)``. ``routes`` is as
+    ``Route`` writes it; experts that no row has chosen are not read.
+
+    ``weight`` is [E, O, I], ``epilogue.bias`` [E · O]. ``x`` is I wide, or k · I: then the product of the j-th expert
+    takes the j-th I columns. ``out`` has the k results side by side; or their sum (``sum``), each times its weight
+    (``weighted``), to which a ``residual`` is added. ``slices`` are ranges of E · O columns: those of expert e begin at
+    e · O.
+    """
+
+    x: Ref
+    routes: Ref
+    weight: int
+    out: Ref
+    combine: Literal["none", "sum", "weighted"] = "none"
+    slices: tuple[SiteSlice, ...] = ()
+    epilogue: Epilogue = NO_EPILOGUE
 
 
 @dataclass(frozen=True, kw_only=True)

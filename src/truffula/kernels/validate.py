@@ -12,6 +12,7 @@ from truffula.kernels.program import (
     Attention,
     CausalConv,
     Embed,
+    ExpertLinear,
     Linear,
     Logits,
     Mla,
@@ -22,6 +23,7 @@ from truffula.kernels.program import (
     Ref,
     Rope,
     RopeRows,
+    Route,
     Rows,
     TakeRows,
 )
@@ -50,8 +52,8 @@ def _require(field: str, holds: bool, why: str) -> None:
 
 def _check_tables(program: Program) -> None:
     for decl in program.weights:
-        shaped = 1 <= len(decl.shape) <= 2 and min(decl.shape) >= 1
-        _require("shape", shaped, f"weight {decl.name}: shape {decl.shape} is not [width] or [O, I].")
+        shaped = 1 <= len(decl.shape) <= 3 and min(decl.shape) >= 1
+        _require("shape", shaped, f"weight {decl.name}: shape {decl.shape} is not [width], [O, I] or [E, O, I].")
         _require("parts", bool(decl.parts), f"weight {decl.name} has no parts.")
         unknown = sorted(decl.uses - {"rows", "matmul", "vector", "conv"})
         _require("uses", not unknown, f"weight {decl.name}: unknown uses {unknown}.")
@@ -197,7 +199,8 @@ def _pointwise(op: Pointwise, check: _Check) -> None:
     rows = check.read("x", op.x)
     needs = f"kind {op.kind!r} {'does not take' if op.y else 'needs'} a second operand."
     check.require("y", (op.y is not None) == (op.kind in ("add", "mul", "sigmoid_mul")), needs)
-    check.read("y", op.y, rows, op.x.width)
+    one = op.y is not None and op.y.width == 1 and op.kind != "add"
+    check.read("y", op.y, rows, 1 if one else op.x.width)
     only = f"must be set exactly for kind 'act'; the kind is {op.kind!r}."
     check.require("activation", (op.activation is not None) == (op.kind == "act"), only)
     count = 1 if op.kind in ("scale", "clip", "softcap") else 0
@@ -236,6 +239,7 @@ def _attention(op: Attention, check: _Check) -> None:
     kept = group.window is None or (op.window is not None and op.window <= group.window)
     behind = f"the op reads keys behind the window of its KV group ({op.window} > {group.window})."
     check.require("window", kept, behind)
+    check.require("chunked", not op.chunked or op.window is not None, "needs a window, the length of a chunk.")
     check.vector("sinks", op.sinks, op.heads)
     check.write("out", op.out, "T", op.heads * op.dim_v)
 
@@ -258,6 +262,44 @@ def _mla(op: Mla, check: _Check) -> None:
     why = f"plane {op.plane} has width {width} in group {op.group}; {op.latent.width} needed."
     check.require("plane", width == op.latent.width, why)
     check.write("out", op.out, "T", op.heads * op.dim_v)
+
+
+def _route(op: Route, check: _Check) -> None:
+    check.read("logits", op.logits, "T")
+    experts, groups = op.logits.width, op.groups
+    divided = groups >= 1 and experts % groups == 0 and 1 <= op.topk_groups <= groups
+    check.require("groups", divided, f"{op.topk_groups} of {groups} groups of {experts} experts.")
+    of_each = experts // groups
+    check.require("k", 1 <= op.k <= of_each * op.topk_groups, f"{op.k} of {of_each * op.topk_groups} experts.")
+    check.require("group_score", groups == 1 or op.group_score == "max" or of_each >= 2, "a group has one expert.")
+    check.vector("correction", op.correction, experts)
+    check.write("out", op.out, "T", 2 * op.k)
+    for field, ref in (("logits", op.logits), ("out", op.out)):
+        check.require(field, check.program.buffers[ref.buffer].dtype == "float32", "must be float32.")
+
+
+def _expert_linear(op: ExpertLinear, check: _Check) -> None:
+    check.read("x", op.x, "T")
+    check.read("routes", op.routes, "T")
+    check.require("routes", op.routes.width % 2 == 0, "are numbers of experts and as many weights.")
+    k = op.routes.width // 2
+    experts, outputs, inputs = check.weight("weight", op.weight, "matmul", (None, None, None))
+    check.require("x", op.x.width in (inputs, k * inputs), f"is {op.x.width} wide; {inputs} or {k * inputs} needed.")
+    end = 0
+    for item in op.slices:
+        one = item.lo // outputs == (item.hi - 1) // outputs
+        why = f"{item.lo}..{item.hi} overlaps, is empty or is not within the {outputs} columns of one expert."
+        check.require("slices", end <= item.lo < item.hi <= experts * outputs and one, why)
+        check.site("slices", item.site, ("linear",), inputs, item.hi - item.lo)
+        end = item.hi
+    check.vector("epilogue.bias", op.epilogue.bias, experts * outputs)
+    if op.epilogue.glu:
+        check.require("epilogue.glu", outputs % 2 == 0, f"{outputs} columns cannot be halved.")
+        outputs //= 2
+    alone = op.epilogue.residual is None or op.combine != "none"
+    check.require("epilogue.residual", alone, "is added to a sum; combine is 'none'.")
+    check.read("epilogue.residual", op.epilogue.residual, "T", outputs)
+    check.write("out", op.out, "T", outputs if op.combine != "none" else k * outputs)
 
 
 def _causal_conv(op: CausalConv, check: _Check) -> None:
@@ -292,6 +334,8 @@ _CHECKS: dict[type[Op], Callable[..., None]] = {
     Attention: _attention,
     Mla: _mla,
     CausalConv: _causal_conv,
+    Route: _route,
+    ExpertLinear: _expert_linear,
     TakeRows: _take_rows,
     Logits: _logits,
 }

@@ -7,6 +7,7 @@ attention module.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,6 +17,7 @@ from truffula.kernels.program import (
     BufferDtype,
     CausalConv,
     Epilogue,
+    ExpertLinear,
     KvGroup,
     KvPlane,
     Linear,
@@ -30,11 +32,12 @@ from truffula.kernels.program import (
     Rows,
     Site,
     SiteSlice,
+    StackedSlice,
     WeightDecl,
     WeightPart,
 )
 from truffula.model.names import WeightNames
-from truffula.model.rows import NormSpec
+from truffula.model.rows import NormSpec, WeightRow
 from truffula.model.spec import ModelSpec, ModuleNames
 from truffula.weights.tying import Tie, TyingDecision
 
@@ -95,21 +98,41 @@ class ProgramBuilder:
         """The id of a row's weight, which is declared with its sites at the first use."""
         if key in self.weight_ids:
             return self.weight_ids[key]
-        row, body = self.rows[key], self.spec.names.body
-        matrix = row.kind == "linear" and row.param == "weight"
+        row = self.rows[key]
+        matrix = row.kind in ("linear", "experts") and row.width > 0
         use = "conv" if row.kind == "conv" else "matmul" if matrix else "vector"
         weight = self.declare(key, row.shape, self.names.parts[key], use)
         if matrix:
-            slices, lo = [], 0
-            for item in row.slices:
-                hi = lo + item.rows
-                modules = [(body + item.module, 0, item.rows, item.rows)]
-                if row.fused is not None:
-                    modules.append((body + row.fused, lo, hi, row.rows))
-                slices.append(SiteSlice(self.site("linear", row.layer, row.width, item.rows, modules), lo, hi))
-                lo = hi
-            self.site_slices[key] = tuple(slices)
+            sites = self._expert_sites(row) if row.experts else self._linear_sites(row)
+            self.site_slices[key] = tuple(sites)
         return weight
+
+    def _linear_sites(self, row: WeightRow) -> Iterator[SiteSlice]:
+        body, lo = self.spec.names.body, 0
+        for item in row.slices:
+            hi = lo + item.rows
+            modules = [(body + name, 0, item.rows, item.rows) for name in (item.module, item.alias) if name is not None]
+            if row.fused is not None:
+                modules.append((body + row.fused, lo, hi, row.rows))
+            yield SiteSlice(self.site("linear", row.layer, row.width, item.rows, modules), lo, hi)
+            lo = hi
+
+    def _expert_sites(self, row: WeightRow) -> Iterator[SiteSlice]:
+        """A site for each slice of each expert. PEFT has them as modules or within a parameter of all experts."""
+        body = self.spec.names.body
+        stacked = next((layout for layout in row.layouts if layout.parameter is not None), None)
+        for expert in range(row.experts):
+            lo = 0
+            for number, item in enumerate(row.slices):
+                site = self.site("linear", row.layer, row.width, item.rows,
+                                 [(body + item.module.format(e=expert), 0, item.rows, item.rows)])  # fmt: skip
+                if stacked is not None:
+                    first, step = (number, len(row.slices)) if stacked.alternating else (lo, 1)
+                    place = StackedSlice(f"{body}{stacked.parameter}", expert, row.experts, first, step, row.rows,
+                                         stacked.columns, stacked.peft_columns)  # fmt: skip
+                    self.sites[site] = replace(self.sites[site], stacked=place)
+                yield SiteSlice(site, expert * row.rows + lo, expert * row.rows + lo + item.rows)
+                lo += item.rows
 
     def bias(self, key: str) -> int | None:
         """The id of the bias of the row ``key``; None without one."""
@@ -215,12 +238,26 @@ class LayerBuilder:
         self.append(CausalConv(name=key, x=x, out=out, weight=self.weight(key), state=state, activation=activation,
                                bias=self.program.bias(self.prefix + key)))  # fmt: skip
 
-    def linear(self, key: str, x: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN) -> None:
+    def linear(
+        self, key: str, x: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN, *,
+        compute: Literal["model", "float32"] = "model",
+    ) -> None:  # fmt: skip
         """Append the linear with the row ``key``, its bias and its sites."""
         weight, name = self.weight(key), self.prefix + key
         epilogue = replace(epilogue, bias=self.program.bias(name))
         slices = self.program.site_slices[name]
-        self.append(Linear(name=key, probe=probe, x=x, weight=weight, out=out, slices=slices, epilogue=epilogue))
+        self.append(Linear(name=key, probe=probe, x=x, weight=weight, out=out, slices=slices, epilogue=epilogue,
+                           compute=compute))  # fmt: skip
+
+    def experts(
+        self, key: str, x: Ref, routes: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN, *,
+        combine: Literal["none", "sum", "weighted"] = "none",
+    ) -> None:  # fmt: skip
+        """Append the products with the experts of the row ``key``, their biases and their sites."""
+        weight, name = self.weight(key), self.prefix + key
+        epilogue = replace(epilogue, bias=self.program.bias(name))
+        self.append(ExpertLinear(name=key, probe=probe, x=x, routes=routes, weight=weight, out=out, combine=combine,
+                                 slices=self.program.site_slices[name], epilogue=epilogue))  # fmt: skip
 
     def norm(
         self, key: str, norm: NormSpec, x: Ref, out: Ref, *,

@@ -27,11 +27,14 @@ INERT = frozenset(
     | {"_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation"}
     | {"auto_map", "chunk_size_feed_forward", "experts_implementation", "id2label", "label2id", "model_type"}
     | {"name_or_path", "num_labels", "output_attentions", "output_hidden_states", "return_dict"}
-    | {"transformers_version", "use_cache"}
+    | {"output_router_logits", "router_aux_loss_coef", "transformers_version", "use_cache"}
     | {"dtype", "pad_token_id", "torch_dtype"}
 )
-# Read by model/read.py, weights/tying.py and model/load.py (special ids).
-READ_ELSEWHERE = frozenset({"architectures", "bos_token_id", "eos_token_id", "model_type", "tie_word_embeddings"})
+# Read by model/read.py, weights/tying.py, weights/quantised/config.py and model/load.py (special ids).
+READ_ELSEWHERE = frozenset(
+    {"architectures", "bos_token_id", "eos_token_id", "model_type", "tie_word_embeddings"}
+    | {"quantization_config", "compression_config"}
+)
 # Written by transformers 4 for every model, removed in 5, without effect on a decoder: no warning for them.
 OLD_BOOKKEEPING = frozenset(
     {"add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task", "prefix"}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from truffula.errors import CheckpointError, KernelError, UnsupportedModel
-from truffula.kernels.backend import Array, QuantisedArray
+from truffula.kernels.backend import Array, ComputedArray, Part, make_shape
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Embed, Logits, ModelInterface, Program, WeightDecl, WeightPart
 from truffula.model.decoder import build_program
@@ -36,7 +36,8 @@ class ModelPlan:
 
     ``stored_bytes``: size of the used tensors in the files. ``saved_bytes``: memory saved by tying. ``stored_dtype``:
     the float dtype of most of these bytes, or ``quantised``. ``unused``: names of tensors that are not used.
-    ``stored_types``: the storage type of each used tensor (``BF16``, ``Q4_1``). ``tables``: the tensors that embedding
+    ``stored_types``: the storage type of each used tensor (``BF16``, ``Q4_1``), of a computed one that of its values.
+    ``tables``: the tensors that embedding
     and head use, by kind of site; one tensor when tied.
     """
 
@@ -91,10 +92,10 @@ def plan_model(checkpoint: Checkpoint) -> ModelPlan:
         bos_token_id=_bos_id(checkpoint, read),
         max_model_len=spec.max_positions,
         stored_bytes=sum(checkpoint.tensors[name].nbytes for name in used),
-        unused=(*names.unused, *dropped),
+        unused=(*checkpoint.unused, *names.unused, *dropped),
         saved_bytes=0 if tying.tie is Tie.SEPARATE else table.nbytes,
         stored_dtype=_stored_dtype(checkpoint, used),
-        stored_types={name: checkpoint.tensors[name].dtype for name in used},
+        stored_types={name: checkpoint.tensors[name].values or checkpoint.tensors[name].dtype for name in used},
         tables={
             "embed": names.head if tying.tie is Tie.REVERSED else names.embed,
             "head": names.embed if tying.tie is Tie.TIED else names.head,
@@ -130,6 +131,10 @@ def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, p
     """Check the shape of every tensor, not of whole fused weights, in which two errors could cancel out."""
     for row in spec.rows:
         parts = names.parts.get(row.key, ())
+        if parts and parts[0].stored:
+            for part in parts:
+                _check_tensor(checkpoint, part.name, part.stored, "")
+            continue
         heights = [item.rows for item in row.slices] if len(parts) > 1 else [row.rows]
         for part, height in zip(parts, heights, strict=False):
             _check_tensor(checkpoint, part.name, row.stored_shape(height), "")
@@ -149,7 +154,7 @@ def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], mo
             shape=list(info.shape),
             wanted=list(wanted),
         )
-    if info.dtype not in _FLOATS and checkpoint.format != "gguf":
+    if info.dtype not in _FLOATS and not info.parts and checkpoint.format != "gguf":
         raise CheckpointError(
             f"{name} in {info.file.name} is stored as {info.dtype}; supported are {', '.join(_FLOATS)}.",
             tensor=name,
@@ -239,22 +244,29 @@ class WeightReader:
         self._read: set[int] = set()
         self._done_bytes = 0
 
-    def __call__(self, decl: WeightDecl) -> Sequence[Array | QuantisedArray]:
+    def __call__(self, decl: WeightDecl) -> Sequence[Part]:
         """The parts of ``decl``, checked. Raises ``CheckpointError`` naming tensor and count of non-finite values."""
         if decl.id in self._read:
             raise KernelError(f"{decl.name} was read twice.")
-        parts = [self._part(part) for part in decl.parts]
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        if shape != decl.shape:
-            raise KernelError(f"{decl.name} has shape {shape} in the files, {decl.shape} in the program.")
+        parts = [self._part(part, decl.shape) for part in decl.parts]
+        if not make_shape(decl, [part.shape for part in parts]):
+            shapes = [list(part.shape) for part in parts]
+            raise KernelError(f"{decl.name} has parts {shapes} in the files, {list(decl.shape)} in the program.")
         self._read.add(decl.id)
         return parts
 
-    def _part(self, part: WeightPart) -> Array | QuantisedArray:
+    def _part(self, part: WeightPart, shape: tuple[int, ...]) -> Part:
         info = self.checkpoint.tensors[part.name]
-        as_blocks = info.dtype in self.block_kinds and part.transform == "none"
-        blocks = self.checkpoint.blocks(part.name) if as_blocks else None
-        values = self._values(part, info) if blocks is None else blocks
+        as_stored = part.transform == "none"
+        blocks = self.checkpoint.blocks(part.name) if info.dtype in self.block_kinds and as_stored else None
+        by_rows = as_stored and (len(shape) < 3 or part.expert is not None)
+        computed = self.checkpoint.computed(part.name) if by_rows else None
+        if blocks is not None:
+            values: Part = blocks
+        elif computed is not None:
+            values = _checked_rows(computed, info)
+        else:
+            values = arranged(part, self._values(part, info), shape)
         self._done_bytes += info.nbytes
         if self.progress is not None:
             self.progress(part.name, self._done_bytes, self.plan.stored_bytes)
@@ -262,15 +274,7 @@ class WeightReader:
 
     def _values(self, part: WeightPart, info: TensorInfo) -> Array:
         stored = self.checkpoint.read(part.name)
-        found = first_non_finite(stored)
-        if found is not None:
-            count, index = found
-            raise CheckpointError(
-                f"{part.name} in {info.file.name} holds {count} NaN or infinite values, the first at {index}.",
-                tensor=part.name,
-                file=str(info.file),
-                count=count,
-            )
+        _require_finite(stored, info)
         if part.transform == "conv":
             stored = stored[:, 0, :]
         if stored.dtype != np.float64 and part.transform != "plus_one":
@@ -284,3 +288,46 @@ class WeightReader:
         left = [decl.name for decl in self.plan.program.weights if decl.id not in self._read]
         if left:
             raise KernelError(f"{len(left)} weights were not read: {', '.join(left[:10])}.")
+
+
+def _checked_rows(computed: ComputedArray, info: TensorInfo) -> ComputedArray:
+    """``computed``; reading rows with values that are not finite raises ``CheckpointError``."""
+
+    def read(lo: int, hi: int) -> Array:
+        values = computed.read(lo, hi)
+        _require_finite(values, info, lo)
+        return values
+
+    return ComputedArray(computed.shape, computed.dtype, read)
+
+
+def _require_finite(values: Array, info: TensorInfo, row: int = 0) -> None:
+    """Raise ``CheckpointError`` naming the tensor when ``values``, its rows from ``row`` on, are not all finite."""
+    found = first_non_finite(values)
+    if found is not None:
+        first = (found.first[0] + row, *found.first[1:]) if found.first else ()
+        scales = ", computed from its scales" if info.parts else ""
+        raise CheckpointError(
+            f"{info.name} in {info.file.name} holds {found.number} NaN or infinite values{scales}, the first at "
+            f"{first}.",
+            tensor=info.name,
+            file=str(info.file),
+            count=found.number,
+        )
+
+
+def arranged(part: WeightPart, values: Array, shape: tuple[int, ...]) -> Array:
+    """A part of a weight of ``shape`` from the values of its tensor: of matrices a view, of their biases a copy."""
+    if len(shape) == 1:
+        if part.transform == "alternating":
+            values = values.reshape(len(values), -1, 2).swapaxes(1, 2)
+        return values.reshape(-1) if part.stored else values
+    if part.stored and part.expert is None:
+        experts, _, width = shape
+        values = (
+            values.reshape(experts, width, -1) if "columns" in part.transform else values.reshape(experts, -1, width)
+        )
+    if "columns" in part.transform:
+        values = values.swapaxes(-1, -2)
+    step = {"even_columns": 0, "odd_columns": 1}.get(part.transform)
+    return values if step is None else values[:, step::2]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from truffula.errors import CheckpointError, some
 from truffula.kernels.program import WeightPart
@@ -49,7 +49,7 @@ class WeightNames:
     def canonical(cls, spec: ModelSpec, *, has_head: bool = True) -> WeightNames:
         """The names that transformers writes for this spec, for programs without a checkpoint."""
         prefix, head = spec.names.prefixes[0]
-        names = {f"{prefix}{item.module}.{row.param}" for row in _body_rows(spec) for item in row.slices}
+        names = {name for row in _body_rows(spec) for name in _split_names(row, prefix)}
         names |= {f"{prefix}{spec.names.embed}.weight", *([f"{head}.weight"] if has_head else [])}
         return resolve_names(spec, names)
 
@@ -69,6 +69,12 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     missing: list[str] = []
     warnings: list[str] = []
     for row in _body_rows(spec):
+        if row.experts:
+            placed = _find_experts(row, prefix, stored)
+            missing += [part.name for part in placed if part.name not in stored]
+            taken.update(part.name for part in placed)
+            parts[row.key] = tuple(replace(part, name=stored.get(part.name, part.name)) for part in placed)
+            continue
         found = _find(row, prefix, stored)
         if found is None:
             missing += [name for name in _split_names(row, prefix) if name not in stored]
@@ -77,7 +83,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
             leaves = " | ".join(item.module.rsplit(".", 1)[-1] for item in row.slices)
             warnings.append(f"{found[0]} is stored fused; read as {leaves}.")
         taken.update(found)
-        parts[row.key] = tuple(WeightPart(stored[name], transform=row.transform) for name in found)
+        parts[row.key] = tuple(WeightPart(stored[name], row.transform, stored=row.stored) for name in found)
     embed = f"{prefix}{spec.names.embed}.weight"
     heads = [name for name in stored if name.startswith(f"{head}.")]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]
@@ -103,7 +109,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
 
 
 def _body_rows(spec: ModelSpec) -> list[WeightRow]:
-    return [row for row in spec.rows if row.kind in ("linear", "vector")]
+    return [row for row in spec.rows if row.kind in ("linear", "vector", "experts")]
 
 
 def _unwrapped(names: Iterable[str]) -> dict[str, str]:
@@ -144,7 +150,15 @@ def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _split_names(row: WeightRow, prefix: str) -> list[str]:
+    if row.experts:
+        return [prefix + part.name for part in row.layouts[0].parts(row)]
     return [f"{prefix}{item.module}.{row.param}" for item in row.slices]
+
+
+def _find_experts(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[WeightPart]:
+    """The tensors of a row of experts in the layout of which the checkpoint has the most."""
+    forms = [[replace(part, name=prefix + part.name) for part in layout.parts(row)] for layout in row.layouts]
+    return max(forms, key=lambda parts: sum(part.name in stored for part in parts) / len(parts))
 
 
 def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] | None:

@@ -10,6 +10,7 @@ from truffula.errors import UnsupportedModel
 from truffula.model.architectures import ARCHITECTURES
 from truffula.model.config_view import ConfigView, KeyUse, load_defaults
 from truffula.model.spec import ModelSpec
+from truffula.weights.quantised.config import read_scheme
 
 # Other heads than a language model's. The body of such a checkpoint would load, with the wrong head.
 _OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel")
@@ -31,7 +32,7 @@ def read_config(config: Mapping[str, Any]) -> ReadConfig:
     """Read a config.json (or its equivalent made from GGUF metadata).
 
     Raises:
-        UnsupportedModel: Unknown model_type, quantised weights, an unsupported key with an effect, or an invalid value.
+        UnsupportedModel: Unknown model_type or quantisation, an unsupported key with an effect, or an invalid value.
     """
     model_type = _model_type(config)
     table = load_defaults()
@@ -67,16 +68,7 @@ def _model_type(config: Mapping[str, Any]) -> str:
 
 def _check_file(config: Mapping[str, Any]) -> list[str]:
     """Warnings about keys that are independent of the architecture: quantisation, remote code, the saved class."""
-    for level in (config, config.get("text_config") or {}):
-        quantised = level.get("quantization_config") if isinstance(level, Mapping) else None
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-            raise UnsupportedModel(
-                f"config.json: quantization_config says the weights are quantised by {method!r}, which is not "
-                "supported yet; use the unquantised model, or its GGUF file.",
-                param="quantization_config.quant_method",
-                value=str(method),
-            )
+    read_scheme(config)
     warnings = []
     if config.get("auto_map"):
         warnings.append(

@@ -5,16 +5,16 @@ Shape letters: ``O`` output rows of a weight, ``I`` its input width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import BufferDtype
+from truffula.kernels.program import BufferDtype, WeightPart
 
 if TYPE_CHECKING:
     from truffula.model.spec import ModuleNames
 
-RowKind = Literal["embed", "linear", "vector", "conv", "head"]
+RowKind = Literal["embed", "linear", "vector", "conv", "head", "experts"]
 Transform = Literal["none", "plus_one", "conv"]
 
 
@@ -37,11 +37,52 @@ class NormSpec:
 class RowSlice:
     """``rows`` output rows of a logical weight that are one module in checkpoints and one site for adapters.
 
-    ``module`` is relative to the body: ``layers.3.self_attn.q_proj``.
+    ``module`` is relative to the body: ``layers.3.self_attn.q_proj``; an expert's has ``{e}`` for its number.
+    ``alias`` is its name in transformers 5, where that differs from the one in checkpoints.
     """
 
     module: str
     rows: int
+    alias: str | None = None
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """A form in which checkpoints hold the matrices [O, I] of all experts. Names are whole, relative to the body.
+
+    ``tensors`` are one for each slice or one for all slices: with ``{e}`` in the name one per expert, else of all
+    experts, [E, O, I]. ``columns``: matrices are stored [I, O]. ``alternating``: output rows of the two slices
+    alternate. ``flat``: [E · O, I]. ``parameter``: transformers has one parameter of this form (``flat`` excepted),
+    which PEFT adapts as such; ``peft_columns``: and takes to be stored [I, O].
+    """
+
+    tensors: tuple[str, ...]
+    columns: bool = False
+    alternating: bool = False
+    flat: bool = False
+    parameter: str | None = None
+    peft_columns: bool = False
+
+    def parts(self, row: WeightRow) -> Iterator[WeightPart]:
+        """The tensors of ``row``, in this form."""
+        heights = [item.rows for item in row.slices] if len(self.tensors) > 1 else [row.rows]
+        lo = 0
+        for name, height in zip(self.tensors, heights, strict=True):
+            matrix: tuple[int, ...] = (row.width, height) if self.columns else (height, row.width)
+            matrix = matrix if row.width else (height,)
+            if "{e}" in name:
+                for expert in range(row.experts):
+                    yield WeightPart(name.format(e=expert), row.transform, expert, lo, matrix)
+            else:
+                stored = (row.experts * matrix[0], *matrix[1:]) if self.flat else (row.experts, *matrix)
+                if self.alternating and not row.width:
+                    yield WeightPart(name, "alternating", stored=stored)
+                elif self.alternating:
+                    yield WeightPart(name, "even_columns", stored=stored)
+                    yield WeightPart(name, "odd_columns", lo=height // 2, stored=stored)
+                else:
+                    yield WeightPart(name, "columns" if self.columns else "none", lo=lo, stored=stored)
+            lo += height
 
 
 @dataclass(frozen=True)
@@ -52,6 +93,10 @@ class WeightRow:
     when ``fused`` is given, one ``<fused>.<param>`` with all their rows in this order; LoRA addresses each slice by its
     module and all of them together by ``fused``. ``width`` is the input width I (0 for a vector; the taps of a
     convolution). ``key`` is its name in the decoder. The tying decision assigns the tensors of embedding and head.
+
+    ``stored`` is the shape of a vector in checkpoints where it is not ``[O]``.
+
+    A row of kind ``experts`` has such a matrix for each of ``experts`` experts, in one of ``layouts``.
     """
 
     key: str
@@ -59,10 +104,13 @@ class WeightRow:
     slices: tuple[RowSlice, ...]
     width: int
     layer: int | None = None
-    param: Literal["weight", "bias"] = "weight"
+    param: str = "weight"
     fused: str | None = None
     transform: Transform = "none"
     dtype: BufferDtype = "model"
+    stored: tuple[int, ...] = ()
+    experts: int = 0
+    layouts: tuple[ExpertLayout, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -70,7 +118,9 @@ class WeightRow:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``[O, I]`` or ``[O]``."""
+        """``[O, I]`` or ``[O]``; of experts ``[E, O, I]`` or ``[E · O]``."""
+        if self.experts:
+            return (self.experts, self.rows, self.width) if self.width else (self.experts * self.rows,)
         return (self.rows, self.width) if self.width else (self.rows,)
 
     def stored_shape(self, rows: int) -> tuple[int, ...]:
@@ -90,10 +140,13 @@ class LayerRows:
         self.found: list[WeightRow] = []
 
     def linear(
-        self, key: str, parts: Sequence[tuple[str, int]], width: int, *, bias: bool = False, fused: str | None = None
-    ) -> None:
-        """A matrix ``[O, width]`` of stacked ``parts`` (module, rows), with its bias ``[O]``."""
-        slices = tuple(RowSlice(self.prefix + module, count) for module, count in parts)
+        self, key: str, parts: Sequence[tuple[str, int]], width: int, *, bias: bool = False, fused: str | None = None,
+        alias: str | None = None,
+    ) -> None:  # fmt: skip
+        """A matrix ``[O, width]`` of stacked ``parts`` (module, rows), with its bias ``[O]``. ``alias``: see
+        ``RowSlice``, of a matrix of one part."""
+        alias = None if alias is None else self.prefix + alias
+        slices = tuple(RowSlice(self.prefix + module, count, alias) for module, count in parts)
         whole, key = None if fused is None else self.prefix + fused, self.prefix + key
         self.found.append(WeightRow(key, "linear", slices, width, self.index, fused=whole))
         if bias:
@@ -117,3 +170,28 @@ class LayerRows:
         self.found.append(WeightRow(key, "vector", slices, 0, self.index, transform=transform, dtype=dtype))
         if norm.bias:
             self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
+
+    def vector(self, key: str, name: str, width: int, *, stored: tuple[int, ...] = ()) -> None:
+        """A vector of ``width`` numbers, kept in float32; ``name`` is that of its tensor."""
+        module, _, param = (self.prefix + name).rpartition(".")
+        self.found.append(WeightRow(self.prefix + key, "vector", (RowSlice(module, width),), 0, self.index, param,
+                                    dtype="float32", stored=stored))  # fmt: skip
+
+    def experts(
+        self, key: str, parts: Sequence[tuple[str, int]], width: int, count: int, layouts: Sequence[ExpertLayout],
+        biases: Sequence[ExpertLayout] = (),
+    ) -> None:  # fmt: skip
+        """A matrix ``[O, width]`` of stacked ``parts`` for each of ``count`` experts, in one of ``layouts``; with
+        ``biases``, the forms of their biases, a bias for each. Layouts name tensors relative to the layer."""
+        slices = tuple(RowSlice(self.prefix + module, rows) for module, rows in parts)
+        placed = tuple(self._placed(layout) for layout in layouts)
+        self.found.append(WeightRow(self.prefix + key, "experts", slices, width, self.index, experts=count,
+                                    layouts=placed))  # fmt: skip
+        if biases:
+            placed = tuple(self._placed(layout) for layout in biases)
+            self.found.append(WeightRow(f"{self.prefix}{key}.bias", "experts", slices, 0, self.index, "bias",
+                                        experts=count, layouts=placed))  # fmt: skip
+
+    def _placed(self, layout: ExpertLayout) -> ExpertLayout:
+        parameter = None if layout.parameter is None else self.prefix + layout.parameter
+        return replace(layout, tensors=tuple(self.prefix + name for name in layout.tensors), parameter=parameter)

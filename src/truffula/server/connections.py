@@ -16,7 +16,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -143,8 +143,7 @@ class GuardedProtocol(asyncio.Protocol):
         self._head_bytes = 0  # received while a head is awaited
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         self._connections.opened(self)
         self._start_timer()
         self._inner.connection_made(HeldHead(transport))  # type: ignore[arg-type]

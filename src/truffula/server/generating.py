@@ -27,8 +27,10 @@ from truffula.service.prompts import check_fits
 from truffula.types import ChoiceTotals, Completion, GenerateRequest, TextDelta
 
 T = TypeVar("T")
-# One wake of the event loop: deltas with the index of the prompt they belong to.
-Batch = list[tuple[int, TextDelta]]
+FOLD_DELTAS = 64
+"""Deltas of an answer that is not streamed, which are looked at together."""
+# One wake of the event loop: new deltas of one prompt or more, with the prompt's index.
+Batch = list[tuple[int, list[TextDelta]]]
 
 
 class Writer(Protocol):
@@ -41,41 +43,35 @@ class Writer(Protocol):
 
 
 class _Watch:
-    """Fills the request's record from its deltas, and times the gaps between those of a choice.
+    """Fills the request's record from its deltas as they arrive, and times the gaps between those of a choice.
 
-    The gaps are taken as deltas arrive: when they are read depends on how fast the client is.
+    When they are read depends on how fast the client is.
     """
 
     def __init__(self, state: ServerState, record: RequestRecord) -> None:
         self._state = state
         self._record = record
         self._observer: Observer | None = None  # of the adapter, once it answers
-        self._last: dict[tuple[int, int], float] = {}
-        self._seen: dict[tuple[int, int], int] = {}
+        self._last: dict[tuple[int, int], tuple[float, int]] = {}  # of each choice, when it came and the tokens so far
 
     def arrived(self, prompt: int, deltas: Sequence[TextDelta]) -> None:
-        now = time.monotonic()
+        now, record = time.monotonic(), self._record
         for delta in deltas:
-            key = (prompt, delta.choice)
-            before = self._last.get(key)
-            if self._observer is None and delta.tokens:
-                self._observer = self._state.metrics.observer(self._record.adapter, answered=True)
-            if before is not None and delta.tokens and self._observer is not None:
-                self._observer.inter_token.observe((now - before) / len(delta.tokens))
-            self._last[key] = now
-
-    def note(self, batch: Batch) -> Batch:
-        for prompt, delta in batch:
-            key = (prompt, delta.choice)
-            self._record.completion_tokens += len(delta.tokens)
-            self._seen[key] = self._seen.get(key, 0) + len(delta.tokens)
+            key, count = (prompt, delta.choice), len(delta.tokens)
+            before, seen = self._last.get(key, (None, 0))
+            if count:
+                if self._observer is None:
+                    self._observer = self._state.metrics.observer(record.adapter, answered=True)
+                if before is not None:
+                    self._observer.inter_token.observe((now - before) / count)
+            self._last[key] = now, seen + count
+            record.completion_tokens += count
             if delta.totals is not None:
-                self._record.completion_tokens += delta.totals.completion_tokens - self._seen[key]
+                record.completion_tokens += delta.totals.completion_tokens - seen - count
                 self._ended(delta.totals)
             if delta.finish_reason is not None:
-                self._record.finish = delta.finish_reason
+                record.finish = delta.finish_reason
                 self._state.succeeded |= delta.finish_reason in ("stop", "length")
-        return batch
 
     def _ended(self, totals: ChoiceTotals) -> None:
         record = self._record
@@ -86,8 +82,12 @@ class _Watch:
             record.ttft_s = ttft if record.ttft_s is None else min(record.ttft_s, ttft)
 
 
-async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGenerator[Batch, None]:
-    """Submits ``requests`` together and yields their deltas. Closing it aborts whatever still runs."""
+async def run(
+    request: Request, requests: Sequence[GenerateRequest], wake_after: int = 1
+) -> AsyncGenerator[Batch, None]:
+    """Submits ``requests`` together and yields their deltas, of a choice that has not ended at least ``wake_after`` at
+    a time. Closing it aborts whatever still runs.
+    """
     state, record = state_of(request), record_of(request)
     watch = _Watch(state, record)
     streams: list[TextStream] = []
@@ -95,17 +95,17 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
     try:
         streams = await state.service.open_all(requests)
         for i, one in enumerate(streams):
-            one.on_arrival = partial(watch.arrived, i)
+            one.on_arrival, one.wake_after = partial(watch.arrived, i), wake_after
             record.prompt_tokens += one.state.prompt_tokens
         note_left_out(request, dict.fromkeys(name for one in streams for name in one.state.ignored))
         record.validation_s = time.monotonic() - started
         if len(streams) == 1:
             async for found in streams[0]:
-                yield watch.note([(0, delta) for delta in found])
+                yield [(0, found)]
         else:
             async with aclosing(_merged(streams)) as batches:
                 async for batch in batches:
-                    yield watch.note(batch)
+                    yield batch
     finally:
         for stream in streams:
             await stream.aclose()
@@ -139,13 +139,20 @@ async def _merged(streams: Sequence[TextStream]) -> AsyncGenerator[Batch, None]:
             while not queue.empty():
                 found.append(queue.get_nowait())
             ended = [i for i, deltas in found if not deltas]
-            if batch := [(i, delta) for i, deltas in found for delta in deltas]:
+            if batch := [(i, deltas) for i, deltas in found if deltas]:
                 yield batch
             for i in ended:
                 tasks[i].result()
             left -= len(ended)
     finally:
         await end_tasks(*tasks)
+
+
+def raise_first(deltas: Sequence[TextDelta]) -> None:
+    """Raises the error of the first delta that has one."""
+    for delta in deltas:
+        if (error := error_of(delta)) is not None:
+            raise error
 
 
 def error_of(delta: TextDelta) -> TruffulaError | None:
@@ -168,14 +175,15 @@ async def whole(request: Request, requests: Sequence[GenerateRequest], make: Cal
 async def _fold(request: Request, requests: Sequence[GenerateRequest], make: Callable[[list[Completion]], T]) -> T:
     parts: list[list[TextDelta]] = [[] for _ in requests]
     size = 0
-    async with aclosing(run(request, requests)) as batches:
+    async with aclosing(run(request, requests, FOLD_DELTAS)) as batches:
         async for batch in batches:
-            for prompt, delta in batch:
-                if (error := error_of(delta)) is not None:
-                    raise error
-                parts[prompt].append(delta)
-                size += entries(delta)
-    batch = delta = None  # type: ignore[assignment]  # the thread frees what they hold
+            for prompt, deltas in batch:
+                for delta in deltas:
+                    if (error := error_of(delta)) is not None:
+                        raise error
+                    size += entries(delta)
+                parts[prompt] += deltas
+    batch = deltas = delta = None  # type: ignore[assignment]  # the thread frees what they hold
 
     def fold() -> T:
         try:
@@ -229,20 +237,21 @@ async def frames_of(
     async with aclosing(run(request, requests)) as batches:
         try:
             async for batch in batches:
-                failed = [error for _, delta in batch if (error := error_of(delta)) is not None]
-                if failed and not begun:
-                    raise failed[0]
-                out = [] if begun else [writer.begin()]
-                begun = True
-                for prompt, delta in batch:
-                    if failed and (error := error_of(delta)) is not None:
-                        record_of(request).error_code = error.code
-                        yield b"".join(out) + writer.fail(error)
-                        return
-                    if (size := entries(delta)) <= INLINE_CHARS:
-                        out.append(writer.delta(prompt, delta))
-                    else:
-                        out.append(await texts.in_thread(size, partial(writer.delta, prompt, delta)))
+                out: list[bytes] = []
+                if not begun:
+                    for _, deltas in batch:
+                        raise_first(deltas)
+                    out, begun = [writer.begin()], True
+                for prompt, deltas in batch:
+                    for delta in deltas:
+                        if (error := error_of(delta)) is not None:
+                            record_of(request).error_code = error.code
+                            yield b"".join(out) + writer.fail(error)
+                            return
+                        if (size := entries(delta)) <= INLINE_CHARS:
+                            out.append(writer.delta(prompt, delta))
+                        else:
+                            out.append(await texts.in_thread(size, partial(writer.delta, prompt, delta)))
                 if chunk := b"".join(out):
                     yield chunk
         except TruffulaError as error:

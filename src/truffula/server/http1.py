@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from truffula.errors import TruffulaError
 from truffula.server.errors import HttpVersion, MalformedBody, dialect_of_request, render
+from truffula.server.sse import WRITE_CHUNK
 
 NO_VERSION = "0.0"
 """httptools' version of a head that ended before it was known."""
@@ -33,6 +34,20 @@ class Http1(HttpToolsProtocol):
             self._data = data
             super().data_received(data)
             self._data = b""
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        cycle = self.cycle
+        if cycle is None or cycle.scope is not self.scope:
+            return
+
+        def write_chunk(chunk: bytes) -> bool:
+            ready = cycle.chunked_encoding and not (cycle.flow.write_paused or cycle.disconnected)
+            if ready:
+                cycle.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+            return bool(ready)
+
+        self.scope["extensions"] = {WRITE_CHUNK: {"write": write_chunk}}
 
     def _should_upgrade(self) -> bool:
         return True  # ``handle_websocket_upgrade`` is called in place of the application

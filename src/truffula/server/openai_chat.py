@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from truffula.items import Item, Part, Reasoning, ToolCall, ToolCallPart
+from truffula.items import Item, Part, Reasoning, Text, ToolCall, ToolCallPart
 from truffula.server.generating import stream, whole
 from truffula.server.openai import (
     OpenAIWriter,
@@ -25,6 +25,7 @@ from truffula.server.openai import (
 from truffula.server.openai_bodies import ChatBody
 from truffula.server.prepare import Read, read_requests
 from truffula.server.replies import encoded, json_reply
+from truffula.server.sse import encode, frame_of
 from truffula.types import Completion, CompletionChoice, TextDelta, TokenPiece
 
 TGI = "tgi"
@@ -105,14 +106,20 @@ class ChatWriter(OpenAIWriter):
         super().__init__(request, body, head("chat.completion.chunk", "chatcmpl", body, request))
         self._body = body
         self._calls: dict[tuple[int, int], str] = {}  # the id of each call, by choice and index
+        special = (body.model == TGI, body.logprobs, body.return_token_ids, body.include_usage)
+        # What stands around the text of a usual chunk; None where chunks have more than text.
+        self._around = None if any(special) else (b',"delta":{"content":', b'},"logprobs":null,"finish_reason":null}]}')
 
     def begin(self) -> bytes:
         start = {"role": "assistant", "content": ""}
         return b"".join(self._choice_chunk({"index": i, "delta": start}) for i in range(self._body.n or 1))
 
     def delta(self, prompt: int, delta: TextDelta) -> bytes:
-        body = self._body
+        body, parts = self._body, delta.parts
         self.count(prompt, delta)
+        if self._around is not None and delta.finish_reason is None and len(parts) == 1 and type(parts[0]) is Text:
+            before, after = self._around
+            return frame_of(b'%b{"index":%d%b%b%b' % (self._start, delta.choice, before, encode(parts[0].text), after))
         out = b""
         calls = [part for part in delta.parts if isinstance(part, ToolCallPart)]
         for part in calls:

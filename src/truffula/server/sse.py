@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,6 +19,10 @@ STREAM_HEADERS: tuple[tuple[str, str], ...] = (
     ("cache-control", "no-cache"),
     ("x-accel-buffering", "no"),
 )
+WRITE_CHUNK = "truffula.write_chunk"
+"""The ASGI extension whose ``write(bytes) -> bool`` sends a chunk of a streamed answer, past the middleware. False: it
+was not sent, since the client is slow or has left; ``send`` waits.
+"""
 # JSON leaves these as they are, but clients that split text (not bytes) into lines split at them too.
 _LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
 
@@ -112,11 +116,12 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             # A task of its own: to resume the caller's for each token is to pass through the frames of all middleware.
-            await unless_gone(receive, asyncio.ensure_future(self._send_all(send)))
+            write = scope.get("extensions", {}).get(WRITE_CHUNK, {}).get("write")
+            await unless_gone(receive, asyncio.ensure_future(self._send_all(send, write)))
         finally:
             await self._frames.aclose()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, write: Callable[[bytes], bool] | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self._first, "more_body": True})
         loop = asyncio.get_running_loop()
@@ -134,7 +139,10 @@ class EventStream(Response):
         try:
             async for chunk in self._frames:
                 last = loop.time()
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if not chunk:
+                    continue  # a chunk without bytes would be the end
+                if write is None or not write(chunk):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except OSError as error:  # what a server of ASGI spec 2.4 raises when the client is gone
             raise ClientGone from error
         finally:

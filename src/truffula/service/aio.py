@@ -54,6 +54,7 @@ class TextStream:
         self._waiter: asyncio.Future[None] | None = None
         self._begun = False
         self._closed = False
+        self.wake_after = 1  # deltas: a consumer that only wants the whole answer need not run for each token
         self.on_arrival: Callable[[list[TextDelta]], None] | None = None  # called with deltas before they are read
 
     def feed(self, deltas: list[TextDelta]) -> None:
@@ -62,7 +63,9 @@ class TextStream:
         if deltas and self.on_arrival is not None:
             self.on_arrival(deltas)
         waiter = self._waiter
-        if waiter is not None and not waiter.done() and (self._ready or self.state.done):
+        if waiter is None or waiter.done():
+            return
+        if len(self._ready) >= self.wake_after or self.state.done or any(one.finish_reason for one in deltas):
             waiter.set_result(None)
 
     def __aiter__(self) -> TextStream:

@@ -75,7 +75,11 @@ class Oracle:
         factors = _take_factors(config)
         causal = type(config) in AutoModelForCausalLM._model_mapping
         model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_pretrained(
-            **source, config=config, attn_implementation=_ATTENTION, dtype=getattr(torch, dtype)
+            **source,
+            config=config,
+            attn_implementation=_ATTENTION,
+            experts_implementation="eager",
+            dtype=getattr(torch, dtype),
         )
         if factors:
             model.model.rotary_emb.inv_freq /= torch.tensor(factors)

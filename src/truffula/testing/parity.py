@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.kernels.adapters import make_image
-from truffula.kernels.backend import Array, Backend, Executable, QuantisedArray, as_array
+from truffula.kernels.backend import Backend, Executable, Part, as_array
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Linear, Op, Probe, Program, WeightDecl
 from truffula.kernels.select import select_backend
@@ -185,7 +185,7 @@ def load_model(
         capacity = capacity_for(max(len(ids) for ids in sequences) + new_tokens)
         reader = WeightReader(checkpoint, plan, block_kinds=backend.block_kinds if as_blocks else frozenset())
 
-        def pull(decl: WeightDecl) -> Sequence[Array | QuantisedArray]:
+        def pull(decl: WeightDecl) -> Sequence[Part]:
             parts = reader(decl)
             return parts if as_blocks else [as_array(part) for part in parts]
 

@@ -14,6 +14,7 @@ from truffula.kernels.backend import Executable, PullWeight, QuantisedArray
 from truffula.kernels.inputs import Capacity, StepInputs
 from truffula.kernels.program import Linear, Program, WeightDecl
 from truffula.model.decoder import build_program
+from truffula.model.load import arranged
 from truffula.model.names import WeightNames
 from truffula.model.read import read_config
 from truffula.testing.files import Array as Array
@@ -39,6 +40,11 @@ def random_weights(program: Program, *, seed: int = 0, dtype: str = "float32") -
     rng = np.random.default_rng(seed)
     made: dict[str, list[Array]] = {}
     for decl in program.weights:
+        if len(decl.shape) == 3:
+            stored = [rng.standard_normal(part.stored, np.float32) * decl.shape[2] ** -0.5 for part in decl.parts]
+            parts = [arranged(part, values, decl.shape) for part, values in zip(decl.parts, stored, strict=True)]
+            made[decl.name] = [as_dtype(part, dtype) for part in parts]
+            continue
         if len(decl.shape) == 1:
             whole = 1.0 + 0.1 * rng.standard_normal(decl.shape, np.float32)
         else:

@@ -57,10 +57,12 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "glm_moe_dsa": {**_MLA, "first_k_dense_replace": 3, **_INDEXER},
     "kimi_k2": {**_MLA, "first_k_dense_replace": 3},
     "llama": {},
+    "mixtral": {"sliding_window": None, "num_local_experts": 5, "num_experts_per_tok": 2},
     "ministral": {"sliding_window": 7, "head_dim": 8},
     "mistral": {"sliding_window": 7},
     "qwen2": {},
     "qwen3": {"head_dim": 10},
+    "qwen3_moe": {"head_dim": 10, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
     "youtu": _MLA,
 }
 
@@ -95,11 +97,15 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
     tied = config.get("tie_word_embeddings", read.tie_default)
     tensors = {}
     for row in spec.rows:
+        if row.experts:
+            for part in row.layouts[0].parts(row):
+                tensors[prefix + part.name] = _random(part.name, row, part.stored, seed, dtype)
+            continue
         for item in row.slices:
             if row.kind == "head" and tied:
                 continue
             module = head if row.kind == "head" else prefix + item.module
-            shape = (item.rows, row.width) if row.width else (item.rows,)
+            shape = (item.rows, row.width) if row.width else row.stored or (item.rows,)
             tensors[f"{module}.{row.param}"] = _random(f"{item.module}.{row.param}", row, shape, seed, dtype)
     return tensors
 

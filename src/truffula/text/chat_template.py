@@ -155,6 +155,9 @@ class ChatTemplates:
             if request.reasoning_effort is not None and reads.isdisjoint(("reasoning_effort", *THINKING)):
                 unread += ("reasoning_effort",)
 
+        if not (request.tools or request.documents) and all(map(_is_usual, request.messages or ())):
+            return LeftOut((), unread)
+
         def missing(only: Kind | None) -> list[Place]:
             context = self._context(source, request)
             places = put_words(context["messages"], context["tools"], context["documents"], only)
@@ -233,6 +236,12 @@ def effort_variables(effort: str | None) -> dict[str, Any]:
     if effort is None:
         return {}
     return {"reasoning_effort": effort, **dict.fromkeys(THINKING, effort != "none")}
+
+
+def _is_usual(message: Message) -> bool:
+    """Whether every template writes the message: it holds nothing but the text of a user or an assistant."""
+    usual = message.role in ("user", "assistant") and not (message.name or message.extra)
+    return usual and not any(isinstance(item, ToolCall) for item in message.items)
 
 
 def conversation(messages: Sequence[Message], source: str) -> list[dict[str, Any]]:

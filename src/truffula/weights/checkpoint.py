@@ -11,7 +11,7 @@ from typing import Any
 import numpy.typing as npt
 
 from truffula.errors import CheckpointError
-from truffula.kernels.backend import QuantisedArray
+from truffula.kernels.backend import ComputedArray, QuantisedArray
 from truffula.weights.mapped import MappedFile
 
 Array = npt.NDArray[Any]
@@ -22,7 +22,9 @@ class TensorInfo:
     """One tensor as stored.
 
     ``shape`` is in row-major (PyTorch) order, ``dtype`` as the format names it (``BF16``, ``Q4_1``), ``offset`` and
-    ``nbytes`` are of its data within ``file``.
+    ``nbytes`` are of its data within ``file``. A tensor that is computed from several stored ones has them as
+    ``parts``; ``nbytes`` is then their sum, ``file`` and ``offset`` those of the first, ``dtype`` the name of the form
+    (``GPTQ-4``), and ``values`` the dtype of what is computed (``F16``).
     """
 
     name: str
@@ -31,6 +33,8 @@ class TensorInfo:
     file: Path
     offset: int
     nbytes: int
+    parts: tuple[TensorInfo, ...] = ()
+    values: str = ""
 
 
 class Checkpoint(ABC):
@@ -40,7 +44,8 @@ class Checkpoint(ABC):
     ``generation_config`` is the file of that name, ``{}`` when there is none. ``tensors`` maps a name to its
     ``TensorInfo``; ``files`` are the files of the tensors, held open until ``close``. GGUF names, metadata and
     conventions are translated to Hugging Face's, so the users of this interface do not depend on the format.
-    ``warnings`` are for the operator.
+    ``unused`` are stored tensors without effect here, which are not among ``tensors``. ``warnings`` are for the
+    operator.
     """
 
     path: Path
@@ -50,6 +55,7 @@ class Checkpoint(ABC):
     tensors: Mapping[str, TensorInfo]
     files: tuple[MappedFile, ...]
     warnings: tuple[str, ...]
+    unused: tuple[str, ...] = ()
 
     @abstractmethod
     def read(self, name: str) -> Array:
@@ -64,6 +70,10 @@ class Checkpoint(ABC):
         """
         return None
 
+    def computed(self, name: str) -> ComputedArray | None:
+        """The tensor as rows that are computed when they are read; None for one that is stored as it is."""
+        return None
+
     def info(self, name: str) -> TensorInfo:
         """The entry of ``tensors``. Raises ``CheckpointError`` for an unknown name."""
         if name not in self.tensors:
@@ -71,8 +81,11 @@ class Checkpoint(ABC):
         return self.tensors[name]
 
     def raw(self, name: str) -> Array:
-        """``[nbytes]`` uint8 view of the tensor's bytes in the file, before any conversion."""
-        info = self.info(name)
+        """``[nbytes]`` uint8 view of a stored tensor's bytes in the file, before any conversion."""
+        return self.bytes_of(self.info(name))
+
+    def bytes_of(self, info: TensorInfo) -> Array:
+        """``raw`` of a tensor that may be one of the ``parts`` of another."""
         file = next(file for file in self.files if file.path == info.file)
         return file.view(info.offset, info.nbytes)
 

@@ -8,6 +8,8 @@ from truffula.errors import CheckpointError, ModelNotFound
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.folder import FolderCheckpoint
 from truffula.weights.gguf import GgufCheckpoint
+from truffula.weights.quantised.checkpoint import QuantisedCheckpoint
+from truffula.weights.quantised.config import read_scheme
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -16,10 +18,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ModelNotFound: ``path`` does not exist.
         CheckpointError: A file is broken or of an unknown format.
-        UnsupportedModel: The architecture or the quantisation of a GGUF file is not supported; named in the message.
+        UnsupportedModel: The architecture of a GGUF file or the quantisation is not supported; named in the message.
     """
     if path.is_dir():
-        return FolderCheckpoint(path)
+        folder = FolderCheckpoint(path)
+        scheme = read_scheme(folder.config)
+        return folder if scheme is None else QuantisedCheckpoint(folder, scheme)
     if not path.exists():
         raise ModelNotFound(f"{path} does not exist.", param=str(path))
     if path.suffix == ".safetensors":

@@ -14,7 +14,7 @@ import numpy as np
 
 from truffula.errors import TyingError
 from truffula.kernels.mapped import release_pages
-from truffula.weights.checkpoint import Checkpoint
+from truffula.weights.checkpoint import Checkpoint, TensorInfo
 
 FLAG = "tie_word_embeddings"
 NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
@@ -134,15 +134,22 @@ def decide(
 
 
 def equal_as_stored(checkpoint: Checkpoint, a: str, b: str) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes in the file.
+    """Whether two tensors have the same dtype, shape and bytes in the file, in all stored parts.
 
     A head that is the bfloat16 rounding of a float32 embedding is not equal. Both are read in chunks up to the first
     difference, and their pages are released.
     """
     first, second = checkpoint.tensors[a], checkpoint.tensors[b]
+    if (first.dtype, first.shape, len(first.parts)) != (second.dtype, second.shape, len(second.parts)):
+        return False
+    pairs = zip(first.parts or (first,), second.parts or (second,), strict=True)
+    return all(_equal_bytes(checkpoint, left, right) for left, right in pairs)
+
+
+def _equal_bytes(checkpoint: Checkpoint, first: TensorInfo, second: TensorInfo) -> bool:
     if (first.dtype, first.shape, first.nbytes) != (second.dtype, second.shape, second.nbytes):
         return False
-    left, right = checkpoint.raw(a), checkpoint.raw(b)
+    left, right = checkpoint.bytes_of(first), checkpoint.bytes_of(second)
     same = all(
         np.array_equal(left[start : start + _CHUNK_BYTES], right[start : start + _CHUNK_BYTES])
         for start in range(0, left.size, _CHUNK_BYTES)

@@ -16,7 +16,7 @@ from truffula.kernels.cpu.lowering import add_ops
 from truffula.kernels.cpu.weights import Rounding, load_one, load_weights, planned_weights, roles
 from truffula.kernels.host import free_memory
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
-from truffula.kernels.program import Attention, Linear, Logits, Mla, Op, Program
+from truffula.kernels.program import Attention, ExpertLinear, Linear, Logits, Mla, Op, Program
 from truffula.kernels.validate import validate
 
 DTYPES: tuple[str, ...] = ("bfloat16", "float32")
@@ -84,12 +84,18 @@ class CpuBackend:
         rank, queries in the space of latents, and per thread that of attention and of the sampler.
         """
         native = library()
-        converted = attention = absorbed = 0
+        converted = attention = experts = absorbed = 0
         for op in program.ops:
             if isinstance(op, Linear | Logits):
                 rows = capacity.max_logit_rows if isinstance(op, Logits) else capacity.max_tokens
                 inputs = program.weights[op.weight].shape[1]
                 converted = max(converted, native.converted_bytes(self.isa, rows, inputs, formats[op.weight]))
+            elif isinstance(op, ExpertLinear):
+                fmt, (_, outputs, inputs) = formats[op.weight], program.weights[op.weight].shape
+                rows = capacity.max_tokens * op.x.width // inputs
+                converted = max(converted, native.converted_bytes(self.isa, rows, inputs, fmt))
+                half = outputs // 2 if op.epilogue.glu else 0
+                experts = max(experts, native.expert_scratch_bytes(outputs, inputs, fmt, half, self._threads))
             elif isinstance(op, Attention):
                 nbytes = native.attention_scratch_bytes(*_attention_shape(op), capacity.block_size)
                 attention = max(attention, nbytes)
@@ -100,7 +106,7 @@ class CpuBackend:
         rows = max(capacity.max_tokens, capacity.max_logit_rows) if program.sites else 0
         products = 4 * int(native.PLANNED_RANK) * rows
         sampling = int(native.SAMPLE_SCRATCH_BYTES) * program.vocab_size
-        return converted + products + absorbed + self._threads * (attention + sampling)
+        return converted + products + absorbed + self._threads * (attention + experts + sampling)
 
     def adapter_layout(self, program: Program) -> AdapterLayout:
         return layout_of(program, "panels")
@@ -133,7 +139,9 @@ class CpuBackend:
             layout = self.adapter_layout(program)
             for site, place in enumerate(layout.places):
                 if place is not None:
-                    native.add_site(site=site, op=place.op, first=place.first, outputs=place.outputs)
+                    native.add_site(
+                        site=site, op=place.op, first=place.first, outputs=place.outputs, expert=place.expert
+                    )
             native.seal(
                 inputs, arena_floats=arena.floats, logits_buffer=program.result.buffer, vocab=program.output.width
             )

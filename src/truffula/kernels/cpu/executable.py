@@ -37,9 +37,15 @@ class CpuExecutable(SynchronousExecutable):
         super().__init__(inputs, samples, output)
         self.layout = layout
         self._native = native
-        self._op_of_site = np.array([-1 if place is None else place.op for place in layout.places], np.int64)
-        # Products with A are computed per head of latent attention.
-        self._heads_of_op = {place.op: place.heads[0] for place in layout.places if place is not None and place.heads}
+        # One number for each op, and for each expert of an op: their products with A are separate.
+        places: dict[tuple[int, int], int] = {}
+        self._product_of_site = np.array(
+            [-1 if p is None else places.setdefault((p.op, p.expert), len(places)) for p in layout.places], np.int64
+        )
+        # At latent attention they are computed per head.
+        self._heads_of_product = {
+            places[p.op, p.expert]: p.heads[0] for p in layout.places if p is not None and p.heads
+        }
 
     def run(self) -> None:
         with as_kernel_errors():
@@ -81,13 +87,13 @@ class CpuExecutable(SynchronousExecutable):
 
     def adapter_bytes(self, image: AdapterImage) -> int:
         """Bytes of the products with A in a full step beyond what the memory plan counts."""
-        table, ops = image.table, self._op_of_site[image.table[:, SITE]]
+        table, ops = image.table, self._product_of_site[image.table[:, SITE]]
         ranks, offsets = table[:, TENSORS + SHAPE], table[:, TENSORS + OFFSET]
         lanes, planned_rank = int(library().LANES), int(library().PLANNED_RANK)
         panels: Counter[int] = Counter()  # of each op; parts with the same A and scale share a product
         shrinks = zip(ops.tolist(), offsets.tolist(), table[:, SCALE].tolist(), ranks.tolist(), strict=True)
         for op, _, _, rank in {*shrinks}:
-            panels[op] += -(-rank // lanes) * self._heads_of_op.get(op, 1)
+            panels[op] += -(-rank // lanes) * self._heads_of_product.get(op, 1)
         widest = max(panels.values(), default=0) * lanes
         rows = max(len(self.inputs.token_ids), len(self.inputs.logit_rows))
         return 4 * rows * max(0, widest - planned_rank)

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from truffula.errors import KernelError
-from truffula.kernels.program import NO_EPILOGUE, Embed, Linear, Logits, Op, Program, Ref, RopeRows
+from truffula.kernels.program import NO_EPILOGUE, Embed, ExpertLinear, Linear, Logits, Op, Program, Ref, RopeRows
 
 _UNUSED = frozenset({"name", "layer", "probe", "site", "slices", "compute"})
 """Fields that the native list does not need: ``add_site`` binds sites to ops, and every sum is float32."""
@@ -41,6 +41,8 @@ def lower(op: Op, program: Program, dtype: str) -> tuple[str, dict[str, Any]]:
             fields["scale"] = float(np.float32(scale) if exact else ml_dtypes.bfloat16(np.float32(scale)))
         case Linear():
             fields |= vars(fields.pop("epilogue")) | {"softcap": None}
+        case ExpertLinear():
+            fields |= vars(fields.pop("epilogue"))
         case Logits():
             return "Linear", vars(NO_EPILOGUE) | fields
         case RopeRows():

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from truffula.errors import KernelError
-from truffula.kernels.backend import BFLOAT16, PullWeight, QuantisedArray, as_array, pull_parts
+from truffula.kernels.backend import (
+    BFLOAT16,
+    ComputedArray,
+    Part,
+    PullWeight,
+    QuantisedArray,
+    as_array,
+    expert_matrices,
+    pull_parts,
+)
 from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
 from truffula.kernels.cpu.library import library
 from truffula.kernels.inputs import Array
 from truffula.kernels.mapped import release_pages
-from truffula.kernels.program import Embed, Linear, Logits, Mla, Program, WeightDecl
+from truffula.kernels.program import Embed, ExpertLinear, Linear, Logits, Mla, Program, WeightDecl
 
 logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 8 << 20
@@ -44,11 +53,11 @@ def roles(program: Program) -> list[Role]:
     Raises:
         KernelError: A weight is used in two of these ways.
     """
-    products = [op for op in program.ops if isinstance(op, Linear | Logits)]
+    products = [op for op in program.ops if isinstance(op, Linear | ExpertLinear | Logits)]
     halves: dict[int, set[int]] = {op.table: {0} for op in program.ops if isinstance(op, Embed)}
     for op in products:
-        glu = isinstance(op, Linear) and op.epilogue.glu
-        halves.setdefault(op.weight, set()).add(program.weights[op.weight].shape[0] // 2 if glu else 0)
+        glu = isinstance(op, Linear | ExpertLinear) and op.epilogue.glu
+        halves.setdefault(op.weight, set()).add(program.weights[op.weight].shape[-2] // 2 if glu else 0)
     multiplied = {op.weight for op in products}
     latent = {op.kv_b: (op.heads, op.nope, op.dim_v) for op in program.ops if isinstance(op, Mla)}
     exact = {op.weight for op in products if isinstance(op, Linear) and op.compute == "float32"}
@@ -67,7 +76,7 @@ def roles(program: Program) -> list[Role]:
         elif decl.id not in multiplied:
             made.append(Role("rows", 0, keep, quantisable=False))
         else:
-            whole_blocks = decl.shape[1] % library().BLOCK == 0
+            whole_blocks = decl.shape[-1] % library().BLOCK == 0
             made.append(Role("panels", max(used), keep, quantisable=whole_blocks and not keep))
     return made
 
@@ -75,7 +84,7 @@ def roles(program: Program) -> list[Role]:
 def planned_weights(program: Program, options: WeightOptions, stored_types: Mapping[str, str]) -> list[tuple[str, int]]:
     """For the memory plan, the format of each weight (``vectors`` for a vector) and its bytes after packing.
 
-    Tensors count as stored in float32, unless ``stored_types`` names a kind of blocks.
+    Tensors count as stored in float32, unless ``stored_types`` names bfloat16 or a kind of blocks.
     """
     made = []
     for decl, role in zip(program.weights, roles(program), strict=True):
@@ -83,13 +92,14 @@ def planned_weights(program: Program, options: WeightOptions, stored_types: Mapp
             made.append(("vectors", 4 * math.prod(decl.shape)))
             continue
         types = [stored_types.get(part.name, "") for part in decl.parts]
-        stored = {kind if kind in BLOCK_KINDS else "float32" for kind in types}
+        stored = {kind if kind in BLOCK_KINDS else "bfloat16" if kind == "BF16" else "float32" for kind in types}
         fmt, _ = options.matrix_format(stored, exact=role.exact, quantisable=role.quantisable)
+        *experts, outputs, inputs = decl.shape
         if role.kind == "latent":
-            nbytes = library().latent_matrix_bytes(*role.heads, decl.shape[1], fmt)
+            nbytes = library().latent_matrix_bytes(*role.heads, inputs, fmt)
         else:
-            nbytes = library().matrix_bytes(*decl.shape, fmt, panels=role.kind == "panels", half=role.half)
-        made.append((fmt, nbytes))
+            nbytes = library().matrix_bytes(outputs, inputs, fmt, panels=role.kind == "panels", half=role.half)
+        made.append((fmt, math.prod(experts) * nbytes))
     return made
 
 
@@ -144,39 +154,57 @@ def load_one(
         return
     kinds = {part.kind if isinstance(part, QuantisedArray) else part.dtype.name for part in parts}
     fmt, as_blocks = options.matrix_format(kinds, exact=role.exact, quantisable=role.quantisable)
+    *experts, outputs, inputs = decl.shape
     if role.kind == "latent":
-        weight = native.add_latent_matrix(*role.heads, decl.shape[1], format=fmt)
+        weight = native.add_latent_matrix(*role.heads, inputs, format=fmt)
     else:
-        weight = native.add_matrix(*decl.shape, format=fmt, panels=role.kind == "panels", half=role.half)
+        weight = native.add_matrix(
+            outputs, inputs, format=fmt, panels=role.kind == "panels", half=role.half, experts=math.prod(experts)
+        )
+    for name, expert, first, part in _matrices(decl, parts):
+        try:
+            squares, lost = _fill(native, weight, part, first, expert, as_blocks=as_blocks)
+        except ValueError as error:
+            raise KernelError(f"{decl.name}: {error}.", param=decl.name) from error
+        if squares:
+            before = rounding.sums.get(name, (0.0, 0.0))
+            rounding.sums[name] = before[0] + squares, before[1] + lost
+
+
+def _matrices(decl: WeightDecl, parts: Sequence[Part]) -> Iterator[tuple[str, int, int, Part]]:
+    """The matrices of the parts: tensor name, expert, first row, values."""
+    if len(decl.shape) == 3:
+        names = [part.name for part in decl.parts for _ in range(1 if part.expert is not None else decl.shape[0])]
+        yield from ((name, *matrix) for name, matrix in zip(names, expert_matrices(decl, parts), strict=True))
+        return
     # A pull that does not read a checkpoint may return the parts as one array.
     names = [part.name for part in decl.parts] if len(parts) == len(decl.parts) else [decl.name for _ in parts]
     first = 0
-    for part, name in zip(parts, names, strict=True):
-        try:
-            squares, lost = _fill(native, weight, part, first, as_blocks=as_blocks)
-        except ValueError as error:
-            raise KernelError(f"{decl.name}: {error}.", param=decl.name) from error
+    for name, part in zip(names, parts, strict=True):
+        yield name, 0, first, part
         first += part.shape[0]
-        if squares:
-            rounding.sums[name] = squares, lost
 
 
-def _fill(
-    native: Any, weight: int, part: Array | QuantisedArray, first: int, *, as_blocks: bool
-) -> tuple[float, float]:
-    """Pack a part as rows ``first ..``. Returns sums of squares: values, rounding errors."""
+def _fill(native: Any, weight: int, part: Part, first: int, expert: int, *, as_blocks: bool) -> tuple[float, float]:
+    """Pack a part as rows ``first ..`` of an expert's matrix. Returns sums of squares: values, rounding errors."""
     squares = lost = 0.0
     step = max(1, _CHUNK_BYTES * part.shape[0] // max(1, part.nbytes))
     for lo in range(0, part.shape[0], step):
-        some = part.rows(lo, lo + step) if isinstance(part, QuantisedArray) else part[lo : lo + step]
+        some = _rows(part, lo, lo + step)
         source = some.blocks if isinstance(some, QuantisedArray) else some
         if as_blocks and isinstance(some, QuantisedArray):
-            more = native.fill(weight, np.ascontiguousarray(source), first + lo, some.kind)
+            more = native.fill(weight, np.ascontiguousarray(source), first + lo, some.kind, expert)
         else:
-            more = native.fill(weight, as_bits(as_array(some)), first + lo)
+            more = native.fill(weight, as_bits(as_array(some)), first + lo, expert=expert)
         squares, lost = squares + more[0], lost + more[1]
         release_pages(source)
     return squares, lost
+
+
+def _rows(part: Part, lo: int, hi: int) -> Array | QuantisedArray:
+    if isinstance(part, QuantisedArray):
+        return part.rows(lo, hi)
+    return part.read(lo, hi) if isinstance(part, ComputedArray) else part[lo:hi]
 
 
 def as_bits(array: Array) -> Array:

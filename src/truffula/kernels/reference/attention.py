@@ -34,7 +34,13 @@ class Batch:
 
 
 def plan(
-    inputs: StepInputs, group: int, window: int | None, block_size: int, zero_slot: int, device: torch.device
+    inputs: StepInputs,
+    group: int,
+    window: int | None,
+    chunked: bool,
+    block_size: int,
+    zero_slot: int,
+    device: torch.device,
 ) -> list[Batch]:
     """Group the step's sequences for one KV group and window; the batches' tensors lie on ``device``.
 
@@ -62,7 +68,8 @@ def plan(
         query = (end - count + np.arange(count))[:, :, None]  # [n, q, 1] absolute positions
         hidden = key[:, None, :] > query
         if window is not None:
-            hidden |= key[:, None, :] <= query - window
+            seen = key[:, None, :] // window == query // window if chunked else key[:, None, :] > query - window
+            hidden |= ~seen
         rows = (start + np.arange(count)).reshape(-1)
         adjacent = bool((np.diff(rows) == 1).all())
         batches.append(

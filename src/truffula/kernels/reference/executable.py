@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import numpy as np
@@ -18,6 +18,7 @@ from truffula.kernels.program import (
     Attention,
     CausalConv,
     Embed,
+    ExpertLinear,
     Linear,
     Logits,
     Mla,
@@ -29,11 +30,12 @@ from truffula.kernels.program import (
     Ref,
     Rope,
     RopeRows,
+    Route,
     TakeRows,
 )
 from truffula.kernels.reference import attention, mla, ops, states
 from truffula.kernels.reference.kv import KvPlanes, LazyTensors
-from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, lay_out
+from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, expert_product, lay_out
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
 from truffula.kernels.synchronous import SynchronousExecutable
@@ -93,13 +95,19 @@ class _Step:
     segments: list[Segment]
     segments_r: list[Segment]
     spans: list[states.SpanBatch]
-    plans: dict[tuple[int, int | None], list[attention.Batch]] = field(default_factory=dict)
+    plans: dict[tuple[int, int | None, bool], list[attention.Batch]] = field(default_factory=dict)
     factors: dict[tuple[Ref, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     op: int = 0
 
     def has_deltas(self) -> bool:
         """Whether an adapter acts at the op on token rows."""
-        return any(self.op in segment.ops for segment in self.segments)
+        return any((self.op, 0) in segment.ops for segment in self.segments)
+
+    def segments_of(self, rows: Tensor, expert: int) -> list[Segment]:
+        """The segments whose adapter acts at the op's ``expert``, as ranges of ``rows``, which ascend."""
+        found = [segment for segment in self.segments if (self.op, expert) in segment.ops]
+        spans = [torch.searchsorted(rows, torch.tensor([s.lo, s.hi], device=rows.device)).tolist() for s in found]
+        return [replace(s, lo=lo, hi=hi) for s, (lo, hi) in zip(found, spans, strict=True) if lo < hi]
 
 
 class ReferenceExecutable(SynchronousExecutable):
@@ -135,7 +143,7 @@ class ReferenceExecutable(SynchronousExecutable):
         self._memory = LazyTensors(device)
         self._planes = KvPlanes(program.kv_groups, capacity, dtype, self._memory)
         self._states = [self._make_state(state) for state in program.states]
-        self._adapters: dict[int, dict[int, OpAdapter]] = {}
+        self._adapters: dict[int, dict[tuple[int, int], OpAdapter]] = {}
         self._logits: Array = np.zeros((0, program.output.width), np.float32)
         self._taps: dict[int, Array] | None = {} if debug else None
         self._dead = [()] * len(program.ops) if debug else dead_after(program)
@@ -252,7 +260,7 @@ class ReferenceExecutable(SynchronousExecutable):
         rows = table.index_select(0, ids)
         if step.has_deltas():
             rows = rows.float()
-            add_deltas_(rows, ids, step.op, step.segments)
+            add_deltas_(rows, ids, (step.op, 0), step.segments)
         dtype = self._buffers.dtype(op.out)
         self._buffers.put(op.out, ops.embed(rows, table.dtype, op.scale, self._get(op.add), dtype))
 
@@ -266,7 +274,7 @@ class ReferenceExecutable(SynchronousExecutable):
         y = base_product(x, weight)
         if step.has_deltas():
             y = y.float()
-            add_deltas_(y, x.float(), step.op, step.segments)
+            add_deltas_(y, x.float(), (step.op, 0), step.segments)
         bias, residual = self._vector(op.epilogue.bias), self._get(op.epilogue.residual)
         self._buffers.put(op.out, ops.epilogue(y, op.epilogue, bias, residual, self._buffers.dtype(op.out)))
 
@@ -287,8 +295,8 @@ class ReferenceExecutable(SynchronousExecutable):
         k, v = (self._planes[plane] for plane in op.planes)
         attention.write(k, step.slots[op.group], self._buffers.get(op.k))
         attention.write(v, step.slots[op.group], self._buffers.get(op.v))
-        q, batches = self._buffers.get(op.q), self._batches(step, op.group, op.window)
-        self._buffers.put(op.out, attention.compute(op, q, k, v, batches, self._vector(op.sinks)))
+        batches = self._batches(step, op.group, op.window, chunked=op.chunked)
+        self._buffers.put(op.out, attention.compute(op, self._buffers.get(op.q), k, v, batches, self._vector(op.sinks)))
 
     def _mla(self, op: Mla, step: _Step) -> None:
         plane, batches = self._planes[op.plane], self._batches(step, op.group, None)
@@ -296,13 +304,34 @@ class ReferenceExecutable(SynchronousExecutable):
         q, kv_b = self._buffers.get(op.q), self._weights[op.kv_b]
         self._buffers.put(op.out, mla.compute(op, q, plane, kv_b, batches, step.op, step.segments))
 
-    def _batches(self, step: _Step, group: int, window: int | None) -> list[attention.Batch]:
+    def _batches(self, step: _Step, group: int, window: int | None, *, chunked: bool = False) -> list[attention.Batch]:
         """The step's sequences for one KV group and window; all layers share them."""
-        key = (group, window)
+        key = (group, window, chunked)
         if key not in step.plans:
             size, zero_slot = self._capacity.block_size, self._planes.zero_slot
             step.plans[key] = attention.plan(step.inputs, *key, size, zero_slot, self._device)
         return step.plans[key]
+
+    def _route(self, op: Route, _: _Step) -> None:
+        self._buffers.put(op.out, ops.route(op, self._buffers.get(op.logits), self._vector(op.correction)))
+
+    def _expert_linear(self, op: ExpertLinear, step: _Step) -> None:
+        weight, bias, dtype = self._weights[op.weight], self._vector(op.epilogue.bias), self._buffers.dtype(op.out)
+        single = torch.float32 if op.combine != "none" else dtype
+        per_row = replace(op.epilogue, residual=None)
+
+        def finish(expert: int, rows: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            if segments := step.segments_of(rows, expert):
+                y = y.float()
+                add_deltas_(y, x.float(), (step.op, expert), segments)
+            biases = None if bias is None else bias.view(len(weight.experts), -1)[expert]
+            return ops.epilogue(y, per_row, biases, None, single)
+
+        k = op.routes.width // 2
+        outputs = op.out.width if op.combine != "none" else op.out.width // k
+        x, routes = self._buffers.get(op.x), self._buffers.get(op.routes)
+        y, residual = expert_product(x, routes, weight, op.combine, outputs, finish), self._get(op.epilogue.residual)
+        self._buffers.put(op.out, (y if residual is None else y + residual).to(dtype))
 
     def _causal_conv(self, op: CausalConv, step: _Step) -> None:
         x, dtype = self._buffers.get(op.x), self._buffers.dtype(op.out)
@@ -316,7 +345,7 @@ class ReferenceExecutable(SynchronousExecutable):
         x = self._buffers.get(op.x)
         y = base_product(x, self._weights[op.weight]).float()
         if op.site is not None:
-            add_deltas_(y, x.float(), step.op, step.segments_r)
+            add_deltas_(y, x.float(), (step.op, 0), step.segments_r)
         if op.bias is not None:
             y += self._weights[op.bias].whole
         if op.scale != 1.0:
@@ -336,6 +365,8 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
     Attention: ReferenceExecutable._attention,
     Mla: ReferenceExecutable._mla,
     CausalConv: ReferenceExecutable._causal_conv,
+    Route: ReferenceExecutable._route,
+    ExpertLinear: ReferenceExecutable._expert_linear,
     TakeRows: ReferenceExecutable._take_rows,
     Logits: ReferenceExecutable._head,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,11 +41,11 @@ class OpAdapter:
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows ``lo .. hi`` use an adapter (its ops by index), its deltas times ``weight``."""
+    """Rows ``lo .. hi`` use an adapter (by op and expert, 0 for other ops), its deltas times ``weight``."""
 
     lo: int
     hi: int
-    ops: Mapping[int, OpAdapter]
+    ops: Mapping[tuple[int, int], OpAdapter]
     weight: float
 
 
@@ -57,8 +57,37 @@ def base_product(x: Tensor, weight: Weight) -> Tensor:
     return torch.cat([F.linear(x, part) for part in weight.parts], 1)
 
 
-def add_deltas_(y: Tensor, x: Tensor, op: int, segments: Sequence[Segment]) -> None:
-    """``y[t] += weight · scale · (x[t] Aᵀ) Bᵀ`` for the rows of each segment whose adapter has op number ``op``.
+def expert_product(
+    x: Tensor,
+    routes: Tensor,
+    weight: Weight,
+    combine: str,
+    outputs: int,
+    finish: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """``[T, k·O]`` or, with ``combine``, the sum ``[T, O]``; see ``ExpertLinear``. Experts are added in their order.
+
+    ``finish(expert, rows, x, product)`` applies adapters, which act on the rows of the step ``rows``, and the epilogue.
+    """
+    k = routes.shape[1] // 2
+    numbers, weights = routes[:, :k].long(), routes[:, k:]
+    own = x.shape[1] != weight.experts[0].parts[0].shape[1]  # each expert of a row has an x of its own
+    x = x.view(len(x), k, -1) if own else x
+    out = torch.zeros(len(x), outputs, device=x.device) if combine != "none" else x.new_empty(len(x), k, outputs)
+    for expert in sorted(set(numbers.flatten().tolist())):
+        rows, places = torch.where(numbers == expert)
+        some = x[rows, places] if own else x[rows]
+        made = finish(expert, rows, some, base_product(some, weight.experts[expert]))
+        if combine == "none":
+            out[rows, places] = made.to(out.dtype)
+            continue
+        out.index_add_(0, rows, made * weights[rows, places, None] if combine == "weighted" else made)
+    return out.flatten(1)
+
+
+def add_deltas_(y: Tensor, x: Tensor, op: tuple[int, int], segments: Sequence[Segment]) -> None:
+    """``y[t] += weight · scale · (x[t] Aᵀ) Bᵀ`` for the rows of each segment whose adapter has ``op``, a number and an
+    expert.
 
     ``y`` and ``x`` are float32. ``x`` of an embedding is its token ids, int64: a row of Aᵀ is what a one-hot row gives.
     Segments may overlap; they are added in order.
@@ -77,17 +106,17 @@ def add_deltas_(y: Tensor, x: Tensor, op: int, segments: Sequence[Segment]) -> N
                 rows[:, e.lo : e.hi].addmm_(shrunk[e.shrink], e.b.t(), alpha=alpha)
 
 
-def lay_out(image: AdapterImage, layout: AdapterLayout, device: torch.device) -> dict[int, OpAdapter]:
-    """An adapter's tensors on ``device`` by op index: on the CPU views of its image, which is in float32.
+def lay_out(image: AdapterImage, layout: AdapterLayout, device: torch.device) -> dict[tuple[int, int], OpAdapter]:
+    """An adapter's tensors on ``device`` by op index and expert: on the CPU views of its image, which is in float32.
 
     Raises:
         KernelError: See ``require_served``; or the image's table is inconsistent.
     """
     require_served(image, layout)
-    ops: dict[int, OpAdapter] = {}
+    ops: dict[tuple[int, int], OpAdapter] = {}
     for tensors in image.sites():
         place = check_place(layout, tensors.site)
-        op = ops.setdefault(place.op, OpAdapter())
+        op = ops.setdefault((place.op, place.expert), OpAdapter())
         for part in tensors.parts:
             check_served(place, part)
             assert isinstance(part, LowRank)

@@ -48,7 +48,7 @@ def _by_head(op: Mla, matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _deltas(op: Mla, segment: Segment, number: int) -> list[tuple[slice, float, Tensor, Tensor, Tensor]]:
     """What a segment's adapter adds: its rows, the scale, A ``[r, rank]``, and B by head, of keys and of values."""
-    found, rows = segment.ops.get(number), slice(segment.lo, segment.hi)
+    found, rows = segment.ops.get((number, 0)), slice(segment.lo, segment.hi)
     if found is None:
         return []
     return [(rows, e.scale * segment.weight, found.shrinks[e.shrink].t(), *_by_head(op, e.b)) for e in found.expands]

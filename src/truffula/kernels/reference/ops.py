@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from truffula.kernels.program import Activation, Epilogue, Norm, Pointwise, Rope, RopeTable
+from truffula.kernels.program import Activation, Epilogue, Norm, Pointwise, Rope, RopeTable, Route
 
 
 def activation(x: Tensor, kind: Activation) -> Tensor:
-    """silu: x·sigmoid(x) · gelu: x·Φ(x) · gelu_tanh: its tanh form · relu · relu2: relu(x)²."""
+    """silu: x·sigmoid(x) · gelu: x·Φ(x) · gelu_tanh: its tanh form · relu · relu2: relu(x)² ·
+    quick_gelu: x·sigmoid(1.702 x)."""
     match kind:
         case "silu":
             return F.silu(x)
@@ -25,6 +26,8 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
             return F.relu(x)
         case "relu2":
             return F.relu(x).square()
+        case "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
 
 
 def embed(rows: Tensor, stored: torch.dtype, scale: float | None, add: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -112,6 +115,41 @@ def rope_(op: Rope, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         part.copy_(values)
 
 
+def route(op: Route, logits: Tensor, correction: Tensor | None) -> Tensor:
+    """float32 ``[T, 2k]``: the chosen experts' numbers, then their weights; see ``Route``."""
+    if op.score == "sparsemixer":
+        return _sparsemixer(op, logits)
+    scores = logits.softmax(-1) if op.score == "softmax" else logits.sigmoid()
+    preference = logits if correction is None else scores + correction
+    if op.groups > 1:
+        by_group = (scores if correction is None else preference).view(len(scores), op.groups, -1)
+        best = by_group.amax(-1) if op.group_score == "max" else by_group.topk(2, -1).values.sum(-1)
+        kept = torch.zeros_like(best).scatter_(1, _first(best, op.topk_groups), 1.0)
+        preference = preference.masked_fill(kept.repeat_interleave(by_group.shape[2], 1) == 0, -torch.inf)
+    experts = _first(preference, op.k)
+    weights = scores.gather(1, experts)
+    if op.norm is not None:
+        weights = weights / weights.norm(op.norm, -1, keepdim=True).clamp_min(op.floor)
+    return torch.cat([experts.float(), weights * op.scale], 1)
+
+
+def _first(values: Tensor, count: int) -> Tensor:
+    """The columns of the ``count`` largest values of each row, the largest first; of equal ones the lower number."""
+    return torch.sort(values, dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def _sparsemixer(op: Route, logits: Tensor) -> Tensor:
+    left, experts, weights = logits.clone(), [], []
+    for _ in range(op.k):
+        best = left.max(-1, keepdim=True)
+        far = (best.values - logits) / torch.maximum(logits.abs(), best.values) > 2 * op.jitter
+        expert = _first(left, 1)
+        experts.append(expert)
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(1, expert))
+        left = left.scatter(1, expert, -torch.inf)
+    return torch.cat([*[expert.float() for expert in experts], *weights], 1)
+
+
 def epilogue(y: Tensor, e: Epilogue, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``y [rows, O]`` (the base product with its adapters; overwritten) to what is stored, in ``Epilogue``'s order."""
     if y.dtype == dtype and bias is None and e.clip is None and e.activation is None and not e.glu and e.scale == 1.0:
@@ -123,6 +161,10 @@ def epilogue(y: Tensor, e: Epilogue, bias: Tensor | None, residual: Tensor | Non
         values = values.clamp_(-e.clip, e.clip)
     if e.glu:
         gate, up = values.chunk(2, -1)
+        if e.glu_limit is not None:
+            gate, up = gate.clamp(max=e.glu_limit), up.clamp(-e.glu_limit, e.glu_limit)
+        if e.glu_offset:
+            up = up + e.glu_offset
         values = (gate if e.activation is None else activation(gate, e.activation)).mul_(up)
     elif e.activation is not None:
         values = activation(values, e.activation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,15 @@ import torch
 from torch import Tensor
 
 from truffula.errors import KernelError
-from truffula.kernels.backend import BFLOAT16, STORED, PullWeight, as_array, pull_parts
+from truffula.kernels.backend import (
+    BFLOAT16,
+    STORED,
+    Part,
+    PullWeight,
+    as_array,
+    expert_matrices,
+    pull_parts,
+)
 from truffula.kernels.inputs import Array
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Linear, Program, WeightDecl
@@ -26,7 +35,7 @@ def view(array: Array) -> Tensor:
     """
     if array.dtype not in STORED:
         raise KernelError(f"a tensor is {array.dtype}, not float32, float16 or bfloat16.", param="dtype")
-    if not (array.flags.c_contiguous and array.flags.aligned):
+    if not array.flags.aligned or any(stride % array.itemsize or stride < 0 for stride in array.strides):
         array = array.copy()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
@@ -37,9 +46,13 @@ def view(array: Array) -> Tensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight as served: tensors stacked along axis 0; several when they are mapped arrays of a fused weight."""
+    """A weight as served: tensors stacked along axis 0; several when they are mapped arrays of a fused weight.
+
+    A weight of experts has no parts, but a weight for each of ``experts``.
+    """
 
     parts: tuple[Tensor, ...]
+    experts: tuple[Weight, ...] = ()
 
     @property
     def whole(self) -> Tensor:
@@ -63,7 +76,10 @@ def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight, device: to
     Cost: mapped parts cost no memory of their own; source pages are released while a part is converted.
     """
     target = torch.float32 if decl.dtype == "float32" else dtype
-    arrays = [as_array(part) for part in pull_parts(pull, decl)]
+    parts = pull_parts(pull, decl)
+    if len(decl.shape) == 3:
+        return Weight((), _load_experts(decl, parts, target, device))
+    arrays = [as_array(part) for part in parts]
     sources = [view(array) for array in arrays]
     small = len(decl.shape) == 1 or "conv" in decl.uses
     keep = device.type == "cpu" and all(source.dtype == target for source in sources) and not small
@@ -76,3 +92,16 @@ def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight, device: to
         row += source.shape[0]
         release_pages(array)
     return Weight((made.float() if small else made,))
+
+
+def _load_experts(
+    decl: WeightDecl, parts: Sequence[Part], target: torch.dtype, device: torch.device
+) -> tuple[Weight, ...]:
+    """The weight of each expert: views of its matrices where they serve, else new tensors."""
+    found: list[dict[int, Tensor]] = [{} for _ in range(decl.shape[0])]
+    for expert, lo, matrix in expert_matrices(decl, parts):
+        found[expert][lo] = view(as_array(matrix)).to(device, target)
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            release_pages(part)
+    return tuple(Weight(tuple(each[lo] for lo in sorted(each))) for each in found)

@@ -17,7 +17,9 @@ from truffula.model.architectures.deepseek import (
 from truffula.model.architectures.gemma import gemma2, gemma3, gemma3_text
 from truffula.model.architectures.llama import llama
 from truffula.model.architectures.mistral import mistral
+from truffula.model.architectures.mixtral import mixtral
 from truffula.model.architectures.qwen import qwen2, qwen3
+from truffula.model.architectures.qwen_moe import qwen3_moe
 from truffula.model.config_view import ConfigView
 from truffula.model.spec import ModelSpec
 
@@ -36,8 +38,10 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "llama": llama,
         "ministral": mistral,
         "mistral": mistral,
+        "mixtral": mixtral,
         "qwen2": qwen2,
         "qwen3": qwen3,
+        "qwen3_moe": qwen3_moe,
         "youtu": youtu,
     }
 )

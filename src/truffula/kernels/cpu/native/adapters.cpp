@@ -39,20 +39,30 @@ const uint8_t* bytes_at(const TensorColumns& tensor, int64_t expected, const uin
   return data + tensor.offset;
 }
 
-void Executable::add_site(int32_t site, int32_t index, int64_t first, int64_t outputs) {
+// The weight of an op that takes adapters.
+const Weight& Executable::adapted_weight(const Op& op) const {
+  if (const auto* embed = std::get_if<EmbedOp>(&op)) return weight(embed->table);
+  if (const auto* experts = std::get_if<ExpertLinearOp>(&op)) return weight(experts->weight);
+  if (const auto* latent = std::get_if<MlaOp>(&op)) return weight(latent->kv_b);
+  return weight(std::get<LinearOp>(op).weight);
+}
+
+void Executable::add_site(int32_t site, int32_t index, int64_t first, int64_t outputs, int64_t expert) {
   require(!sealed_, "the program is sealed");
   require(site >= 0 && site < (1 << 20) && index >= 0 && static_cast<size_t>(index) < ops_.size(), "site: no such op");
   const Op& op = ops_[static_cast<size_t>(index)];
   require(takes_adapters(op), "site: the op takes no adapters");
   const auto* embed = std::get_if<EmbedOp>(&op);
-  const auto* latent = std::get_if<MlaOp>(&op);
-  const int64_t width = embed ? weight(embed->table).inputs : weight(latent ? latent->kv_b : std::get<LinearOp>(op).weight).outputs;
+  const bool latent = std::holds_alternative<MlaOp>(op);
+  const Weight& w = adapted_weight(op);
+  const int64_t width = embed ? w.inputs : w.outputs;
+  require(expert >= 0 && expert < w.experts, "site: no such expert");
   require(first >= 0 && outputs > 0 && outputs <= width && first <= width - outputs, "site: outside its op");
   require(!embed || (outputs == width && embed->source == kFromToken), "site: a table has one, by token");
   require(!latent || outputs == width, "site: a latent op has one");
   if (static_cast<size_t>(site) >= places_.size()) places_.resize(static_cast<size_t>(site) + 1);
   require(places_[static_cast<size_t>(site)].op == kAbsent, "site: given twice");
-  places_[static_cast<size_t>(site)] = {index, first, outputs};
+  places_[static_cast<size_t>(site)] = {index, first, outputs, expert};
 }
 
 int32_t Executable::add_adapter(const int64_t* table, int64_t parts, const uint8_t* data, int64_t bytes) {
@@ -75,6 +85,24 @@ int32_t Executable::add_adapter(const int64_t* table, int64_t parts, const uint8
   return slot;
 }
 
+// The adapter's entry for a place, which is made at its first part.
+AdapterOp& Executable::op_of_part(Adapter& adapter, const AdapterPlace& place, int64_t experts, bool by_expert) {
+  const auto entry = [&](int32_t& found) {
+    if (found == kAbsent) {
+      found = static_cast<int32_t>(adapter.ops.size());
+      adapter.ops.emplace_back();
+    }
+    return static_cast<size_t>(found);
+  };
+  const size_t whole = entry(adapter.op_of[static_cast<size_t>(place.op)]);
+  if (!by_expert) return adapter.ops[whole];
+  if (adapter.ops[whole].of_expert.empty()) adapter.ops[whole].of_expert.assign(static_cast<size_t>(experts), kAbsent);
+  int32_t found = adapter.ops[whole].of_expert[static_cast<size_t>(place.expert)];
+  const size_t own = entry(found);  // may move the entries
+  adapter.ops[whole].of_expert[static_cast<size_t>(place.expert)] = found;
+  return adapter.ops[own];
+}
+
 void Executable::add_part(Adapter& adapter, const PartRow& row, const uint8_t* data, int64_t bytes) const {
   require(row.kind == 0, "adapter: a part that no kernel serves");
   require(row.site >= 0 && row.site < static_cast<int64_t>(places_.size()) &&
@@ -83,19 +111,13 @@ void Executable::add_part(Adapter& adapter, const PartRow& row, const uint8_t* d
   const AdapterPlace& place = places_[static_cast<size_t>(row.site)];
   const Op& at = ops_[static_cast<size_t>(place.op)];
   const auto* embed = std::get_if<EmbedOp>(&at);
-  const auto* latent = std::get_if<MlaOp>(&at);
-  const Weight& w = weight(embed ? embed->table : latent ? latent->kv_b : std::get<LinearOp>(at).weight);
+  const Weight& w = adapted_weight(at);
   const int64_t rank = row.a.shape[0], inputs = embed ? w.outputs : w.inputs;
   require(rank > 0 && rank <= kMaxWidth && row.a.shape[1] == inputs && row.a.shape[2] == 0, "adapter: A has another width");
   require(row.b.shape[0] == place.outputs && row.b.shape[1] == rank && row.b.shape[2] == 0, "adapter: B has another shape");
 
-  int32_t& found = adapter.op_of[static_cast<size_t>(place.op)];
-  if (found == kAbsent) {
-    found = static_cast<int32_t>(adapter.ops.size());
-    adapter.ops.emplace_back();
-  }
-  AdapterOp& op = adapter.ops[static_cast<size_t>(found)];
-  if (latent) return add_latent_part(op, *latent, row, data, bytes);
+  AdapterOp& op = op_of_part(adapter, place, w.experts, std::holds_alternative<ExpertLinearOp>(at));
+  if (const auto* latent = std::get_if<MlaOp>(&at)) return add_latent_part(op, *latent, row, data, bytes);
   const int32_t format = format_of(row.a), b_format = format_of(row.b);
   const int64_t panels = panels_of(rank), line = embed ? rank * (format == kF32 ? 4 : 2) : panel_bytes(format, inputs);
   const uint8_t* a = bytes_at(row.a, (embed ? inputs : panels) * line, data, bytes);
@@ -148,12 +170,14 @@ void Executable::plan_adapters() {
   active_adapters_.clear();
   int64_t most = 0;
   size_t most_expands = 0;
+  int64_t most_of_experts = 0;
   for (size_t index = 0; index < ops_.size(); ++index) {
     const auto from = static_cast<int32_t>(active_adapters_.size());
     const bool logits = has_logit_rows(out_of(ops_[index])), takes = takes_adapters(ops_[index]);
     int64_t at = 0;
     int32_t chunk = 0;
     size_t expands = 0;
+    int64_t of_experts = 0;
     for (int32_t g = 0; takes && g < counts_.G; ++g) {
       const int32_t* seg = in_.seg + 3 * g;
       const int32_t lo = logits ? in_.seg_r[2 * g] : seg[0], hi = logits ? in_.seg_r[2 * g + 1] : seg[1];
@@ -161,11 +185,22 @@ void Executable::plan_adapters() {
       const int32_t found = adapter.op_of[index];
       if (found == kAbsent || lo >= hi) continue;
       const AdapterOp& op = adapter.ops[static_cast<size_t>(found)];
-      active_adapters_.push_back({&op, lo, hi, chunk, in_.seg_weight[g], at});
+      active_adapters_.push_back({&adapter, &op, lo, hi, chunk, in_.seg_weight[g], at});
+      if (!op.of_expert.empty()) {  // its products with A are computed where they are used
+        int64_t widest = 0;
+        for (const int32_t one : op.of_expert)
+          if (one != kAbsent) {
+            widest = std::max(widest, adapter.ops[static_cast<size_t>(one)].h_width);
+            most_expands = std::max(most_expands, (active_adapters_.size() - static_cast<size_t>(from)) * adapter.ops[static_cast<size_t>(one)].expands.size());
+          }
+        of_experts += widest;
+        continue;
+      }
       at += (hi - lo) * op.h_width;
       chunk += shrink_tasks(hi - lo);
       expands += op.expands.size() + op.latents.size();
     }
+    most_of_experts = std::max(most_of_experts, of_experts);
     active_of_op_[index] = {from, static_cast<int32_t>(active_adapters_.size())};
     most = std::max(most, at);
     most_expands = std::max(most_expands, expands);
@@ -176,6 +211,7 @@ void Executable::plan_adapters() {
   }
   for (ThreadState& state : thread_states_) {
     state.deltas.reserve(most_expands);
+    if (const auto floats = static_cast<size_t>(kExpertRows * most_of_experts); state.expert_h.size() < floats) state.expert_h.resize(floats);
     state.deltas_op = SIZE_MAX;
   }
 }

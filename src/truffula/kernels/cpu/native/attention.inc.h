@@ -35,8 +35,7 @@ struct View {
 
 TF_INLINE int position_of(const View* v, int row) { return v->item->position + row / v->queries_per_kv; }
 TF_INLINE int first_key(const View* v, int position) {
-  const int window = v->c->window;
-  return window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
+  return first_visible(v->c->window, v->c->chunked, position);
 }
 
 // Stores a row of `width` numbers, and zeros up to a multiple of 16.

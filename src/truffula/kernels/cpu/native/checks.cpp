@@ -13,7 +13,7 @@ void require(bool holds, const char* why) {
 
 bool absent_or(const Ref& ref, int32_t width) { return ref.buffer == kAbsent || ref.width == width; }
 
-bool is_activation(int32_t kind) { return kind >= kNone && kind <= kRelu2; }
+bool is_activation(int32_t kind) { return kind >= kNone && kind <= kQuickGelu; }
 
 }  // namespace
 
@@ -71,7 +71,7 @@ void Executable::check(const NormOp& op) const {
 void Executable::check(const LinearOp& op) const {
   const Weight& w = weight(op.weight);
   require_same_rows(op.out, {&op.x, &op.residual});
-  require(w.panels && w.inputs == op.x.width, "linear: weight");
+  require(w.panels && w.inputs == op.x.width && w.experts == 1, "linear: weight");
   require(op.glu == (w.order.half > 0), "linear: gate and up panels");
   require(op.out.width == (op.glu ? w.order.half : w.outputs), "linear: width");
   require(absent_or(op.residual, op.out.width), "linear: residual");
@@ -86,7 +86,9 @@ void Executable::check(const PointwiseOp& op) const {
   require(op.kind >= kAct && op.kind <= kMul && is_activation(op.activation), "pointwise: kind");
   require(two == (op.y.buffer != kAbsent), "pointwise: y");
   require_same_rows(op.out, {&op.x, &op.y});
-  require(op.x.width == op.out.width && absent_or(op.y, op.out.width), "pointwise: width");
+  const bool column = two && op.kind != kAdd && op.y.width == 1;
+  require(op.x.width == op.out.width && (column || absent_or(op.y, op.out.width)), "pointwise: width");
+  if (column) require_disjoint(op.out, {&op.y}, "pointwise: y lies where out is written");
   require_disjoint_or_equal(op.out, {&op.x, &op.y}, "pointwise: x or y lies partly where out is written");
 }
 
@@ -113,6 +115,34 @@ void Executable::check(const AttentionOp& op) const {
   require(op.group >= 0 && op.group < groups_, "attention: group");
   require_disjoint(op.out, {&op.q, &op.k, &op.v}, "attention: q, k or v lies where out is written");
   require_vector(op.sinks, heads, "attention: sinks");
+}
+
+void Executable::check(const RouteOp& op) const {
+  require(!has_logit_rows(op.out), "route: out has a row per token");
+  require_same_rows(op.out, {&op.logits});
+  const int64_t experts = op.logits.width, groups = op.groups, k = op.k;
+  require(groups > 0 && experts % groups == 0 && op.topk_groups > 0 && op.topk_groups <= groups, "route: groups");
+  const int64_t each = experts / groups;
+  require(groups == 1 || op.group_score == kMaxOfGroup || each >= 2, "route: a group has one expert");
+  require(k > 0 && k <= each * op.topk_groups && op.out.width == 2 * k, "route: k");
+  require_vector(op.correction, experts, "route: correction");
+  require_disjoint(op.out, {&op.logits}, "route: logits lie where out is written");
+}
+
+void Executable::check(const ExpertLinearOp& op) const {
+  const Weight& w = weight(op.weight);
+  require(!has_logit_rows(op.out), "experts: out has a row per token");
+  require_same_rows(op.out, {&op.x, &op.routes, &op.residual});
+  require(op.routes.width >= 2 && op.routes.width % 2 == 0 && op.routes.width <= 2 * kMaxExperts, "experts: routes");
+  const int64_t k = op.k(), width = op.glu ? w.order.half : w.outputs;
+  require(w.panels && (op.x.width == w.inputs || op.x.width == k * w.inputs), "experts: weight");
+  require(op.glu == (w.order.half > 0), "experts: gate and up panels");
+  require(op.out.width == (op.combine == kNoSum ? k * width : width), "experts: width");
+  require(absent_or(op.residual, op.out.width) && (op.combine != kNoSum || op.residual.buffer == kAbsent), "experts: residual");
+  require_vector(op.bias, w.experts * w.outputs, "experts: bias");
+  require(is_activation(op.activation), "experts: activation");
+  require_disjoint(op.out, {&op.x, &op.routes}, "experts: x or routes lie where out is written");
+  require_disjoint_or_equal(op.out, {&op.residual}, "experts: residual lies partly where out is written");
 }
 
 void Executable::require_state(int32_t id, int64_t width) const {

@@ -10,13 +10,13 @@ namespace truffula {
 
 // A range of indices.
 template <class Count>
-struct Range {
+struct Span {
   Count lo, hi;
 };
 
-// Part number `chunk` of `count` indices divided into `chunks`.
+// Range number `chunk` of `count` indices divided into `chunks`.
 template <class Count>
-Range<Count> span_of(Count count, int32_t chunk, int32_t chunks) {
+Span<Count> span_of(Count count, int32_t chunk, int32_t chunks) {
   const int64_t n = count;
   return {static_cast<Count>(n * chunk / chunks), static_cast<Count>(n * (chunk + 1) / chunks)};
 }
@@ -28,8 +28,6 @@ inline int32_t chunks_for(int64_t tasks) { return static_cast<int32_t>(std::min<
 constexpr int32_t kFineRows = 16;
 constexpr int32_t kMinChunkRows = 4;
 
-inline int32_t row_chunks(int32_t count, int32_t team) {
-  return std::min((count + kMinChunkRows - 1) / kMinChunkRows, 4 * team);
-}
+constexpr int32_t row_chunks(int32_t count, int32_t team) { return std::min((count + kMinChunkRows - 1) / kMinChunkRows, 4 * team); }
 
 }  // namespace truffula

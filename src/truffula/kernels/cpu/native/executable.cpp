@@ -64,10 +64,12 @@ int32_t Executable::add_vector(const float* values, int64_t count) {
   return static_cast<int32_t>(weights_.size()) - 1;
 }
 
-int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half) {
+int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half,
+                               int64_t experts) {
   require(!sealed_, "the program is sealed");
   require(outputs > 0 && inputs > 0 && half >= 0 && half < outputs, "matrix: bad shape");
   require(outputs <= kMaxWidth && inputs <= kMaxWidth, "matrix: too large");
+  require(experts >= 1 && experts <= kMaxExperts && (panels || experts == 1), "matrix: bad number of experts");
   require(format >= kF32 && format <= kQ5_0, "matrix: no such format");
   require(!is_quantised(format) || (panels && inputs % kBlock == 0), "matrix: quantised ones have panels of whole blocks");
   require(half == 0 || (panels && half * 2 == outputs), "matrix: gates and ups are halves");
@@ -77,7 +79,8 @@ int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, 
   made.format = format;
   made.panels = panels;
   made.order = {outputs, half};
-  made.memory = Memory(static_cast<size_t>(matrix_bytes(format, inputs, panels, made.order)) + 64);
+  made.experts = experts;
+  made.memory = Memory(static_cast<size_t>(experts * matrix_bytes(format, inputs, panels, made.order)) + 64);
   weights_.push_back(std::move(made));
   return static_cast<int32_t>(weights_.size()) - 1;
 }
@@ -98,8 +101,9 @@ int32_t Executable::add_latent_matrix(const LatentOrder& order, int64_t inputs, 
   return static_cast<int32_t>(weights_.size()) - 1;
 }
 
-Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows, int64_t first) {
+Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows, int64_t first, int64_t expert) {
   const Weight& to = weight(id);
+  require(expert >= 0 && expert < to.experts, "matrix: no such expert");
   require(to.inputs > 0 && source.inputs == to.inputs && rows > 0 && first >= 0 && rows <= to.outputs &&
               first <= to.outputs - rows, "matrix: bad part");
   require(is_quantised(to.format) ? packs_as(source.type, to.format) : stored_block_bytes(source.type) == 0,
@@ -108,8 +112,9 @@ Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows,
     const Weight* to;
     const Source* source;
     int64_t rows, first;
+    uint8_t* data;
     std::vector<Rounding> rounding;  // per thread
-  } job{&to, &source, rows, first, std::vector<Rounding>(static_cast<size_t>(team_.size()))};
+  } job{&to, &source, rows, first, to.data(expert), std::vector<Rounding>(static_cast<size_t>(team_.size()))};
   // Chunks begin with a panel, so that no two write to the same one.
   const int64_t before = first % kLanes, chunks = (before + rows + kPackRows - 1) / kPackRows;
   team_.run_chunks(static_cast<int32_t>(chunks),
@@ -120,10 +125,10 @@ Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows,
         if (lo >= hi) return;
         const Weight& w = *j.to;
         if (is_quantised(w.format))
-          pack_quantised(*j.source, lo, hi, w.memory.data(), w.format, j.first, w.order, j.rounding[static_cast<size_t>(thread)]);
-        else if (w.latent.heads) pack_latent(*j.source, lo, hi, w.memory.data(), w.format, j.first, w.latent);
-        else if (w.panels) pack_rows(*j.source, lo, hi, w.memory.data(), w.format, j.first, w.order);
-        else copy_rows(*j.source, lo, hi, w.memory.data(), w.format, j.first);
+          pack_quantised(*j.source, lo, hi, j.data, w.format, j.first, w.order, j.rounding[static_cast<size_t>(thread)]);
+        else if (w.latent.heads) pack_latent(*j.source, lo, hi, j.data, w.format, j.first, w.latent);
+        else if (w.panels) pack_rows(*j.source, lo, hi, j.data, w.format, j.first, w.order);
+        else copy_rows(*j.source, lo, hi, j.data, w.format, j.first);
       },
       &job);
   Rounding all;
@@ -146,16 +151,29 @@ void Executable::check_op(const Op& op) const {
   std::visit([&](const auto& o) { check(o); }, op);
 }
 
+// A bias in the order of the panels' lanes, zero in unused ones; of each expert one after the other.
+std::vector<float> Executable::packed_bias(int32_t bias, int32_t matrix) const {
+  std::vector<float> made;
+  if (bias == kAbsent) return made;
+  const Weight& of = weight(matrix);
+  const int64_t lanes = of.order.panels() * kLanes;
+  made.assign(static_cast<size_t>(of.experts * lanes), 0.0f);
+  const float* values = weight(bias).memory.floats();
+  for (int64_t expert = 0; expert < of.experts; ++expert)
+    for (int64_t output = 0; output < of.outputs; ++output) {
+      const int64_t at = of.order.panel_of(output) * kLanes + of.order.lane_of(output);
+      made[static_cast<size_t>(expert * lanes + at)] = values[expert * of.outputs + output];
+    }
+  return made;
+}
+
 void Executable::add(Op op) {
   require(!sealed_, "the program is sealed");
   check_op(op);
-  if (auto* linear = std::get_if<LinearOp>(&op); linear && linear->bias != kAbsent) {
-    const Weight &bias = weight(linear->bias), &matrix = weight(linear->weight);
-    linear->packed_bias.assign(static_cast<size_t>(matrix.order.panels() * kLanes), 0.0f);
-    for (int64_t output = 0; output < matrix.outputs; ++output) {
-      const int64_t at = matrix.order.panel_of(output) * kLanes + matrix.order.lane_of(output);
-      linear->packed_bias[static_cast<size_t>(at)] = bias.memory.floats()[output];
-    }
+  if (auto* linear = std::get_if<LinearOp>(&op)) linear->packed_bias = packed_bias(linear->bias, linear->weight);
+  if (auto* experts = std::get_if<ExpertLinearOp>(&op)) {
+    experts->packed_bias = packed_bias(experts->bias, experts->weight);
+    reserve_experts(*experts);
   }
   if (auto* attention = std::get_if<AttentionOp>(&op)) add_attention(*attention);
   if (auto* latent = std::get_if<MlaOp>(&op)) add_latent(*latent);
@@ -215,10 +233,13 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   arena_ = Memory(static_cast<size_t>(arena_floats + kLanes) * sizeof(float));
   int64_t quantised = 0;
   for (const Op& op : ops_)
-    if (const auto* linear = std::get_if<LinearOp>(&op); linear && converts_x(*linear)) {
+    if (const auto* linear = std::get_if<LinearOp>(&op); linear && converts_x(linear->weight, linear->x)) {
       const bool logits = buffers_[static_cast<size_t>(linear->out.buffer)].logit_rows;
       quantised = std::max(quantised, padded_rows(logits ? capacity_.max_logit_rows : capacity_.max_tokens) *
                                           weight(linear->weight).quantised_stride());
+    } else if (const auto* experts = std::get_if<ExpertLinearOp>(&op); experts && converts_x(experts->weight, experts->x)) {
+      const Weight& w = weight(experts->weight);
+      quantised = std::max(quantised, padded_rows(static_cast<int64_t>(capacity_.max_tokens) * x_rows(*experts)) * w.quantised_stride());
     }
   if (quantised) quantised_x_ = Memory(static_cast<size_t>(quantised));
   int64_t absorbed = 0;

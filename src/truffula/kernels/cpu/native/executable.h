@@ -53,11 +53,11 @@ class Executable {
   // Load
   void add_buffer(const Buffer& buffer);
   int32_t add_vector(const float* values, int64_t count);
-  int32_t add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half);
+  int32_t add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half, int64_t experts = 1);
   int32_t add_latent_matrix(const LatentOrder& order, int64_t inputs, int32_t format);
-  // Fills rows first .. first + rows. Returns the error of rounding this part to a quantised format, 0 for other
+  // Fills rows first .. first + rows of an expert's matrix. Returns the error of rounding this part to a quantised format, 0 for other
   // formats.
-  Rounding fill_matrix(int32_t weight, const Source& source, int64_t rows, int64_t first);
+  Rounding fill_matrix(int32_t weight, const Source& source, int64_t rows, int64_t first, int64_t expert = 0);
   void add_state(int64_t width);
   void add(Op op);
   void seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer, int64_t vocab);
@@ -83,7 +83,7 @@ class Executable {
 
   // Adapters
   // Binds a site to output columns of an op: once per site, before `seal`.
-  void add_site(int32_t site, int32_t op, int64_t first, int64_t outputs);
+  void add_site(int32_t site, int32_t op, int64_t first, int64_t outputs, int64_t expert = 0);
   // Adds an adapter in panels (kernels/cpu/pack.py) and returns its slot. Not copied: the caller keeps `data` in place
   // until `drop_adapter`.
   int32_t add_adapter(const int64_t* table, int64_t parts, const uint8_t* data, int64_t bytes);
@@ -116,6 +116,7 @@ class Executable {
   };
   // An adapter that acts at an op in this step, on rows lo .. hi.
   struct ActiveAdapter {
+    const Adapter* adapter;
     const AdapterOp* op;
     int32_t lo, hi;
     int32_t first_task;  // of its shrink tasks
@@ -127,6 +128,9 @@ class Executable {
     std::vector<float> attention;
     std::vector<Delta> deltas;
     size_t deltas_op = SIZE_MAX;  // the op in this step that `deltas` are of
+    // Of a block of an expert's rows: x, x converted, results, and products with A.
+    std::vector<float> expert_x, expert_y, expert_h;
+    std::vector<uint8_t> expert_quantised;
     SampleScratch sample;
     std::array<double, std::variant_size_v<Op>> seconds{};
   };
@@ -143,6 +147,8 @@ class Executable {
   void check(const RopeOp&) const;
   void check(const AttentionOp&) const;
   void check(const MlaOp&) const;
+  void check(const RouteOp&) const;
+  void check(const ExpertLinearOp&) const;
   void check(const CausalConvOp&) const;
   void check(const TakeRowsOp&) const;
   States states_of(int32_t id) const;
@@ -181,11 +187,24 @@ class Executable {
   void run_op(const RopeOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const AttentionOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const MlaOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const RouteOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const ExpertLinearOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const CausalConvOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const TakeRowsOp&, const Stage&, int32_t chunk, ThreadState&);
-  bool converts_x(const LinearOp& op) const;
+  bool converts_x(int32_t weight, const Ref& x) const;
+  std::vector<float> packed_bias(int32_t bias, int32_t matrix) const;
+  // experts.cpp
+  int32_t x_rows(const ExpertLinearOp& op) const { return op.x.width == weight(op.weight).inputs ? 1 : op.k(); }
+  void reserve_experts(const ExpertLinearOp& op);
+  int32_t expert_chunks(const ExpertLinearOp& op, const Stage& stage) const;
+  void group_by_expert(const ExpertLinearOp& op);
+  void quantise(const ExpertLinearOp& op, int32_t chunk, int32_t chunks);
+  void multiply_expert(const ExpertLinearOp& op, size_t index, int32_t expert, int32_t unit_lo, int32_t unit_hi, ThreadState&);
+  int32_t expert_deltas(size_t index, int32_t expert, const int32_t* pairs, int32_t count, int32_t k, int32_t panel_lo, ThreadState&) const;
   int32_t quantise_chunks(const LinearOp&) const;
   void quantise(const LinearOp&, int32_t chunk);
+  const Weight& adapted_weight(const Op& op) const;
+  static AdapterOp& op_of_part(Adapter& adapter, const AdapterPlace& place, int64_t experts, bool by_expert);
   void add_part(Adapter& adapter, const PartRow& row, const uint8_t* data, int64_t bytes) const;
   int32_t num_shrink_tasks(size_t op) const;
   void run_shrink_task(const Stage&, int32_t number);
@@ -233,6 +252,9 @@ class Executable {
   std::vector<Stage> stages_;
   std::vector<ActiveAdapter> active_adapters_;
   std::vector<std::array<int32_t, 2>> active_of_op_;  // per op: its range in active_adapters_
+  // Of the current op with experts: its pairs of row and place (t * k + place) by expert, ascending; where each expert's
+  // begin; and the experts that have any.
+  std::vector<int32_t> expert_pairs_, expert_starts_, used_experts_;
   std::vector<float> h_, partials_;
   int64_t partial_row_floats_ = 0;  // the most of any attention op
   bool timed_ = false;

@@ -36,7 +36,7 @@ static constexpr int64_t pair_row_bytes(int64_t inputs) { return (inputs + kBloc
 constexpr int32_t kXRows = 16;
 static constexpr int64_t padded_rows(int64_t rows) { return (rows + kXRows - 1) / kXRows * kXRows; }
 
-enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5 };
+enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5, kQuickGelu = 6 };
 
 enum PointwiseKind : int32_t { kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5, kMul = 6 };
 
@@ -93,6 +93,8 @@ struct LinearCall {
   float clip;      // below 0: none
   float scale;
   float softcap;   // 0: none
+  // With `glu`: gates are at most glu_limit and ups within it (below 0: none); glu_offset is added to the ups.
+  float glu_limit, glu_offset;
 };
 
 // Converts rows of x to what products with a matrix of `format` read; kBF16 only in tables with `pairs`.
@@ -123,6 +125,7 @@ struct NormCall {
 struct PointwiseCall {
   Rows x, y, out;
   int32_t kind, activation, width, round_out;
+  int32_t y_column;  // y is one column, for all columns of x
   float param;
 };
 
@@ -162,12 +165,19 @@ struct KvCache {
   int32_t format, block_size, kv_heads, dim_k, dim_v, latent;
 };
 
+// The first key that a query sees: with a window w (0: none) its last w keys or, if `chunked`, those of its w positions.
+static inline int32_t first_visible(int32_t window, int32_t chunked, int32_t position) {
+  if (window <= 0) return 0;
+  if (chunked) return position / window * window;
+  return position - window + 1 > 0 ? position - window + 1 : 0;
+}
+
 // A head of `out` is dim_v wide; over latents, dim_k, so that it may overwrite q.
 struct AttentionCall {
   KvCache cache;
   Rows q, k, v, out;
   const float* sinks;   // per head; may be null
-  int32_t heads, window, round_out;
+  int32_t heads, window, chunked, round_out;
   float scale, softcap;
 };
 

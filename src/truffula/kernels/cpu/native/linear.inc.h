@@ -76,11 +76,14 @@ TF_INLINE void finish(const LinearCall* c, const float* y, const float* up, int 
   V a = load(y);
   if (c->bias) a = a + load(c->bias + (int64_t)kLanes * panel);
   if (c->clip >= 0.0f) a = vmin(set1(c->clip), vmax(set1(-c->clip), a));  // in this order a NaN stays one
+  if (up && c->glu_limit >= 0.0f) a = vmin(set1(c->glu_limit), a);
   a = activated(a, c->activation);
   if (up) {
     V b = load(up);
     if (c->bias) b = b + load(c->bias + (int64_t)kLanes * (panel + 1));
     if (c->clip >= 0.0f) b = vmin(set1(c->clip), vmax(set1(-c->clip), b));
+    if (c->glu_limit >= 0.0f) b = vmin(set1(c->glu_limit), vmax(set1(-c->glu_limit), b));
+    if (c->glu_offset != 0.0f) b = b + set1(c->glu_offset);
     a = a * b;
   }
   if (c->scale != 1.0f) a = a * set1(c->scale);

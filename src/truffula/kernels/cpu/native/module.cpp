@@ -86,14 +86,14 @@ void run(Native& self) {
 }
 
 // Returns the sums of squares of the values and of the errors of rounding them to a quantised format.
-nb::tuple fill(Native& self, int32_t weight, const AnyArray& array, int64_t first, const std::string& kind) {
+nb::tuple fill(Native& self, int32_t weight, const AnyArray& array, int64_t first, const std::string& kind, int64_t expert) {
   const Source source = kind.empty() ? source_of(array) : blocks_of(array, kind);
   const auto rows = static_cast<int64_t>(array.shape(0));
   Rounding made;
   {
     const auto entered = self.enter();
     const nb::gil_scoped_release release;
-    made = entered->fill_matrix(weight, source, rows, first);
+    made = entered->fill_matrix(weight, source, rows, first, expert);
   }
   return nb::make_tuple(made.squares, made.lost);
 }
@@ -264,24 +264,24 @@ void bind_load(nb::class_<Native>& c) {
            },
            "values"_a)
       .def("add_matrix",
-           [](Native& self, int64_t outputs, int64_t inputs, const std::string& format, bool panels, int64_t half) {
-             return self.enter()->add_matrix(outputs, inputs, format_named(format), panels, half);
+           [](Native& self, int64_t outputs, int64_t inputs, const std::string& format, bool panels, int64_t half, int64_t experts) {
+             return self.enter()->add_matrix(outputs, inputs, format_named(format), panels, half, experts);
            },
-           "outputs"_a, "inputs"_a, "format"_a, "panels"_a, "half"_a)
+           "outputs"_a, "inputs"_a, "format"_a, "panels"_a, "half"_a, "experts"_a = 1)
       .def("add_latent_matrix",
            [](Native& self, int32_t heads, int32_t keys, int32_t values, int64_t inputs, const std::string& format) {
              return self.enter()->add_latent_matrix({heads, keys, values}, inputs, format_named(format));
            },
            "heads"_a, "keys"_a, "values"_a, "inputs"_a, "format"_a)
-      .def("fill", fill, "weight"_a, "array"_a, "first"_a, "kind"_a = "")
+      .def("fill", fill, "weight"_a, "array"_a, "first"_a, "kind"_a = "", "expert"_a = 0)
       .def("seal", seal, "inputs"_a, "arena_floats"_a, "logits_buffer"_a, "vocab"_a)
       .def("add_state", [](Native& self, int64_t width) { self.enter()->add_state(width); }, "width"_a)
       .def("add", add_op, "op"_a, "fields"_a)
       .def("add_site",
-           [](Native& self, int32_t site, int32_t op, int64_t first, int64_t outputs) {
-             self.enter()->add_site(site, op, first, outputs);
+           [](Native& self, int32_t site, int32_t op, int64_t first, int64_t outputs, int64_t expert) {
+             self.enter()->add_site(site, op, first, outputs, expert);
            },
-           "site"_a, "op"_a, "first"_a, "outputs"_a);
+           "site"_a, "op"_a, "first"_a, "outputs"_a, "expert"_a = 0);
 }
 
 void bind_step(nb::class_<Native>& c) {
@@ -339,6 +339,12 @@ void bind_sizes(nb::module_& m) {
           return 4 * latent_scratch_of(heads, width, rank, block_size);
         },
         "heads"_a, "width"_a, "rank"_a, "block_size"_a, "Bytes of scratch memory of latent attention per thread.");
+  m.def("expert_scratch_bytes",
+        [](int64_t outputs, int64_t inputs, const std::string& format, int64_t half, int64_t threads) {
+          const int32_t number = format_named(format);
+          return expert_scratch_bytes(inputs, PanelOrder{outputs, half}.panels(), quantised_row_bytes(number, inputs), threads);
+        },
+        "outputs"_a, "inputs"_a, "format"_a, "half"_a, "threads"_a, "Bytes of scratch memory per thread of products with experts.");
   m.def("state_row_bytes", state_row_bytes, "width"_a, "Bytes of one row of a state.");
   const auto attention = [](int32_t heads, int32_t kv_heads, int32_t dim_k, int32_t dim_v, int32_t block_size) {
     if (std::min({heads, kv_heads, dim_k, dim_v, block_size}) < 1) throw std::invalid_argument("a size is below 1");

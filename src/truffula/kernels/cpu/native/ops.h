@@ -21,6 +21,7 @@ constexpr int32_t kTapStage = -1;
 // The most rows or columns of a matrix and the highest rank; the most columns of a buffer.
 constexpr int64_t kMaxWidth = int64_t{1} << 26;
 constexpr int64_t kMaxColumns = int64_t{1} << 22;
+constexpr int64_t kMaxExperts = int64_t{1} << 16;
 
 // Query rows (tokens x heads that share a kv head) in one attention tile.
 constexpr int32_t kQueryRows = 24;
@@ -52,7 +53,7 @@ constexpr int64_t quantised_row_bytes(int32_t format, int64_t inputs) {
   return is_quantised(format) ? inputs / kBlock * kMaxXBlockBytes : pair_row_bytes(inputs);
 }
 
-// A weight as loaded: a vector of floats, plain rows (panels 0), or panels.
+// A weight as loaded: a vector of floats, plain rows (panels 0), or panels; one matrix after the other of `experts`.
 struct Weight {
   Memory memory;
   int64_t outputs = 0, inputs = 0;
@@ -60,9 +61,11 @@ struct Weight {
   bool panels = false;
   PanelOrder order{0, 0};
   LatentOrder latent;  // with heads: a matrix of that kind
+  int64_t experts = 1;
 
-  Packed packed() const {
-    return {memory.data(), panel_bytes(format, inputs), format, static_cast<int32_t>(order.panels()),
+  uint8_t* data(int64_t expert) const { return memory.data() + expert * matrix_bytes(format, inputs, panels, order); }
+  Packed packed(int64_t expert = 0) const {
+    return {data(expert), panel_bytes(format, inputs), format, static_cast<int32_t>(order.panels()),
             static_cast<int32_t>(inputs)};
   }
   // Of a head of a latent matrix: [inputs, keys] or [values, inputs].
@@ -92,7 +95,7 @@ constexpr const char* kSources[] = {"token", "position"};
 constexpr const char* kNormKinds[] = {"rms", "layer"};
 constexpr const char* kCasts[] = {"last", "first"};
 constexpr const char* kLayouts[] = {"half", "interleaved"};
-constexpr const char* kActivations[] = {"none", "silu", "gelu", "gelu_tanh", "relu", "relu2"};
+constexpr const char* kActivations[] = {"none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"};
 constexpr const char* kPointwiseKinds[] = {"act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul"};
 
 struct EmbedOp {
@@ -124,7 +127,7 @@ struct LinearOp {
   Ref x, out, residual;
   int32_t weight = 0, bias = kAbsent;
   std::vector<float> packed_bias;  // the bias in the order of the panels' lanes; `Executable::add` fills it
-  float clip = -1.0f, scale = 1.0f, softcap = 0.0f;
+  float clip = -1.0f, scale = 1.0f, softcap = 0.0f, glu_limit = -1.0f, glu_offset = 0.0f;
   int32_t activation = kNone;
   bool glu = false;
 
@@ -133,7 +136,7 @@ struct LinearOp {
   static void fields(Self& o, F&& f) {
     f("x", o.x), f("weight", o.weight), f("out", o.out), f("bias", o.bias), f("clip", o.clip);
     f("activation", o.activation, kActivations), f("glu", o.glu), f("scale", o.scale), f("residual", o.residual, kOptional);
-    f("softcap", o.softcap);
+    f("softcap", o.softcap), f("glu_limit", o.glu_limit), f("glu_offset", o.glu_offset);
   }
 };
 
@@ -181,6 +184,7 @@ struct AttentionOp {
   int64_t window = 0;               // 0: none; positions are int32, so larger ones hide no key
   float scale = 1.0f, softcap = 0.0f;
   int32_t sinks = kAbsent;
+  bool chunked = false;
 
   static constexpr const char* kName = "Attention";
   template <class Self, class F>
@@ -188,6 +192,7 @@ struct AttentionOp {
     f("q", o.q), f("k", o.k), f("v", o.v), f("out", o.out), f("group", o.group), f("planes", o.planes);
     f("heads", o.heads), f("kv_heads", o.kv_heads), f("dim_k", o.dim_k), f("dim_v", o.dim_v), f("scale", o.scale);
     f("window", o.window), f("softcap", o.softcap), f("sinks", o.sinks);
+    f("chunked", o.chunked);
   }
 };
 
@@ -204,6 +209,45 @@ struct MlaOp {
   }
 
   int32_t width() const { return rank + rope; }  // of a latent row, and of a head's query in that space
+};
+
+enum : int32_t { kSoftmax = 0, kSigmoid = 1, kSparsemixer = 2, kMaxOfGroup = 0, kTopTwo = 1 };
+constexpr const char* kScores[] = {"softmax", "sigmoid", "sparsemixer"};
+constexpr const char* kGroupScores[] = {"max", "top2"};
+
+struct RouteOp {
+  Ref logits, out;
+  int32_t k = 0, score = 0, correction = kAbsent, groups = 1, topk_groups = 1, group_score = 0;
+  float norm = 0.0f, floor = 0.0f, scale = 1.0f, jitter = 0.0f;  // norm 0: weights are not divided
+
+  static constexpr const char* kName = "Route";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("logits", o.logits), f("out", o.out), f("k", o.k), f("score", o.score, kScores), f("correction", o.correction);
+    f("groups", o.groups), f("topk_groups", o.topk_groups), f("group_score", o.group_score, kGroupScores);
+    f("norm", o.norm), f("floor", o.floor), f("scale", o.scale), f("jitter", o.jitter);
+  }
+};
+
+enum : int32_t { kNoSum = 0, kSum = 1, kWeightedSum = 2 };
+constexpr const char* kCombines[] = {"none", "sum", "weighted"};
+
+struct ExpertLinearOp {
+  Ref x, routes, out, residual;
+  int32_t weight = 0, bias = kAbsent;
+  std::vector<float> packed_bias;  // of all experts, each in the order of the panels' lanes
+  float clip = -1.0f, scale = 1.0f, glu_limit = -1.0f, glu_offset = 0.0f;
+  int32_t activation = kNone, combine = kNoSum;
+  bool glu = false;
+
+  static constexpr const char* kName = "ExpertLinear";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("x", o.x), f("routes", o.routes), f("weight", o.weight), f("out", o.out), f("bias", o.bias), f("clip", o.clip);
+    f("activation", o.activation, kActivations), f("glu", o.glu), f("scale", o.scale), f("residual", o.residual, kOptional);
+    f("combine", o.combine, kCombines), f("glu_limit", o.glu_limit), f("glu_offset", o.glu_offset);
+  }
+  int32_t k() const { return routes.width / 2; }
 };
 
 struct CausalConvOp {
@@ -228,7 +272,8 @@ struct TakeRowsOp {
   }
 };
 
-using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, MlaOp, CausalConvOp, TakeRowsOp>;
+using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, MlaOp, CausalConvOp,
+                        RouteOp, ExpertLinearOp, TakeRowsOp>;
 
 // The columns that an op writes.
 inline const Ref& out_of(const Op& op) {
@@ -242,13 +287,25 @@ inline const Ref& out_of(const Op& op) {
 
 // Whether adapters may act at an op: products, and tables that rows are gathered from.
 inline bool takes_adapters(const Op& op) {
-  return std::holds_alternative<LinearOp>(op) || std::holds_alternative<EmbedOp>(op) || std::holds_alternative<MlaOp>(op);
+  return std::holds_alternative<LinearOp>(op) || std::holds_alternative<EmbedOp>(op) ||
+         std::holds_alternative<ExpertLinearOp>(op) || std::holds_alternative<MlaOp>(op);
 }
 
 // The stages of an op; see `run_op`.
 inline int32_t stages_of(const Op& op) {
   if (std::holds_alternative<MlaOp>(op)) return 6;
   return std::holds_alternative<AttentionOp>(op) ? 3 : takes_adapters(op) ? 2 : 1;
+}
+
+// Rows of one expert that are multiplied at a time.
+constexpr int32_t kExpertRows = 96;
+
+// Floats of a thread's results for one block of an expert's rows: of the columns of its largest chunk.
+constexpr int64_t expert_columns(int64_t panels, int64_t threads) { return ((panels + 1) / 2 + threads - 1) / threads * 2 * kLanes; }
+
+// Bytes of scratch that an op with experts needs per thread.
+constexpr int64_t expert_scratch_bytes(int64_t inputs, int64_t panels, int64_t x_row_bytes, int64_t threads) {
+  return kExpertRows * 4 * (inputs + expert_columns(panels, threads)) + padded_rows(kExpertRows) * x_row_bytes;
 }
 
 // Bytes of one block of an attention op's keys, and of its values.
@@ -287,10 +344,10 @@ struct State {
 // Bytes of one row of a state.
 constexpr int64_t state_row_bytes(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes * 4; }
 
-// Where a site acts: output columns first .. first + outputs of op number `op`.
+// Where a site acts: output columns first .. first + outputs of op number `op`, or of one of its experts.
 struct AdapterPlace {
   int32_t op = kAbsent;
-  int64_t first = 0, outputs = 0;
+  int64_t first = 0, outputs = 0, expert = 0;
 };
 
 // An adapter at one op: each shrink computes some columns of h = scale * x A^T (the rank is padded to whole panels),
@@ -320,6 +377,7 @@ struct AdapterOp {
   std::vector<AdapterExpand> expands;
   std::vector<AdapterLatent> latents;
   int64_t h_width = 0;
+  std::vector<int32_t> of_expert;  // at an op with experts: per expert an index into `Adapter::ops`, or kAbsent
 };
 
 // Pointers into an image that the caller keeps mapped.

@@ -58,9 +58,6 @@ static void pointwise(const PointwiseCall* c, int32_t row_lo, int32_t row_hi) {
         case kAdd:
           a = a + load_n(c->y.data + t * c->y.stride + i, n);
           break;
-        case kMul:
-          a = a * load_n(c->y.data + t * c->y.stride + i, n);
-          break;
         case kScale:
           a = a * set1(c->param);
           break;
@@ -70,8 +67,11 @@ static void pointwise(const PointwiseCall* c, int32_t row_lo, int32_t row_hi) {
         case kSoftcap:
           a = softcapped(a, c->param);
           break;
-        default:
-          a = a * vsigmoid(load_n(c->y.data + t * c->y.stride + i, n));
+        default: {
+          const float* y = c->y.data + t * c->y.stride;
+          const V b = c->y_column ? set1(*y) : load_n(y + i, n);
+          a = a * (c->kind == kMul ? b : vsigmoid(b));
+        }
       }
       store_n(c->out.data + t * c->out.stride + i, rounded(a, c->round_out), n);
     }

@@ -141,7 +141,7 @@ int32_t Executable::chunks_of(const Stage& stage) {
     const int32_t count = rows_of(linear->out), units = (weight(linear->weight).packed().panels + 1) / 2;
     // Products that are bound by arithmetic have small chunks, so that a slow core delays the others less. Those bound
     // by memory have one per thread, as long runs of weights are read faster.
-    const int32_t fine = converts_x(*linear) ? kernels_->fine_rows : kFineRows;
+    const int32_t fine = converts_x(linear->weight, linear->x) ? kernels_->fine_rows : kFineRows;
     return count == 0 ? 0 : std::min(units, count < fine ? team : 8 * team);
   }
   if (const auto* attention = std::get_if<AttentionOp>(&op)) {
@@ -149,6 +149,7 @@ int32_t Executable::chunks_of(const Stage& stage) {
     return attention_chunks(attention->heads / attention->kv_heads, attention->kv_heads, stage.number == 2);
   }
   if (const auto* latent = std::get_if<MlaOp>(&op)) return chunks_of(*latent, stage);
+  if (const auto* experts = std::get_if<ExpertLinearOp>(&op)) return expert_chunks(*experts, stage);
   if (std::holds_alternative<EmbedOp>(op) && stage.number == 0) return chunks_for(num_shrink_tasks(stage.op));
   if (const auto* conv = std::get_if<CausalConvOp>(&op)) {
     const int32_t panels = (conv->x.width + kLanes - 1) / kLanes;
@@ -209,14 +210,14 @@ void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Thr
 
 // Whether a product reads x converted: to 8 bits for a quantised weight, or to bfloat16 pairs where x holds bfloat16
 // values and the table multiplies them.
-bool Executable::converts_x(const LinearOp& op) const {
-  const int32_t format = weight(op.weight).format;
-  return is_quantised(format) || (format == kBF16 && kernels_->pairs && rounded(op.x));
+bool Executable::converts_x(int32_t id, const Ref& x) const {
+  const int32_t format = weight(id).format;
+  return is_quantised(format) || (format == kBF16 && kernels_->pairs && rounded(x));
 }
 
 // Chunks of the first stage that convert x; its other chunks are shrink tasks.
 int32_t Executable::quantise_chunks(const LinearOp& op) const {
-  return converts_x(op) ? row_chunks(rows_of(op.out), team_.size()) : 0;
+  return converts_x(op.weight, op.x) ? row_chunks(rows_of(op.out), team_.size()) : 0;
 }
 
 void Executable::quantise(const LinearOp& op, int32_t chunk) {
@@ -237,7 +238,7 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
   call.out = rows(op.out);
   call.residual = rows(op.residual);
   call.w = weight(op.weight).packed();
-  call.quantised_x = converts_x(op) ? quantised_x_.data() : nullptr;
+  call.quantised_x = converts_x(op.weight, op.x) ? quantised_x_.data() : nullptr;
   call.quantised_stride = weight(op.weight).quantised_stride();
   call.bias = op.bias == kAbsent ? nullptr : op.packed_bias.data();
   call.deltas = deltas.data();
@@ -251,13 +252,15 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
   call.clip = op.clip;
   call.scale = op.scale;
   call.softcap = op.softcap;
+  call.glu_limit = op.glu_limit;
+  call.glu_offset = op.glu_offset;
   const auto mine = span_of((call.w.panels + 1) / 2, chunk, chunks_of(stage));
   kernels_->linear(&call, mine.lo, mine.hi);
 }
 
 void Executable::run_op(const PointwiseOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
   const PointwiseCall call{rows(op.x), rows(op.y), rows(op.out), op.kind, op.activation, op.x.width,
-                           rounded(op.out), op.params.empty() ? 0.0f : op.params[0]};
+                           rounded(op.out), op.y.width == 1 && op.x.width > 1, op.params.empty() ? 0.0f : op.params[0]};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->pointwise(&call, mine.lo, mine.hi);
 }
@@ -297,6 +300,7 @@ AttentionCall Executable::call_of(const AttentionOp& op) const {
   call.sinks = op.sinks == kAbsent ? nullptr : weight(op.sinks).memory.floats();
   call.heads = op.heads;
   call.window = static_cast<int32_t>(op.window);
+  call.chunked = op.chunked;
   call.round_out = rounded(op.out);
   call.scale = op.scale;
   call.softcap = op.softcap;
@@ -327,7 +331,7 @@ void Executable::attend(const AttentionCall& call, int32_t group, bool merge, in
   const bool split = tile.partition != kAbsent;
   // Partitions that lie wholly before the window are neither computed nor merged.
   const int32_t keys = partition_blocks(capacity_.block_size) * capacity_.block_size;
-  const int32_t first = call.window > 0 ? std::max(0, tile.position - call.window + 1) / keys : 0;
+  const int32_t first = first_visible(call.window, call.chunked, tile.position) / keys;
   if (merge ? !split || !tile.first_partition : split && tile.partition < first) return;
   const int32_t* table = in_.block_tables + (static_cast<int64_t>(group) * capacity_.max_seqs + tile.sequence) *
                                                 capacity_.max_blocks_per_seq;

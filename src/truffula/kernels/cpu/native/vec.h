@@ -323,6 +323,8 @@ TF_INLINE V activated(V x, int32_t kind) {
     }
     case kRelu:
       return vmax(zero(), x);
+    case kQuickGelu:
+      return x * vsigmoid(set1(1.702f) * x);
     case kRelu2: {
       const V y = vmax(zero(), x);
       return y * y;

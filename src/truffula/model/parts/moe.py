@@ -1,0 +1,167 @@
+"""``MoeSpec``: a router and experts of which each row uses a few, with its weights and its operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from truffula.kernels.program import Activation, Epilogue, Pointwise, Ref, Route
+from truffula.model.rows import ExpertLayout, LayerRows
+
+if TYPE_CHECKING:
+    from truffula.model.builder import LayerBuilder
+    from truffula.model.spec import ModuleNames
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """How ``top_k`` of ``experts`` are chosen and weighted; the other fields are those of ``program.Route``.
+
+    ``bias``: the router's linear has one. ``correction``: a vector [E] counts for the choice, not for the weights.
+    """
+
+    experts: int
+    top_k: int
+    score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    bias: bool = False
+    correction: bool = False
+    groups: int = 1
+    topk_groups: int = 1
+    group_score: Literal["max", "top2"] = "top2"
+    norm: float | None = None
+    floor: float = 1e-20
+    scale: float = 1.0
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True)
+class SharedSpec:
+    """An MLP that every row passes, of the experts' activation. ``gated``: times sigmoid(shared_gate x)."""
+
+    width: int
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class MoeNames:
+    """Modules and tensors relative to the layer, as checkpoints name them. An expert is ``<experts>.<number>``.
+
+    ``block`` and ``block5`` are the module of the whole part in checkpoints and in transformers 5, which differ in some
+    families. ``in_layouts`` and ``out_layouts`` are forms of the experts' matrices besides those that every family has
+    (``MoeSpec.rows``); the first is the one that transformers writes. ``correction_shape``: see ``WeightRow.stored``.
+    """
+
+    block: str = "mlp"
+    block5: str = "mlp"
+    router: str = "gate"
+    correction: str = "gate.e_score_correction_bias"
+    correction_shape: tuple[int, ...] = ()
+    experts: str = "experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    in_layouts: tuple[ExpertLayout, ...] = ()
+    out_layouts: tuple[ExpertLayout, ...] = ()
+    in_biases: tuple[ExpertLayout, ...] = ()
+    out_biases: tuple[ExpertLayout, ...] = ()
+    shared: str = "shared_expert"
+    shared_in: tuple[str, str] = ("gate_proj", "up_proj")
+    shared_fused: str | None = "gate_up_proj"
+    shared_down: str = "down_proj"
+    shared_gate: str = "shared_expert_gate"
+
+
+@dataclass(frozen=True)
+class MoeSpec:
+    """The sum of each row's chosen experts, down(activation(gate x) * up x), and of the shared expert.
+
+    ``width`` is F of an expert. ``weigh`` input: x is multiplied by the expert's weight, instead of the result; one
+    expert per row.
+    """
+
+    router: RouterSpec
+    width: int
+    activation: Activation
+    shared: SharedSpec | None = None
+    weigh: Literal["output", "input"] = "output"
+    names: MoeNames = MoeNames()
+
+    @property
+    def window(self) -> None:
+        return None
+
+    @property
+    def kv_widths(self) -> tuple[int, ...]:
+        return ()
+
+    def first_module(self, names: ModuleNames) -> str:
+        return self.names.block5
+
+    def last_module(self, names: ModuleNames) -> str:
+        return self.names.block5
+
+    def rows(self, rows: LayerRows) -> None:
+        names, router, hidden, width = self.names, self.router, rows.hidden, self.width
+        at = names.block + "."
+        rows.linear("router", [(at + names.router, router.experts)], hidden, bias=router.bias,
+                    alias=f"{names.block5}.{names.router}" if names.block5 != names.block else None)  # fmt: skip
+        if router.correction:
+            rows.vector("correction", at + names.correction, router.experts, stored=names.correction_shape)
+        each, stacked, module5 = f"{at}{names.experts}.{{e}}.", f"{at}{names.experts}.", f"{names.block5}.experts."
+        gate, up, down = names.gate, names.up, names.down
+        rows.experts(
+            "experts_in", [(each + gate, width), (each + up, width)], hidden, router.experts,
+            (*names.in_layouts, ExpertLayout((f"{each}{gate}.weight", f"{each}{up}.weight")),
+             *_stacked(stacked, "gate_up_proj", module5),
+             ExpertLayout((f"{stacked}{gate}.weight", f"{stacked}{up}.weight"))),
+            names.in_biases,
+        )  # fmt: skip
+        rows.experts(
+            "experts_out", [(each + down, hidden)], width, router.experts,
+            (*names.out_layouts, ExpertLayout((f"{each}{down}.weight",)), *_stacked(stacked, "down_proj", module5)),
+            names.out_biases,
+        )  # fmt: skip
+        if self.shared is None:
+            return
+        shared = f"{at}{names.shared}."
+        parts = [(shared + name, self.shared.width) for name in names.shared_in]
+        fused = None if names.shared_fused is None else shared + names.shared_fused
+        rows.linear("shared_in", parts, hidden, fused=fused)
+        if self.shared.gated:
+            rows.linear("shared_gate", [(at + names.shared_gate, 1)], hidden)
+        rows.linear("shared_out", [(shared + names.shared_down, hidden)], self.shared.width)
+
+    def write(self, build: LayerBuilder, x: Ref) -> None:
+        names, router = self.names, self.router
+        glu, module5 = Epilogue(activation=self.activation, glu=True), f"{names.block5}."
+        logits = build.buffer("router_logits", router.experts, dtype="float32")
+        build.linear("router", x, logits, None, compute="float32")
+        routes = build.buffer("routes", 2 * router.top_k, dtype="float32")
+        correction = build.weight("correction") if router.correction else None
+        build.append(Route(name="route", logits=logits, out=routes, k=router.top_k, score=router.score,
+                           correction=correction, groups=router.groups, topk_groups=router.topk_groups,
+                           group_score=router.group_score, norm=router.norm, floor=router.floor, scale=router.scale,
+                           jitter=router.jitter))  # fmt: skip
+        branch = build.buffer("branch", build.spec.hidden)
+        inner, taken = build.buffer("experts", router.top_k * self.width), x
+        if self.weigh == "input":
+            taken, weight = build.buffer("weighed", build.spec.hidden), Ref(routes.buffer, 1, 1)
+            build.append(Pointwise(name="weigh", kind="mul", x=x, y=weight, out=taken))
+        build.experts("experts_in", taken, routes, inner, None, glu)
+        build.experts("experts_out", inner, routes, branch, build.probe(module5 + "experts", "out"),
+                      combine="weighted" if self.weigh == "output" else "sum")  # fmt: skip
+        if self.shared is not None:
+            inner = build.buffer("mlp", self.shared.width)
+            build.linear("shared_in", x, inner, None, glu)
+            if self.shared.gated:
+                gate = build.buffer("shared_gate", 1)
+                build.linear("shared_gate", x, gate, build.probe(module5 + names.shared_gate, "out"))
+                build.append(Pointwise(name="shared_gated", kind="sigmoid_mul", x=inner, y=gate, out=inner))
+            build.linear("shared_out", inner, branch, None, Epilogue(residual=branch))
+        build.add(branch)
+
+
+def _stacked(prefix: str, name: str, module: str) -> tuple[ExpertLayout, ExpertLayout]:
+    """The parameter of all experts, [E, O, I], as transformers 5 has it; and the same as a tensor of a module."""
+    parameter = module + name
+    return ExpertLayout((prefix + name,), parameter=parameter), ExpertLayout((f"{prefix}{name}.weight",))

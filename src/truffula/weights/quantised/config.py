@@ -1,0 +1,64 @@
+"""``read_scheme``: how a model's weights are quantised, from its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from truffula.errors import UnsupportedModel
+from truffula.weights.quantised.auto_round import read_auto_round
+from truffula.weights.quantised.awq import read_awq
+from truffula.weights.quantised.compressed import read_compressed
+from truffula.weights.quantised.floats import read_fbgemm, read_fp8
+from truffula.weights.quantised.gptq import read_gptq
+from truffula.weights.quantised.keys import Keys
+from truffula.weights.quantised.logical import Scheme
+
+CONFIG_KEYS = ("quantization_config", "compression_config")
+NESTED = ("", "text_config")
+_READERS: Mapping[str, Callable[[Keys], Scheme]] = MappingProxyType(
+    {
+        "auto-round": read_auto_round,
+        "awq": read_awq,
+        "compressed-tensors": read_compressed,
+        "fbgemm_fp8": read_fbgemm,
+        "fp8": read_fp8,
+        "gptq": read_gptq,
+        "mxfp8": read_fp8,
+    }
+)
+
+
+def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
+    """The scheme that a config.json or its ``text_config`` names; None for weights that are not quantised.
+
+    Raises:
+        UnsupportedModel: The method, a key or a value is not supported; named in the message.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for level in NESTED:
+        values = config if not level else config.get(level)
+        for key in CONFIG_KEYS:
+            value = values.get(key) if isinstance(values, Mapping) else None
+            if value is not None and value != {}:
+                where = f"{level}.{key}" if level else key
+                if not isinstance(value, Mapping):
+                    raise UnsupportedModel(f"config.json: {where} is {value!r}; it must be an object.", param=where)
+                found[where] = value
+    if not found:
+        return None
+    where, values = next(iter(found.items()))
+    for other, more in found.items():
+        if more != values:
+            raise UnsupportedModel(f"config.json: {where} and {other} differ; one of them must go.", param=other)
+    return _read(Keys(values, f"config.json {where}"))
+
+
+def _read(keys: Keys) -> Scheme:
+    method = keys.raw("quant_method")
+    if not isinstance(method, str) or method not in _READERS:
+        raise keys.error("quant_method", f"supported are {', '.join(_READERS)}.")
+    scheme = _READERS[method](keys)
+    keys.finish()
+    return scheme

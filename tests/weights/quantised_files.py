@@ -1,0 +1,70 @@
+"""Reads the fixtures of ``scripts/quantised_fixtures.py`` and makes model folders of their modules."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from truffula.testing.files import Array, write_safetensors
+from truffula.testing.tiny import tiny_llama_config, tiny_tensors
+from truffula.weights.safetensors import SafetensorsFile
+
+FIXTURES = Path(__file__).parent / "quantised"
+NAMES = sorted(path.stem for path in FIXTURES.glob("*.safetensors"))
+# The shape of each linear of this model is that of a module of the fixtures.
+MODEL = tiny_llama_config(
+    hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2,
+    vocab_size=128, tie_word_embeddings=False,
+)  # fmt: skip
+_MODULES = {
+    "square": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "tall": ("gate_proj", "up_proj"),
+    "wide": ("down_proj",),
+}
+
+
+class Fixture:
+    """``config`` is the ``quantization_config``, ``tensors`` the stored tensors by name."""
+
+    def __init__(self, name: str) -> None:
+        file = SafetensorsFile(FIXTURES / f"{name}.safetensors")
+        self.config: dict[str, Any] = json.loads(file.metadata["config"])
+        self.expected: dict[str, tuple[str, str]] = json.loads(file.metadata["expected"])
+        self.tensors: dict[str, Array] = {item: np.array(file.read(item)) for item in file.tensors}
+
+    def module(self, name: str) -> dict[str, Array]:
+        """The stored tensors of one module, by suffix."""
+        found = {key.removeprefix(name): value for key, value in self.tensors.items() if key.startswith(name)}
+        assert found, name
+        return found
+
+
+def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_safetensors(folder / "model.safetensors", dict(tensors), {"format": "pt"})
+    return folder
+
+
+def as_model(fixture: Fixture, *, head: bool = False, **config: Any) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The config and tensors of a model whose linear modules, and with ``head`` whose head, are the fixture's."""
+    config = {**MODEL, **config}
+    tensors = tiny_tensors(config, dtype="bfloat16")
+    for name in [name for name in tensors if name.endswith("_proj.weight") or (head and name == "lm_head.weight")]:
+        path = name.removesuffix(".weight")
+        leaf = path.rpartition(".")[2]
+        source = "tall" if leaf == "lm_head" else next(key for key, leaves in _MODULES.items() if leaf in leaves)
+        del tensors[name]
+        tensors |= {f"{path}{suffix}": value for suffix, value in fixture.module(source).items()}
+    if head and "lm_head.weight" not in tensors and not any(key.startswith("lm_head") for key in tensors):
+        tensors |= {f"lm_head{suffix}": value for suffix, value in fixture.module("tall").items()}
+    return {**config, "quantization_config": fixture.config}, tensors
+
+
+def digest(values: Array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()

@@ -1,0 +1,258 @@
+"""Whole models from quantised files: the answers, memory and decisions are those of their plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from quantised_files import MODEL, NAMES, Fixture, as_model, digest, write_folder
+
+from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.kernels.cpu import CpuBackend
+from truffula.kernels.inputs import Capacity
+from truffula.model.load import ModelPlan, WeightReader, plan_model
+from truffula.testing.files import Array
+from truffula.testing.programs import Part, fill_step
+from truffula.weights.open import open_checkpoint
+from truffula.weights.safetensors import DTYPES
+from truffula.weights.tying import Tie
+
+Tensors = dict[str, Array]
+CAPACITY = Capacity(8, 1, 8, 1, num_blocks=3, block_size=4, max_blocks_per_seq=2)
+PROMPT = (5, 90, 31, 7, 64, 2, 77)
+
+
+def run(path: Path, dtype: str = "float32", quantize: str = "none") -> tuple[ModelPlan, npt.NDArray[np.float32]]:
+    """The plan and the logits of a prompt."""
+    opened = open_checkpoint(path)
+    plan = plan_model(opened)
+    backend = CpuBackend(1, quantize=quantize, exact=quantize == "none")
+    pull = WeightReader(opened, plan, block_kinds=backend.block_kinds)
+    executable = backend.load(plan.program, dtype, pull, CAPACITY)
+    pull.finish()
+    fill_step(executable.inputs, [Part(PROMPT, 0, (1, 2), None, "all")], 4)
+    executable.run()
+    return plan, executable.logits()
+
+
+def plain_copy(path: Path, config: dict[str, Any], folder: Path) -> Path:
+    """The same model with dequantised values in the dtype that they have."""
+    opened = open_checkpoint(path)
+    values = {name: opened.read(name) for name in opened.tensors}
+    return write_folder(folder, {key: config[key] for key in config if key != "quantization_config"}, values)
+
+
+FAST = ("awq-gemm", "ct-int4-asymmetric", "ct-nvfp4", "fp8-block", "gptq-4-act-order")
+
+
+@pytest.mark.parametrize("mode", [("float32", "none"), ("bfloat16", "none"), ("float32", "q8_0")])
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)  # the slow ones together take 10 s
+def test_answers_and_memory_are_those_of_the_plain_values(tmp_path: Path, name: str, mode: tuple[str, str]) -> None:
+    config, tensors = as_model(Fixture(name))
+    path = write_folder(tmp_path / "quantised", config, tensors)
+    plan, logits = run(path, *mode)
+    plain, wanted = run(plain_copy(path, config, tmp_path / "plain"), *mode)
+    assert np.array_equal(logits, wanted) and np.abs(logits).max() > 1
+    assert plan.stored_bytes < plain.stored_bytes
+    backend = CpuBackend(1, quantize=mode[1])
+    planned = [backend.plan(p.program, mode[0], CAPACITY, p.stored_types) for p in (plan, plain)]
+    assert planned[0] == planned[1]
+
+
+def test_a_quantised_head_under_a_tied_flag_is_the_head(tmp_path: Path) -> None:
+    config, tensors = as_model(Fixture("gptq-4"), head=True, tie_word_embeddings=True)
+    plan, _ = run(write_folder(tmp_path / "m", config, tensors))
+    assert plan.tying.tie is Tie.SEPARATE
+    assert any("lm_head.weight differs from model.embed_tokens.weight" in text for text in plan.warnings)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_two_quantised_tables_are_tied_when_their_stored_parts_are_equal(tmp_path: Path, equal: bool) -> None:
+    fixture = Fixture("ct-int4-group")
+    config, tensors = as_model(fixture, head=True, tie_word_embeddings=True)
+    del tensors["model.embed_tokens.weight"]
+    tensors |= {f"model.embed_tokens{suffix}": value.copy() for suffix, value in fixture.module("tall").items()}
+    if not equal:
+        tensors["model.embed_tokens.weight_scale"][3, 1] *= 2
+    plan, _ = run(write_folder(tmp_path / "m", config, tensors))
+    assert (plan.tying.tie is Tie.TIED) is equal
+    assert (plan.saved_bytes > 0) is equal
+
+
+def test_fused_modules_are_quantised_as_one(tmp_path: Path) -> None:
+    fixture = Fixture("gptq-4-act-order")
+    config, tensors = as_model(fixture, intermediate_size=64)
+    for layer in range(2):
+        mlp = f"model.layers.{layer}.mlp"
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            for suffix in (".qweight", ".qzeros", ".scales", ".g_idx"):
+                del tensors[f"{mlp}.{leaf}{suffix}"]
+        for leaf, module in (("gate_up_proj", "tall"), ("down_proj", "square")):
+            tensors |= {f"{mlp}.{leaf}{suffix}": value for suffix, value in fixture.module(module).items()}
+    path = write_folder(tmp_path / "m", config, tensors)
+    _, logits = run(path)
+    _, wanted = run(plain_copy(path, config, tmp_path / "plain"))
+    assert np.array_equal(logits, wanted)
+
+
+def test_scales_of_activations_and_of_the_cache_are_left_out_and_said(tmp_path: Path) -> None:
+    config, tensors = as_model(Fixture("fp8-tensor"))
+    config["quantization_config"] |= {"activation_scheme": "static", "kv_cache_scheme": {"num_bits": 8}}
+    one = np.ones(1, np.float32)
+    tensors |= {
+        f"model.layers.0.self_attn.{name}": one
+        for name in ("q_proj.input_scale", "k_proj.k_scale", "k_scale", "v_scale")
+    }
+    plan, logits = run(write_folder(tmp_path / "m", config, tensors))
+    assert np.isfinite(logits).all() and len(plan.unused) == 4
+    assert sum("here" in text and "not rounded" in text for text in plan.warnings) == 2
+
+
+def test_fbgemm_is_float8_with_a_scale_per_row(tmp_path: Path) -> None:
+    """Its library computes on a GPU only; the form is that of fp8 with scales per row, under another name."""
+    fixture = Fixture("fp8-channel")
+    renamed = {name.replace("weight_scale_inv", "weight_scale"): value for name, value in fixture.tensors.items()}
+    config = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+    opened = open_checkpoint(write_folder(tmp_path / "m", {**MODEL, "quantization_config": config}, renamed))
+    for module, (_, wanted) in fixture.expected.items():
+        assert digest(opened.read(f"{module}.weight")) == wanted
+
+
+def test_blocks_that_do_not_divide_the_weight_are_cropped(tmp_path: Path) -> None:
+    """kv_a_proj_with_mqa of DeepSeek has 576 rows in blocks of 128."""
+    rng = np.random.default_rng(0)
+    weight = rng.integers(0, 0x7F, (72, 40), np.uint8).view(DTYPES["F8_E4M3"])
+    scales = rng.random((3, 2), np.float32)
+    config = {**MODEL, "quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}
+    opened = open_checkpoint(write_folder(tmp_path, config, {"x.weight": weight, "x.weight_scale_inv": scales}))
+    spread = scales.repeat(32, 0).repeat(32, 1)[:72, :40]
+    np.testing.assert_array_equal(opened.read("x.weight"), weight.astype(np.float32) * spread)
+
+
+PATH = "model.layers.1.mlp.up_proj"
+
+
+def _drop(suffix: str) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.__delitem__(f"{PATH}{suffix}")
+
+
+def _put(suffix: str, change: Callable[[Array], Array]) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({f"{PATH}{suffix}": change(tensors[f"{PATH}{suffix}"].copy())})
+
+
+def _nan(array: Array) -> Array:
+    array.reshape(-1)[3] = np.nan
+    return array
+
+
+def _far(array: Array) -> Array:
+    array[7] = 10_000
+    return array
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("gptq-4", _drop(".qzeros"), r"up_proj.qzeros in .* is missing"),
+        ("gptq-4", _drop(".qweight"), r"up_proj.qweight in .* is missing"),
+        ("gptq-4", _put(".scales", lambda a: a[:1]), r"up_proj.qzeros .*shape \[2, 16\].* need \[1, 16\]"),
+        ("gptq-4", _put(".scales", lambda a: a.astype(np.int32)), r"up_proj.scales .* stored as I32"),
+        ("gptq-4", _put(".qweight", lambda a: a[:-1]), r"up_proj.g_idx .* shape \[64\].* need \[56\]"),
+        ("gptq-4", _put(".qweight", lambda a: a[0]), r"up_proj.qweight .* expected 2 dimensions"),
+        ("gptq-4", _put(".g_idx", _far), r"up_proj.g_idx .* names group 10000; .*up_proj.scales has 2"),
+        ("gptq-4", _put(".scales", _nan), r"up_proj.weight .* holds \d+ NaN .* computed from its scales"),
+        ("gptq-4", _put(".scales", lambda a: a * np.float16(np.inf)), r"up_proj.weight .* NaN or infinite"),
+        ("awq-gemm", _put(".scales", lambda a: a[:, :-8]), r"up_proj.scales .*shape \[2, 120\]"),
+        ("awq-gemm", _drop(".scales"), r"up_proj.scales in .* is missing"),
+        ("ct-int4-group", _drop(".weight_scale"), r"up_proj.weight_scale in .* is missing"),
+        ("ct-int4-group", _put(".weight_shape", lambda a: a + 1), r"up_proj.weight_shape .* says \[129, 65\]"),
+        ("ct-int4-group", _put(".weight_packed", lambda a: a[:, :-1]), r"up_proj.weight_packed .* fit none"),
+        ("ct-int4-asymmetric", _put(".weight_zero_point", lambda a: a[:-1]), r"up_proj.weight_zero_point .*shape"),
+        ("ct-nvfp4", _drop(".weight_global_scale"), r"up_proj.weight_global_scale in .* is missing"),
+        ("ct-nvfp4", _put(".weight_global_scale", lambda a: a * 0), r"up_proj.weight .* NaN or infinite"),
+        ("ct-int8", _put(".weight_scale", lambda a: a[:3]), r"up_proj.weight_scale .*shape \[3, 1\]"),
+        ("fp8-block", _put(".weight_scale_inv", lambda a: a[:, :-1]), r"up_proj.weight_scale_inv .*shape \[4, 3\]"),
+        ("fp8-block", _drop(".weight_scale_inv"), r"up_proj.weight_scale_inv in .* is missing"),
+        ("fp8-block", _drop(".weight"), r"up_proj.weight in .* is missing"),
+        ("fp8-block", _put(".weight_scale_inv", _nan), r"up_proj.weight .* NaN or infinite"),
+        ("fp8-tensor", _put(".weight", lambda a: np.full(a.shape, 0x7F, np.uint8).view(a.dtype)), r"holds 8192 NaN"),
+    ],
+)
+def test_parts_that_do_not_fit_are_errors_that_name_the_tensor(
+    tmp_path: Path, name: str, change: Callable[[Tensors], None], named: str
+) -> None:
+    config, tensors = as_model(Fixture(name))
+    change(tensors)
+    with pytest.raises(CheckpointError, match=named) as raised:
+        run(write_folder(tmp_path / "m", config, tensors))
+    assert PATH in str(raised.value.data["tensor"])
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ([], r"quantization_config is \[\]; it must be an object"),
+        ({"quant_method": "quip"}, r"quant_method is \"quip\"; supported are"),
+        ({"bits": 4}, r"quant_method is null"),
+        (GPTQ | {"bits": 5}, r"quantization_config.bits is 5"),
+        (GPTQ | {"bits": True}, r"bits is true; it must be an integer"),
+        (GPTQ | {"bits": 10**30}, r"bits is 10+"),
+        (GPTQ | {"group_size": 0}, r"group_size is 0"),
+        (GPTQ | {"checkpoint_format": "marlin"}, r"checkpoint_format is \"marlin\"; supported are gptq, gptq_v2"),
+        (GPTQ | {"planar": True}, r"planar is true; this key is not supported"),
+        (GPTQ | {"rotation": "hadamard"}, r"rotation is \"hadamard\""),
+        (GPTQ | {"dynamic": {"+:.*": 3}}, r"dynamic is .*the entry '\+:\.\*'"),
+        (
+            {"quant_method": "awq", "bits": 4, "version": "gemv_fast"},
+            r"version is \"gemv_fast\"; supported are gemm, gemv",
+        ),
+        ({"quant_method": "awq", "bits": 8}, r"bits is 8; only 4"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, r"fmt is \"e5m2\""),
+        (CT | {"format": "marlin-24"}, r"format is \"marlin-24\""),
+        (CT | {"sparsity_config": {"format": "sparse-24-bitmask"}}, r"sparsity_config is .*only dense"),
+        (CT | {"transform_config": {"config_groups": {"a": {}}}}, r"transform_config is .*only dense"),
+        (CT | {"config_groups": {"g": {"weights": {"num_bits": 9}}}}, r"config_groups.g.weights.num_bits is 9"),
+        (CT | {"config_groups": {"g": {"weights": {"zeta": 9}}}}, r"config_groups.g.weights.zeta is 9; this key"),
+        (CT | {"config_groups": {"g": {"output_activations": {"num_bits": 8}}}}, r"output_activations"),
+        (CT | {"ignore": "lm_head"}, r"ignore is \"lm_head\"; it must be a list of strings"),
+        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:mlx"}, r"packing_format"),
+        ({"quant_method": "auto-round", "bits": 4, "act_bits": 8}, r"act_bits is 8"),
+    ],
+)
+def test_a_config_that_is_not_supported_is_refused_by_name(tmp_path: Path, values: Any, named: str) -> None:
+    _, tensors = as_model(Fixture("gptq-4"))
+    path = write_folder(tmp_path / "m", {**MODEL, "quantization_config": values}, tensors)
+    with pytest.raises(UnsupportedModel, match=named) as raised:
+        open_checkpoint(path)
+    assert "quantization_config" in str(raised.value.param)
+
+
+def test_widths_that_differ_by_module_follow_from_the_shapes(tmp_path: Path) -> None:
+    """GPTQ ``dynamic``, and config groups with ``re:`` targets: no pattern is matched."""
+    config, tensors = as_model(Fixture("gptq-4"))
+    name = "model.layers.0.mlp.down_proj"
+    tensors |= {f"{name}{suffix}": value for suffix, value in Fixture("gptq-8").module("wide").items()}
+    config["quantization_config"]["dynamic"] = {r"+:.*\.down_proj": {"bits": 8}, "-:.*lm_head": {}}
+    opened = open_checkpoint(write_folder(tmp_path / "gptq", config, tensors))
+    assert opened.info(f"{name}.weight").dtype == "GPTQ-8"
+    assert opened.info(f"{PATH}.weight").dtype == "GPTQ-4"
+    config, tensors = as_model(Fixture("ct-int4-group"))
+    other = Fixture("ct-int8-packed")
+    for suffix, value in other.module("wide").items():
+        tensors[f"{name}{suffix}"] = value
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_1"] = {**other.config["config_groups"]["group_0"], "targets": ["re:.*down_proj"]}
+    opened = open_checkpoint(write_folder(tmp_path / "ct", config, tensors))
+    assert opened.info(f"{name}.weight").dtype == "INT8"
+    assert opened.info(f"{PATH}.weight").dtype == "INT4"
