@@ -37,6 +37,10 @@ _MLA = {
     "qk_rope_head_dim": 6,
     "v_head_dim": 12,
 }
+_V3_EXPERTS = {
+    "first_k_dense_replace": 1, "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+    "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 _INDEXER = {"index_topk": 64, "index_head_dim": 8, "index_n_heads": 2}
 _KIMI_VISION = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pos_emb_height": 2,
@@ -48,14 +52,14 @@ _TEXT_OF: Mapping[str, tuple[str, bool, Mapping[str, Any]]] = {
     "kimi_k25": ("deepseek_v3", False, {"vision_config": _KIMI_VISION, "projection_hidden_size": 8}),
 }
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
-    "deepseek_v2": {**_MLA, "first_k_dense_replace": 3},
-    "deepseek_v3": {**_MLA, "first_k_dense_replace": 3},
-    "deepseek_v32": {**_MLA, "first_k_dense_replace": 3, **_INDEXER},
+    "deepseek_v2": {**_MLA, **_V3_EXPERTS},
+    "deepseek_v3": {**_MLA, **_V3_EXPERTS},
+    "deepseek_v32": {**_MLA, **_V3_EXPERTS, **_INDEXER},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
-    "glm4_moe_lite": {**_MLA, "mlp_layer_types": ["dense"] * 3},
-    "glm_moe_dsa": {**_MLA, "first_k_dense_replace": 3, **_INDEXER},
-    "kimi_k2": {**_MLA, "first_k_dense_replace": 3},
+    "glm4_moe_lite": {**_MLA, **_V3_EXPERTS, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "glm_moe_dsa": {**_MLA, **_V3_EXPERTS, **_INDEXER},
+    "kimi_k2": {**_MLA, **_V3_EXPERTS},
     "llama": {},
     "mixtral": {"sliding_window": None, "num_local_experts": 5, "num_experts_per_tok": 2},
     "ministral": {"sliding_window": 7, "head_dim": 8},
@@ -116,6 +120,8 @@ def _random(name: str, row: WeightRow, shape: tuple[int, ...], seed: int, dtype:
         values = values * np.float32(0.1) + np.float32(0 if row.transform == "plus_one" else 1)
     elif row.param == "bias":
         values = values * np.float32(0.1)
+    elif row.kind == "vector":
+        values = values * np.float32(0.3) + np.float32(0.4)
     else:
         # The embedding is small: a tied head with a large one would repeat every token.
         values = values * np.float32((0.5 if row.kind == "embed" else 1.5) / row.width**0.5)

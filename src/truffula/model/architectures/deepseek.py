@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from truffula.model.architectures.moe_pieces import (
+    DEEPSEEK_NAMES,
+    dense_first,
+    predictors,
+    read_experts,
+    sigmoid_router,
+    with_experts,
+)
 from truffula.model.architectures.pieces import ACTIVATIONS, MOST_LAYERS, finish_spec, rms
 from truffula.model.config_view import ConfigView
 from truffula.model.parts.mla import MlaSpec
 from truffula.model.parts.mlp import MlpSpec
+from truffula.model.parts.moe import MoeSpec, RouterSpec, SharedSpec
 from truffula.model.rope import attention_magnitude, read_rope
 from truffula.model.rows import NormSpec
-from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames
+from truffula.model.spec import LLAMA_NAMES, LayerSpec, ModelSpec, ModuleNames
 
 _LATENT_EPS = 1e-6
 """Of the latents' norms, which do not read rms_norm_eps."""
@@ -19,19 +28,31 @@ _KIMI_K25_NAMES = ModuleNames(
     body="model.language_model.",
     skip=("vision_tower.", "mm_projector.", "model.vision_tower.", "model.mm_projector."),
 )
+# The keys of experts, which have no effect where no layer has any.
+_EXPERT_KEYS = (
+    "moe_intermediate_size", "n_shared_experts", "n_routed_experts", "num_experts", "num_local_experts",
+    "num_experts_per_tok", "n_group", "topk_group", "topk_method", "norm_topk_prob", "routed_scaling_factor",
+)  # fmt: skip
 
 
 def deepseek_v2(view: ConfigView) -> ModelSpec:
     """The first ``first_k_dense_replace`` layers are dense, the others mixtures of experts."""
     view.must_be("scoring_func", (None, "softmax"), "only softmax is supported.")
-    return _model(view, _first_dense(view), interleaved=True, mlp_bias=view.flag("mlp_bias"))
+    sparse, bias = dense_first(view, "first_k_dense_replace", _layers(view)), view.flag("mlp_bias")
+    if any(sparse):
+        view.must_be("mlp_bias", (False,), "biases of experts are not supported.")
+    else:
+        view.skip(*_EXPERT_KEYS)
+    moe = _moe(view, _softmax_router(view)) if any(sparse) else None
+    return _model(view, sparse, moe, interleaved=True, mlp_bias=bias)
 
 
-def deepseek_v3(view: ConfigView, names: ModuleNames | None = None) -> ModelSpec:
+def deepseek_v3(view: ConfigView, names: ModuleNames = LLAMA_NAMES) -> ModelSpec:
     """As V2, with another router; also Kimi K2."""
     view.must_be("scoring_func", (None, "sigmoid"), "only sigmoid is supported.")
     view.must_be("topk_method", (None, "noaux_tc"), "only noaux_tc is supported.")
-    return _model(view, _first_dense(view), interleaved=view.flag("rope_interleave"), names=names)
+    sparse = dense_first(view, "first_k_dense_replace", _layers(view))
+    return _model(view, sparse, _sigmoid_moe(view, sparse), interleaved=view.flag("rope_interleave"), names=names)
 
 
 def kimi_k25(view: ConfigView) -> ModelSpec:
@@ -46,8 +67,8 @@ def kimi_k25(view: ConfigView) -> ModelSpec:
 def glm4_moe_lite(view: ConfigView) -> ModelSpec:
     """GLM-4.7-Flash: as V3; ``mlp_layer_types`` says which layers are dense (by default the first)."""
     layers = _layers(view)
-    kinds = view.strings("mlp_layer_types", layers) or ("dense", *["sparse"] * (layers - 1))
-    return _model(view, _dense_layers(view, kinds), interleaved=view.flag("rope_interleave"))
+    sparse = _sparse(view, layers, ("dense", *["sparse"] * (layers - 1)))
+    return _model(view, sparse, _sigmoid_moe(view, sparse), interleaved=view.flag("rope_interleave"))
 
 
 def deepseek_v32(view: ConfigView) -> ModelSpec:
@@ -59,10 +80,9 @@ def deepseek_v32(view: ConfigView) -> ModelSpec:
     view.must_be("rope_interleave", (None, True), "only true is supported.")
     view.must_be("layer_types", (None, ["indexed_attention"] * layers), "only indexed_attention is supported.")
     view.skip("index_head_dim", "index_n_heads")
-    dense = view.integer("first_k_dense_replace", minimum=0)
-    kinds = view.strings("mlp_layer_types", layers)
-    kinds = kinds or tuple("dense" if index < dense else "sparse" for index in range(layers))
-    spec = _model(view, _dense_layers(view, kinds), interleaved=True)
+    first = dense_first(view, "first_k_dense_replace", layers)
+    sparse = _sparse(view, layers, tuple("sparse" if has_experts else "dense" for has_experts in first))
+    spec = _model(view, sparse, _sigmoid_moe(view, sparse), interleaved=True)
     longest = view.integer("index_topk")
     note = (
         f"Attention is to all keys, which is what this model computes up to index_topk = {longest} tokens; longer "
@@ -82,7 +102,7 @@ def glm_moe_dsa(view: ConfigView) -> ModelSpec:
 def youtu(view: ConfigView) -> ModelSpec:
     """Latent attention and a dense MLP in every layer."""
     view.skip("embedding_initializer_range")
-    return _model(view, [True] * _layers(view), interleaved=view.flag("rope_interleave"), experts=False)
+    return _model(view, [False] * _layers(view), None, interleaved=view.flag("rope_interleave"), predicts=False)
 
 
 def _layers(view: ConfigView) -> int:
@@ -92,56 +112,71 @@ def _layers(view: ConfigView) -> int:
     return layers
 
 
-def _first_dense(view: ConfigView) -> list[bool]:
-    """Per layer whether it is dense: the first ``first_k_dense_replace``."""
-    dense = view.integer("first_k_dense_replace", minimum=0)
-    return [index < dense for index in range(_layers(view))]
-
-
-def _dense_layers(view: ConfigView, kinds: Sequence[str]) -> list[bool]:
-    """Per layer whether it is dense, by ``mlp_layer_types``."""
+def _sparse(view: ConfigView, layers: int, default: Sequence[str]) -> list[bool]:
+    """Which layers have experts, by ``mlp_layer_types``."""
+    kinds = view.strings("mlp_layer_types", layers) or default
     for kind in kinds:
         if kind not in ("dense", "sparse"):
             raise view.error("mlp_layer_types", f"{kind} is not supported; dense and sparse are.", kind)
-    return [kind == "dense" for kind in kinds]
+    return [kind == "sparse" for kind in kinds]
 
 
 def _model(
     view: ConfigView,
-    dense: Sequence[bool],
+    sparse: Sequence[bool],
+    moe: MoeSpec | None,
     *,
     interleaved: bool,
     mlp_bias: bool = False,
-    experts: bool = True,
-    names: ModuleNames | None = None,
+    predicts: bool = True,
+    names: ModuleNames = LLAMA_NAMES,
 ) -> ModelSpec:
-    mixer = mla(view, interleaved=interleaved)
+    """A model of these layers. ``predicts``: files may hold layers that predict further tokens."""
     # Of the repositories' own classes: which layers have experts; how training balances and divides them.
     view.must_be("moe_layer_freq", (None, 1), "only 1 is supported.")
-    view.skip("aux_loss_alpha", "ep_size", "seq_aux")
+    view.skip("aux_loss_alpha", "ep_size", "seq_aux", "output_router_logits")
+    mixer = mla(view, interleaved=interleaved)
     activation = view.choice("hidden_act", ACTIVATIONS)
     mlp = MlpSpec(view.integer("intermediate_size"), activation, in_bias=mlp_bias, out_bias=mlp_bias)
-    if not all(dense):
-        raise view.error("first_k_dense_replace", "mixtures of experts are not supported yet.")
-    names = names or ModuleNames()
-    if experts:
-        _skip_experts(view)
-        names = replace(names, unneeded=_predictors(view, len(dense)))
-    layers = [LayerSpec(mixer, mlp, rms(view, "input_layernorm"), rms(view, "post_attention_layernorm")) for _ in dense]
+    layer = LayerSpec(mixer, mlp, rms(view, "input_layernorm"), rms(view, "post_attention_layernorm"))
+    layers = [layer] * len(sparse)
+    if moe is not None:
+        layers = with_experts(layers, moe, sparse)
+    if predicts:
+        names = replace(names, unneeded=predictors(view, len(sparse)))
     return finish_spec(view, layers, (read_rope(view, mixer.rope),), rms(view, "norm"), names=names)
 
 
-def _predictors(view: ConfigView, layers: int) -> tuple[str, ...]:
-    """The layers after the last that predict further tokens (MTP): generation does not need them."""
-    counts = [view.optional_integer(key, minimum=0) for key in ("num_nextn_predict_layers", "num_mtp_layers")]
-    count = next((count for count in counts if count is not None), 1)
-    return tuple(f"layers.{index}." for index in range(layers, min(layers + count, MOST_LAYERS)))
+def _sigmoid_moe(view: ConfigView, sparse: Sequence[bool]) -> MoeSpec | None:
+    """The experts of V3; None where no layer has any."""
+    if not any(sparse):
+        view.skip(*_EXPERT_KEYS)
+        return None
+    return _moe(view, sigmoid_router(view, *read_experts(view, "n_routed_experts", "num_local_experts")))
 
 
-def _skip_experts(view: ConfigView) -> None:
-    """Marks the keys of experts as read: no layer has any."""
-    view.skip("moe_intermediate_size", "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "n_group")
-    view.skip("topk_group", "topk_method", "norm_topk_prob", "routed_scaling_factor", "output_router_logits")
+def _softmax_router(view: ConfigView) -> RouterSpec:
+    """V2's router: its weights are not divided by their sum; with ``group_limited_greedy`` the best groups count."""
+    experts, top_k = read_experts(view, "n_routed_experts", "num_experts")
+    view.must_be("norm_topk_prob", (None, False), "only false is supported.")
+    method = view.choice("topk_method", {"greedy": "greedy", "group_limited_greedy": "groups"})
+    scale = view.number("routed_scaling_factor")
+    if method == "greedy":
+        view.skip("n_group", "topk_group")
+        return RouterSpec(experts, top_k, scale=scale)
+    groups, topk_groups = view.integer("n_group"), view.integer("topk_group")
+    if experts % groups:
+        raise view.error("n_group", f"it does not divide the {experts} experts.", groups)
+    if topk_groups > groups or top_k > experts // groups * topk_groups:
+        raise view.error("topk_group", f"{top_k} experts are needed of {groups} groups of {experts // groups}.")
+    return RouterSpec(experts, top_k, groups=groups, topk_groups=topk_groups, group_score="max", scale=scale)
+
+
+def _moe(view: ConfigView, router: RouterSpec) -> MoeSpec:
+    width, shared = view.integer("moe_intermediate_size"), view.optional_integer("n_shared_experts", minimum=0)
+    activation = view.choice("hidden_act", ACTIVATIONS)
+    shared_mlp = SharedSpec(width * shared) if shared else None
+    return MoeSpec(router, width, activation, shared=shared_mlp, names=DEEPSEEK_NAMES)
 
 
 def mla(view: ConfigView, *, interleaved: bool) -> MlaSpec:

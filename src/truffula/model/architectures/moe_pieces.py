@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from truffula.model.architectures.pieces import Sizes, finish_spec, llama_layer, rms
+from truffula.model.architectures.pieces import MOST_LAYERS, Sizes, finish_spec, llama_layer, rms
 from truffula.model.config_view import ConfigView
-from truffula.model.parts.moe import MoeSpec
+from truffula.model.parts.moe import MoeNames, MoeSpec, RouterSpec
 from truffula.model.rope import read_rope
-from truffula.model.spec import ModelSpec
+from truffula.model.spec import LayerSpec, ModelSpec
 
 MOST_EXPERTS = 4096
 """Far above the number of any model; bounds the lists that an invalid file can create."""
+DEEPSEEK_NAMES = MoeNames(shared="shared_experts")
 
 
 def read_experts(view: ConfigView, *keys: str) -> tuple[int, int]:
@@ -50,6 +51,35 @@ def sparse_layers(view: ConfigView, layers: int) -> list[bool]:
     return [index not in dense and (index + 1) % step == 0 for index in range(layers)]
 
 
+def sigmoid_router(view: ConfigView, experts: int, top_k: int) -> RouterSpec:
+    """DeepSeek V3's router: sigmoids with a correction, and groups of experts."""
+    groups = view.optional_integer("n_group") or 1
+    topk_groups = view.optional_integer("topk_group") or groups
+    if experts % groups:
+        raise view.error("n_group", f"it does not divide the {experts} experts.", groups)
+    if topk_groups > groups or (groups > 1 and experts // groups < 2):
+        raise view.error("topk_group", f"there are {groups} groups of {experts // groups} experts.", topk_groups)
+    if top_k > experts // groups * topk_groups:
+        raise view.error("num_experts_per_tok", f"{topk_groups} groups have fewer experts.", top_k)
+    return RouterSpec(
+        experts,
+        top_k,
+        score="sigmoid",
+        correction=True,
+        groups=groups,
+        topk_groups=topk_groups,
+        norm=1.0 if view.flag("norm_topk_prob") else None,
+        scale=view.number("routed_scaling_factor"),
+    )
+
+
+def predictors(view: ConfigView, layers: int) -> tuple[str, ...]:
+    """The layers after the last that predict further tokens (MTP): generation does not need them."""
+    counts = [view.optional_integer(key, minimum=0) for key in ("num_nextn_predict_layers", "num_mtp_layers")]
+    count = next((count for count in counts if count is not None), 1)
+    return tuple(f"layers.{index}." for index in range(layers, min(layers + count, MOST_LAYERS)))
+
+
 def moe_model(
     view: ConfigView,
     sizes: Sizes,
@@ -62,9 +92,11 @@ def moe_model(
 
     ``options`` as of ``llama_layer``.
     """
-    dense = [llama_layer(view, sizes, window, **options) for window in windows]
-    layers = [
-        replace(layer, mlp=moe) if has_experts else layer
-        for layer, has_experts in zip(dense, sparse or [True] * sizes.layers, strict=True)
-    ]
+    layers = with_experts([llama_layer(view, sizes, window, **options) for window in windows], moe, sparse)
     return finish_spec(view, layers, (read_rope(view, sizes.head_dim),), rms(view, "norm"))
+
+
+def with_experts(layers: Sequence[LayerSpec], moe: MoeSpec, sparse: Sequence[bool] | None = None) -> list[LayerSpec]:
+    """``layers`` with ``moe`` in place of the MLP of those that are ``sparse`` (None: of all)."""
+    places = sparse or [True] * len(layers)
+    return [replace(layer, mlp=moe) if at else layer for layer, at in zip(layers, places, strict=True)]
