@@ -18,22 +18,44 @@ from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
 MODEL_TYPES = (
+    "apertus",
+    "arcee",
+    "cohere",
+    "cohere2",
+    "cwm",
     "deepseek_v2",
     "deepseek_v3",
     "deepseek_v32",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
     "gemma2",
     "gemma3",
     "gemma3_text",
     "glm4_moe_lite",
     "glm_moe_dsa",
+    "granite",
+    "helium",
+    "hunyuan_v1_dense",
     "kimi_k25",
+    "lfm2",
     "llama",
     "ministral",
+    "ministral3",
     "mistral",
+    "mistral3",
+    "mistral4",
     "mixtral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
     "youtu",
 )
 # Types of hub files that transformers reads with the class of another type.
@@ -52,7 +74,11 @@ LEGACY = (
     "rope_theta",
     "torch_dtype",
 )
-LEGACY_OF = {"gemma3_text": ("rope_local_base_freq", "sliding_window_pattern")}
+LEGACY_OF = {
+    "cohere2": ("sliding_window_pattern",),
+    "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "lfm2": ("block_ff_dim", "tie_embedding"),
+}
 
 
 def table() -> dict[str, Any]:
@@ -71,10 +97,20 @@ def table() -> dict[str, Any]:
                 fields[field.name] = None if field.default is dataclasses.MISSING else field.default
             if "None" in str(field.type):
                 nullable.append(field.name)
-        if isinstance(theta := getattr(cls, "default_theta", None), float):
-            fields["rope_theta"] = theta
+        # Defaults that a class sets only when an instance is made.
+        made = cls()
+        rope = getattr(made, "rope_parameters", None) or {}
+        if rope.get("rope_type", "default") != "default":
+            fields["rope_parameters"] = {key: rope[key] for key in rope if key != "partial_rotary_factor"}
+        if fields.get("eos_token_id", 0) is None:
+            fields["eos_token_id"] = made.eos_token_id
+        text = cls.sub_configs_defaults.get("text_config")
+        if text is not None and text.init_kwargs:
+            fields["text_config"] = text.init_kwargs
         types[model_type] = {
             "class": cls.__name__,
+            "partial_rotary_factor": rope.get("partial_rotary_factor"),
+            "rope_theta": getattr(cls, "default_theta", None),
             "fields": dict(sorted(fields.items())),
             "nullable": sorted(nullable),
             "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),

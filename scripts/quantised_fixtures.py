@@ -228,6 +228,87 @@ def fp8(kind: str) -> Any:
     return config, modules
 
 
+# bitsandbytes, HQQ, floats of 4 bits
+
+
+def bitsandbytes(kind: str, dtype: torch.dtype = torch.bfloat16, *, nested: bool = False, block: int = 64) -> Any:
+    from bitsandbytes import functional
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+
+    modules = {}
+    for name, weight in weights():
+        weight = weight.to(dtype)
+        if kind == "int8":
+            quants, stats, _ = functional.int8_vectorwise_quant(weight.half())
+            values = functional.int8_vectorwise_dequant(quants, stats)
+            stored = {".weight": quants, ".SCB": stats, ".weight_format": torch.tensor(0, dtype=torch.uint8)}
+        else:
+            quants, state = functional.quantize_4bit(weight, None, None, block, nested, kind)
+            values = functional.dequantize_4bit(quants, state)
+            if (
+                weight.shape[1] % block
+            ):  # the library's CPU kernel takes blocks for parts of rows; its definition does not
+                values = _dequantize_4bit_compute(
+                    quants.reshape(-1), state.absmax, state.code, block, tuple(weight.shape), dtype
+                )
+            stored = {".weight": quants, **{f".weight.{key}": item for key, item in state.as_dict(packed=True).items()}}
+        modules[name] = stored, values
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": kind == "int8", "load_in_4bit": kind != "int8"}
+    config |= {"_load_in_8bit": kind == "int8", "_load_in_4bit": kind != "int8", "llm_int8_threshold": 6.0}
+    config |= {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested, "llm_int8_skip_modules": None}
+    return config, modules
+
+
+def hqq(bits: int, axis: int, dtype: torch.dtype, *, view_as_float: bool = False) -> Any:
+    from hqq.core.quantize import Quantizer
+    from hqq.core.utils import encode_safetensor_type
+
+    modules = {}
+    for name, weight in weights():
+        quants, meta = Quantizer.quantize(
+            weight, nbits=bits, group_size=16, axis=axis, optimize=False, compute_dtype=dtype, device="cpu",
+            view_as_float=view_as_float,
+        )  # fmt: skip
+        meta["compute_dtype"] = dtype
+        quants, meta = Quantizer.to_inplace(quants, meta, "cpu")
+        stored = {".W_q": quants, **{f".{key}": encode_safetensor_type(value) for key, value in meta.items()}}
+        stored |= {".encoded_state_dict": encode_safetensor_type(True), ".offload_meta": encode_safetensor_type(False)}
+        modules[name] = stored, Quantizer.dequantize(quants, meta)
+    quant_config = {"weight_quant_params": {"nbits": bits, "group_size": 16, "axis": axis}}
+    return {"quant_method": "hqq", "quant_config": quant_config, "skip_modules": ["lm_head"]}, modules
+
+
+def mxfp4() -> Any:
+    """Stacked experts; the modules' names are those of the tensors."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    modules = {}
+    for name, (outputs, inputs) in SHAPES.items():
+        blocks = torch.randint(0, 256, (3, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 124, (3, outputs, inputs // 32), dtype=torch.uint8)
+        modules[name] = {"_blocks": blocks, "_scales": scales}, convert_moe_packed_tensors(blocks, scales)
+    return {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}, modules
+
+
+def modelopt(kind: str) -> Any:
+    from modelopt.torch.quantization.qtensor.mxfp8_tensor import MXFP8QTensor
+    from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
+
+    modules = {}
+    for name, weight in weights():
+        if kind == "NVFP4":
+            packed, scale, scale_2 = NVFP4QTensor.quantize(weight, 16)
+            values = packed.dequantize(torch.float32, scale=scale, double_scale=scale_2, block_sizes={-1: 16})
+            stored = {".weight_scale_2": scale_2.reshape(())}
+        else:
+            packed, scale = MXFP8QTensor.quantize(weight)
+            values, stored = packed.dequantize(torch.float32, scale=scale), {}
+        stored |= {".weight": packed._quantized_data, ".weight_scale": scale, ".input_scale": torch.tensor(0.5)}
+        modules[name] = stored, values
+    config = {"quant_method": "modelopt", "quant_algo": kind, "ignore": ["lm_head"], "kv_cache_scheme": None}
+    return config | {"producer": {"name": "modelopt", "version": "0.47.0"}}, modules
+
+
 CASES: dict[str, Callable[[], Any]] = {
     **{f"gptq-{bits}": lambda bits=bits: gptq(bits) for bits in (2, 3, 4, 8)},
     "gptq-4-act-order": lambda: gptq(4, act_order=True),
@@ -266,6 +347,18 @@ CASES: dict[str, Callable[[], Any]] = {
     "ct-mxfp8": lambda: compressed(
         "mxfp8-quantized", num_bits=8, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8
     ),
+    "bnb-nf4": lambda: bitsandbytes("nf4"),
+    "bnb-nf4-double": lambda: bitsandbytes("nf4", torch.float16, nested=True),
+    "bnb-nf4-block-256": lambda: bitsandbytes("nf4", torch.float32, block=256),
+    "bnb-fp4": lambda: bitsandbytes("fp4"),
+    "bnb-int8": lambda: bitsandbytes("int8"),
+    **{f"hqq-{bits}": lambda bits=bits: hqq(bits, 1, torch.float16) for bits in (1, 2, 3, 4, 8)},
+    "hqq-4-axis-0": lambda: hqq(4, 0, torch.bfloat16),
+    "hqq-3-axis-0": lambda: hqq(3, 0, torch.bfloat16),
+    "hqq-4-as-float": lambda: hqq(4, 1, torch.bfloat16, view_as_float=True),
+    "mxfp4-experts": mxfp4,
+    "modelopt-nvfp4": lambda: modelopt("NVFP4"),
+    "modelopt-mxfp8": lambda: modelopt("MXFP8"),
     **{f"fp8-{kind}": lambda kind=kind: fp8(kind) for kind in ("block", "tensor", "channel", "ue8m0", "mxfp8")},
 }  # fmt: skip
 

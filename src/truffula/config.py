@@ -78,6 +78,13 @@ class EngineConfig:
         "compute backend: cpu has native kernels, reference is torch",
         choices=("auto", "cpu", "reference"),
     )
+    implementation: str = _option(
+        "auto",
+        "Model",
+        "whose code computes the model: truffula's own or transformers'; auto picks its own where there is one",
+        choices=("auto", "native", "transformers"),
+        note="transformers' code is slower, and needs truffula[torch,hf].",
+    )
     device: str = _option(
         "cpu",
         "Model",

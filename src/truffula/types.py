@@ -358,13 +358,16 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     The engine names the end tokens of the model's configuration. A service adds those of the tokenizer and of the chat
     template (``eos_token_ids`` are those of every request); ``no_tokenizer`` is the reason when there is no tokenizer.
     ``path`` is the location of the model's files, ``files`` their state when they were loaded ("" and empty for an
-    engine without files). ``revision`` is of the Hub. ``*_reason`` and ``int8_note`` explain a choice in one line for
+    engine without files). ``revision`` is of the Hub. ``implementation`` is ``native``,
+    ``fallback`` or ``serial``. ``*_reason`` and ``int8_note`` explain a choice in one line for
     the operator. Byte counts: ``weight_bytes`` as loaded, ``stored_bytes`` in the files, ``fixed_bytes`` of memory that
     does not vary, ``memory_limit_bytes`` in all, ``budget_bytes`` for KV cache and adapters.
     """
 
     model: str
     model_type: str
+    implementation: str = "native"
+    implementation_reason: str = ""
     backend: str
     device: str
     dtype: str

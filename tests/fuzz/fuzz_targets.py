@@ -210,7 +210,16 @@ def _folder_seeds() -> list[Case]:
 def _quantised_seeds() -> list[Case]:
     """Models whose linear modules are those of a fixture: one of each kind of layout."""
     seeds = []
-    for name in ("gptq-4-act-order", "gptq-3", "awq-gemv", "ct-int4-asymmetric", "ct-nvfp4", "fp8-block"):
+    for name in (
+        "gptq-4-act-order",
+        "gptq-3",
+        "awq-gemv",
+        "ct-int4-asymmetric",
+        "ct-nvfp4",
+        "fp8-block",
+        "bnb-nf4-double",
+        "hqq-3-axis-0",
+    ):
         config, tensors = as_model(Fixture(name), num_hidden_layers=1)
         seeds.append(Case({"config.json": as_tree(config), "model.safetensors": _stored(tensors)}))
     return seeds

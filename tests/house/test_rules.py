@@ -46,7 +46,7 @@ BOTTOM = {
     "__init__",
 }
 NATIVE = sorted((SRC / "kernels" / "cpu" / "native").iterdir())
-TORCH_HOMES = ("kernels/reference/", "kernels/triton/", "model/fallback.py", "testing/")
+TORCH_HOMES = ("kernels/reference/", "kernels/triton/", "model/fallback/", "testing/")
 LONG_FILE, LONG_FUNCTION = 600, 100
 MOST_LINES = 60_000
 """Lines of Python in the wheel. The goal is 23,000: lower this number when the sum falls, never raise it."""
@@ -127,9 +127,7 @@ def test_torch_is_a_backend_not_the_language(path: Path) -> None:
         if name.split(".")[0] == "torch":
             assert at_home, f"{relative(path)}:{line}: only {', '.join(TORCH_HOMES)} import torch"
         if name.split(".")[0] in {"transformers", "peft"}:
-            assert relative(path).startswith(("testing/", "model/fallback.py")), (
-                f"{relative(path)}:{line} imports {name}"
-            )
+            assert relative(path).startswith(("testing/", "model/fallback/")), f"{relative(path)}:{line} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

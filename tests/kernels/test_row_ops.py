@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import on_every_backend
 from one_op import OneOp, close, exact
+from transformers.activations import XIELUActivation
 
 from truffula.kernels.adapters import low_rank
 from truffula.kernels.program import (
@@ -160,7 +162,8 @@ def test_norm_order_of_rounding_shows_in_bfloat16(backend):
 @quick
 @given(
     dtypes, st.integers(1, 6), st.integers(1, 9),
-    st.sampled_from(["act", "add", "scale", "clip", "softcap", "sigmoid_mul"]), st.sampled_from(sorted(ACTIVATIONS)),
+    st.sampled_from(["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "position_scale"]),
+    st.sampled_from(sorted(ACTIVATIONS)),
     st.integers(0, 99),
 )  # fmt: skip
 def test_pointwise(backend, dtype, rows, width, kind, activation, seed):
@@ -169,13 +172,52 @@ def test_pointwise(backend, dtype, rows, width, kind, activation, seed):
     two = kind in ("add", "sigmoid_mul")
     op = Pointwise(
         name="p", kind=kind, x=case.input(x), out=case.buffer(width), y=case.input(y) if two else None,
-        activation=activation if kind == "act" else None, params=(1.5,) if kind in ("scale", "clip", "softcap") else (),
+        activation=activation if kind == "act" else None,
+        params={"scale": (1.5,), "clip": (1.5,), "softcap": (1.5,), "position_scale": (0.7, 3.0, 1.0)}.get(kind, ()),
     )  # fmt: skip
+    positions = np.arange(rows) * 5 + seed
+
+    def fill(inputs):
+        inputs.position[:rows] = positions
+
     wanted = {
         "act": lambda: ACTIVATIONS[activation](x), "add": lambda: x + y, "scale": lambda: x * 1.5,
         "clip": lambda: np.clip(x, -1.5, 1.5), "softcap": lambda: 1.5 * np.tanh(x / 1.5),
         "sigmoid_mul": lambda: x / (1 + np.exp(-y)),
+        "position_scale": lambda: x * (1 + 0.7 * np.log(1 + np.floor((positions + 1) / 3)))[:, None],
     }[kind]()  # fmt: skip
+    close(case.run(backend, op, fill), wanted, dtype)
+
+
+@on_every_backend
+@quick
+@given(dtypes, st.integers(1, 6), st.integers(1, 40), st.integers(0, 99))
+def test_xielu_is_that_of_transformers(backend, dtype, rows, width, seed):
+    module = XIELUActivation(alpha_p_init=0.3 + seed / 50, alpha_n_init=0.9 + seed / 40, dtype=torch.float32)
+    numbers = np.array([module.alpha_p.item(), module.alpha_n.item(), module.beta.item(), module.eps.item()])
+    x = draw(seed, rows, width, dtype=dtype, scale=3.0)
+    case = OneOp(dtype, rows)
+    weight = case.weight(exact(numbers, dtype), "vector")
+    op = Pointwise(name="p", kind="xielu", x=case.input(x), out=case.buffer(width), weight=weight)
+    module.alpha_p.data[0], module.alpha_n.data[0], module.beta, module.eps = torch.tensor(exact(numbers, dtype))
+    close(case.run(backend, op), module._xielu_python(torch.tensor(x)).detach().numpy(), dtype)
+
+
+@on_every_backend
+@quick
+@given(dtypes, st.integers(1, 5), st.integers(1, 4), st.sampled_from([1, 3, 16, 19]), st.booleans(),
+       st.sampled_from(["rms", "layer"]), st.integers(0, 99))  # fmt: skip
+def test_norm_with_a_weight_for_each_group(backend, dtype, rows, groups, width, with_bias, kind, seed):
+    x, weight = draw(seed, rows, groups * width, dtype=dtype), draw(seed + 1, groups * width, dtype=dtype)
+    bias = draw(seed + 2, groups * width, dtype=dtype) if with_bias else None
+    case = OneOp(dtype, rows)
+    op = Norm(name="n", x=case.input(x), out=case.buffer(groups * width), kind=kind, eps=1e-3, groups=groups,
+              cast="last", weight=case.weight(weight, "vector"),
+              bias=None if bias is None else case.weight(bias, "vector"))  # fmt: skip
+    parts = x.reshape(rows, groups, width)
+    centred = parts - parts.mean(-1, keepdims=True) if kind == "layer" else parts
+    normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-3)
+    wanted = normed.reshape(x.shape) * weight + (0 if bias is None else bias)
     close(case.run(backend, op), wanted, dtype)
 
 

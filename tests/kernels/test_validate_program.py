@@ -62,7 +62,7 @@ def test_a_good_program_passes():
         (Embed, {"add": ref("normed")}, "add"),
         (Norm, {"x": ref("mixed")}, "x"),
         (Norm, {"groups": 5}, "groups"),
-        (Norm, {"groups": 2}, "weight"),
+        (Norm, {"x": Ref(ref("x").buffer, 0, 16), "out": Ref(ref("normed").buffer, 0, 16)}, "weight"),
         (Norm, {"plus": ref("rope")}, "plus"),
         (Linear, {"x": Ref(ref("normed").buffer, 16, 32)}, "x"),
         (Linear, {"x": Ref(ref("normed").buffer, 0, 31)}, "weight"),

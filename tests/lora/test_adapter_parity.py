@@ -74,10 +74,32 @@ BASES = {
     "gemma3_text": {"num_hidden_layers": 4},
     "youtu": {"num_hidden_layers": 2},
 }
+DENSE = (
+    "apertus",
+    "arcee",
+    "cohere",
+    "cohere2",
+    "cwm",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "granite",
+    "helium",
+    "hunyuan_v1_dense",
+    "ministral3",
+    "mistral3",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+)
 
 
 def served_base(folder: Path, model_type: str, backend: Backend) -> Served:
-    config = tiny_model_config(model_type, **BASES[model_type])
+    config = tiny_model_config(model_type, **BASES.get(model_type, {}))
     return Served(write_tiny_checkpoint(folder / "model", config, seed=5), backend)
 
 
@@ -137,7 +159,9 @@ def test_each_field_agrees_with_peft(outcomes: dict[str, Outcome], case: str, co
 
 
 @on_the_best
-@pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text", "youtu"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen2", "gemma3_text", "youtu", *(pytest.param(name, marks=pytest.mark.slow) for name in DENSE)]
+)  # the slow ones: 40 s
 def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend) -> None:
     served = served_base(tmp_path, model_type, backend)
     rows: list[tuple[int | None, list[int]]] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kernel_backends import on_the_best
-from quantised_files import NAMES, Fixture, as_model, write_folder
+from quantised_files import LINEAR, Fixture, as_model, write_folder
 from served_base import Served
 
 from truffula.kernels.backend import Backend
@@ -19,8 +19,8 @@ FAST = ("gptq-4-act-order",)
 
 @on_the_best
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)  # the slow ones together take 40 s
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LINEAR]
+)  # the slow ones together take a minute
 def test_lora_agrees_with_peft_on_the_dequantised_base(tmp_path: Path, name: str, backend: Backend) -> None:
     config, tensors = as_model(Fixture(name))
     served = Served(write_folder(tmp_path / "quantised", config, tensors), backend)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import parity_cases_mla as mla
+import parity_cases_dense
+import parity_cases_mla
 import pytest
 from kernel_backends import on_the_best
 from parity_cases_moe import CASES as MOE_CASES
+from parity_cases_state import CASES as STATE_CASES
 
 from truffula.kernels.backend import Backend
 from truffula.model.load import ModelPlan, WeightReader, plan_model
@@ -86,9 +88,17 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma3_text", "pattern 2, scaled full layers", {"sliding_window_pattern": 2, "num_hidden_layers": 4, **LINEAR8}),
     ("gemma3_text", "nested ropes", {"layer_types": BOTH, "rope_parameters": NESTED, "num_hidden_layers": 2}),
     ("gemma3_text", "one kv head, biases", {"num_key_value_heads": 1, "attention_bias": True}),
-    *mla.CASES,
+    *STATE_CASES,
 ]  # fmt: skip
-SLOW: list[tuple[str, str, dict[str, Any]]] = [*mla.SLOW]
+
+
+def spread(cases: list[tuple[str, str, dict[str, Any]]]) -> list[Any]:
+    """Parameter sets of which only the first of each type runs in the fast suite."""
+    made, seen = [], set()
+    for case in cases:
+        made.append(pytest.param(*case, id=f"{case[0]}: {case[1]}", marks=[pytest.mark.slow] * (case[0] in seen)))
+        seen.add(case[0])
+    return made
 
 
 def write(folder: Path, model_type: str, overrides: dict[str, Any]) -> Path:
@@ -117,23 +127,17 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
 @on_the_best
 @pytest.mark.parametrize(
     ("model_type", "name", "overrides"),
-    [pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in (*CASES, *MOE_CASES)],
-)
+    [
+        *(pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in (*CASES, *MOE_CASES)),
+        *spread(parity_cases_dense.CASES),
+        *spread(parity_cases_mla.CASES),
+    ],
+)  # the slow ones: 20 s
 def test_parity_with_transformers(
     tmp_path: Path, model_type: str, name: str, overrides: dict[str, Any], backend: Backend
 ) -> None:
     plan = compare(write(tmp_path / "model", model_type, overrides), backend)
     assert plan.warnings == (), name
-
-
-@pytest.mark.slow
-@on_the_best
-@pytest.mark.parametrize(("model_type", "name", "overrides"), SLOW, ids=[f"{case[0]}: {case[1]}" for case in SLOW])
-def test_parity_of_every_case(
-    tmp_path: Path, model_type: str, name: str, overrides: dict[str, Any], backend: Backend
-) -> None:
-    """0.5 s each."""
-    assert compare(write(tmp_path / "model", model_type, overrides), backend).warnings == (), name
 
 
 @on_the_best

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from perturbed import PerturbedBackend
 from truffula.kernels.backend import Array
 from truffula.kernels.program import Norm, Program, WeightDecl
 from truffula.kernels.select import select_backend
+from truffula.model.architectures import ARCHITECTURES
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.oracle import Oracle
 from truffula.testing.parity import VerifyReport, verify_model
@@ -61,8 +62,12 @@ def test_base_and_adapter_pass(model: Path, adapter: Path, backend: str) -> None
         }
 
 
+def and_slow(fast: list[str], slow: Collection[str]) -> list[Any]:
+    return [*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(slow) - set(fast)))]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("model_type", and_slow(["gemma2", "gemma3_text", "mistral"], ARCHITECTURES))  # slow: 30 s
 def test_other_shapes_of_layer_pass(tmp_path: Path, model_type: str, backend: str) -> None:
     write_tiny_checkpoint(tmp_path, tiny_config(model_type))
     # As many tokens as heads: rows and heads of a norm's output must still be told apart.
@@ -144,7 +149,12 @@ def test_a_table_changed_for_one_id_shows_only_where_the_id_is(model: Path) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "model_type",
+    and_slow(
+        ["llama", "qwen3", "gemma2", "gemma3_text"], ("cohere", "granite", "helium", "nemotron", "olmo", "stablelm")
+    ),
+)  # slow: 10 s
 def test_in_bfloat16_the_order_of_roundings_is_transformers_own(tmp_path: Path, model_type: str, backend: str) -> None:
     """Before the first rounded product both sides have the same bits: a norm that multiplied before the cast, or an
     embedding scale that was not rounded, would show here and nowhere else.

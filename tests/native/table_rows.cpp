@@ -17,14 +17,15 @@ struct Norm {
 Case norm_case(int32_t number) {
   Numbers numbers{static_cast<uint32_t>(100 + number), number % 4 == 3};
   const int32_t groups = 1 + number % 3, width = kSizes[number % 9] * groups, rows = 1 + number % 5;
+  const int32_t each = number % 2 ? width : width / groups;  // of all columns, or of a group that shares it
   const auto made = std::make_shared<Norm>(Norm{RowArray::random(numbers, rows, width),
-      RowArray::random(numbers, rows, width), numbers.floats(width / groups), numbers.floats(width / groups), {}});
+      RowArray::random(numbers, rows, width), numbers.floats(each), numbers.floats(each), {}});
   NormCall& call = made->call;
   call.x = made->x.rows();
   call.plus = numbers.below(2) ? made->plus.rows() : Rows{nullptr, 0};
   call.weight = numbers.below(4) ? made->weight->floats() : nullptr;
   call.bias = numbers.below(2) ? made->bias->floats() : nullptr;
-  call.width = width, call.groups = groups, call.eps = 1e-5f;
+  call.width = width, call.groups = groups, call.group_step = number % 2 ? width / groups : 0, call.eps = 1e-5f;
   call.layer_norm = numbers.below(2), call.cast_first = numbers.below(2), call.round_out = numbers.below(2);
   return {numbers.wild, [made, rows, width](const Kernels& table) {
     const RowArray out(rows, width);
@@ -38,18 +39,20 @@ Case norm_case(int32_t number) {
 
 struct Pointwise {
   RowArray x, y;
+  std::array<float, 4> params;
+  std::array<int32_t, 4> positions;
   PointwiseCall call;
 };
 
 Case pointwise_case(int32_t number) {
   Numbers numbers{static_cast<uint32_t>(300 + number), number % 3 == 2};
-  const int32_t width = kSizes[number % 9], rows = 1 + number % 4, which = number % 13;  // seven activations, then kinds
+  const int32_t width = kSizes[number % 9], rows = 1 + number % 4, which = number % 15;  // seven activations, then kinds
   const auto made = std::make_shared<Pointwise>(
-      Pointwise{RowArray::random(numbers, rows, width), RowArray::random(numbers, rows, width), {}});
+      Pointwise{RowArray::random(numbers, rows, width), RowArray::random(numbers, rows, width), {0.7f, 0.9f, 0.5f, -1e-6f}, {0, 3, 8, 1 << 20}, {}});
   for (size_t i = 0; i < made->x.memory->size() / 4; ++i)  // activations are interesting up to 12, exp up to 100
     if (made->x.memory->floats()[i] != kMark) made->x.memory->floats()[i] *= number % 2 ? 12.0f : 100.0f;
   made->call = {made->x.rows(), made->y.rows(), {}, which < 7 ? kAct : which - 6, which < 7 ? which : 0, width,
-                numbers.below(2), number % 2, 0.7f};
+                numbers.below(2), made->params.data(), made->positions.data(), number % 2};
   return {numbers.wild, [made, rows, width](const Kernels& table) {
     const RowArray out(rows, width);
     PointwiseCall now = made->call;

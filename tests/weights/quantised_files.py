@@ -16,6 +16,7 @@ from truffula.weights.safetensors import SafetensorsFile
 
 FIXTURES = Path(__file__).parent / "quantised"
 NAMES = sorted(path.stem for path in FIXTURES.glob("*.safetensors"))
+LINEAR = [name for name in NAMES if name != "mxfp4-experts"]  # the others are stacked experts
 # The shape of each linear of this model is that of a module of the fixtures.
 MODEL = tiny_llama_config(
     hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from quantised_files import MODEL, NAMES, Fixture, as_model, digest, write_folder
+from quantised_files import LINEAR, MODEL, Fixture, as_model, digest, write_folder
 
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.kernels.cpu import CpuBackend
@@ -46,12 +47,12 @@ def plain_copy(path: Path, config: dict[str, Any], folder: Path) -> Path:
     return write_folder(folder, {key: config[key] for key in config if key != "quantization_config"}, values)
 
 
-FAST = ("awq-gemm", "ct-int4-asymmetric", "ct-nvfp4", "fp8-block", "gptq-4-act-order")
+FAST = ("awq-gemm", "bnb-nf4-double", "ct-int4-asymmetric", "ct-nvfp4", "fp8-block", "gptq-4-act-order", "hqq-4")
 
 
 @pytest.mark.parametrize("mode", [("float32", "none"), ("bfloat16", "none"), ("float32", "q8_0")])
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LINEAR]
 )  # the slow ones together take 10 s
 def test_answers_and_memory_are_those_of_the_plain_values(tmp_path: Path, name: str, mode: tuple[str, str]) -> None:
     config, tensors = as_model(Fixture(name))
@@ -147,7 +148,7 @@ def _put(suffix: str, change: Callable[[Array], Array]) -> Callable[[Tensors], N
 
 
 def _nan(array: Array) -> Array:
-    array.reshape(-1)[3] = np.nan
+    array.reshape(-1)[-1] = np.nan
     return array
 
 
@@ -181,6 +182,19 @@ def _far(array: Array) -> Array:
         ("fp8-block", _drop(".weight_scale_inv"), r"up_proj.weight_scale_inv in .* is missing"),
         ("fp8-block", _drop(".weight"), r"up_proj.weight in .* is missing"),
         ("fp8-block", _put(".weight_scale_inv", _nan), r"up_proj.weight .* NaN or infinite"),
+        ("bnb-nf4", _drop(".weight.absmax"), r"up_proj.weight.absmax in .* is missing"),
+        ("bnb-nf4", _drop(".weight.quant_state.bitsandbytes__nf4"), r"quant_state.bitsandbytes__nf4 in .* is missing"),
+        ("bnb-nf4", _put(".weight.quant_state.bitsandbytes__nf4", lambda a: a[3:]), r"__nf4 .* is not the JSON"),
+        ("bnb-nf4", _put(".weight", lambda a: a[:-1]), r"up_proj.weight .* has 4095 bytes; \[128, 64\] .* needs 4096"),
+        ("bnb-nf4-double", _drop(".weight.nested_absmax"), r"up_proj.weight.nested_absmax in .* is missing"),
+        ("bnb-nf4-double", _put(".weight.nested_absmax", _nan), r"up_proj.weight .* NaN or infinite"),
+        ("bnb-int8", _drop(".SCB"), r"up_proj.SCB in .* is missing"),
+        ("bnb-int8", _put(".weight_format", lambda a: a + 2), r"up_proj.weight_format .* reordered for a GPU"),
+        ("hqq-4", _drop(".zero"), r"up_proj.zero in .* is missing"),
+        ("hqq-4", _put(".shape", lambda a: a * 1_000_000_000), r"up_proj.shape .* says \[128000000000, 64000000000\]"),
+        ("hqq-4", _put(".packing", lambda a: a + 1), r"up_proj.packing .* says '5cju`v9'"),
+        ("hqq-4", _put(".W_q", lambda a: a[:-1]), r"up_proj.W_q .* bytes; 512 rows of 16 in 4bit_u8"),
+        ("modelopt-nvfp4", _drop(".weight_scale_2"), r"up_proj.weight_scale_2 in .* is missing"),
         ("fp8-tensor", _put(".weight", lambda a: np.full(a.shape, 0x7F, np.uint8).view(a.dtype)), r"holds 8192 NaN"),
     ],
 )
@@ -192,6 +206,46 @@ def test_parts_that_do_not_fit_are_errors_that_name_the_tensor(
     with pytest.raises(CheckpointError, match=named) as raised:
         run(write_folder(tmp_path / "m", config, tensors))
     assert PATH in str(raised.value.data["tensor"])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda tensors: tensors.__delitem__("tall_scales"), r"tall_scales in .* is missing"),
+        (lambda tensors: tensors.update(tall_scales=tensors["tall_scales"][:1]), r"tall_scales .* shape \[1, 128, 2\]"),
+        (lambda tensors: tensors.update(tall_blocks=tensors["tall_blocks"][..., :8]), r"tall_blocks .* 16 bytes"),
+    ],
+)
+def test_parts_of_experts_that_do_not_fit_are_errors(tmp_path: Path, change: Any, named: str) -> None:
+    fixture = Fixture("mxfp4-experts")
+    change(fixture.tensors)
+    config = {**MODEL, "quantization_config": fixture.config}
+    with pytest.raises(CheckpointError, match=named):
+        open_checkpoint(write_folder(tmp_path / "m", config, fixture.tensors))
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "written"),
+    [
+        ("quantize_config.json", "gptq-4-v2", lambda values: values),
+        ("quant_config.json", "awq-gemm", lambda values: {**values, "w_bit": 4, "q_group_size": 32, "version": "GEMM"}),
+        (
+            "hf_quant_config.json",
+            "modelopt-nvfp4",
+            lambda values: {"producer": values["producer"], "quantization": {"quant_algo": "NVFP4", "group_size": 16}},
+        ),
+    ],
+)
+def test_a_config_in_a_file_of_its_own_is_read(tmp_path: Path, file: str, name: str, written: Any) -> None:
+    fixture = Fixture(name)
+    _, tensors = as_model(fixture)
+    path = write_folder(tmp_path / "m", MODEL, tensors)
+    values = {key: value for key, value in fixture.config.items() if key != "quant_method"}
+    (path / file).write_text(json.dumps(written(values)))
+    config, _ = as_model(fixture)
+    _, logits = run(path)
+    _, wanted = run(write_folder(tmp_path / "usual", config, tensors))
+    assert np.array_equal(logits, wanted)
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}

@@ -67,7 +67,7 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
 
     with contextlib.closing(open_checkpoint(path)) as checkpoint:
         plan = plan_model(checkpoint)
-        uses = read_config(checkpoint.config).key_uses
+        uses = read_config(checkpoint.config).key_uses if plan.transformers is None else ()
         kinds: dict[str, list[int]] = {}
         for info in checkpoint.tensors.values():
             kinds.setdefault(info.dtype, []).append(info.nbytes)
@@ -169,6 +169,7 @@ LABELS = MappingProxyType(
     {
         "format": "file format",
         "stored_dtype": "stored as",
+        "served_reason": "  because",
         "tying": "embedding and head",
         "tying_reason": "  because",
         "saved_by_tying_bytes": "  saved by tying",
@@ -190,17 +191,19 @@ def int8_products(plan: ModelPlan) -> str:
 
 def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
     """The facts of the report by JSON key; byte counts end in ``_bytes``."""
-    spec, interface = plan.spec, plan.interface
+    size, interface = plan.size, plan.interface
     # Bytes per token in bfloat16; layers with a window keep that many tokens.
     per_token = {group.window: 2 * sum(plane.width for plane in group.planes) for group in interface.kv_groups}
     windows = {window: nbytes for window, nbytes in per_token.items() if window is not None}
     sites = [site for site in interface.sites if site.kind == "linear"]
     return {
-        "architecture": spec.model_type,
+        "architecture": size.model_type,
+        "served": plan.implementation.kind,
+        "served_reason": plan.implementation.reason,
         "format": format_,
         "path": str(path),
-        "layers": len(spec.layers),
-        "hidden_size": spec.hidden,
+        "layers": size.layers,
+        "hidden_size": size.hidden,
         "vocabulary": interface.vocab_size,
         "longest_sequence": plan.max_model_len,
         "stored_dtype": plan.stored_dtype,

@@ -31,6 +31,7 @@ from truffula.lora.pool import AdapterPool
 from truffula.lora.tables import base_tables
 from truffula.lora.worker import LoadLimits, Setup
 from truffula.model.load import ModelPlan, WeightReader, plan_model
+from truffula.model.plan import PackingFails
 from truffula.option import format_size
 from truffula.types import EngineInfo, Progress
 from truffula.weights.checkpoint import Checkpoint
@@ -103,7 +104,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         max_waiting=config.max_running + config.max_waiting,  # the service rejects requests earlier
         block_size=config.block_size,
         num_blocks=memory.num_blocks,
-        prefix_cache=config.prefix_cache,
+        prefix_cache=config.prefix_cache and plan.implementation.kind != "serial",
         vocab_size=plan.interface.vocab_size,
         eos_token_ids=plan.eos_token_ids,
         prefetch_adapters=config.prefetch_adapters,
@@ -126,10 +127,12 @@ def _describe(
     memory: MemoryDivision,
 ) -> EngineInfo:
     """The info of an engine that is not loaded yet: ``files`` and ``start_s`` are added then."""
-    slow = fallback_warning(config.backend, backend)
+    slow = fallback_warning(config.backend, backend) if plan.transformers is None else plan.implementation.reason + "."
     return EngineInfo(
         model=config.model,
-        model_type=plan.spec.model_type,
+        model_type=plan.size.model_type,
+        implementation=plan.implementation.kind,
+        implementation_reason=plan.implementation.reason,
         backend=backend.name,
         device=backend.device,
         dtype=dtype.dtype,
@@ -200,21 +203,10 @@ def build_engine(
             require_same_files(first.files, files, restarting=True)
         if on_model_path is not None:
             on_model_path(path)
-        plan = plan_model(checkpoint)
-        backend = select_backend(
-            config.backend, config.device, threads=config.threads or usable_cpus(), cpu_isa=config.cpu_isa,
-            precision=Precision(config.quantize, config.exact),
-        )  # fmt: skip
-        settings = find_settings(config, path, plan, backend)
-        pull = WeightReader(
-            checkpoint,
-            plan,
-            progress=lambda _, done, total: report("loading weights", done, total),
-            block_kinds=backend.block_kinds,
-        )
-        executable = backend.load(plan.program, settings.info.dtype, pull, settings.capacity)
+        loaded = load_model(config, path, checkpoint, report)
+        plan, settings, executable = loaded.plan, loaded.settings, loaded.executable
         try:
-            pull.finish()
+            loaded.pull.finish()
             require_same_files(files, stamps_of(checkpoint))
             executable.prepare()
             engine = _assemble(config, settings, plan, executable, checkpoint)
@@ -224,6 +216,57 @@ def build_engine(
     info = replace(settings.info, start_s=time.monotonic() - began, files=with_samples(files))
     _log(info)
     return engine, info
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and the plan it was loaded by. ``pull.finish`` is still to be called."""
+
+    plan: ModelPlan
+    settings: EngineSettings
+    pull: WeightReader
+    executable: Executable
+
+
+def load_model(
+    config: EngineConfig, path: Path, checkpoint: Checkpoint, report: Progress, serial: str = ""
+) -> LoadedModel:
+    """Plan and load the model; ``serial`` as in ``plan_model``."""
+    plan = plan_model(checkpoint, config.implementation, serial=serial)
+    backend = choose_backend(config, plan)
+    settings = find_settings(config, path, plan, backend)
+    pull = WeightReader(
+        checkpoint,
+        plan,
+        progress=lambda _, done, total: report("loading weights", done, total),
+        block_kinds=backend.block_kinds,
+    )
+    try:
+        executable = backend.load(plan.program, settings.info.dtype, pull, settings.capacity)
+    except PackingFails as error:
+        return load_model(config, path, checkpoint, report, serial=str(error))
+    return LoadedModel(plan, settings, pull, executable)
+
+
+def choose_backend(config: EngineConfig, plan: ModelPlan) -> Backend:
+    """The backend that computes the planned model."""
+    name = config.backend
+    if plan.transformers is not None:
+        if name == "cpu":
+            raise ConfigError(
+                f"backend is 'cpu', but {plan.implementation.reason}, which needs torch; leave backend at auto.",
+                param="backend",
+            )
+        name = "reference"
+    backend = select_backend(
+        name, config.device, threads=config.threads or usable_cpus(), cpu_isa=config.cpu_isa,
+        precision=Precision(config.quantize, config.exact),
+    )  # fmt: skip
+    if plan.transformers is None:
+        return backend
+    from truffula.model.fallback.backend import TransformersBackend
+
+    return TransformersBackend(plan.transformers, backend)
 
 
 def repeated(config: EngineConfig, first: EngineInfo) -> EngineConfig:

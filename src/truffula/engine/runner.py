@@ -102,11 +102,8 @@ def _require_capacity(inputs: StepInputs, limits: EngineLimits) -> None:
         raise ConfigError(
             f"kv_windows is {limits.kv_windows}; the executable has {groups} KV groups.", param="kv_windows"
         )
-    if (len(inputs.state_in) > 0) != (limits.num_states > 0):
-        raise ConfigError(
-            f"num_states is {limits.num_states}; the executable has {'' if len(inputs.state_in) else 'no '}state rows.",
-            param="num_states",
-        )
+    if limits.num_states and not len(inputs.state_in):
+        raise ConfigError(f"num_states is {limits.num_states}; the executable has no state rows.", param="num_states")
     for param, size, least in (
         ("step_tokens", len(inputs.token_ids), limits.step_tokens),
         ("step_logit_rows", len(inputs.logit_rows), limits.step_logit_rows),

@@ -119,6 +119,8 @@ STORED = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 
 def make_shape(decl: WeightDecl, shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether parts of these shapes make ``decl``'s: stacked along axis 0, or of experts each [O', I] or [E, O', I]."""
+    if list(shapes) == [decl.shape]:
+        return True
     if len(decl.shape) == 3:
         experts, _, width = decl.shape
         fits = len(shapes) == len(decl.parts) and all(

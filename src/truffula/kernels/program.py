@@ -238,7 +238,8 @@ class Norm(Op):
     """``rms``: x / sqrt(mean(x²) + eps); ``layer``: (x - mean) / sqrt(var + eps). In float32.
 
     ``cast`` first: weight * round(normed) (llama); last: round(weight * normed) (gemma, olmo2). ``groups`` norms over
-    each of that many equal column groups with one shared weight of width / groups (per-head q/k norms).
+    each of that many equal column groups (per-head q/k norms): ``weight`` and ``bias`` are as wide as a group, which
+    shares them with the others, or as all columns.
     ``plus``: out = plus + round(result), a residual added after a post-norm.
     """
 
@@ -268,14 +269,17 @@ class Linear(Op):
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Op):
     """``act``: activation(x) · ``add``: x + y · ``mul``: x * y · ``scale``: x * params[0] · ``clip``, ``softcap``:
-    params[0] · ``sigmoid_mul``: x * sigmoid(y). ``y`` of the two products may be one column, for all columns of x."""
+    params[0] · ``sigmoid_mul``: x * sigmoid(y) · ``position_scale``: x * (1 + b * ln(1 + floor((p + o) / n))) with the
+    row's position p and params (b, n, o) · ``xielu``: its activation, whose numbers are ``weight``: alpha_p, alpha_n,
+    beta and eps as checkpoints store them. ``y`` of the two products may be one column, for all columns of x."""
 
-    kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul"]
+    kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul", "position_scale", "xielu"]
     x: Ref
     out: Ref
     y: Ref | None = None
     activation: Activation | None = None
     params: tuple[float, ...] = ()
+    weight: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,8 +171,9 @@ def _norm(op: Norm, check: _Check) -> None:
     rows = check.read("x", op.x)
     divided = op.groups >= 1 and op.x.width % op.groups == 0
     check.require("groups", divided, f"{op.groups} groups do not divide {op.x.width} columns.")
-    check.vector("weight", op.weight, op.x.width // op.groups)
-    check.vector("bias", op.bias, op.x.width // op.groups)
+    shared = op.weight is None or check.program.weights[op.weight].shape[0] * op.groups == op.x.width
+    for name, vector in (("weight", op.weight), ("bias", op.bias)):
+        check.vector(name, vector, op.x.width // op.groups if shared else op.x.width)
     check.read("plus", op.plus, rows, op.x.width)
     check.write("out", op.out, rows, op.x.width)
 
@@ -203,8 +204,11 @@ def _pointwise(op: Pointwise, check: _Check) -> None:
     check.read("y", op.y, rows, 1 if one else op.x.width)
     only = f"must be set exactly for kind 'act'; the kind is {op.kind!r}."
     check.require("activation", (op.activation is not None) == (op.kind == "act"), only)
-    count = 1 if op.kind in ("scale", "clip", "softcap") else 0
+    count = {"scale": 1, "clip": 1, "softcap": 1, "position_scale": 3}.get(op.kind, 0)
     check.require("params", len(op.params) == count, f"kind {op.kind!r} got {len(op.params)} of them.")
+    check.require("weight", (op.weight is not None) == (op.kind == "xielu"), f"kind {op.kind!r} has {op.weight}.")
+    check.vector("weight", op.weight, 4)
+    check.require("x", op.kind != "position_scale" or rows == "T", "rows without tokens have no position.")
     check.write("out", op.out, rows, op.x.width)
 
 

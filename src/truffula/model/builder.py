@@ -38,7 +38,7 @@ from truffula.kernels.program import (
 )
 from truffula.model.names import WeightNames
 from truffula.model.rows import NormSpec, WeightRow
-from truffula.model.spec import ModelSpec, ModuleNames
+from truffula.model.spec import Branch, ModelSpec, ModuleNames
 from truffula.weights.tying import Tie, TyingDecision
 
 _PLAIN = Epilogue()
@@ -89,7 +89,7 @@ class ProgramBuilder:
         """The id of a new weight with the row ``key``."""
         row = self.rows[key]
         name = row.slices[0].module if len(row.slices) == 1 else (row.fused or row.key)
-        decl = WeightDecl(len(self.weights), f"{name}.{row.param}", shape, parts, frozenset(uses), row.dtype)
+        decl = WeightDecl(len(self.weights), row.tensor(name), shape, parts, frozenset(uses), row.dtype)
         self.weights.append(decl)
         self.weight_ids[key] = decl.id
         return decl.id
@@ -156,19 +156,21 @@ class ProgramBuilder:
         layer: int | None = None, groups: int = 1, plus: Ref | None = None,
     ) -> None:  # fmt: skip
         """Append the norm with the row ``key``."""
+        weight = self.weight(key) if norm.weight else None
         self.ops.append(Norm(name=key, layer=layer, probe=probe, x=x, out=out, kind=norm.kind, eps=norm.eps,
-                             weight=self.weight(key), bias=self.bias(key), cast=norm.cast, groups=groups,
+                             weight=weight, bias=self.bias(key), cast=norm.cast, groups=groups,
                              plus=plus))  # fmt: skip
 
     def stream_after(self, layer: int, part: str | None = None) -> Probe | None:
         """The probe of the residual stream after ``part`` of a layer (None: its last): the input of the next module.
 
-        None between the two parts of a parallel layer, where transformers has no such value.
+        Layer -1 is the embedding. None between the two parts of a parallel layer, where transformers has no such value.
         """
         spec = self.spec
-        following = spec.layers[layer].branches
-        names = [branch[0] for branch in following]
-        following = following[names.index(part) + 1 :] if part is not None else ()
+        following: tuple[Branch, ...] = ()
+        if part is not None:
+            branches = spec.layers[layer].branches
+            following = branches[[branch[0] for branch in branches].index(part) + 1 :]
         if following and spec.layers[layer].parallel:
             return None
         index = layer

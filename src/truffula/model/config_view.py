@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any, TypeVar
 
 from truffula.errors import UnsupportedModel
+from truffula.weights.tying import SPELLINGS
 
 T = TypeVar("T")
 
@@ -23,7 +24,7 @@ MOST = 2**31 - 1
 # Keys of transformers' classes without effect on generation: of training; of the library, the file and the form of its
 # Python results; dtypes, which are read from the files; padding, which batches do not have.
 INERT = frozenset(
-    {"attention_dropout", "hidden_dropout", "initializer_range", "pretraining_tp", "problem_type"}
+    {"attention_dropout", "hidden_dropout", "initializer_range", "pretraining_tp", "problem_type", "residual_dropout"}
     | {"_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation"}
     | {"auto_map", "chunk_size_feed_forward", "experts_implementation", "id2label", "label2id", "model_type"}
     | {"name_or_path", "num_labels", "output_attentions", "output_hidden_states", "return_dict"}
@@ -32,7 +33,7 @@ INERT = frozenset(
 )
 # Read by model/read.py, weights/tying.py, weights/quantised/config.py and model/load.py (special ids).
 READ_ELSEWHERE = frozenset(
-    {"architectures", "bos_token_id", "eos_token_id", "model_type", "tie_word_embeddings"}
+    {"architectures", "bos_token_id", "eos_token_id", "model_type", *SPELLINGS}
     | {"quantization_config", "compression_config"}
 )
 # Written by transformers 4 for every model, removed in 5, without effect on a decoder: no warning for them.
@@ -46,10 +47,15 @@ _DEFAULT, _BOOKKEEPING, _UNKNOWN = "at its default", "known bookkeeping", "unkno
 
 @dataclass(frozen=True)
 class TypeDefaults:
-    """The fields of transformers' configuration class of one model type, with their defaults and older names."""
+    """The fields of transformers' configuration class of one model type, with their defaults and older names.
+
+    ``rope_theta`` and ``partial_rotary_factor`` are the class's values for a rope whose parameters leave them out.
+    """
 
     model_type: str
     class_name: str
+    rope_theta: Any
+    partial_rotary_factor: float | None
     fields: Mapping[str, Any]
     nullable: frozenset[str]
     known: frozenset[str]
@@ -65,6 +71,8 @@ def load_defaults() -> dict[str, TypeDefaults]:
         name: TypeDefaults(
             model_type=name,
             class_name=entry["class"],
+            rope_theta=entry["rope_theta"],
+            partial_rotary_factor=entry["partial_rotary_factor"],
             fields=entry["fields"],
             nullable=frozenset(entry["nullable"]),
             known=frozenset((*entry["fields"], *entry["legacy"], *entry["aliases"])) | generation,
@@ -187,14 +195,23 @@ class ConfigView:
 
     def strings(self, key: str, length: int) -> tuple[str, ...] | None:
         """A list of ``length`` strings, or None."""
-        value = self._value(key)
-        if value is None:
-            return None
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        value = self._list(key, length)
+        if value is not None and not all(isinstance(item, str) for item in value):
             raise self.error(key, "expected a list of strings.", value)
-        if len(value) != length:
+        return None if value is None else tuple(value)
+
+    def numbers(self, key: str, length: int) -> tuple[float, ...] | None:
+        """A list of ``length`` finite numbers, or None."""
+        value = self._list(key, length)
+        return None if value is None else tuple(self.number_value(key, item, positive=False) for item in value)
+
+    def _list(self, key: str, length: int) -> list[Any] | None:
+        value = self._value(key)
+        if value is not None and not isinstance(value, list):
+            raise self.error(key, "expected a list.", value)
+        if value is not None and len(value) != length:
             raise self.error(key, f"it has {len(value)} entries where {length} are expected.", value)
-        return tuple(value)
+        return value
 
     def mapping(self, key: str) -> Mapping[str, Any] | None:
         """A JSON object, or None."""
@@ -206,7 +223,7 @@ class ConfigView:
     def nested(self, key: str, *model_types: str) -> ConfigView:
         """The object under ``key`` (or an empty one) as a nested view, which ``finish`` includes.
 
-        It is of one of ``model_types``, of the first unless it says so.
+        Its type must be one of ``model_types``; the first is that of an object that states none.
         """
         values = self.mapping(key) or {}
         stated = values.get("model_type", model_types[0])

@@ -30,8 +30,9 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
     embed, head = build.tables()
     hidden, module = build.buffer("hidden", spec.hidden), build.module(spec.names.embed)
     site = build.site("embed", None, spec.vocab_size, spec.hidden, [(module, 0, spec.hidden, spec.hidden)])
+    # Some classes scale the output of the module.
     build.ops.append(Embed(name="embed", table=embed, out=hidden, scale=spec.embed_scale, site=site,
-                           probe=Probe(module, "out")))  # fmt: skip
+                           probe=build.stream_after(-1)))  # fmt: skip
     build.write_rope_rows()
     for index, layer in enumerate(spec.layers):
         _write_layer(build, index, layer)

@@ -6,125 +6,90 @@ gives and finite values; anything else is an error that names file and tensor.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
-from truffula.errors import CheckpointError, KernelError, UnsupportedModel
+from truffula.environment import prepare_compute
+from truffula.errors import CheckpointError, KernelError
 from truffula.kernels.backend import Array, ComputedArray, Part, make_shape
 from truffula.kernels.mapped import release_pages
-from truffula.kernels.program import Embed, Logits, ModelInterface, Program, WeightDecl, WeightPart
+from truffula.kernels.program import Embed, Logits, Program, WeightDecl, WeightPart
 from truffula.model.decoder import build_program
 from truffula.model.names import WeightNames, resolve_names
-from truffula.model.read import ReadConfig, read_config
+from truffula.model.plan import (
+    FLOATS,
+    Implementation,
+    ModelSize,
+    Tables,
+    bos_id,
+    decide_tying,
+    end_tokens,
+    stored_dtype,
+    stored_types,
+)
+from truffula.model.plan import QUANTISED as QUANTISED
+from truffula.model.plan import ModelPlan as ModelPlan
+from truffula.model.read import check_file, is_native, read_config, require_transformers
 from truffula.model.spec import ModelSpec
-from truffula.types import EndToken, Progress
+from truffula.types import Progress
 from truffula.weights.checkpoint import Checkpoint, TensorInfo
 from truffula.weights.finite import first_non_finite
-from truffula.weights.tying import Tie, TyingDecision, decide, equal_as_stored, read_flag
-
-QUANTISED = "quantised"
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-@dataclass(frozen=True)
-class ModelPlan:
-    """The plan for loading a model. Made without reading tensor data, unless embedding and head must be compared.
+def plan_model(checkpoint: Checkpoint, implementation: str = "auto", *, serial: str = "") -> ModelPlan:
+    """The plan of a checkpoint. ``implementation`` is that of the option: ``auto``, ``native`` or ``transformers``.
 
-    ``stored_bytes``: size of the used tensors in the files. ``saved_bytes``: memory saved by tying. ``stored_dtype``:
-    the float dtype of most of these bytes, or ``quantised``. ``unused``: names of tensors that are not used.
-    ``stored_types``: the storage type of each used tensor (``BF16``, ``Q4_1``), of a computed one that of its values.
-    ``tables``: the tensors that embedding
-    and head use, by kind of site; one tensor when tied.
-    """
-
-    spec: ModelSpec
-    program: Program
-    tying: TyingDecision
-    warnings: tuple[str, ...]
-    end_tokens: tuple[EndToken, ...]
-    bos_token_id: int | None
-    max_model_len: int
-    stored_bytes: int
-    unused: tuple[str, ...]
-    saved_bytes: int
-    stored_dtype: str = "float32"
-    stored_types: Mapping[str, str] = field(default_factory=dict)
-    tables: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def interface(self) -> ModelInterface:
-        """The part of ``program`` that does not depend on ops."""
-        return self.program
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        return tuple(token.id for token in self.end_tokens)
-
-
-def plan_model(checkpoint: Checkpoint) -> ModelPlan:
-    """The plan of a checkpoint.
+    With ``serial``, the reason, a model of transformers is planned to be computed one sequence at a time.
 
     Raises:
         UnsupportedModel: config.json requires an unsupported feature; names the key.
         CheckpointError: A tensor is missing, unknown, or of the wrong shape or type; names it.
         TyingError: Embedding and head are both missing, or the head is missing although the flag says untied.
+        MissingDependency: Transformers computes the model, and is not installed.
     """
+    if is_native(checkpoint.config, implementation):
+        return _plan_native(checkpoint)
+    warnings = check_file(checkpoint.config)
+    require_transformers(checkpoint.config)
+    prepare_compute()
+    from truffula.model.fallback.plan import plan_transformers
+
+    plan = plan_transformers(checkpoint, serial)
+    for name in plan.stored_types:
+        _check_tensor(checkpoint, name, checkpoint.tensors[name].shape, "")
+    return dataclasses.replace(plan, warnings=(*warnings, *plan.warnings))
+
+
+def _plan_native(checkpoint: Checkpoint) -> ModelPlan:
     read = read_config(checkpoint.config)
     spec = read.spec
     names = resolve_names(spec, checkpoint.tensors)
-    tying, warnings = _decide_tying(checkpoint, read, names)
+    tables = Tables(names.embed, names.head, names.has_embed, names.has_head)
+    tying, warnings = decide_tying(checkpoint, tables, read.tie_default)
     program = build_program(spec, names, tying)
     _check_shapes(checkpoint, spec, names, program)
-    ends, end_warnings = _end_tokens(checkpoint, read)
+    ends, end_warnings = end_tokens(checkpoint, spec.model_type, spec.vocab_size, read.eos_default)
     used = {part.name for decl in program.weights for part in decl.parts}
     dropped = [name for name in checkpoint.tensors if name not in used and name not in names.unused]
-    table = checkpoint.tensors[program.weights[0].parts[0].name]
     return ModelPlan(
-        spec=spec,
+        native_spec=spec,
+        size=ModelSize(spec.model_type, len(spec.layers), spec.hidden),
+        implementation=Implementation("native", f"truffula's own implementation of {spec.model_type}"),
         program=program,
         tying=tying,
         warnings=(*checkpoint.warnings, *read.warnings, *names.warnings, *warnings, *end_warnings),
         end_tokens=ends,
-        bos_token_id=_bos_id(checkpoint, read),
+        bos_token_id=bos_id(checkpoint, read.bos_default),
         max_model_len=spec.max_positions,
         stored_bytes=sum(checkpoint.tensors[name].nbytes for name in used),
         unused=(*checkpoint.unused, *names.unused, *dropped),
-        saved_bytes=0 if tying.tie is Tie.SEPARATE else table.nbytes,
-        stored_dtype=_stored_dtype(checkpoint, used),
-        stored_types={name: checkpoint.tensors[name].values or checkpoint.tensors[name].dtype for name in used},
-        tables={
-            "embed": names.head if tying.tie is Tie.REVERSED else names.embed,
-            "head": names.embed if tying.tie is Tie.TIED else names.head,
-        },
+        saved_bytes=tables.saved_bytes(checkpoint, tying),
+        stored_dtype=stored_dtype(checkpoint, used),
+        stored_types=stored_types(checkpoint, used),
+        tables=tables.used(tying),
     )
-
-
-def _decide_tying(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tuple[TyingDecision, list[str]]:
-    """The tying decision for the tensors of the checkpoint, and warnings."""
-    flag, warnings = read_flag(checkpoint.config)
-    embed, head = checkpoint.tensors.get(names.embed), checkpoint.tensors.get(names.head)
-    same_shape = embed is None or head is None or embed.shape == head.shape
-    compared = flag is not False and embed is not None and head is not None
-    decision = decide(
-        flag,
-        has_embed=names.has_embed,
-        has_head=names.has_head,
-        equal=compared and equal_as_stored(checkpoint, names.embed, names.head),
-        # GGUF has no flag and expresses tying by a missing head, so the class default gives no warning.
-        class_default=None if checkpoint.format == "gguf" else read.tie_default,
-        same_shape=same_shape,
-        embed_name=names.embed,
-        head_name=names.head,
-    )
-    if names.has_head and head is None and decision.tie is not Tie.TIED:
-        raise CheckpointError(
-            f"{names.head} is missing; the head is stored in another form, possibly quantised.", param=names.head
-        )
-    return decision, [*warnings, *([decision.warning] if decision.warning else [])]
 
 
 def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, program: Program) -> None:
@@ -146,7 +111,7 @@ def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, p
 
 def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], more: str) -> None:
     info = checkpoint.tensors[name]
-    if info.shape != wanted:
+    if (info.shape or (1,)) != wanted:  # a number without a shape is a vector of one
         raise CheckpointError(
             f"{name} in {info.file.name} has shape {list(info.shape)}; the config says {list(wanted)}.{more}",
             tensor=name,
@@ -154,71 +119,13 @@ def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], mo
             shape=list(info.shape),
             wanted=list(wanted),
         )
-    if info.dtype not in _FLOATS and not info.parts and checkpoint.format != "gguf":
+    if info.dtype not in FLOATS and not info.parts and checkpoint.format != "gguf":
         raise CheckpointError(
-            f"{name} in {info.file.name} is stored as {info.dtype}; supported are {', '.join(_FLOATS)}.",
+            f"{name} in {info.file.name} is stored as {info.dtype}; supported are {', '.join(FLOATS)}.",
             tensor=name,
             file=str(info.file),
             dtype=info.dtype,
         )
-
-
-def _stored_dtype(checkpoint: Checkpoint, used: set[str]) -> str:
-    sizes: Counter[str] = Counter()
-    for name in sorted(used):
-        info = checkpoint.tensors[name]
-        sizes[_FLOATS.get(info.dtype, QUANTISED)] += info.nbytes
-    return sizes.most_common(1)[0][0]
-
-
-# Special ids
-
-
-def _ids(config: Mapping[str, Any], key: str, file: str) -> tuple[list[int], str]:
-    """The token ids under ``key`` of a config, at its top level or in text_config, and the place; no ids and ""."""
-    text = config.get("text_config")
-    for path, level in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
-        value = level.get(key)
-        if value is None:
-            continue
-        found = value if isinstance(value, list) else [value]
-        if any(isinstance(item, bool) or not isinstance(item, int) for item in found):
-            raise UnsupportedModel(
-                f"{file} {path}{key} is {value!r}; expected a token id or a list of token ids.", param=key
-            )
-        return found, f"{file} {path}{key}"
-    return [], ""
-
-
-def _end_tokens(checkpoint: Checkpoint, read: ReadConfig) -> tuple[tuple[EndToken, ...], list[str]]:
-    """Tokens that end a completion: those of generation_config.json, then those of config.json, without duplicates.
-
-    When both have none, the default of the config's class is used, as in transformers; a GGUF file has no class.
-    """
-    key, warnings, gguf = "eos_token_id", [], checkpoint.format == "gguf"
-    generation, place = _ids(checkpoint.generation_config, key, "generation_config.json")
-    configured, where = _ids(checkpoint.config, key, "config.json")
-    if not where and not generation and not gguf:
-        configured, where = _ids({key: read.eos_default}, key, f"the class default of {read.spec.model_type}:")
-    extra = [item for item in configured if item not in generation]
-    if generation and extra:
-        warnings.append(
-            f"config.json names the end token {extra}, which generation_config.json does not list; both end a "
-            "completion."
-        )
-    found = dict.fromkeys(generation, "GGUF metadata" if gguf else place) | dict.fromkeys(extra, where)
-    outside = [item for item in found if not 0 <= item < read.spec.vocab_size]
-    if outside:
-        warnings.append(f"eos_token_id {outside} lies outside the vocabulary of {read.spec.vocab_size} ids; left out.")
-    return tuple(EndToken(item, found[item]) for item in found if item not in outside), warnings
-
-
-def _bos_id(checkpoint: Checkpoint, read: ReadConfig) -> int | None:
-    key = "bos_token_id"
-    ids, where = _ids(checkpoint.config, key, "config.json")
-    if not where:
-        ids, _ = _ids(checkpoint.generation_config, key, "generation_config.json")
-    return ids[0] if ids else read.bos_default if key not in checkpoint.config else None
 
 
 # Weights
@@ -321,7 +228,7 @@ def arranged(part: WeightPart, values: Array, shape: tuple[int, ...]) -> Array:
     if len(shape) == 1:
         if part.transform == "alternating":
             values = values.reshape(len(values), -1, 2).swapaxes(1, 2)
-        return values.reshape(-1) if part.stored else values
+        return values.reshape(-1)
     if part.stored and part.expert is None:
         experts, _, width = shape
         values = (

@@ -20,7 +20,7 @@ _OUTER = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
 _INNER = ("_fsdp_wrapped_module.", "_orig_mod.")
 
 # Recomputed here, or buffers of training. A stored inv_freq may be wrong (saved after a cast to bfloat16).
-_IGNORABLE = re.compile(
+IGNORABLE = re.compile(
     r"(^|\.)(rotary_emb\.(cos_cached|sin_cached)|rotary_emb(_local)?\.([a-z_]+_)?inv_freq"
     r"|rotary_pos_emb\..*|position_ids|num_batches_tracked)$"
 )
@@ -60,7 +60,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     Raises:
         CheckpointError: No known prefix, two prefixes, missing or unknown tensors (up to ten are listed).
     """
-    stored = _unwrapped(names)
+    stored = unwrapped(names)
     if not stored:
         raise CheckpointError("The checkpoint holds no tensors.", param="tensors")
     prefix, head = _prefix(spec, stored)
@@ -88,7 +88,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     heads = [name for name in stored if name.startswith(f"{head}.")]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]
     unneeded = tuple(prefix + item for item in spec.names.unneeded)
-    unused = {n for n in left if n.startswith((*spec.names.skip, *unneeded)) or _IGNORABLE.search(n)}
+    unused = {n for n in left if n.startswith((*spec.names.skip, *unneeded)) or IGNORABLE.search(n)}
     unknown = [name for name in left if name not in unused]
     unknown += [name for name in heads if name != f"{head}.weight" and not (spec.head_bias and name == f"{head}.bias")]
     _require_complete(spec, missing, unknown, stored)
@@ -109,10 +109,10 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
 
 
 def _body_rows(spec: ModelSpec) -> list[WeightRow]:
-    return [row for row in spec.rows if row.kind in ("linear", "vector", "experts")]
+    return [row for row in spec.rows if row.kind not in ("embed", "head")]
 
 
-def _unwrapped(names: Iterable[str]) -> dict[str, str]:
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
     """Names without wrapper prefixes → names as stored."""
     stored: dict[str, str] = {}
     for name in names:
@@ -152,7 +152,7 @@ def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
 def _split_names(row: WeightRow, prefix: str) -> list[str]:
     if row.experts:
         return [prefix + part.name for part in row.layouts[0].parts(row)]
-    return [f"{prefix}{item.module}.{row.param}" for item in row.slices]
+    return [prefix + row.tensor(item.module) for item in row.slices]
 
 
 def _find_experts(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[WeightPart]:
@@ -166,7 +166,7 @@ def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] |
     split = _split_names(row, prefix)
     if all(name in stored for name in split):
         return split
-    fused = f"{prefix}{row.fused}.{row.param}" if row.fused is not None else None
+    fused = prefix + row.tensor(row.fused) if row.fused is not None else None
     # Some of the split names beside a fused one are an error: the fused name is then reported as unknown.
     return [fused] if fused in stored and not any(name in stored for name in split) else None  # type: ignore[list-item]
 

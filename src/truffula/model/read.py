@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from truffula.errors import UnsupportedModel
+from truffula.errors import MissingDependency, UnsupportedModel
+from truffula.kernels.installation import CPU_TORCH, installation
 from truffula.model.architectures import ARCHITECTURES
 from truffula.model.config_view import ConfigView, KeyUse, load_defaults
 from truffula.model.spec import ModelSpec
@@ -37,7 +39,7 @@ def read_config(config: Mapping[str, Any]) -> ReadConfig:
     model_type = _model_type(config)
     table = load_defaults()
     view = ConfigView(config, model_type, table)
-    warnings = list(_check_file(config))
+    warnings = list(check_file(config))
     spec = ARCHITECTURES[model_type](view)
     warnings += view.finish()
     text = table[spec.model_type].fields
@@ -51,22 +53,47 @@ def read_config(config: Mapping[str, Any]) -> ReadConfig:
     )
 
 
+def is_native(config: Mapping[str, Any], implementation: str = "auto") -> bool:
+    """Whether truffula's own code computes a model: the option decides, else whether there is an architecture for it.
+
+    A config without a ``model_type`` counts as native, so that ``read_config`` refuses it.
+    """
+    model_type = config.get("model_type")
+    return implementation == "native" or (
+        implementation == "auto" and (not isinstance(model_type, str) or model_type in ARCHITECTURES)
+    )
+
+
+def require_transformers(config: Mapping[str, Any]) -> None:
+    """Raise ``MissingDependency`` when torch or transformers, which compute a model without an architecture, is not
+    installed."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(
+            f"config.json: model_type {config.get('model_type')!r} would be computed by transformers' code, but "
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"{installation().pip_install('torch,hf')} ({CPU_TORCH}).{_remote_code(config)}",
+            param=missing[0],
+        )
+
+
 def _model_type(config: Mapping[str, Any]) -> str:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return model_type
-    remote = ""
-    if config.get("auto_map"):
-        remote = " It needs Python code from its repository (auto_map), which is never run."
     raise UnsupportedModel(
-        f"config.json: model_type is {model_type!r}; supported are {', '.join(ARCHITECTURES)}.{remote}",
+        f"config.json: model_type is {model_type!r}; supported are {', '.join(ARCHITECTURES)}.{_remote_code(config)}",
         param="model_type",
         value=repr(model_type),
         supported=list(ARCHITECTURES),
     )
 
 
-def _check_file(config: Mapping[str, Any]) -> list[str]:
+def _remote_code(config: Mapping[str, Any]) -> str:
+    return " It needs Python code from its repository (auto_map), which is never run." if config.get("auto_map") else ""
+
+
+def check_file(config: Mapping[str, Any]) -> list[str]:
     """Warnings about keys that are independent of the architecture: quantisation, remote code, the saved class."""
     read_scheme(config)
     warnings = []

@@ -8,7 +8,7 @@ computed in float64 and rounded: torch's float32 power differs by up to one unit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,13 @@ from truffula.model.spec import RopeSpec
 
 Float32 = npt.NDArray[np.float32]
 NESTED = ("full_attention", "sliding_attention")
-DEFAULT_THETA = 10_000.0
 MOST_WIDTH = 1 << 16
 """Far above the width of any head; bounds the table that an invalid config can create."""
+_ALPHA = "dynamic with alpha"
 _ORIGINAL = "original_max_position_embeddings"
 _NUMBERS: Mapping[str, tuple[str, ...]] = {
     "default": (),
+    _ALPHA: ("alpha",),
     "factors": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
@@ -47,12 +48,31 @@ _UNSUPPORTED = {
 }
 
 
-def read_rope(view: ConfigView, head_dim: int) -> RopeSpec:
-    """The table that all layers of a model share. ``head_dim`` is the width of a head."""
+def read_rope(
+    view: ConfigView, head_dim: int, *, partial: bool = False, share: float | None = None, more: Collection[str] = ()
+) -> RopeSpec:
+    """The table that all layers of a model share. ``head_dim`` is the width of a head.
+
+    ``partial``: the architecture rotates only ``partial_rotary_factor`` of a head, by default ``share`` (None: that of
+    its class). ``more`` are parameters that only this architecture has: ``alpha`` stretches the base of the type
+    ``dynamic``; it reads the others itself.
+    """
     nested, flat, label = _parameters(view)
     if nested:
         raise view.error(label, f"{view.model_type} has one rope configuration for all layers, not one per layer type.")
-    return _table(view, flat, label, _theta(view, "rope_theta", DEFAULT_THETA), head_dim)
+    if flat is view.defaults.fields.get("rope_parameters") and view.raw("rope_theta") not in (None, flat["rope_theta"]):
+        raise view.error("rope_theta", f"{view.defaults.class_name} reads it only with rope_parameters.")
+    theta = _theta(view, "rope_theta", view.defaults.rope_theta)
+    share = view.defaults.partial_rotary_factor if share is None else share
+    return _table(view, flat, label, theta, head_dim, partial=partial, share=share, more=more)
+
+
+def rope_parameter(view: ConfigView, key: str) -> float:
+    """A parameter of the rope that the architecture itself reads."""
+    _, flat, label = _parameters(view)
+    if flat.get(key) is None:
+        raise view.error(f"{label}.{key}", f"{view.model_type} needs it.")
+    return view.number_value(f"{label}.{key}", flat[key], positive=False)
 
 
 def read_rope_by_layer_type(
@@ -75,7 +95,8 @@ def read_rope_by_layer_type(
         where = f"{label}.{layer_type}" if nested else label
         if nested and values and values.get("truncate") is False:
             raise view.error(f"{where}.truncate", "transformers reads it only outside the nesting.", False)
-        tables[layer_type] = _table(view, values or {}, where, _theta(view, key, default), head_dim)
+        theta, share = _theta(view, key, default), view.defaults.partial_rotary_factor
+        tables[layer_type] = _table(view, values or {}, where, theta, head_dim, share=share)
     return tables
 
 
@@ -105,10 +126,10 @@ def attention_magnitude(view: ConfigView) -> float:
 def _parameters(view: ConfigView) -> tuple[bool, Mapping[str, Any], str]:
     """Whether the parameters are nested per layer type, the parameters, and the key that holds them."""
     old, new = view.mapping("rope_scaling"), view.mapping("rope_parameters")
-    if old and new and old != new:
+    if old and view.values.get("rope_parameters") and old != new:
         raise view.error("rope_scaling", "rope_parameters is given too and differs.")
     label = "rope_scaling" if old else "rope_parameters"
-    values = old or new or {}
+    values = old or new or view.defaults.fields.get("rope_parameters") or {}
     return any(key in values for key in NESTED), values, label
 
 
@@ -117,28 +138,32 @@ def _theta(view: ConfigView, key: str, default: float) -> float:
     return default if value is None else view.number_value(key, value)
 
 
-def _table(view: ConfigView, values: Mapping[str, Any], label: str, theta: float, head_dim: int) -> RopeSpec:
+def _table(
+    view: ConfigView,
+    values: Mapping[str, Any],
+    label: str,
+    theta: float,
+    head_dim: int,
+    *,
+    partial: bool = False,
+    share: float | None = None,
+    more: Collection[str] = (),
+) -> RopeSpec:
     """The table that ``values`` (found under ``label``) describe. ``theta`` is the base where they give none.
 
     Raises:
         UnsupportedModel: A parameter is missing, unknown or not supported, or they make a frequency infinite.
     """
-    kind = _kind(view, values, label)
+    kind = _kind(view, values, label, more)
     given = {key: values[key] for key in ("rope_theta", *_NUMBERS[kind]) if values.get(key) is not None}
     numbers = {key: view.number_value(f"{label}.{key}", value) for key, value in given.items()}
-    partial = values.get("partial_rotary_factor")
-    partial = view.raw("partial_rotary_factor") if partial is None else partial
-    # The default table of these architectures rotates the whole head; only the scaled types read the partial factor.
-    if partial is True or partial not in (None, 1):
-        raise view.error("partial_rotary_factor", "partial rotary embeddings are not supported.", partial)
-    if head_dim % 2 or head_dim > MOST_WIDTH:
-        raise view.error("head_dim", f"a rotary embedding needs an even width of at most {MOST_WIDTH}.", head_dim)
+    dims = _rotated(view, values, head_dim, partial, share)
     for key in _REQUIRED.get(kind, ()):
         if key not in numbers:
             raise view.error(f"{label}.{key}", f"rope type {kind} needs it.")
     try:
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # checked below
-            inv_freq, factor = _frequencies(view, kind, values, label, {"rope_theta": theta, **numbers}, head_dim)
+            inv_freq, factor = _frequencies(view, kind, values, label, {"rope_theta": theta, **numbers}, dims)
         finite = bool(np.isfinite([*inv_freq, factor]).all())
     except (ArithmeticError, ValueError):  # of Python's floats
         finite = False
@@ -147,15 +172,35 @@ def _table(view: ConfigView, values: Mapping[str, Any], label: str, theta: float
     return RopeSpec(tuple(float(value) for value in inv_freq), factor)
 
 
-def _kind(view: ConfigView, values: Mapping[str, Any], label: str) -> str:
+def _rotated(view: ConfigView, values: Mapping[str, Any], head_dim: int, partial: bool, default: float | None) -> int:
+    """The number of columns of a head that are rotated."""
+    key, share = "partial_rotary_factor", values.get("partial_rotary_factor")
+    share = view.raw(key) if share is None else share
+    share = default if share is None else share
+    share = 1.0 if share is None else view.number_value(key, share)
+    # Where an architecture rotates the whole head, only transformers' scaled types read the factor.
+    if share != 1 and not partial:
+        raise view.error(key, f"partial rotary embeddings are not supported for {view.model_type}.", share)
+    if share > 1:
+        raise view.error(key, "it must be at most 1.", share)
+    dims = int(head_dim * share)
+    if dims % 2 or not 0 < dims <= MOST_WIDTH:
+        why = f"a rotary embedding needs an even width of at most {MOST_WIDTH}; {dims} columns would be rotated."
+        raise view.error("head_dim", why, head_dim)
+    return dims
+
+
+def _kind(view: ConfigView, values: Mapping[str, Any], label: str, more: Collection[str]) -> str:
     """The rope type. A key of ``values`` that only another type reads is a warning, an unknown key an error."""
     kind = values.get("rope_type", values.get("type"))
     kind = "default" if kind is None else kind
+    if kind == "dynamic" and "alpha" in more and values.get("alpha"):
+        kind = _ALPHA
     if not isinstance(kind, str) or kind not in _NUMBERS:
         why = _UNSUPPORTED.get(str(kind), "this type is unknown")
         raise view.error(f"{label}.rope_type", f"{why}. Supported are {', '.join(sorted(_NUMBERS))}.", kind)
     for key in values:
-        if key in _COMMON or key in (*_NUMBERS[kind], *_OTHERS.get(kind, ())):
+        if key in _COMMON or key in (*_NUMBERS[kind], *_OTHERS.get(kind, ()), *more):
             continue
         if not any(key in keys for keys in (*_NUMBERS.values(), *_OTHERS.values())):
             raise view.error(f"{label}.{key}", f"rope type {kind} has no such parameter.", values[key])
@@ -164,16 +209,19 @@ def _kind(view: ConfigView, values: Mapping[str, Any], label: str) -> str:
 
 
 def _frequencies(
-    view: ConfigView, kind: str, values: Mapping[str, Any], label: str, numbers: dict[str, float], head_dim: int
+    view: ConfigView, kind: str, values: Mapping[str, Any], label: str, numbers: dict[str, float], dims: int
 ) -> tuple[Float32, float]:
     """``[dims / 2]`` frequencies, and the factor of cos and sin."""
-    inv_freq: Float32 = np.float32(1.0) / _powers(numbers["rope_theta"], head_dim)
-    if kind == "default":
+    theta = numbers["rope_theta"]
+    if kind == _ALPHA:
+        theta *= numbers["alpha"] ** (dims / (dims - 2))
+    inv_freq: Float32 = np.float32(1.0) / _powers(theta, dims)
+    if kind in ("default", _ALPHA):
         return inv_freq, 1.0
     if kind == "factors":
         factors = values.get("factors")
-        if not isinstance(factors, list) or len(factors) != head_dim // 2:
-            raise view.error(f"{label}.factors", f"expected a list of {head_dim // 2} numbers.", factors)
+        if not isinstance(factors, list) or len(factors) != dims // 2:
+            raise view.error(f"{label}.factors", f"expected a list of {dims // 2} numbers.", factors)
         divisors: Float32 = np.array([view.number_value(f"{label}.factors", item) for item in factors], np.float32)
         return inv_freq / divisors, 1.0
     if kind == "linear":
@@ -187,7 +235,7 @@ def _frequencies(
     truncate = values.get("truncate", True)
     if not isinstance(truncate, bool):
         raise view.error(f"{label}.truncate", "expected true or false.", truncate)
-    return _yarn({"factor": longest / original, **numbers}, original, head_dim, truncate)
+    return _yarn({"factor": longest / original, **numbers}, original, dims, truncate)
 
 
 def _powers(theta: float, dims: int) -> Float32:

@@ -22,7 +22,9 @@ Transform = Literal["none", "plus_one", "conv"]
 class NormSpec:
     """A norm and the module that holds its weight, named relative to its layer (the final norm: to the body).
 
-    ``plus_one``: the file stores w, and 1 + w is applied, in float32 (Gemma). ``cast`` as in ``program.Norm``.
+    ``plus_one``: the file stores w, and 1 + w is applied, in float32 (Gemma) or, with ``rounded``, in the model's dtype
+    (Nemotron). ``cast`` as in ``program.Norm``. Without ``weight`` the module has no tensors. ``per_head``, of norms of
+    heads: each head has a weight of its own, a row of one tensor ("rows"), or a module of its own (its name with {h}).
     """
 
     module: str
@@ -30,7 +32,10 @@ class NormSpec:
     kind: Literal["rms", "layer"] = "rms"
     cast: Literal["first", "last"] = "first"
     plus_one: bool = False
+    rounded: bool = False
+    weight: bool = True
     bias: bool = False
+    per_head: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,9 @@ class WeightRow:
 
     ``slices`` stacked along axis 0 make the weight; the checkpoint holds either ``<slice module>.<param>`` for each or,
     when ``fused`` is given, one ``<fused>.<param>`` with all their rows in this order; LoRA addresses each slice by its
-    module and all of them together by ``fused``. ``width`` is the input width I (0 for a vector; the taps of a
-    convolution). ``key`` is its name in the decoder. The tying decision assigns the tensors of embedding and head.
+    module and all of them together by ``fused``. Without a ``param`` slices are named like tensors. ``width`` is the
+    input width I (0 for a vector; the taps of a convolution). ``key`` is its name in the decoder. The tying decision
+    assigns the tensors of embedding and head.
 
     ``stored`` is the shape of a vector in checkpoints where it is not ``[O]``.
 
@@ -116,6 +122,10 @@ class WeightRow:
     def rows(self) -> int:
         return sum(item.rows for item in self.slices)
 
+    def tensor(self, module: str) -> str:
+        """The name of the tensor of a module of the row."""
+        return f"{module}.{self.param}" if self.param else module
+
     @property
     def shape(self) -> tuple[int, ...]:
         """``[O, I]`` or ``[O]``; of experts ``[E, O, I]`` or ``[E · O]``."""
@@ -125,6 +135,8 @@ class WeightRow:
 
     def stored_shape(self, rows: int) -> tuple[int, ...]:
         """The shape in files of a tensor with ``rows`` of the rows."""
+        if self.stored:
+            return self.stored
         return (rows, 1, self.width) if self.transform == "conv" else (rows, *self.shape[1:])
 
 
@@ -159,17 +171,32 @@ class LayerRows:
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
 
-    def norm(self, key: str, norm: NormSpec | None, width: int | None = None) -> None:
-        """The vectors of a norm over ``width`` columns (all of the residual stream by default); none without a norm."""
-        if norm is None:
+    def norm(self, key: str, norm: NormSpec | None, width: int | None = None, heads: int = 1) -> None:
+        """The vectors of a norm over ``width`` columns (all of the residual stream by default); none without a norm.
+
+        ``heads`` is the number of heads that it norms, each over ``width`` columns.
+        """
+        if norm is None or not norm.weight:
             return
-        key, slices = self.prefix + key, (RowSlice(self.prefix + norm.module, width or self.hidden),)
+        key, module, width = self.prefix + key, self.prefix + norm.module, width or self.hidden
+        slices: tuple[RowSlice, ...] = (RowSlice(module, width),)
+        stored: tuple[int, ...] = ()
+        if norm.per_head == "rows":
+            slices, stored = (RowSlice(module, heads * width),), (heads, width)
+        elif norm.per_head is not None:
+            slices = tuple(RowSlice(f"{module}.{norm.per_head.format(h=head)}", width) for head in range(heads))
         # 1 + w is kept in float32: rounding it to bfloat16 would lose the low bits of a small w.
         transform: Transform = "plus_one" if norm.plus_one else "none"
-        dtype: BufferDtype = "float32" if norm.plus_one else "model"
-        self.found.append(WeightRow(key, "vector", slices, 0, self.index, transform=transform, dtype=dtype))
+        dtype: BufferDtype = "float32" if norm.plus_one and not norm.rounded else "model"
+        row = WeightRow(key, "vector", slices, 0, self.index, transform=transform, dtype=dtype, stored=stored)
+        self.found.append(row)
         if norm.bias:
-            self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
+            self.found.append(replace(row, key=f"{key}.bias", param="bias", transform="none", dtype="model"))
+
+    def numbers(self, key: str, names: Sequence[str]) -> None:
+        """A vector of single numbers, kept in float32, each the tensor of a name."""
+        slices = tuple(RowSlice(self.prefix + name, 1) for name in names)
+        self.found.append(WeightRow(self.prefix + key, "vector", slices, 0, self.index, "", dtype="float32"))
 
     def vector(self, key: str, name: str, width: int, *, stored: tuple[int, ...] = ()) -> None:
         """A vector of ``width`` numbers, kept in float32; ``name`` is that of its tensor."""

@@ -106,7 +106,7 @@ class Oracle:
             softcap: float | None = None,
             **_: Any,
         ) -> tuple[Any, None]:
-            rotated = [_rows(item.transpose(1, 2), item.shape[2]) for item in (query, key)]
+            rotated = [item.detach()[0].float().transpose(0, 1).flatten(1).numpy() for item in (query, key)]
             self._seen[f"layer {module.layer_idx}"] = np.concatenate(rotated, 1)
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

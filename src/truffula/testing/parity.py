@@ -126,7 +126,7 @@ def verify_model(
     rows = tuple(comparison.worst[index] for index in sorted(comparison.worst))
     return VerifyReport(
         model=str(path),
-        model_type=plan.spec.model_type,
+        model_type=plan.size.model_type,
         adapter=None if adapter is None else str(adapter),
         backend=describe(chosen),
         dtype=dtype,
@@ -205,7 +205,7 @@ def _default_prompts(checkpoint: Checkpoint, plan: ModelPlan) -> list[list[int]]
     if tokenizer is not None:
         return [tokenizer.encode(prompt) for prompt in DEFAULT_PROMPTS]
     rng = np.random.default_rng(0)
-    return [rng.integers(0, plan.spec.vocab_size, count).tolist() for count in (5, 17, 33)]
+    return [rng.integers(0, plan.interface.vocab_size, count).tolist() for count in (5, 17, 33)]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ _BASE = {
     "max_position_embeddings": 512,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 _MLA = {
     "num_key_value_heads": 4,
@@ -46,36 +47,70 @@ _KIMI_VISION = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pos_emb_height": 2,
     "pos_emb_width": 2,
 }  # fmt: skip
-# Multimodal types: the type of their text part, whether its class default is tied, and the keys beside it.
-_TEXT_OF: Mapping[str, tuple[str, bool, Mapping[str, Any]]] = {
-    "gemma3": ("gemma3_text", True, {}),
-    "kimi_k25": ("deepseek_v3", False, {"vision_config": _KIMI_VISION, "projection_hidden_size": 8}),
-}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {**_MLA, **_V3_EXPERTS},
     "deepseek_v3": {**_MLA, **_V3_EXPERTS},
     "deepseek_v32": {**_MLA, **_V3_EXPERTS, **_INDEXER},
-    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
-    "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
     "glm4_moe_lite": {**_MLA, **_V3_EXPERTS, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "glm_moe_dsa": {**_MLA, **_V3_EXPERTS, **_INDEXER},
     "kimi_k2": {**_MLA, **_V3_EXPERTS},
+    "apertus": {"head_dim": 10},
+    "arcee": {},
+    "cohere": {"layer_norm_eps": 1e-4, "logit_scale": 0.4},
+    "cohere2": {"sliding_window": 7, "num_hidden_layers": 5, "logit_scale": 0.4},
+    "cwm": {"head_dim": 10, "sliding_window": 7, "num_hidden_layers": 5},
+    "ernie4_5": {"head_dim": 10},
+    "exaone4": {"sliding_window": 7, "sliding_window_pattern": 2, "head_dim": 10},
+    "gemma": {"head_dim": 10},
+    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
+    "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.1,
+    },
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.5,
+        "residual_multiplier": 0.3,
+    },
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 10},
     "llama": {},
     "mixtral": {"sliding_window": None, "num_local_experts": 5, "num_experts_per_tok": 2},
     "ministral": {"sliding_window": 7, "head_dim": 8},
+    "ministral3": {"head_dim": 10, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3}},
     "mistral": {"sliding_window": 7},
+    "mistral4": {**_MLA, **_V3_EXPERTS, "first_k_dense_replace": 0},
+    "nemotron": {"head_dim": 12},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 7, "num_hidden_layers": 5},
     "qwen2": {},
     "qwen3": {"head_dim": 10},
     "qwen3_moe": {"head_dim": 10, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+    "seed_oss": {"head_dim": 10},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "stablelm": {"hidden_size": 64},
     "youtu": _MLA,
+}
+# Numbers of xielu whose tensors have no shape.
+_SCALARS = ("act_fn.beta", "act_fn.eps")
+# Multimodal types: the type of their text part, its default tying, and the keys beside it.
+_TEXT_OF: Mapping[str, tuple[str, bool, Mapping[str, Any]]] = {
+    "gemma3": ("gemma3_text", True, {}),
+    "kimi_k25": ("deepseek_v3", False, {"vision_config": _KIMI_VISION, "projection_hidden_size": 8}),
+    "mistral3": ("ministral3", True, {}),
 }
 
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
     """A config.json of a tiny model, changed by ``overrides``; for multimodal types nested, without image encoder."""
     if model_type in _TEXT_OF:
-        of, tied, more = _TEXT_OF[model_type]
-        text = tiny_config(of, **overrides)
+        text_type, tied, more = _TEXT_OF[model_type]
+        text = tiny_config(text_type, **overrides)
         return {
             "model_type": model_type,
             "text_config": text,
@@ -109,8 +144,8 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
             if row.kind == "head" and tied:
                 continue
             module = head if row.kind == "head" else prefix + item.module
-            shape = (item.rows, row.width) if row.width else row.stored or (item.rows,)
-            tensors[f"{module}.{row.param}"] = _random(f"{item.module}.{row.param}", row, shape, seed, dtype)
+            shape = () if item.module.endswith(_SCALARS) else row.stored_shape(item.rows)
+            tensors[row.tensor(module)] = _random(row.tensor(item.module), row, shape, seed, dtype)
     return tensors
 
 

@@ -50,14 +50,26 @@ SIZES: Mapping[int, TypeSize] = {
     12: TypeSize("Q4_K", 256, 144),
     13: TypeSize("Q5_K", 256, 176),
     14: TypeSize("Q6_K", 256, 210),
+    10: TypeSize("Q2_K", 256, 84),
+    11: TypeSize("Q3_K", 256, 110),
+    16: TypeSize("IQ2_XXS", 256, 66),
+    17: TypeSize("IQ2_XS", 256, 74),
+    18: TypeSize("IQ3_XXS", 256, 98),
+    19: TypeSize("IQ1_S", 256, 50),
+    20: TypeSize("IQ4_NL", 32, 18),
+    21: TypeSize("IQ3_S", 256, 110),
+    22: TypeSize("IQ2_S", 256, 82),
+    23: TypeSize("IQ4_XS", 256, 136),
+    29: TypeSize("IQ1_M", 256, 56),
     30: TypeSize("BF16", 1, 2),
+    34: TypeSize("TQ1_0", 256, 54),
+    35: TypeSize("TQ2_0", 256, 66),
+    39: TypeSize("MXFP4", 32, 17),
+    40: TypeSize("NVFP4", 64, 36),
 }
 """The supported storage types, by their number in the files."""
 OTHER_TYPES: Mapping[int, str] = {
-    **{9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K"},
-    **{16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS"},
-    **{24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"},
-    **{29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"},
+    **{9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 41: "Q1_0"},
 }
 """Types that are not supported, for errors."""
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf", re.ASCII)

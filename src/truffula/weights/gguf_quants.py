@@ -16,11 +16,15 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from truffula.weights import gguf_codebooks
 from truffula.weights.checkpoint import Array
 from truffula.weights.gguf_header import SIZES
 
 Blocks = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]
+# The values of a 4-bit code: of IQ4_NL and IQ4_XS, and twice those of floats of 4 bits.
+_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 # Values per chunk: its blocks, values and temporaries fit into the L2 cache.
 _CHUNK_VALUES = 1 << 16
 
@@ -61,7 +65,7 @@ def _half(blocks: Blocks, start: int) -> Values:
 
 
 def _nibbles(packed: Blocks) -> Blocks:
-    """``[N, 16]`` bytes to ``[N, 32]`` values: the low halves of all bytes, then the high halves."""
+    """``[N, m]`` bytes to ``[N, 2 m]`` values: the low halves of all bytes, then the high halves."""
     out = np.empty((packed.shape[0], 2, packed.shape[1]), np.uint8)
     np.bitwise_and(packed, 0x0F, out=out[:, 0])
     np.right_shift(packed, 4, out=out[:, 1])
@@ -143,6 +147,87 @@ def _q6_k(blocks: Blocks, out: Values) -> None:
     grouped *= (_half(blocks, 208) * scales)[:, :, None]
 
 
+def _q2_k(blocks: Blocks, out: Values) -> None:
+    scales = (_half(blocks, 80) * (blocks[:, :16] & 15).astype(np.float32))[..., None]
+    mins = (_half(blocks, 82) * (blocks[:, :16] >> 4).astype(np.float32))[..., None]
+    grouped = out.reshape(-1, 16, 16)
+    grouped[...] = _pairs_of_bits(blocks[:, 16:80]).reshape(-1, 16, 16)
+    grouped *= scales
+    grouped -= mins
+
+
+def _q3_k(blocks: Blocks, out: Values) -> None:
+    packed = blocks[:, 96:108]
+    low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
+    high = ((packed[:, 8:, None] >> np.array([0, 2, 4, 6], np.uint8)) & np.uint8(3)).transpose(0, 2, 1).reshape(-1, 16)
+    scales = _half(blocks, 108) * ((low | (high << np.uint8(4))).astype(np.float32) - np.float32(32))
+    third = np.unpackbits(blocks[:, :32, None], axis=2, bitorder="little").transpose(0, 2, 1)  # [N, 8, 32]
+    quants = _pairs_of_bits(blocks[:, 32:96]).reshape(-1, 8, 32) | (third << np.uint8(2))
+    grouped = out.reshape(-1, 16, 16)
+    grouped[...] = quants.reshape(-1, 16, 16)
+    grouped -= np.float32(4)
+    grouped *= scales[..., None]
+
+
+def _pairs_of_bits(packed: Blocks) -> Blocks:
+    """``[N, 64]`` bytes to ``[N, 2, 4, 32]``: each run of 32 bytes gives its lowest two bits, then the next two."""
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return (packed.reshape(-1, 2, 1, 32) >> shifts) & np.uint8(3)
+
+
+def _iq4_nl(blocks: Blocks, out: Values) -> None:
+    out[...] = np.take(_IQ4, _nibbles(blocks[:, 2:]))
+    out *= _half(blocks, 0)
+
+
+def _iq4_xs(blocks: Blocks, out: Values) -> None:
+    low = np.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], axis=-1).reshape(-1, 8)
+    high = np.ascontiguousarray(blocks[:, 2:4]).view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16)
+    scales = (low | ((high & 3) << 4)).astype(np.float32) - np.float32(32)
+    grouped = out.reshape(-1, 8, 32)
+    grouped[...] = np.take(_IQ4, _nibbles(blocks[:, 8:].reshape(-1, 16))).reshape(grouped.shape)
+    grouped *= (_half(blocks, 0) * scales)[..., None]
+
+
+def _mxfp4(blocks: Blocks, out: Values) -> None:
+    out[...] = np.take(_E2M1, _nibbles(blocks[:, 1:]))  # twice the values, times half the scale
+    exponent = blocks[:, :1].astype(np.uint32)
+    small = np.uint32(0x00200000) << np.minimum(exponent, 1)
+    out *= np.where(exponent < 2, small, (exponent - 1) << np.uint32(23)).view(np.float32)
+
+
+def _nvfp4(blocks: Blocks, out: Values) -> None:
+    scales = np.ldexp((blocks[:, :4] & 7) + np.where(blocks[:, :4] & 0x78, 8, 0), _nvfp4_exponents(blocks[:, :4]))
+    scales = np.where((blocks[:, :4] == 0) | (blocks[:, :4] == 0x7F), 0, scales).astype(np.float32)
+    grouped = out.reshape(-1, 4, 16)
+    grouped[...] = np.take(_E2M1, _nibbles(blocks[:, 4:].reshape(-1, 8))).reshape(grouped.shape)
+    grouped *= scales[..., None]
+
+
+def _nvfp4_exponents(scales: Blocks) -> Array:
+    """Of an unsigned e4m3 whose mantissa is taken as a whole number, and half its value."""
+    exponent = ((scales >> 3) & 15).astype(np.int32)
+    return np.maximum(exponent, 1) - 11
+
+
+def _tq1_0(blocks: Blocks, out: Values) -> None:
+    """Powers of three: five values in a byte of the first 48, four in the last four."""
+    runs = ((blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4))
+    digits = [
+        (run[:, None, :] * np.array([1, 3, 9, 27, 81][:count], np.uint8)[:, None]).reshape(len(blocks), -1)
+        for run, count in runs
+    ]
+    out[...] = (np.concatenate(digits, axis=1).astype(np.uint16) * 3) >> 8
+    out -= np.float32(1)
+    out *= _half(blocks, 52)
+
+
+def _tq2_0(blocks: Blocks, out: Values) -> None:
+    out[...] = _pairs_of_bits(blocks[:, :64]).reshape(-1, 256)
+    out -= np.float32(1)
+    out *= _half(blocks, 64)
+
+
 FORMATS: Mapping[int, BlockFormat] = {
     0: BlockFormat(*SIZES[0], dtype=np.dtype("<f4")),
     1: BlockFormat(*SIZES[1], dtype=np.dtype("<f2")),
@@ -154,6 +239,21 @@ FORMATS: Mapping[int, BlockFormat] = {
     12: BlockFormat(*SIZES[12], unpack=_q4_k),
     13: BlockFormat(*SIZES[13], unpack=_q5_k),
     14: BlockFormat(*SIZES[14], unpack=_q6_k),
+    10: BlockFormat(*SIZES[10], unpack=_q2_k),
+    11: BlockFormat(*SIZES[11], unpack=_q3_k),
+    16: BlockFormat(*SIZES[16], unpack=gguf_codebooks.iq2_xxs),
+    17: BlockFormat(*SIZES[17], unpack=gguf_codebooks.iq2_xs),
+    18: BlockFormat(*SIZES[18], unpack=gguf_codebooks.iq3_xxs),
+    19: BlockFormat(*SIZES[19], unpack=gguf_codebooks.iq1_s),
+    20: BlockFormat(*SIZES[20], unpack=_iq4_nl),
+    21: BlockFormat(*SIZES[21], unpack=gguf_codebooks.iq3_s),
+    22: BlockFormat(*SIZES[22], unpack=gguf_codebooks.iq2_s),
+    23: BlockFormat(*SIZES[23], unpack=_iq4_xs),
+    29: BlockFormat(*SIZES[29], unpack=gguf_codebooks.iq1_m),
+    34: BlockFormat(*SIZES[34], unpack=_tq1_0),
+    35: BlockFormat(*SIZES[35], unpack=_tq2_0),
+    39: BlockFormat(*SIZES[39], unpack=_mxfp4),
+    40: BlockFormat(*SIZES[40], unpack=_nvfp4),
     30: BlockFormat(*SIZES[30], dtype=np.dtype(ml_dtypes.bfloat16)),
 }
 BY_NAME: Mapping[str, BlockFormat] = {format.name: format for format in FORMATS.values()}

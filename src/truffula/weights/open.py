@@ -9,7 +9,8 @@ from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.folder import FolderCheckpoint
 from truffula.weights.gguf import GgufCheckpoint
 from truffula.weights.quantised.checkpoint import QuantisedCheckpoint
-from truffula.weights.quantised.config import read_scheme
+from truffula.weights.quantised.config import read_scheme, with_side_config
+from truffula.weights.quantised.logical import FLOATS
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -22,6 +23,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if path.is_dir():
         folder = FolderCheckpoint(path)
+        if any(info.dtype not in FLOATS for info in folder.tensors.values()):
+            folder.config = with_side_config(folder.config, path)
         scheme = read_scheme(folder.config)
         return folder if scheme is None else QuantisedCheckpoint(folder, scheme)
     if not path.exists():

@@ -17,6 +17,7 @@ from truffula.kernels.mapped import release_pages
 from truffula.weights.checkpoint import Checkpoint, TensorInfo
 
 FLAG = "tie_word_embeddings"
+SPELLINGS = (FLAG, "tie_embedding")
 NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
 _CHUNK_BYTES = 1 << 20
 
@@ -42,7 +43,7 @@ class TyingDecision:
 
 
 def read_flag(config: dict[str, Any]) -> tuple[bool | None, list[str]]:
-    """``tie_word_embeddings`` of a config.json, and warnings about it.
+    """``tie_word_embeddings`` of a config.json (``tie_embedding`` in older LFM2 files), and warnings about it.
 
     The value is that of the level which owns the head, else of the nested text config. None when it is missing; two
     levels that disagree count as missing, and so does ``null``, both with a warning.
@@ -53,10 +54,10 @@ def read_flag(config: dict[str, Any]) -> tuple[bool | None, list[str]]:
     warnings: list[str] = []
     written: dict[str, bool] = {}
     levels = [("", config)] + [(f"{key}.", config[key]) for key in NESTED_CONFIGS if isinstance(config.get(key), dict)]
-    for prefix, level in levels:
-        if FLAG not in level:
+    for prefix, level, name in [(*level, name) for level in levels for name in SPELLINGS]:
+        if name not in level:
             continue
-        value, where = level[FLAG], f"{prefix}{FLAG}"
+        value, where = level[name], f"{prefix}{name}"
         if value is None:
             warnings.append(f"{where} is null in config.json, which is treated as if it were absent.")
         elif isinstance(value, bool):

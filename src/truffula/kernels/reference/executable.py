@@ -278,9 +278,9 @@ class ReferenceExecutable(SynchronousExecutable):
         bias, residual = self._vector(op.epilogue.bias), self._get(op.epilogue.residual)
         self._buffers.put(op.out, ops.epilogue(y, op.epilogue, bias, residual, self._buffers.dtype(op.out)))
 
-    def _pointwise(self, op: Pointwise, _: _Step) -> None:
-        x, y = self._buffers.get(op.x), self._get(op.y)
-        self._buffers.put(op.out, ops.pointwise(op, x, y, self._buffers.dtype(op.out)))
+    def _pointwise(self, op: Pointwise, step: _Step) -> None:
+        x, y, weight = self._buffers.get(op.x), self._get(op.y), self._vector(op.weight)
+        self._buffers.put(op.out, ops.pointwise(op, x, y, weight, step.position, self._buffers.dtype(op.out)))
 
     def _rope_rows(self, op: RopeRows, step: _Step) -> None:
         self._buffers.put(op.out, ops.rope_rows(self._program.rope_tables[op.table], step.rope_pos))

@@ -50,18 +50,28 @@ def norm(
     values = normalise(values, values.shape[-1:], eps=op.eps)
     if op.cast == "first":
         values = values.to(dtype)
+    per_group = (op.groups, -1) if op.groups > 1 else (-1,)
     if weight is not None:
-        values = values * weight
+        values = values * (weight.view(per_group) if weight.numel() == x.shape[1] else weight)
     if bias is not None:
-        values = values + bias
+        values = values + (bias.view(per_group) if bias.numel() == x.shape[1] else bias)
     out = values.to(dtype)
     if op.groups > 1:
         out = out.view(x.shape)
     return out if plus is None else plus + out
 
 
-def pointwise(op: Pointwise, x: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """See ``Pointwise``; float32 inside."""
+def xielu(x: Tensor, numbers: Tensor) -> Tensor:
+    """xIELU (Huang and Schlag 2024) with the ``numbers`` alpha_p, alpha_n, beta and eps."""
+    alpha_p, alpha_n, beta, eps = numbers.unbind()
+    below = (torch.expm1(torch.minimum(x, eps)) - x) * (beta + F.softplus(alpha_n))
+    return torch.where(x > 0, F.softplus(alpha_p) * x * x, below) + beta * x
+
+
+def pointwise(
+    op: Pointwise, x: Tensor, y: Tensor | None, weight: Tensor | None, positions: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """See ``Pointwise``; float32 inside. ``positions`` are those of token rows."""
     values = x.float()
     match op.kind:
         case "act":
@@ -82,6 +92,13 @@ def pointwise(op: Pointwise, x: Tensor, y: Tensor | None, dtype: torch.dtype) ->
         case "sigmoid_mul":
             assert y is not None
             out = values * torch.sigmoid(y.float())
+        case "position_scale":
+            beta, step, offset = op.params
+            steps = torch.floor((positions.float() + offset) / step)
+            out = values * (1 + beta * torch.log(1 + steps))[:, None]
+        case "xielu":
+            assert weight is not None
+            out = xielu(values, weight)
     return out.to(dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from truffula.model.architectures.cohere import cohere, cohere2
 from truffula.model.architectures.deepseek import (
     deepseek_v2,
     deepseek_v3,
@@ -12,36 +13,70 @@ from truffula.model.architectures.deepseek import (
     glm4_moe_lite,
     glm_moe_dsa,
     kimi_k25,
+    mistral4,
     youtu,
 )
-from truffula.model.architectures.gemma import gemma2, gemma3, gemma3_text
-from truffula.model.architectures.llama import llama
-from truffula.model.architectures.mistral import mistral
+from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_text
+from truffula.model.architectures.lfm2 import lfm2
+from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
+from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
+from truffula.model.architectures.olmo import olmo, olmo2, olmo3
 from truffula.model.architectures.qwen import qwen2, qwen3
 from truffula.model.architectures.qwen_moe import qwen3_moe
+from truffula.model.architectures.variants import (
+    apertus,
+    ernie4_5,
+    exaone4,
+    helium,
+    hunyuan_v1_dense,
+    nemotron,
+    stablelm,
+)
 from truffula.model.config_view import ConfigView
 from truffula.model.spec import ModelSpec
 
 ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyType(
     {
+        "apertus": apertus,
+        "arcee": arcee,
+        "cohere": cohere,
+        "cohere2": cohere2,
+        "cwm": cwm,
         "deepseek_v2": deepseek_v2,
         "deepseek_v3": deepseek_v3,
         "deepseek_v32": deepseek_v32,
+        "ernie4_5": ernie4_5,
+        "exaone4": exaone4,
+        "gemma": gemma,
         "gemma2": gemma2,
         "gemma3": gemma3,
         "gemma3_text": gemma3_text,
         "glm4_moe_lite": glm4_moe_lite,
         "glm_moe_dsa": glm_moe_dsa,
+        "granite": granite,
+        "helium": helium,
+        "hunyuan_v1_dense": hunyuan_v1_dense,
         "kimi_k2": deepseek_v3,
         "kimi_k25": kimi_k25,
+        "lfm2": lfm2,
         "llama": llama,
         "ministral": mistral,
+        "ministral3": ministral3,
         "mistral": mistral,
+        "mistral3": mistral3,
+        "mistral4": mistral4,
         "mixtral": mixtral,
+        "nemotron": nemotron,
+        "olmo": olmo,
+        "olmo2": olmo2,
+        "olmo3": olmo3,
         "qwen2": qwen2,
         "qwen3": qwen3,
         "qwen3_moe": qwen3_moe,
+        "seed_oss": seed_oss,
+        "smollm3": smollm3,
+        "stablelm": stablelm,
         "youtu": youtu,
     }
 )

@@ -1,4 +1,5 @@
-"""DeepSeek V2 to V3.2 and the models with their latent attention: Kimi K2 and K2.5, GLM-4.7-Flash, GLM-5, Youtu."""
+"""DeepSeek V2 to V3.2 and the models with their latent attention: Kimi K2 and K2.5, GLM-4.7-Flash, GLM-5, Mistral 4,
+and Youtu."""
 
 from __future__ import annotations
 
@@ -15,15 +16,18 @@ from truffula.model.architectures.moe_pieces import (
 )
 from truffula.model.architectures.pieces import ACTIVATIONS, MOST_LAYERS, finish_spec, rms
 from truffula.model.config_view import ConfigView
+from truffula.model.parts.attention import PositionScale
 from truffula.model.parts.mla import MlaSpec
 from truffula.model.parts.mlp import MlpSpec
 from truffula.model.parts.moe import MoeSpec, RouterSpec, SharedSpec
-from truffula.model.rope import attention_magnitude, read_rope
+from truffula.model.rope import attention_magnitude, read_rope, rope_parameter
 from truffula.model.rows import NormSpec
-from truffula.model.spec import LLAMA_NAMES, LayerSpec, ModelSpec, ModuleNames
+from truffula.model.spec import LLAMA_NAMES, LayerSpec, ModelSpec, ModuleNames, RopeSpec
 
 _LATENT_EPS = 1e-6
 """Of the latents' norms, which do not read rms_norm_eps."""
+_ROPE_KEYS = ("mscale_all_dim",)
+_BETA, _ORIGINAL = "llama_4_scaling_beta", "original_max_position_embeddings"
 _KIMI_K25_NAMES = ModuleNames(
     body="model.language_model.",
     skip=("vision_tower.", "mm_projector.", "model.vision_tower.", "model.mm_projector."),
@@ -44,7 +48,7 @@ def deepseek_v2(view: ConfigView) -> ModelSpec:
     else:
         view.skip(*_EXPERT_KEYS)
     moe = _moe(view, _softmax_router(view)) if any(sparse) else None
-    return _model(view, sparse, moe, interleaved=True, mlp_bias=bias)
+    return _model(view, sparse, moe, mla(view, interleaved=True), mlp_bias=bias)
 
 
 def deepseek_v3(view: ConfigView, names: ModuleNames = LLAMA_NAMES) -> ModelSpec:
@@ -52,7 +56,8 @@ def deepseek_v3(view: ConfigView, names: ModuleNames = LLAMA_NAMES) -> ModelSpec
     view.must_be("scoring_func", (None, "sigmoid"), "only sigmoid is supported.")
     view.must_be("topk_method", (None, "noaux_tc"), "only noaux_tc is supported.")
     sparse = dense_first(view, "first_k_dense_replace", _layers(view))
-    return _model(view, sparse, _sigmoid_moe(view, sparse), interleaved=view.flag("rope_interleave"), names=names)
+    mixer = mla(view, interleaved=view.flag("rope_interleave"))
+    return _model(view, sparse, _sigmoid_moe(view, sparse), mixer, names=names)
 
 
 def kimi_k25(view: ConfigView) -> ModelSpec:
@@ -68,7 +73,7 @@ def glm4_moe_lite(view: ConfigView) -> ModelSpec:
     """GLM-4.7-Flash: as V3; ``mlp_layer_types`` says which layers are dense (by default the first)."""
     layers = _layers(view)
     sparse = _sparse(view, layers, ("dense", *["sparse"] * (layers - 1)))
-    return _model(view, sparse, _sigmoid_moe(view, sparse), interleaved=view.flag("rope_interleave"))
+    return _model(view, sparse, _sigmoid_moe(view, sparse), mla(view, interleaved=view.flag("rope_interleave")))
 
 
 def deepseek_v32(view: ConfigView) -> ModelSpec:
@@ -82,7 +87,7 @@ def deepseek_v32(view: ConfigView) -> ModelSpec:
     view.skip("index_head_dim", "index_n_heads")
     first = dense_first(view, "first_k_dense_replace", layers)
     sparse = _sparse(view, layers, tuple("sparse" if has_experts else "dense" for has_experts in first))
-    spec = _model(view, sparse, _sigmoid_moe(view, sparse), interleaved=True)
+    spec = _model(view, sparse, _sigmoid_moe(view, sparse), mla(view, interleaved=True))
     longest = view.integer("index_topk")
     note = (
         f"Attention is to all keys, which is what this model computes up to index_topk = {longest} tokens; longer "
@@ -99,10 +104,27 @@ def glm_moe_dsa(view: ConfigView) -> ModelSpec:
     return deepseek_v32(view)
 
 
+def mistral4(view: ConfigView, names: ModuleNames = LLAMA_NAMES) -> ModelSpec:
+    """As V3, with a softmax in the router, and with Ministral 3's queries, which grow with their position."""
+    sparse = dense_first(view, "first_k_dense_replace", _layers(view))
+    moe = _sigmoid_moe(view, sparse)
+    if moe is not None:
+        moe = replace(moe, router=replace(moe.router, score="softmax", correction=False))
+    mixer = mla(view, interleaved=view.flag("rope_interleave"), whole_head=True)
+    width = mixer.nope + mixer.rope
+    rope_keys = (*_ROPE_KEYS, _BETA, _ORIGINAL, "max_position_embeddings")
+    rope = read_rope(view, width, partial=True, share=mixer.rope / width, more=rope_keys)
+    if rope.dims != mixer.rope:
+        raise view.error("partial_rotary_factor", f"{rope.dims} of qk_rope_head_dim = {mixer.rope} would be rotated.")
+    scale = PositionScale(rope_parameter(view, _BETA), rope_parameter(view, _ORIGINAL))
+    return _model(view, sparse, moe, replace(mixer, position_scale=scale), rope=rope, predicts=False, names=names)
+
+
 def youtu(view: ConfigView) -> ModelSpec:
     """Latent attention and a dense MLP in every layer."""
     view.skip("embedding_initializer_range")
-    return _model(view, [False] * _layers(view), None, interleaved=view.flag("rope_interleave"), predicts=False)
+    mixer = mla(view, interleaved=view.flag("rope_interleave"))
+    return _model(view, [False] * _layers(view), None, mixer, predicts=False)
 
 
 def _layers(view: ConfigView) -> int:
@@ -125,8 +147,9 @@ def _model(
     view: ConfigView,
     sparse: Sequence[bool],
     moe: MoeSpec | None,
+    mixer: MlaSpec,
     *,
-    interleaved: bool,
+    rope: RopeSpec | None = None,
     mlp_bias: bool = False,
     predicts: bool = True,
     names: ModuleNames = LLAMA_NAMES,
@@ -135,7 +158,6 @@ def _model(
     # Of the repositories' own classes: which layers have experts; how training balances and divides them.
     view.must_be("moe_layer_freq", (None, 1), "only 1 is supported.")
     view.skip("aux_loss_alpha", "ep_size", "seq_aux", "output_router_logits")
-    mixer = mla(view, interleaved=interleaved)
     activation = view.choice("hidden_act", ACTIVATIONS)
     mlp = MlpSpec(view.integer("intermediate_size"), activation, in_bias=mlp_bias, out_bias=mlp_bias)
     layer = LayerSpec(mixer, mlp, rms(view, "input_layernorm"), rms(view, "post_attention_layernorm"))
@@ -144,7 +166,9 @@ def _model(
         layers = with_experts(layers, moe, sparse)
     if predicts:
         names = replace(names, unneeded=predictors(view, len(sparse)))
-    return finish_spec(view, layers, (read_rope(view, mixer.rope),), rms(view, "norm"), names=names)
+    if rope is None:
+        rope = read_rope(view, mixer.rope, more=_ROPE_KEYS)
+    return finish_spec(view, layers, (rope,), rms(view, "norm"), names=names)
 
 
 def _sigmoid_moe(view: ConfigView, sparse: Sequence[bool]) -> MoeSpec | None:
@@ -179,14 +203,18 @@ def _moe(view: ConfigView, router: RouterSpec) -> MoeSpec:
     return MoeSpec(router, width, activation, shared=shared_mlp, names=DEEPSEEK_NAMES)
 
 
-def mla(view: ConfigView, *, interleaved: bool) -> MlaSpec:
-    """The latent attention that all layers share, with rope table 0."""
+def mla(view: ConfigView, *, interleaved: bool, whole_head: bool = False) -> MlaSpec:
+    """The latent attention that all layers share, with rope table 0.
+
+    ``whole_head``: head_dim means the whole width of a head, instead of its rotated part.
+    """
     heads = view.integer("num_attention_heads")
     view.must_be("num_key_value_heads", (None, heads), f"latent attention has a key for each of the {heads} heads.")
     nope, rope = view.integer("qk_nope_head_dim"), view.integer("qk_rope_head_dim")
     view.must_be("qk_head_dim", (None, nope + rope), "it is qk_nope_head_dim + qk_rope_head_dim.")
-    if view.written("head_dim"):
-        view.must_be("head_dim", (None, rope), "in this architecture it is qk_rope_head_dim.")
+    if view.written("head_dim"):  # transformers overwrites it, or fails
+        width = nope + rope if whole_head else rope
+        view.must_be("head_dim", (None, width), f"in this architecture it is {width}, of qk_rope_head_dim.")
     q_rank, magnitude = view.optional_integer("q_lora_rank"), attention_magnitude(view)
     return MlaSpec(
         heads=heads,

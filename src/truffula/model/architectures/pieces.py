@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from truffula.model.parts.attention import AttentionSpec
 from truffula.model.parts.mlp import MlpSpec
 from truffula.model.rope import extended_positions, read_rope
 from truffula.model.rows import NormSpec
-from truffula.model.spec import LayerSpec, ModelSpec, RopeSpec
+from truffula.model.spec import LLAMA_NAMES, LayerSpec, ModelSpec, ModuleNames, RopeSpec
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -25,6 +25,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu2": "relu2",
 }
 
+MakeNorm = Callable[[ConfigView, str], NormSpec]
 MOST_LAYERS = 4096
 """Far above the number of any model; bounds the lists that an invalid file can create."""
 
@@ -72,45 +73,69 @@ def rms(view: ConfigView, module: str) -> NormSpec:
     return NormSpec(module, view.number("rms_norm_eps"))
 
 
+def rms_last(view: ConfigView, module: str) -> NormSpec:
+    """OLMo 2's norm: the weight times the normalised value, rounded once at the end."""
+    return NormSpec(module, view.number("rms_norm_eps"), cast="last")
+
+
+def layer_norm(view: ConfigView, module: str, eps: str, **fields: Any) -> NormSpec:
+    """torch's LayerNorm with weight and bias; ``eps`` is the key of its epsilon. ``fields``: others of ``NormSpec``."""
+    defaults: dict[str, Any] = {"kind": "layer", "cast": "last", "bias": True}
+    return NormSpec(module, view.number(eps), **(defaults | fields))
+
+
 def gemma_rms(view: ConfigView, module: str) -> NormSpec:
     """Gemma's norm: 1 + w in float32, rounded once at the end."""
     return NormSpec(module, view.number("rms_norm_eps"), cast="last", plus_one=True)
 
 
-def llama_layer(
-    view: ConfigView,
-    sizes: Sizes,
-    window: int | None = None,
-    *,
-    qkv_bias: bool = False,
-    out_bias: bool = False,
-    mlp_bias: bool = False,
-    qk_norm: bool = False,
+def attention(sizes: Sizes, window: int | None = None, **fields: Any) -> AttentionSpec:
+    """Llama's attention; ``fields``: other fields of ``AttentionSpec``."""
+    fields = {"scale": sizes.head_dim**-0.5, "rope": 0} | fields
+    return AttentionSpec(heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim, window=window, **fields)
+
+
+def mlp(view: ConfigView, sizes: Sizes, *, bias: bool = False, key: str = "hidden_act", **fields: Any) -> MlpSpec:
+    """Llama's gated MLP, its activation under ``key``, with ``bias`` on all its linears; ``fields`` of ``MlpSpec``."""
+    return MlpSpec(sizes.mlp, view.choice(key, ACTIVATIONS), in_bias=bias, out_bias=bias, **fields)
+
+
+def pre_norm(
+    view: ConfigView, mixer: AttentionSpec, feed_forward: MlpSpec, norm: MakeNorm = rms, **fields: Any
 ) -> LayerSpec:
-    """Llama's layer: pre-norm, gated MLP, one rope; with ``qk_norm``, norms of q and k per head."""
-    return LayerSpec(
-        mixer=AttentionSpec(
-            heads=sizes.heads,
-            kv_heads=sizes.kv_heads,
-            head_dim=sizes.head_dim,
-            scale=sizes.head_dim**-0.5,
-            rope=0,
-            window=window,
-            q_norm=rms(view, "self_attn.q_norm") if qk_norm else None,
-            k_norm=rms(view, "self_attn.k_norm") if qk_norm else None,
-            qkv_bias=qkv_bias,
-            out_bias=out_bias,
-        ),
-        mlp=MlpSpec(sizes.mlp, view.choice("hidden_act", ACTIVATIONS), in_bias=mlp_bias, out_bias=mlp_bias),
-        before_mixer=rms(view, "input_layernorm"),
-        before_mlp=rms(view, "post_attention_layernorm"),
-    )
+    """Llama's layer of these parts, with ``norm`` before each; ``fields``: other fields of ``LayerSpec``."""
+    before = {"before_mixer": norm(view, "input_layernorm"), "before_mlp": norm(view, "post_attention_layernorm")}
+    return LayerSpec(mixer, feed_forward, **(before | fields))
 
 
-def llama_model(view: ConfigView, sizes: Sizes, windows: Sequence[int | None], **options: bool) -> ModelSpec:
+def post_norm(view: ConfigView, mixer: AttentionSpec, feed_forward: MlpSpec, norm: MakeNorm = rms) -> LayerSpec:
+    """A layer with ``norm`` after each part and none before."""
+    after, after_mlp = norm(view, "post_attention_layernorm"), norm(view, "post_feedforward_layernorm")
+    return LayerSpec(mixer, feed_forward, None, None, after_mixer=after, after_mlp=after_mlp)
+
+
+def llama_layer(
+    view: ConfigView, sizes: Sizes, window: int | None = None, *, mlp_bias: bool = False, qk_norm: bool = False,
+    **fields: Any,
+) -> LayerSpec:  # fmt: skip
+    """Llama's layer; with ``qk_norm``, norms of q and k per head. ``fields``: other fields of ``AttentionSpec``."""
+    if qk_norm:
+        fields |= {"q_norm": rms(view, "self_attn.q_norm"), "k_norm": rms(view, "self_attn.k_norm")}
+    return pre_norm(view, attention(sizes, window, **fields), mlp(view, sizes, bias=mlp_bias))
+
+
+def llama_model(
+    view: ConfigView, sizes: Sizes, windows: Sequence[int | None], names: ModuleNames = LLAMA_NAMES, **options: Any
+) -> ModelSpec:
     """A model of Llama's layers, one for each window, with one rope. ``options`` as of ``llama_layer``."""
     layers = [llama_layer(view, sizes, window, **options) for window in windows]
-    return finish_spec(view, layers, (read_rope(view, sizes.head_dim),), rms(view, "norm"))
+    return finish_spec(view, layers, (read_rope(view, sizes.head_dim),), rms(view, "norm"), names=names)
+
+
+def layer_types(view: ConfigView, layers: int, full: Callable[[int], bool]) -> tuple[str, ...]:
+    """``layer_types``; where it is missing, the layers for which ``full`` holds are full and the others windowed."""
+    kinds = view.strings("layer_types", layers)
+    return kinds or tuple("full_attention" if full(index) else "sliding_attention" for index in range(layers))
 
 
 def windows(view: ConfigView, layers: int, window: int | None, kinds: Sequence[str] | None) -> tuple[int | None, ...]:

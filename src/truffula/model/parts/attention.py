@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import Attention, Ref, Rope
+from truffula.kernels.program import Attention, Epilogue, Pointwise, Ref, Rope
 from truffula.model.rows import LayerRows, NormSpec
 
 if TYPE_CHECKING:
@@ -14,11 +14,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class PositionScale:
+    """Queries at position p are multiplied by 1 + beta * ln(1 + floor((p + offset) / step))."""
+
+    beta: float
+    step: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """One layer's attention. ``window`` None is full attention, w lets query i see keys i - w < j <= i.
 
     ``rope`` is an index into ``ModelSpec.ropes``, or None for a layer without rotary embedding. ``q_norm`` and
-    ``k_norm`` act per head, before the rotation. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
+    ``k_norm`` act per head, or over all heads with ``norm_over`` width; before the rotation, or after it with
+    ``norm_rotated``. ``clip`` bounds q, k and v before both. ``position_scale`` multiplies q last. ``scale`` multiplies
+    q·k, ``softcap`` c makes scores c * tanh(s / c).
     """
 
     heads: int
@@ -30,6 +41,10 @@ class AttentionSpec:
     rope_layout: Literal["half", "interleaved"] = "half"
     q_norm: NormSpec | None = None
     k_norm: NormSpec | None = None
+    norm_over: Literal["head", "width"] = "head"
+    norm_rotated: bool = False
+    clip: float | None = None
+    position_scale: PositionScale | None = None
     softcap: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
@@ -60,8 +75,8 @@ class AttentionSpec:
         names = rows.names
         q_k_v = [(names.q, self.q_width), (names.k, self.kv_width), (names.v, self.kv_width)]
         rows.linear("qkv", q_k_v, rows.hidden, bias=self.qkv_bias, fused=names.qkv)
-        rows.norm("q_norm", self.q_norm, self.head_dim)
-        rows.norm("k_norm", self.k_norm, self.head_dim)
+        rows.norm("q_norm", self.q_norm, self.q_width // self._groups(self.heads), self._groups(self.heads))
+        rows.norm("k_norm", self.k_norm, self.kv_width // self._groups(self.kv_heads), self._groups(self.kv_heads))
         rows.linear("out", [(names.out, rows.hidden)], self.q_width, bias=self.out_bias)
 
     def write(self, build: LayerBuilder, x: Ref) -> None:
@@ -70,18 +85,24 @@ class AttentionSpec:
         q = Ref(qkv.buffer, 0, self.q_width)
         k = Ref(qkv.buffer, self.q_width, self.kv_width)
         v = Ref(qkv.buffer, self.q_width + self.kv_width, self.kv_width)
-        build.linear("qkv", x, qkv, build.probe(names.q, "out"))
-        if self.q_norm is not None:
-            build.norm("q_norm", self.q_norm, q, q, groups=self.heads)
-        if self.k_norm is not None:
-            build.norm("k_norm", self.k_norm, k, k, groups=self.kv_heads)
+        # transformers clips what its modules return.
+        probe = build.probe(names.q, "out") if self.clip is None else None
+        build.linear("qkv", x, qkv, probe, Epilogue(clip=self.clip))
+        if not self.norm_rotated:
+            self._write_norms(build, q, k)
         if self.rope is not None:
             # q and k are adjacent and rotated in the same way, by one op over the heads of both.
             rotated = Ref(qkv.buffer, 0, self.q_width + self.kv_width)
-            build.append(Rope(name="rope", probe=build.probe(names.attention, "in"), x=rotated,
+            last = not self.norm_rotated and self.position_scale is None
+            build.append(Rope(name="rope", probe=build.probe(names.attention, "in") if last else None, x=rotated,
                               rows=build.rope_rows(self.rope), heads=self.heads + self.kv_heads,
                               head_dim=self.head_dim, start=0, dims=build.spec.ropes[self.rope].dims,
                               layout=self.rope_layout))  # fmt: skip
+        if self.norm_rotated:
+            self._write_norms(build, q, k)
+        if self.position_scale is not None:
+            params = astuple(self.position_scale)
+            build.append(Pointwise(name="position_scale", kind="position_scale", x=q, out=q, params=params))
         attended = build.buffer("attended", self.q_width)
         group, planes = build.kv_planes()
         build.append(Attention(name="attention", probe=build.probe(names.out, "in"), q=q, k=k, v=v, out=attended,
@@ -89,3 +110,13 @@ class AttentionSpec:
                                dim_k=self.head_dim, dim_v=self.head_dim, scale=self.scale, window=self.window,
                                softcap=self.softcap))  # fmt: skip
         build.output("out", attended)
+
+    def _groups(self, heads: int) -> int:
+        """The number of norms over the columns of ``heads`` heads."""
+        return heads if self.norm_over == "head" else 1
+
+    def _write_norms(self, build: LayerBuilder, q: Ref, k: Ref) -> None:
+        if self.q_norm is not None:
+            build.norm("q_norm", self.q_norm, q, q, groups=self._groups(self.heads))
+        if self.k_norm is not None:
+            build.norm("k_norm", self.k_norm, k, k, groups=self._groups(self.kv_heads))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import Mla, Ref, Rope
+from truffula.kernels.program import Mla, Pointwise, Ref, Rope
+from truffula.model.parts.attention import PositionScale
 from truffula.model.rows import LayerRows, NormSpec
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ class MlaSpec:
 
     ``q_rank`` is the width of the queries' latent, which ``q_norm`` norms; None: one projection makes the queries.
     ``rank`` is the width of the cached latent. ``table`` is an index into ``ModelSpec.ropes``, or None for a layer
-    without rotary embedding. ``bias`` is that of the projections to latents and of the output.
+    without rotary embedding. ``position_scale`` multiplies q after it. ``bias`` is that of the projections to latents
+    and of the output.
     """
 
     heads: int
@@ -33,6 +35,7 @@ class MlaSpec:
     q_rank: int | None = None
     q_norm: NormSpec | None = None
     rope_layout: Literal["half", "interleaved"] = "interleaved"
+    position_scale: PositionScale | None = None
     bias: bool = False
 
     @property
@@ -70,6 +73,9 @@ class MlaSpec:
         build.norm("kv_norm", self.kv_norm, latent_only, latent_only)
         self._rotate(build, "rope_q", q, self.heads, self.nope)
         self._rotate(build, "rope_k", key, 1, 0)
+        if self.position_scale is not None:
+            params = astuple(self.position_scale)
+            build.append(Pointwise(name="position_scale", kind="position_scale", x=q, out=q, params=params))
         attended = build.buffer("attended", self.heads * self.dim_v)
         group, (plane,) = build.kv_planes()
         kv_b = build.weight("kv_b")

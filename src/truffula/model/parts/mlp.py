@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import Activation, Epilogue, Ref
+from truffula.kernels.program import Activation, Epilogue, Pointwise, Ref
 from truffula.model.rows import LayerRows
 
 if TYPE_CHECKING:
@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MlpSpec:
-    """``gated``: down(activation(gate x) * up x); else down(activation(up x)). ``width`` is F."""
+    """``gated``: down(activation(gate x) * up x); else down(activation(up x)). ``width`` is F.
+
+    The activation ``xielu`` has numbers of its own, under ``names.activation``, and no gate.
+    """
 
     width: int
-    activation: Activation
+    activation: Activation | Literal["xielu"]
     gated: bool = True
     in_bias: bool = False
     out_bias: bool = False
@@ -42,10 +45,17 @@ class MlpSpec:
         if self.gated:
             parts = [(names.gate, self.width), *parts]
         rows.linear("mlp_in", parts, rows.hidden, bias=self.in_bias, fused=names.gate_up if self.gated else None)
+        if self.activation == "xielu":
+            rows.numbers("xielu", [f"{names.activation}.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")])
         rows.linear("mlp_out", [(names.down, rows.hidden)], self.width, bias=self.out_bias)
 
     def write(self, build: LayerBuilder, x: Ref) -> None:
         inner = build.buffer("mlp", self.width)
-        epilogue = Epilogue(activation=self.activation, glu=self.gated)
-        build.linear("mlp_in", x, inner, build.probe(build.names.down, "in"), epilogue)
+        probe = build.probe(build.names.down, "in")
+        if self.activation == "xielu":
+            build.linear("mlp_in", x, inner, build.probe(build.names.up, "out"))
+            weight = build.weight("xielu")
+            build.append(Pointwise(name="xielu", probe=probe, kind="xielu", x=inner, out=inner, weight=weight))
+        else:
+            build.linear("mlp_in", x, inner, probe, Epilogue(activation=self.activation, glu=self.gated))
         build.output("mlp_out", inner)

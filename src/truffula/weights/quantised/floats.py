@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -71,8 +71,8 @@ class Float8(Scheme):
     """``block``: rows and columns that share a scale; None where the config names none."""
 
     block: tuple[int, int] | None = None
-    suffixes = (".weight", *SCALE_SUFFIXES, *ACTIVATION_SUFFIXES, *CACHE_SUFFIXES)
-    unused = (*ACTIVATION_SUFFIXES, *CACHE_SUFFIXES)
+    suffixes: ClassVar[tuple[str, ...]] = (".weight", *SCALE_SUFFIXES, *ACTIVATION_SUFFIXES, *CACHE_SUFFIXES)
+    unused: ClassVar[tuple[str, ...]] = (*ACTIVATION_SUFFIXES, *CACHE_SUFFIXES)
 
     def is_quantised(self, parts: Parts) -> bool:
         weight = parts.infos.get(".weight")

@@ -109,7 +109,7 @@ class Scheme(ABC):
 
     method: str
     notes: tuple[str, ...] = ()
-    suffixes: ClassVar[tuple[str, ...]]
+    suffixes: ClassVar[tuple[str, ...]] = ()
     unused: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

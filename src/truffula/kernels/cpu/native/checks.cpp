@@ -65,7 +65,8 @@ void Executable::check(const NormOp& op) const {
   require(op.groups > 0 && op.x.width % op.groups == 0 && op.x.width == op.out.width, "norm: width");
   require(absent_or(op.plus, op.out.width), "norm: plus");
   require_disjoint_or_equal(op.out, {&op.x, &op.plus}, "norm: x or plus lies partly where out is written");
-  for (int32_t id : {op.weight, op.bias}) require_vector(id, op.x.width / op.groups, "norm: weight");
+  const bool shared = op.weight == kAbsent || weight(op.weight).outputs == op.x.width / op.groups;
+  for (int32_t id : {op.weight, op.bias}) require_vector(id, shared ? op.x.width / op.groups : op.x.width, "norm: weight");
 }
 
 void Executable::check(const LinearOp& op) const {
@@ -83,7 +84,12 @@ void Executable::check(const LinearOp& op) const {
 
 void Executable::check(const PointwiseOp& op) const {
   const bool two = op.kind == kAdd || op.kind == kSigmoidMul || op.kind == kMul;
-  require(op.kind >= kAct && op.kind <= kMul && is_activation(op.activation), "pointwise: kind");
+  require(op.kind >= kAct && op.kind <= kXielu && is_activation(op.activation), "pointwise: kind");
+  const bool one = op.kind == kScale || op.kind == kClip || op.kind == kSoftcap;
+  require(op.params.size() == (op.kind == kPositionScale ? 3u : one ? 1u : 0u), "pointwise: params");
+  require((op.weight != kAbsent) == (op.kind == kXielu), "pointwise: weight");
+  require_vector(op.weight, 4, "pointwise: weight");
+  require(op.kind != kPositionScale || !has_logit_rows(op.out), "pointwise: rows without tokens have no position");
   require(two == (op.y.buffer != kAbsent), "pointwise: y");
   require_same_rows(op.out, {&op.x, &op.y});
   const bool column = two && op.kind != kAdd && op.y.width == 1;

@@ -38,7 +38,9 @@ static constexpr int64_t padded_rows(int64_t rows) { return (rows + kXRows - 1) 
 
 enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5, kQuickGelu = 6 };
 
-enum PointwiseKind : int32_t { kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5, kMul = 6 };
+enum PointwiseKind : int32_t {
+  kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5, kMul = 6, kPositionScale = 7, kXielu = 8
+};
 
 // A matrix [outputs, inputs] in panels of 16 outputs; lines of 64 bytes, k ascending; lanes beyond `outputs` are zero.
 struct Packed {
@@ -118,6 +120,7 @@ struct NormCall {
   const float* weight;
   const float* bias;
   int32_t width, groups;
+  int32_t group_step;   // of weight and bias, in floats: 0 where all groups have the same
   int32_t layer_norm, cast_first, round_out;
   float eps;
 };
@@ -125,8 +128,9 @@ struct NormCall {
 struct PointwiseCall {
   Rows x, y, out;
   int32_t kind, activation, width, round_out;
+  const float* params;        // kXielu: alpha_p, alpha_n, beta, eps as stored
+  const int32_t* positions;   // of token rows
   int32_t y_column;  // y is one column, for all columns of x
-  float param;
 };
 
 struct RopeCall {

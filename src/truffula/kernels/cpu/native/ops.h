@@ -96,7 +96,7 @@ constexpr const char* kNormKinds[] = {"rms", "layer"};
 constexpr const char* kCasts[] = {"last", "first"};
 constexpr const char* kLayouts[] = {"half", "interleaved"};
 constexpr const char* kActivations[] = {"none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"};
-constexpr const char* kPointwiseKinds[] = {"act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul"};
+constexpr const char* kPointwiseKinds[] = {"act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul", "position_scale", "xielu"};
 
 struct EmbedOp {
   int32_t table = 0, source = 0, offset = 0;
@@ -142,14 +142,14 @@ struct LinearOp {
 
 struct PointwiseOp {
   Ref x, y, out;
-  int32_t kind = 0, activation = kNone;
+  int32_t kind = 0, activation = kNone, weight = kAbsent;
   std::vector<float> params;
 
   static constexpr const char* kName = "Pointwise";
   template <class Self, class F>
   static void fields(Self& o, F&& f) {
     f("kind", o.kind, kPointwiseKinds), f("x", o.x), f("out", o.out), f("y", o.y, kOptional), f("activation", o.activation, kActivations);
-    f("params", o.params);
+    f("params", o.params), f("weight", o.weight);
   }
 };
 

@@ -15,6 +15,8 @@ static void norm(const NormCall* c, int32_t row_lo, int32_t row_hi) {
     for (int g = 0; g < c->groups; ++g) {
       const float* x = c->x.data + t * c->x.stride + g * width;
       float* out = c->out.data + t * c->out.stride + g * width;
+      const float* weight = c->weight ? c->weight + g * c->group_step : nullptr;
+      const float* bias = c->bias ? c->bias + g * c->group_step : nullptr;
       const float* plus = c->plus.data ? c->plus.data + t * c->plus.stride + g * width : nullptr;
       V mean = zero();
       if (c->layer_norm) {
@@ -37,8 +39,8 @@ static void norm(const NormCall* c, int32_t row_lo, int32_t row_hi) {
         const int n = width - i;
         V a = (load_n(x + i, n) - mean) * by;
         if (c->cast_first) a = rounded(a, c->round_out);
-        if (c->weight) a = a * load_n(c->weight + i, n);
-        if (c->bias) a = a + load_n(c->bias + i, n);
+        if (weight) a = a * load_n(weight + i, n);
+        if (bias) a = a + load_n(bias + i, n);
         a = rounded(a, c->round_out);
         if (plus) a = rounded(load_n(plus + i, n) + a, c->round_out);
         store_n(out + i, a, n);
@@ -46,8 +48,20 @@ static void norm(const NormCall* c, int32_t row_lo, int32_t row_hi) {
     }
 }
 
+// xIELU (Huang and Schlag 2024): alpha_p x^2 + beta x above zero, alpha_n (e^min(x, eps) - 1 - x) + beta x below.
+static float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+static V xielu(V x, const float* numbers) {
+  const V beta = set1(numbers[2]) * x;
+  const V above = fma(set1(softplus(numbers[0])) * x, x, beta);
+  const V below = fma(vexp(vmin(x, set1(numbers[3]))) - set1(1.0f) - x, set1(numbers[2] + softplus(numbers[1])), beta);
+  return where_negative(zero() - x, above, below);
+}
+
 static void pointwise(const PointwiseCall* c, int32_t row_lo, int32_t row_hi) {
-  for (int32_t t = row_lo; t < row_hi; ++t)
+  for (int32_t t = row_lo; t < row_hi; ++t) {
+    float param = c->params ? c->params[0] : 0.0f;
+    if (c->kind == kPositionScale)
+      param = 1.0f + param * logf(1.0f + floorf(((float)c->positions[t] + c->params[2]) / c->params[1]));
     for (int i = 0; i < c->width; i += kLanes) {
       const int n = c->width - i;
       V a = load_n(c->x.data + t * c->x.stride + i, n);
@@ -59,13 +73,17 @@ static void pointwise(const PointwiseCall* c, int32_t row_lo, int32_t row_hi) {
           a = a + load_n(c->y.data + t * c->y.stride + i, n);
           break;
         case kScale:
-          a = a * set1(c->param);
+        case kPositionScale:
+          a = a * set1(param);
+          break;
+        case kXielu:
+          a = xielu(a, c->params);
           break;
         case kClip:
-          a = vmin(set1(c->param), vmax(set1(-c->param), a));
+          a = vmin(set1(param), vmax(set1(-param), a));
           break;
         case kSoftcap:
-          a = softcapped(a, c->param);
+          a = softcapped(a, param);
           break;
         default: {
           const float* y = c->y.data + t * c->y.stride;
@@ -75,6 +93,7 @@ static void pointwise(const PointwiseCall* c, int32_t row_lo, int32_t row_hi) {
       }
       store_n(c->out.data + t * c->out.stride + i, rounded(a, c->round_out), n);
     }
+  }
 }
 
 // (a, b) of a pair becomes (a cos - b sin, b cos + a sin).

@@ -202,8 +202,10 @@ void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, Th
 
 void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
   const auto vector = [&](int32_t id) { return id == kAbsent ? nullptr : weight(id).memory.floats(); };
+  const int32_t owner = op.weight == kAbsent ? op.bias : op.weight, width = op.x.width / op.groups;
+  const int32_t group_step = owner != kAbsent && weight(owner).outputs > width ? width : 0;
   const NormCall call{rows(op.x),    rows(op.out), rows(op.plus),  vector(op.weight), vector(op.bias),  op.x.width,
-                      op.groups,     op.kind == kLayerNorm, op.cast == kCastFirst, rounded(op.out), op.eps};
+                      op.groups,     group_step,  op.kind == kLayerNorm, op.cast == kCastFirst, rounded(op.out), op.eps};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->norm(&call, mine.lo, mine.hi);
 }
@@ -259,8 +261,9 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
 }
 
 void Executable::run_op(const PointwiseOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
+  const float* params = op.weight != kAbsent ? weight(op.weight).memory.floats() : op.params.data();
   const PointwiseCall call{rows(op.x), rows(op.y), rows(op.out), op.kind, op.activation, op.x.width,
-                           rounded(op.out), op.y.width == 1 && op.x.width > 1, op.params.empty() ? 0.0f : op.params[0]};
+                           rounded(op.out), params, in_.position, op.y.width == 1 && op.x.width > 1};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->pointwise(&call, mine.lo, mine.hi);
 }

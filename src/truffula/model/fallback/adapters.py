@@ -1,0 +1,92 @@
+"""Adapters on the modules of a transformers model: a forward hook per site adds their deltas to the module's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truffula.errors import KernelError
+from truffula.kernels.adapters import AdapterImage, AdapterLayout, Place
+from truffula.kernels.inputs import Array, StepInputs
+from truffula.kernels.program import ModelInterface, Site
+from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, lay_out
+
+
+def layout_of_sites(interface: ModelInterface) -> AdapterLayout:
+    """Adapters as the hooks read them: in float32, a site's own number in place of an op's."""
+    return AdapterLayout(
+        "float32",
+        tuple(
+            Place(site.module, site.id, site.in_features, site.out_features, gathers=site.kind == "embed")
+            for site in interface.sites
+        ),
+    )
+
+
+class AdapterHooks:
+    """The adapters of a model by slot, and the segments of rows that the next forward pass applies them to.
+
+    ``rows`` are for modules that see every token of the pass, ``head_rows`` for the modules ``of_logits``: the output
+    head, and others behind the choice of rows whose logits are computed.
+    """
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], of_logits: Collection[str], layout: AdapterLayout,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.layout = layout
+        self.rows: Sequence[Segment] = ()
+        self.head_rows: Sequence[Segment] = ()
+        self._of_logits = of_logits
+        self._device = device
+        self._slots: dict[int, dict[tuple[int, int], OpAdapter]] = {}
+        modules = dict(model.named_modules())
+        for site in sites:
+            modules[site.module].register_forward_hook(self._hook(site))
+
+    def add(self, image: AdapterImage) -> int:
+        """A slot for the adapter. Raises ``KernelError`` for an image of another layout."""
+        laid_out = lay_out(image, self.layout, self._device)
+        slot = next(number for number in count() if number not in self._slots)
+        self._slots[slot] = laid_out
+        return slot
+
+    def drop(self, slot: int) -> None:
+        if self._slots.pop(slot, None) is None:
+            raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
+
+    def clear(self) -> None:
+        self._slots.clear()
+        self.rows = self.head_rows = ()
+
+    def segments(self, inputs: StepInputs, spans: Array) -> list[Segment]:
+        """The segments of a step; ``spans`` are their rows, ``seg`` or ``seg_r``."""
+        made = []
+        for index in range(inputs.G):
+            lo, hi, slot = int(spans[index, 0]), int(spans[index, 1]), int(inputs.seg[index, 2])
+            if slot not in self._slots:
+                raise KernelError(f"segment {index} names adapter slot {slot}, which is empty.", param="seg")
+            if lo < hi:
+                made.append(Segment(lo, hi, self._slots[slot], float(inputs.seg_weight[index])))
+        return made
+
+    def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        def add_deltas(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            segments = self.head_rows if site.module in self._of_logits else self.rows
+            key = site.id, 0
+            if not any(key in segment.ops for segment in segments):
+                return None
+            x = args[0].reshape(-1) if site.kind == "embed" else args[0].reshape(-1, site.in_features).float()
+            y = torch.zeros(len(x), site.out_features, device=x.device)
+            if (last := max(segment.hi for segment in segments)) > len(x):
+                raise KernelError(f"{site.module} saw {len(x)} rows where an adapter acts on {last}.")
+            add_deltas_(y, x, key, segments)
+            # A table that scales its rows (Gemma) scales an adapter's as well, as in PEFT.
+            scale = getattr(module, "embed_scale", 1.0) if site.kind == "embed" else 1.0
+            return (output.float() + (y * scale).view(output.shape)).to(output.dtype)
+
+        return add_deltas

@@ -1,0 +1,93 @@
+"""What the packed and the serial executable have in common: the model, its adapters, sampling."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from truffula.errors import KernelError
+from truffula.kernels.adapters import AdapterImage
+from truffula.kernels.inputs import Array, Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.program import ModelInterface
+from truffula.kernels.sampling import Sampler
+from truffula.kernels.synchronous import SynchronousExecutable
+from truffula.model.fallback.adapters import AdapterHooks, layout_of_sites
+from truffula.model.fallback.plan import TransformersModel
+
+
+class TransformersExecutable(SynchronousExecutable):
+    """An ``Executable`` around ``model``, a loaded model of transformers. Subclasses implement ``run``."""
+
+    def __init__(
+        self,
+        described: TransformersModel,
+        model: Any,
+        interface: ModelInterface,
+        capacity: Capacity,
+        device: torch.device,
+    ) -> None:
+        super().__init__(
+            StepInputs.allocate(capacity, len(interface.kv_groups)),
+            SampleInputs.allocate(capacity, interface.vocab_size),
+            interface.output,
+        )
+        self.layout = layout_of_sites(interface)
+        self.described = described
+        self.interface = interface
+        self.capacity = capacity
+        self.device = device
+        self.model = model
+        of_logits = {name for name, kept in described.trace.linears.items() if kept}
+        self.hooks = AdapterHooks(model, interface.sites, of_logits, self.layout, device)
+        self._sampler = Sampler(capacity.max_seqs, interface.vocab_size)
+        self._logits: Array = np.zeros((0, interface.vocab_size), np.float32)
+
+    def forward(self, tokens: Array, rows: Array, **more: Any) -> tuple[Tensor, Any]:
+        """float32 logits ``[rows, V]`` of ``tokens [T]`` at ``rows``, and what the model returned."""
+        ids, kept = self.long(tokens)[None], self.long(rows)
+        keeps = "logits_to_keep" in self.described.skeleton.arguments
+        out = self.model(input_ids=ids, **more, **({"logits_to_keep": kept} if keeps else {}))
+        logits = out.logits[0]
+        return (logits if keeps else logits.index_select(0, kept)).float(), out
+
+    def long(self, array: Array) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self.device)
+
+    def logits(self) -> Array:
+        return self._logits.copy()
+
+    def sample(self) -> StepOutput:
+        return self._sampler.sample(self._logits, self.samples)
+
+    def tap(self, op: int) -> Array:
+        raise KernelError(f"a model of transformers has no ops to tap ({op}).", param="op")
+
+    def adapter_bytes(self, image: AdapterImage) -> int:
+        """The copy of the image on another device."""
+        return 0 if self.device.type == "cpu" else image.data.size
+
+    @torch.inference_mode()
+    def adapter(self, image: AdapterImage) -> int:
+        return self.hooks.add(image)
+
+    def drop_adapter(self, slot: int) -> None:
+        self.hooks.drop(slot)
+
+    def close(self) -> None:
+        self.hooks.clear()
+        self.model = None
+        self._logits = np.zeros((0, self.interface.vocab_size), np.float32)
+
+    @abstractmethod
+    def release_kv(self, group: int, blocks: Int32) -> None:
+        """See ``Executable``."""
+
+    def release_states(self, rows: Int32) -> None:
+        """Does nothing: the interface has no states; those of a model are in its cache objects."""
+
+    def _start_sampling(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
+        self._sampler.set_sequence(slot, prompt_ids, completion_ids, sampling)

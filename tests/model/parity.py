@@ -1,0 +1,240 @@
+"""A tiny model served by an engine, compared with transformers and peft: the checks of the parity matrix.
+
+Each check is a function of a ``ParityModel`` that raises ``AssertionError`` where the two differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from folder_loader import FolderLoader
+from rig import Answer, Rig, request
+
+from truffula.config import EngineConfig
+from truffula.engine.build import EngineSettings, LoadedModel, load_model
+from truffula.lora.tables import base_tables
+from truffula.lora.worker import LoadLimits, Setup
+from truffula.model.plan import ModelPlan
+from truffula.testing.adapters import PREFIX, tiny_config, write_adapter
+from truffula.testing.programs import Driver
+from truffula.types import EngineRequest
+from truffula.weights.open import open_checkpoint
+from truffula.weights.tying import Tie
+
+Float32 = npt.NDArray[np.float32]
+LOGITS = 1e-4
+NEAR_TIE = 1e-4
+NEW_TOKENS = 32
+LENGTHS = (23, 5, 11)
+BLOCK = 4
+
+
+@dataclass
+class ParityModel:
+    """A loaded model with two adapters on disk, and transformers' answers on the same files."""
+
+    folder: Path
+    loaded: LoadedModel
+    setup: Setup
+    adapters: dict[str, Path]
+
+    @property
+    def plan(self) -> ModelPlan:
+        return self.loaded.plan
+
+    @property
+    def settings(self) -> EngineSettings:
+        return self.loaded.settings
+
+    def prompt(self, number: int) -> list[int]:
+        vocab_size = self.plan.interface.vocab_size
+        return np.random.default_rng(number).integers(5, vocab_size, LENGTHS[number % 3]).tolist()
+
+    def request(self, name: str, prompt: list[int], adapter: str | None = None, **params: Any) -> EngineRequest:
+        where = None if adapter is None else str(self.adapters[adapter])
+        return request(name, prompt, adapter=where, ignore_eos=True, **{"max_tokens": NEW_TOKENS, **params})
+
+    def run(self, requests: list[EngineRequest], **changes: Any) -> tuple[Rig, dict[str, Answer]]:
+        """The answers of an engine of its own. ``changes`` are limits of the engine."""
+        limits = dataclasses.replace(self.settings.limits, **changes)
+        with tempfile.TemporaryDirectory() as staging:
+            rig = Rig(limits, executable=self.loaded.executable, loader=FolderLoader(self.setup, Path(staging)))
+            answers = rig.run(requests)
+            rig.adapters.close()
+        return rig, answers
+
+    def expect(self, answer: Answer, prompt: list[int], adapter: str | None = None) -> None:
+        """The answer's tokens are the best ones by transformers (and peft), and so are their logprobs."""
+        assert answer.code is None, answer.final
+        ids = answer.token_ids
+        theirs = self.transformers([*prompt, *ids[:-1]], adapter)[len(prompt) - 1 :]
+        below = theirs.max(1) - theirs[range(len(ids)), ids]
+        assert len(ids) > 0 and below.max() < NEAR_TIE, f"token {int(below.argmax())} of {ids}: {below.max():.2g} below"
+
+    def transformers(self, ids: list[int], adapter: str | None = None) -> Float32:
+        """Logits ``[len(ids), V]``."""
+        import torch
+
+        model = _oracle(self.folder, self.adapters.get(adapter or ""), self.plan.tying.tie is not Tie.SEPARATE)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        return np.asarray(logits.float().numpy())
+
+
+@cache
+def _oracle(folder: Path, adapter: Path | None, tied: bool) -> Any:
+    """The model as transformers loads it, with its own choice of attention."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="float32").eval()
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    return model
+
+
+@contextlib.contextmanager
+def parity_model(folder: Path, **options: Any) -> Iterator[ParityModel]:
+    """The model in ``folder``, loaded in float32 with small blocks; its adapters are written beside it."""
+    usual = {
+        "dtype": "float32", "memory_bytes": 2**29, "block_size": BLOCK, "step_tokens": 64, "max_running": 6,
+        "max_model_len": 128, "threads": 1,
+    }  # fmt: skip
+    config = EngineConfig(model=str(folder), **usual | options)
+    with contextlib.closing(open_checkpoint(folder)) as checkpoint:
+        loaded = load_model(config, folder, checkpoint, lambda *_: None)
+        loaded.pull.finish()
+        try:
+            setup = Setup(
+                sites=loaded.plan.interface.sites,
+                model=str(folder),
+                layout=loaded.executable.layout,
+                tables=base_tables(loaded.plan.tables, checkpoint),
+                limits=LoadLimits(),
+            )
+            yield ParityModel(folder, loaded, setup, _write_adapters(folder, loaded.plan))
+        finally:
+            loaded.executable.close()
+            _oracle.cache_clear()
+
+
+def _write_adapters(folder: Path, plan: ModelPlan) -> dict[str, Path]:
+    """Two adapters on linear modules of transformers' model that the plan has sites for: on all, and on every third."""
+    named = {module.name for site in plan.interface.sites if site.kind == "linear" for module in site.modules}
+    found = {name: shape for name, shape in _linears(folder).items() if name in named}
+    targets = {"wide": list(found), "thin": list(found)[::3]}
+    made = {}
+    for seed, (name, modules) in enumerate(targets.items()):
+        if not modules:
+            continue
+        rank, rng = (7, 2)[seed], np.random.default_rng(seed)
+        tensors = {}
+        for module in modules:
+            inputs, outputs = found[module]
+            size = 0.5 / np.sqrt(np.sqrt(inputs) * rank)
+            for half, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
+                tensors[f"{PREFIX}{module}.{half}.weight"] = rng.normal(0, size, shape).astype(np.float32)
+        config = tiny_config(rank=rank, alpha=rank + 1, targets=modules)
+        made[name] = write_adapter(folder.parent / f"{folder.name}-{name}", config, tensors)
+    return made
+
+
+def _linears(folder: Path) -> dict[str, tuple[int, int]]:
+    """Module path → (in, out) of the linear modules of transformers' model, without the head."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    model = _oracle(folder, None, False)
+    found = {}
+    # Of these names peft makes parameters of stacked experts, where there are any, and drops those of other modules.
+    stacked = any(".experts." in name for name, _ in model.named_parameters())
+    of_experts = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3") if stacked else ()
+    for name, module in model.named_modules():
+        if module is model.get_output_embeddings() or name.endswith(of_experts or ("!",)):
+            continue
+        if isinstance(module, nn.Linear):
+            found[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            found[name] = tuple(module.weight.shape)
+    return found
+
+
+def check_logits(model: ParityModel) -> None:
+    """One prefill, then decoding, logit by logit."""
+    driver = Driver(model.loaded.executable, model.settings.capacity)
+    prompt = model.prompt(0)
+    first = driver.feed(prompt)
+    chosen = [int(first[-1].argmax())]
+    rows = [first]
+    for _ in range(NEW_TOKENS - 1):
+        rows.append(driver.feed(chosen[-1:]))
+        chosen.append(int(rows[-1][-1].argmax()))
+    np.testing.assert_allclose(np.concatenate(rows), model.transformers([*prompt, *chosen[:-1]]), atol=LOGITS)
+
+
+def check_greedy(model: ParityModel) -> None:
+    prompt = model.prompt(0)
+    _, answers = model.run([model.request("a", prompt)])
+    model.expect(answers["a"], prompt)
+
+
+def check_mixed(model: ParityModel) -> None:
+    """Two adapters and the base in one batch."""
+    crowd = [(str(n), model.prompt(n), adapter) for n, adapter in enumerate([None, *model.adapters, None])]
+    _, answers = model.run([model.request(*each) for each in crowd])
+    for name, prompt, adapter in crowd:
+        model.expect(answers[name], prompt, adapter)
+
+
+def check_chunked(model: ParityModel) -> None:
+    crowd = [(str(n), model.prompt(n), adapter) for n, adapter in enumerate([None, *model.adapters])]
+    _, answers = model.run([model.request(*each) for each in crowd], step_tokens=7, step_logit_rows=7)
+    for name, prompt, adapter in crowd:
+        model.expect(answers[name], prompt, adapter)
+
+
+def check_prefix(model: ParityModel) -> None:
+    """The second request begins like the first, which has left its blocks; a serial model computes all again."""
+    shared, adapter = model.prompt(0), next(iter(model.adapters), None)
+    limits = model.settings.limits
+    with tempfile.TemporaryDirectory() as staging:
+        rig = Rig(limits, executable=model.loaded.executable, loader=FolderLoader(model.setup, Path(staging)))
+        for n, who in enumerate([None, adapter]):
+            for suffix in ([], [7, 8]):
+                name, prompt = f"{n}{len(suffix)}", [*shared, *suffix]
+                answer = rig.run([model.request(name, prompt, who, max_tokens=8)])[name]
+                model.expect(answer, prompt, who)
+                hit = suffix and limits.prefix_cache
+                assert answer.final is not None and (answer.final.cached_tokens > 0) == bool(hit), answer.final
+        rig.adapters.close()
+
+
+def check_preempted(model: ParityModel) -> None:
+    names = [None, *model.adapters]
+    crowd = [(str(n), model.prompt(n)[:3], names[n % len(names)]) for n in range(6)]
+    rig, answers = model.run([model.request(*each, max_tokens=24) for each in crowd], num_blocks=15, prefix_cache=False)
+    assert rig.engine.stats().preemptions > 0
+    for name, prompt, adapter in crowd:
+        model.expect(answers[name], prompt, adapter)
+
+
+CHECKS: dict[str, Callable[[ParityModel], None]] = {
+    "logits": check_logits,
+    "greedy": check_greedy,
+    "mixed": check_mixed,
+    "chunked": check_chunked,
+    "prefix": check_prefix,
+    "preempted": check_preempted,
+}
