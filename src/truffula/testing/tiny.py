@@ -38,10 +38,11 @@ _MLA = {
     "qk_rope_head_dim": 6,
     "v_head_dim": 12,
 }
-_V3_EXPERTS = {
-    "first_k_dense_replace": 1, "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
-    "n_shared_experts": 2, "n_group": 1, "topk_group": 1,
+_EXPERTS = {
+    "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 2, "n_group": 1,
+    "topk_group": 1,
 }  # fmt: skip
+_V3_EXPERTS = {**_EXPERTS, "first_k_dense_replace": 1}
 _INDEXER = {"index_topk": 64, "index_head_dim": 8, "index_n_heads": 2}
 _KIMI_VISION = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pos_emb_height": 2,
@@ -52,7 +53,7 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {**_MLA, **_V3_EXPERTS},
     "deepseek_v3": {**_MLA, **_V3_EXPERTS},
     "deepseek_v32": {**_MLA, **_V3_EXPERTS, **_INDEXER},
-    "glm4_moe_lite": {**_MLA, **_V3_EXPERTS, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "glm4_moe_lite": {**_MLA, **_EXPERTS, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "glm_moe_dsa": {**_MLA, **_V3_EXPERTS, **_INDEXER},
     "kimi_k2": {**_MLA, **_V3_EXPERTS},
     "apertus": {"head_dim": 10},
@@ -94,7 +95,7 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "seed_oss": {"head_dim": 10},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "stablelm": {"hidden_size": 64},
-    "youtu": _MLA,
+    "youtu": {**_MLA, "pad_token_id": None},
 }
 # Numbers of xielu whose tensors have no shape.
 _SCALARS = ("act_fn.beta", "act_fn.eps")

@@ -21,7 +21,7 @@ from truffula.model.parts.mla import MlaSpec
 from truffula.model.parts.mlp import MlpSpec
 from truffula.model.parts.moe import MoeSpec, RouterSpec, SharedSpec
 from truffula.model.rope import attention_magnitude, read_rope, rope_parameter
-from truffula.model.rows import NormSpec
+from truffula.model.rows import ExpertLayout, NormSpec
 from truffula.model.spec import LLAMA_NAMES, LayerSpec, ModelSpec, ModuleNames, RopeSpec
 
 _LATENT_EPS = 1e-6
@@ -31,6 +31,12 @@ _BETA, _ORIGINAL = "llama_4_scaling_beta", "original_max_position_embeddings"
 _KIMI_K25_NAMES = ModuleNames(
     body="model.language_model.",
     skip=("vision_tower.", "mm_projector.", "model.vision_tower.", "model.mm_projector."),
+)
+# The only one whose files hold the matrices of all experts together.
+_MISTRAL4_NAMES = replace(
+    DEEPSEEK_NAMES,
+    in_layouts=(ExpertLayout(("mlp.experts.gate_up_proj",), parameter="mlp.experts.gate_up_proj"),),
+    out_layouts=(ExpertLayout(("mlp.experts.down_proj",), parameter="mlp.experts.down_proj"),),
 )
 # The keys of experts, which have no effect where no layer has any.
 _EXPERT_KEYS = (
@@ -109,7 +115,7 @@ def mistral4(view: ConfigView, names: ModuleNames = LLAMA_NAMES) -> ModelSpec:
     sparse = dense_first(view, "first_k_dense_replace", _layers(view))
     moe = _sigmoid_moe(view, sparse)
     if moe is not None:
-        moe = replace(moe, router=replace(moe.router, score="softmax", correction=False))
+        moe = replace(moe, router=replace(moe.router, score="softmax", correction=False), names=_MISTRAL4_NAMES)
     mixer = mla(view, interleaved=view.flag("rope_interleave"), whole_head=True)
     width = mixer.nope + mixer.rope
     rope_keys = (*_ROPE_KEYS, _BETA, _ORIGINAL, "max_position_embeddings")
