@@ -26,12 +26,16 @@ def test_the_table_of_defaults_covers_every_architecture() -> None:
     assert set(load_defaults()) == set(ARCHITECTURES)
 
 
+# Without which transformers' model fails, too.
+NO_DEFAULT: dict[str, dict[str, Any]] = {"deepseek_v2": {"num_experts_per_tok": 6}}
+
+
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_an_empty_config_is_the_class_default(model_type: str) -> None:
-    read = read_config({"model_type": model_type})
+    read = read_config({"model_type": model_type, **NO_DEFAULT.get(model_type, {})})
     text = load_defaults()[model_type].fields.get("text_config") or {}
     fields = load_defaults()[read.spec.model_type].fields | text
-    assert read.warnings == ()
+    assert read.warnings == read.spec.notes
     assert read.spec.vocab_size == fields["vocab_size"]
     assert len(read.spec.layers) == fields["num_hidden_layers"]
     assert read.spec.layers[0].mixer.heads == fields["num_attention_heads"]
@@ -184,7 +188,7 @@ def test_a_yarn_config_stretches_the_length() -> None:
     assert read_config(config).spec.max_positions == 131072
 
 
-@pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - {"gemma3", "mistral3"}))
+@pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - {"gemma3", "kimi_k2", "mistral3"}))
 def test_what_transformers_writes_is_read_without_a_warning(model_type: str, tmp_path: Any) -> None:
     from transformers import AutoConfig
 
@@ -192,7 +196,7 @@ def test_what_transformers_writes_is_read_without_a_warning(model_type: str, tmp
     AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     read = read_config(written)
-    assert read.warnings == ()
+    assert read.warnings == read.spec.notes
     assert read.spec == read_config(tiny_config(model_type)).spec
 
 

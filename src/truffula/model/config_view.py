@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -62,7 +63,8 @@ class TypeDefaults:
     generation: frozenset[str]
 
 
-def load_defaults() -> dict[str, TypeDefaults]:
+@cache
+def load_defaults() -> Mapping[str, TypeDefaults]:
     """The generated table (scripts/generate_config_defaults.py), by model type."""
     text = resources.files("truffula.model").joinpath("config_defaults.json").read_text(encoding="utf-8")
     table = json.loads(text)
