@@ -50,9 +50,15 @@ MODEL_TYPES = (
     "olmo",
     "olmo2",
     "olmo3",
+    "olmo_hybrid",
     "qwen2",
     "qwen3",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
     "qwen3_moe",
+    "qwen3_next",
     "seed_oss",
     "smollm3",
     "stablelm",
@@ -78,6 +84,9 @@ LEGACY_OF = {
     "cohere2": ("sliding_window_pattern",),
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
     "lfm2": ("block_ff_dim", "tie_embedding"),
+    "qwen3_5_moe_text": ("full_attention_interval",),
+    "qwen3_5_text": ("full_attention_interval",),
+    "qwen3_next": ("full_attention_interval",),
 }
 
 

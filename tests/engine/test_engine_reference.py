@@ -101,13 +101,14 @@ FAMILIES = {
     # Gemma 3 by its own rule would have five sliding layers first. The blocks hold four tokens.
     "gemma3": ("gemma3_text", {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}),
     "gemma3-short": ("gemma3_text", {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}),
+    "qwen3_5": ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"]}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 4}),
     "gemma3-long": ("gemma3_text", {"sliding_window": 50, "layer_types": ["sliding_attention", "full_attention"]}),
 }
 
 
 # The reference takes a second for each test of these: in the slow suite.
-SLOW = {("reference", "lfm2")}
+SLOW = {("reference", "lfm2"), ("reference", "qwen3_5")}
 PARAMS = [
     pytest.param((b, f), marks=[pytest.mark.slow] * ((b, f) in SLOW), id=f"{b}-{f}") for b in SINGLE for f in FAMILIES
 ]

@@ -284,17 +284,21 @@ def _gguf_seed(architecture: str, model: str, types: tuple[int, ...]) -> Case:
     )
 
 
-def _k_seed() -> Case:
-    """Types whose blocks are of 256: one table, which opens and cannot be planned."""
+def _large_block_seeds() -> list[Case]:
+    """Types whose blocks are of 256: tables, which open and cannot be planned."""
     kinds = [kind for kind, format in FORMATS.items() if format.size == 256]
-    names = [b"token_embd.weight", b"output.weight", b"blk.0.attn_q.weight"]
-    tensors, data = [], b""
-    for name, kind in zip(names, kinds, strict=False):
-        raw = bytes(range(256)) * 3
-        raw = raw[: FORMATS[kind].nbytes * 2]
-        tensors.append([name, [256, 2], kind, len(data)])
-        data += raw + bytes(-len(raw) % 32)
-    return Case({"x.gguf": Gguf(version=2, pairs=_gguf_pairs("qwen2", "gpt2"), tensors=tensors, align=32, data=data)})
+    leaves = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    names = [b"token_embd.weight", b"output.weight", *(f"blk.0.{leaf}.weight".encode() for leaf in leaves)]
+    seeds = []
+    for first in range(0, len(kinds), len(names)):
+        tensors, data = [], b""
+        for name, kind in zip(names, kinds[first:], strict=False):
+            raw = (bytes(range(256)) * 3)[: FORMATS[kind].nbytes * 2]
+            tensors.append([name, [256, 2], kind, len(data)])
+            data += raw + bytes(-len(raw) % 32)
+        pairs = _gguf_pairs("qwen2", "gpt2")
+        seeds.append(Case({"x.gguf": Gguf(version=2, pairs=pairs, tensors=tensors, align=32, data=data)}))
+    return seeds
 
 
 def _gguf_seeds() -> list[Case]:
@@ -304,7 +308,8 @@ def _gguf_seeds() -> list[Case]:
         _gguf_seed("qwen3", "gpt2", (6,)),
         _gguf_seed("gemma2", "llama", (3, 8)),
         _gguf_seed("gemma3", "llama", (2,)),
-        _k_seed(),
+        _gguf_seed("qwen2", "gpt2", (20, 39)),
+        *_large_block_seeds(),
     ]
 
 

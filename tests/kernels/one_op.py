@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
@@ -83,6 +83,13 @@ class OneOp:
         self.weights.append(decl)
         self.values[name] = [as_dtype(piece, self.dtype) for piece in pieces]
         return decl.id
+
+    def exact_vector(self, value: np.ndarray) -> int:
+        """A vector that is kept in float32 whatever the dtype."""
+        made = self.weight(value, "vector")
+        self.weights[made] = replace(self.weights[made], dtype="float32")
+        self.values[self.weights[made].name] = [value.astype(np.float32)]
+        return made
 
     def input(self, value: np.ndarray, into: Ref | None = None) -> Ref:
         """``value [rows, width]`` in a buffer (or in the columns ``into``)."""

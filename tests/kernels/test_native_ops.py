@@ -19,6 +19,7 @@ from truffula.kernels.program import (
     Embed,
     Epilogue,
     ExpertLinear,
+    GatedDelta,
     Linear,
     Logits,
     Mla,
@@ -50,6 +51,8 @@ ONE_OF_EACH: list[Op] = [
     CausalConv(name="conv", x=ROWS, out=ROWS, weight=0, state=0),
     Mla(name="mla", q=ROWS, latent=ROWS, out=ROWS, kv_b=0, group=0, plane=0, heads=1, nope=8, rope=8, dim_v=16, rank=8,
         scale=1.0),
+    GatedDelta(name="delta", q=ROWS, k=ROWS, v=ROWS, decay=ROWS, beta=ROWS, out=ROWS, state=0, rate=0, dt_bias=0,
+               heads=1, key_heads=1, dim_k=16, dim_v=16, scale=1.0),
     Route(name="route", logits=ROWS, out=ROWS, k=8),
     ExpertLinear(name="experts", x=ROWS, routes=ROWS, weight=0, out=ROWS),
     TakeRows(name="take rows", x=ROWS, out=ROWS),
@@ -80,7 +83,7 @@ def test_words_are_the_same():
             if words is not None:
                 assert set(words) - {"none"} == words_of(declared[field]) - {"none"}, (name, field)
                 compared += 1
-    assert compared == 12
+    assert compared == 13
 
 
 @pytest.mark.parametrize(

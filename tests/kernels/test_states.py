@@ -8,28 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import BACKENDS, on_every_backend
 from one_op import CAPACITY, OneOp, close, exact
+from spans import fill_spans, sequences
 
 from truffula.errors import KernelError
 from truffula.kernels.program import CausalConv, RecurrentState
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 SILU = {"silu": lambda x: x / (1 + np.exp(-x)), None: lambda x: x}
-
-
-def fill_spans(inputs, lengths: list[list[int]], *, in_place: bool) -> None:
-    """One sequence per list, with spans of these lengths. Row 0 begins each; ``in_place``: one state row each."""
-    inputs.N, inputs.Z, at, row = len(lengths), 0, 0, 1
-    for n, spans in enumerate(lengths):
-        before = 0
-        for length in spans:
-            z, at = inputs.Z, at + length
-            inputs.state_in[z], inputs.state_out[z], inputs.span_start[z + 1] = before, row, at
-            before, row, inputs.Z = row, row if in_place else row + 1, z + 1
-        row = before + 1
-        inputs.q_start[n + 1], inputs.kv_len[n] = at, sum(spans)
-
-
-sequences = st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=3)
 
 
 @on_every_backend

@@ -36,7 +36,16 @@ class Served:
         self.program: Program = plan.program
         self.tied = plan.tying.tie is not Tie.SEPARATE
         rows, blocks = 48 * PROMPT_TOKENS, -(-PROMPT_TOKENS // BLOCK)
-        capacity = Capacity(rows, 48, rows, 48, num_blocks=1 + 48 * blocks, block_size=BLOCK, max_blocks_per_seq=blocks)
+        capacity = Capacity(
+            rows,
+            48,
+            rows,
+            48,
+            num_blocks=1 + 48 * blocks,
+            block_size=BLOCK,
+            max_blocks_per_seq=blocks,
+            num_states=1 + 48 * blocks,
+        )
         self.executable = backend.load(plan.program, "float32", pull, capacity)
         pull.finish()
         self._blocks = blocks

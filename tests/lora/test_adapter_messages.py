@@ -23,6 +23,7 @@ CONFIG = tiny_config(rank=4, alpha=8, targets=["q_proj", "v_proj"])
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PLAIN = tiny_tensors(llama_sites(), CONFIG)
 ONES = np.ones((4, 4), np.float32)
+CONVOLUTION = [f"{PREFIX}model.layers.0.linear_attn.conv1d.lora_{half}.weight" for half in "AB"]
 Make = Callable[[Path], Any]
 
 
@@ -159,6 +160,11 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
         "a copy of a table that has no pair",
         beside("lm_head.base_layer.weight", ONES),
         ["copy of a base table", "save_embedding_layers=False"],
+    ),
+    (
+        "a convolution",
+        lambda folder: write_adapter(folder, CONFIG, PLAIN | dict.fromkeys(CONVOLUTION, ONES)),
+        ["LoRA on a convolution is not supported", "linear_attn.conv1d", "leave conv1d out of target_modules"],
     ),
     ("half a pair of an embedding", beside("model.embed_tokens.lora_embedding_A", ONES), ["Incomplete pair"]),
     ("a saved head", beside("lm_head.weight", ONES), ["save_embedding_layers=False"]),

@@ -73,6 +73,8 @@ BASES = {
     "qwen2": {"tie_word_embeddings": True},
     "gemma3_text": {"num_hidden_layers": 4},
     "youtu": {"num_hidden_layers": 2},
+    "qwen3_5_text": {},
+    "qwen3_next": {},
 }
 DENSE = (
     "apertus",
@@ -158,18 +160,26 @@ def test_each_field_agrees_with_peft(outcomes: dict[str, Outcome], case: str, co
     assert np.abs(outcome.peft - outcome.base).max() > 100 * TOLERANCE, "the adapter does not show"
 
 
+TARGETS: dict[str, tuple[str | list[str], list[str]]] = {
+    "qwen2": ("all-linear", ["q_proj", "down_proj"]),
+    "gemma3_text": ("all-linear", ["q_proj", "down_proj"]),
+    "qwen3_5_text": ("all-linear", ["in_proj_qkv", "in_proj_a", "in_proj_b", "in_proj_z", "linear_attn.out_proj"]),
+    "youtu": ("all-linear", ["q_b_proj", "kv_b_proj", "down_proj"]),
+    # peft takes the MLP of any qwen3_next model for experts, and warns.
+    "qwen3_next": (["in_proj_ba", "in_proj_qkvz", "q_proj", "o_proj", "out_proj"], ["in_proj_ba", "k_proj"]),
+}
+
+
 @on_the_best
 @pytest.mark.parametrize(
-    "model_type", ["qwen2", "gemma3_text", "youtu", *(pytest.param(name, marks=pytest.mark.slow) for name in DENSE)]
+    "model_type", [*TARGETS, *(pytest.param(name, marks=pytest.mark.slow) for name in DENSE)]
 )  # the slow ones: 40 s
 def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend) -> None:
     served = served_base(tmp_path, model_type, backend)
     rows: list[tuple[int | None, list[int]]] = []
     expected = []
-    for number, fields in enumerate(
-        ({"targets": "all-linear", "rank": 5}, {"targets": ["q_proj", "kv_b_proj", "down_proj"]})
-    ):
-        folder = write_tiny_adapter(tmp_path / str(number), served.program.sites, seed=number, **fields)
+    for number, targets in enumerate(TARGETS.get(model_type, ("all-linear", ["q_proj", "down_proj"]))):
+        folder = write_tiny_adapter(tmp_path / str(number), served.program.sites, seed=number, targets=targets, rank=5)
         rows.append((served.add(folder), served.prompt(number)))
         expected.append(served.peft(folder, rows[-1][1]))
     rows.append((None, served.prompt(9)))

@@ -13,6 +13,7 @@ import parity_cases_dense
 import parity_cases_mla
 import pytest
 from kernel_backends import on_the_best
+from parity_cases_delta import CASES as DELTA
 from parity_cases_moe import CASES as MOE_CASES
 from parity_cases_state import CASES as STATE_CASES
 
@@ -131,6 +132,7 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
         *(pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in (*CASES, *MOE_CASES)),
         *spread(parity_cases_dense.CASES),
         *spread(parity_cases_mla.CASES),
+        *spread(DELTA),
     ],
 )  # the slow ones: 20 s
 def test_parity_with_transformers(

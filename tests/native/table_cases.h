@@ -125,10 +125,12 @@ struct Op {
 std::vector<Op> product_ops();
 std::vector<Op> row_ops();
 std::vector<Op> attention_ops();
+std::vector<Op> state_ops();
 
 inline std::vector<Op> all_ops() {
   std::vector<Op> all;
-  for (const auto& some : {product_ops(), row_ops(), attention_ops()}) all.insert(all.end(), some.begin(), some.end());
+  for (const auto& some : {product_ops(), row_ops(), attention_ops(), state_ops()})
+    all.insert(all.end(), some.begin(), some.end());
   return all;
 }
 

@@ -100,7 +100,7 @@ struct Product {
 
   std::vector<float> run(const Kernels& table) const {
     const RowArray out(rows, width);
-    const int64_t stride = is_quantised(format) ? inputs / kBlock * kMostXBlockBytes : pair_row_bytes(inputs);
+    const int64_t stride = is_quantised(format) ? inputs / kBlock * kMaxXBlockBytes : pair_row_bytes(inputs);
     const Array small = array_of(padded_rows(rows) * stride);
     std::memset(small->bytes(), 0xff, small->size());  // NaN, where nothing is written
     LinearCall now = call;

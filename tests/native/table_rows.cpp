@@ -9,7 +9,7 @@ namespace {
 constexpr int32_t kSizes[] = {1, 5, 15, 16, 17, 32, 33, 64, 100};
 
 struct Norm {
-  RowArray x, plus;
+  RowArray x, gate, plus;
   Array weight, bias;
   NormCall call;
 };
@@ -19,9 +19,10 @@ Case norm_case(int32_t number) {
   const int32_t groups = 1 + number % 3, width = kSizes[number % 9] * groups, rows = 1 + number % 5;
   const int32_t each = number % 2 ? width : width / groups;  // of all columns, or of a group that shares it
   const auto made = std::make_shared<Norm>(Norm{RowArray::random(numbers, rows, width),
-      RowArray::random(numbers, rows, width), numbers.floats(each), numbers.floats(each), {}});
+      RowArray::random(numbers, rows, width), RowArray::random(numbers, rows, width), numbers.floats(each), numbers.floats(each), {}});
   NormCall& call = made->call;
   call.x = made->x.rows();
+  call.gate = numbers.below(3) ? Rows{nullptr, 0} : made->gate.rows(), call.gate_activation = kSilu;
   call.plus = numbers.below(2) ? made->plus.rows() : Rows{nullptr, 0};
   call.weight = numbers.below(4) ? made->weight->floats() : nullptr;
   call.bias = numbers.below(2) ? made->bias->floats() : nullptr;
@@ -124,7 +125,7 @@ Case sampler_case(int32_t number) {
 }  // namespace
 
 std::vector<Op> row_ops() {
-  return {{"norms", 216, false, true, norm_case},         {"activations and sums", 396, false, true, pointwise_case},
+  return {{"norms", 216, false, true, norm_case},         {"activations and sums", 468, false, true, pointwise_case},
           {"rotary positions", 108, false, true, rope_case}, {"sampler's loops", 84, true, false, sampler_case}};
 }
 

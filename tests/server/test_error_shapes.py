@@ -4,6 +4,7 @@ import json
 
 import httpx
 import pytest
+from compat_cases import TALK
 from live_server import MODEL, assert_canonical_error, ok
 
 PATHS = ["/generate", "/", "/tokenize"]
@@ -148,3 +149,22 @@ def test_half_a_request_and_gone(live):
 
         client.post("/generate", content=broken(), headers=HEADERS)
     assert live.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": TALK, "max_tokens": 10**6}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": TALK, "max_completion_tokens": 10**6}, "max_completion_tokens"),
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 10**6}, "max_output_tokens"),
+        ("/v1/responses", {"input": "Hello " * 9000}, "input"),
+        ("/v1/responses", {"input": "Hello " * 30000}, "input"),  # read by a text worker
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello " * 30000}]}, "messages"),
+    ],
+)
+def test_an_error_has_the_name_that_the_client_sent(live, path, body, param):
+    response = live.post(path, body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    others = {"max_tokens", "max_completion_tokens", "max_output_tokens"} - {param}
+    assert not any(name in error["message"].replace(param, "") for name in others)

@@ -75,6 +75,11 @@ class QuantisedArray:
         """One expert's matrix; a view."""
         return QuantisedArray(self.kind, self.blocks[expert], self.shape[1:], self.unpack)
 
+    def output_rows(self, which: slice) -> QuantisedArray:
+        """Some rows of each expert's matrix; a view."""
+        part = self.blocks[:, which]
+        return QuantisedArray(self.kind, part, (*part.shape[:2], self.shape[-1]), self.unpack)
+
     def dequantise(self) -> Array:
         """float32 ``shape``, as the format defines the values."""
         return self.unpack(self.blocks.reshape(-1, self.blocks.shape[-1])).reshape(self.shape)

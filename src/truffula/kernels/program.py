@@ -12,13 +12,16 @@ round once, to the dtype of the buffer they write. A backend without a mixed pro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from truffula.errors import KernelError
 
 Rows = Literal["T", "R"]
 BufferDtype = Literal["model", "float32"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,43 @@ class Ref:
     width: int
 
 
+Transform = Literal["none", "plus_one", "minus_exp", "conv", "columns", "even_columns", "odd_columns", "alternating"]
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """How a fused module stores its rows: ``groups`` times one run of each of ``widths`` (q, k and v of a head).
+
+    A program has all rows of a run together: all q, then all k, then all v.
+    """
+
+    groups: int
+    widths: tuple[int, ...]
+
+    def sorted(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``rows`` ``[O, ...]`` of the module, in the program's order."""
+        grouped = rows.reshape(self.groups, sum(self.widths), *rows.shape[1:])
+        runs = np.split(grouped, np.cumsum(self.widths)[:-1], axis=1)
+        return np.concatenate([run.reshape(-1, *rows.shape[1:]) for run in runs])
+
+
 @dataclass(frozen=True)
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``conv``: the file has ``[C, 1, K]``. Of a
-    weight of experts, a part fills rows ``lo ..`` of ``expert`` (None: of every expert) and has the shape ``stored``;
-    ``columns`` takes matrices that are stored [I, O], ``even_columns`` and ``odd_columns`` every second column of such
-    matrices, and ``alternating`` a vector [E, O] in which entries of gates and ups alternate.
+    ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``minus_exp`` is -exp(w), in float32;
+    ``conv``: the file has ``[C, 1, K]``. Then ``order`` sorts the rows. Of a weight of experts, a part fills rows
+    ``lo ..`` of ``expert`` (None: of every expert) and has the shape ``stored``; ``columns`` takes matrices that are
+    stored [I, O], ``even_columns`` and ``odd_columns`` every second column of such matrices, and ``alternating`` a
+    vector [E, O] in which entries of gates and ups alternate.
     """
 
     name: str
-    transform: Literal["none", "plus_one", "conv", "columns", "even_columns", "odd_columns", "alternating"] = "none"
+    transform: Transform = "none"
     expert: int | None = None
     lo: int = 0
     stored: tuple[int, ...] = ()
+    order: RowOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +103,19 @@ class WeightDecl:
 
 @dataclass(frozen=True)
 class ModuleSlice:
-    """PEFT module path ``name`` whose output rows ``lo .. hi`` (of ``of`` rows) are this site's output."""
+    """PEFT module path ``name`` whose output rows ``lo .. hi`` (of ``of`` rows) are this site's output, sorted by
+    ``order``."""
 
     name: str
     lo: int
     hi: int
     of: int
+    order: RowOrder | None = None
+
+    def rows(self, whole: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """This site's part of ``whole`` ``[of, ...]``."""
+        part = whole[self.lo : self.hi]
+        return part if self.order is None else self.order.sorted(part)
 
 
 @dataclass(frozen=True)
@@ -240,6 +272,7 @@ class Norm(Op):
     ``cast`` first: weight * round(normed) (llama); last: round(weight * normed) (gemma, olmo2). ``groups`` norms over
     each of that many equal column groups (per-head q/k norms): ``weight`` and ``bias`` are as wide as a group, which
     shares them with the others, or as all columns.
+    ``gate``: the result (with cast first: the rounded one) is multiplied by gate_activation(gate), then rounded.
     ``plus``: out = plus + round(result), a residual added after a post-norm.
     """
 
@@ -251,6 +284,8 @@ class Norm(Op):
     bias: int | None = None
     cast: Literal["first", "last"] = "first"
     groups: int = 1
+    gate: Ref | None = None
+    gate_activation: Activation | None = None
     plus: Ref | None = None
 
 
@@ -357,6 +392,38 @@ class Mla(Op):
     rank: int
     scale: float
     slices: tuple[SiteSlice, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDelta(Op):
+    """The gated delta rule: linear attention whose state replaces what it holds for a key.
+
+    Per sequence and head a float32 state S ``[dim_k, dim_v]``, kept in ``state`` from step to step. For each row, with
+    q and k divided by sqrt(|x|² + eps) and q multiplied by ``scale``:
+
+    S = exp(g) S  ·  S = S + k (beta (v - Sᵀk))ᵀ  ·  out = Sᵀq
+
+    where g = ``rate`` * softplus(``decay`` + ``dt_bias``) and beta = ``beta_scale`` * sigmoid(``beta``). ``rate``
+    ``[heads]`` is below 0. ``decay`` has one column per head or, with a decay for each row of S (Kimi's delta
+    attention), dim_k of them. Head h uses the q and k of key head ``h // (heads / key_heads)``.
+    """
+
+    q: Ref
+    k: Ref
+    v: Ref
+    decay: Ref
+    beta: Ref
+    out: Ref
+    state: int
+    rate: int
+    dt_bias: int
+    heads: int
+    key_heads: int
+    dim_k: int
+    dim_v: int
+    scale: float
+    eps: float = 1e-6
+    beta_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from truffula.kernels.program import (
     CausalConv,
     Embed,
     ExpertLinear,
+    GatedDelta,
     Linear,
     Logits,
     Mla,
@@ -174,6 +175,9 @@ def _norm(op: Norm, check: _Check) -> None:
     shared = op.weight is None or check.program.weights[op.weight].shape[0] * op.groups == op.x.width
     for name, vector in (("weight", op.weight), ("bias", op.bias)):
         check.vector(name, vector, op.x.width // op.groups if shared else op.x.width)
+    check.read("gate", op.gate, rows, op.x.width)
+    needed = "must be set exactly where a gate is."
+    check.require("gate_activation", (op.gate is None) == (op.gate_activation is None), needed)
     check.read("plus", op.plus, rows, op.x.width)
     check.write("out", op.out, rows, op.x.width)
 
@@ -268,6 +272,22 @@ def _mla(op: Mla, check: _Check) -> None:
     check.write("out", op.out, "T", op.heads * op.dim_v)
 
 
+def _gated_delta(op: GatedDelta, check: _Check) -> None:
+    shared = op.heads >= 1 and op.key_heads >= 1 and op.heads % op.key_heads == 0
+    check.require("key_heads", shared, f"{op.heads} heads cannot share {op.key_heads} key heads.")
+    check.read("q", op.q, "T", op.key_heads * op.dim_k)
+    check.read("k", op.k, "T", op.key_heads * op.dim_k)
+    check.read("v", op.v, "T", op.heads * op.dim_v)
+    widths = (op.heads, op.heads * op.dim_k)
+    check.require("decay", op.decay.width in widths, f"is {op.decay.width} wide; {widths[0]} or {widths[1]} needed.")
+    check.read("decay", op.decay, "T")
+    check.read("beta", op.beta, "T", op.heads)
+    check.vector("rate", op.rate, op.heads)
+    check.vector("dt_bias", op.dt_bias, op.decay.width)
+    check.state("state", op.state, op.heads * op.dim_k * op.dim_v)
+    check.write("out", op.out, "T", op.heads * op.dim_v)
+
+
 def _route(op: Route, check: _Check) -> None:
     check.read("logits", op.logits, "T")
     experts, groups = op.logits.width, op.groups
@@ -337,6 +357,7 @@ _CHECKS: dict[type[Op], Callable[..., None]] = {
     Rope: _rope,
     Attention: _attention,
     Mla: _mla,
+    GatedDelta: _gated_delta,
     CausalConv: _causal_conv,
     Route: _route,
     ExpertLinear: _expert_linear,

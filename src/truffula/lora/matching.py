@@ -26,6 +26,7 @@ from truffula.lora.tables import FLOATS, BaseTable
 from truffula.weights.checkpoint import TensorInfo
 
 _LAYER = re.compile(r"\.(\d+)\.")
+_CONVOLUTION = re.compile(r"(^|[._])conv(1d)?$")
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,12 @@ def _check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) ->
 def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) -> AdapterError:
     """Why these modules are not in the base: another prefix, more layers, or another architecture."""
     keys = [plan.a[module] for module in unknown]
+    if convolutions := [plan.a[module] for module in unknown if _CONVOLUTION.search(module)]:
+        return AdapterError(
+            f"LoRA on a convolution is not supported: {listed(convolutions)}. Train without it: leave "
+            f"{listed({_leaf(module) for module in unknown if _CONVOLUTION.search(module)})} out of target_modules.",
+            param=min(convolutions),
+        )
     some = "is" if len(unknown) == 1 else "are"
     every = "None of its modules is" if len(unknown) == len(plan.a) else f"{len(unknown)} of {len(plan.a)} {some} not"
     what = f"{every} in {base.model}: {listed(keys)}."

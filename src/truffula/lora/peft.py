@@ -175,7 +175,7 @@ def _site_tensors(pairs: Sequence[Pair], tensors: Mapping[str, Array]) -> tuple[
     made: list[SiteTensors] = []
     for pair in pairs:
         a, b = tensors[pair.a.name], tensors[pair.b.name]
-        made += [low_rank(site.id, a, b[part.lo : part.hi], pair.scale) for site, part in pair.parts]
+        made += [low_rank(site.id, a, part.rows(b), pair.scale) for site, part in pair.parts]
     return tuple(sorted(made, key=lambda s: s.site))
 
 

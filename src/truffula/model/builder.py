@@ -7,7 +7,7 @@ attention module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -42,6 +42,8 @@ from truffula.model.spec import Branch, ModelSpec, ModuleNames
 from truffula.weights.tying import Tie, TyingDecision
 
 _PLAIN = Epilogue()
+Gate = tuple[Ref, Activation]
+"""Columns, and the activation of them that a norm's result is multiplied by."""
 
 
 class ProgramBuilder:
@@ -111,9 +113,10 @@ class ProgramBuilder:
         body, lo = self.spec.names.body, 0
         for item in row.slices:
             hi = lo + item.rows
-            modules = [(body + name, 0, item.rows, item.rows) for name in (item.module, item.alias) if name is not None]
+            names = [name for name in (item.module, item.alias) if name is not None]
+            modules = [ModuleSlice(body + name, 0, item.rows, item.rows, item.order) for name in names]
             if row.fused is not None:
-                modules.append((body + row.fused, lo, hi, row.rows))
+                modules.append(ModuleSlice(body + row.fused, lo, hi, row.rows))
             yield SiteSlice(self.site("linear", row.layer, row.width, item.rows, modules), lo, hi)
             lo = hi
 
@@ -124,8 +127,8 @@ class ProgramBuilder:
         for expert in range(row.experts):
             lo = 0
             for number, item in enumerate(row.slices):
-                site = self.site("linear", row.layer, row.width, item.rows,
-                                 [(body + item.module.format(e=expert), 0, item.rows, item.rows)])  # fmt: skip
+                module = ModuleSlice(body + item.module.format(e=expert), 0, item.rows, item.rows)
+                site = self.site("linear", row.layer, row.width, item.rows, [module])
                 if stacked is not None:
                     first, step = (number, len(row.slices)) if stacked.alternating else (lo, 1)
                     place = StackedSlice(f"{body}{stacked.parameter}", expert, row.experts, first, step, row.rows,
@@ -140,11 +143,10 @@ class ProgramBuilder:
 
     def site(
         self, kind: Literal["linear", "embed", "head"], layer: int | None, width_in: int, width_out: int,
-        modules: list[tuple[str, int, int, int]],
+        modules: Sequence[ModuleSlice],
     ) -> int:  # fmt: skip
         """The id of a new site. Tables are sites on each side even when they are one tensor: tying is of the base."""
-        slices = tuple(ModuleSlice(*module) for module in modules)
-        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, slices))
+        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, tuple(modules)))
         return len(self.sites) - 1
 
     def module(self, path: str) -> str:
@@ -153,13 +155,14 @@ class ProgramBuilder:
 
     def norm(
         self, key: str, norm: NormSpec, x: Ref, out: Ref, probe: Probe, *,
-        layer: int | None = None, groups: int = 1, plus: Ref | None = None,
+        layer: int | None = None, groups: int = 1, gate: Gate | None = None, plus: Ref | None = None,
     ) -> None:  # fmt: skip
         """Append the norm with the row ``key``."""
         weight = self.weight(key) if norm.weight else None
+        columns, activation = gate if gate is not None else (None, None)
         self.ops.append(Norm(name=key, layer=layer, probe=probe, x=x, out=out, kind=norm.kind, eps=norm.eps,
                              weight=weight, bias=self.bias(key), cast=norm.cast, groups=groups,
-                             plus=plus))  # fmt: skip
+                             gate=columns, gate_activation=activation, plus=plus))  # fmt: skip
 
     def stream_after(self, layer: int, part: str | None = None) -> Probe | None:
         """The probe of the residual stream after ``part`` of a layer (None: its last): the input of the next module.
@@ -179,9 +182,9 @@ class ProgramBuilder:
             following = spec.layers[index].branches
         if following:
             _, item, before, _ = following[0]
-            module = before.module if before is not None else item.first_module(spec.names)
+            module = before.module5 if before is not None else item.first_module(spec.names)
             return Probe(self.module(spec.layer_prefix(index) + module), "in")
-        return Probe(self.module(spec.final_norm.module) if spec.final_norm is not None else spec.names.head, "in")
+        return Probe(self.module(spec.final_norm.module5) if spec.final_norm is not None else spec.names.head, "in")
 
 
 @dataclass(frozen=True)
@@ -263,10 +266,10 @@ class LayerBuilder:
 
     def norm(
         self, key: str, norm: NormSpec, x: Ref, out: Ref, *,
-        probe: Probe | None = None, groups: int = 1, plus: Ref | None = None,
+        probe: Probe | None = None, groups: int = 1, gate: Gate | None = None, plus: Ref | None = None,
     ) -> None:  # fmt: skip
-        probe = probe or self.probe(norm.module, "out")
-        self.program.norm(self.prefix + key, norm, x, out, probe, layer=self.index, groups=groups, plus=plus)
+        probe = probe or self.probe(norm.module5, "out")
+        self.program.norm(self.prefix + key, norm, x, out, probe, layer=self.index, groups=groups, gate=gate, plus=plus)
 
     def kv_planes(self) -> tuple[int, tuple[int, ...]]:
         """The KV group and the planes of this layer."""

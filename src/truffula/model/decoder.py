@@ -8,7 +8,18 @@ parts adds the residual in that norm instead. The rows whose logits are needed a
 from __future__ import annotations
 
 from truffula.errors import KernelError
-from truffula.kernels.program import Embed, Logits, Output, Probe, Program, Ref, RopeTable, TakeRows, WeightPart
+from truffula.kernels.program import (
+    Embed,
+    Logits,
+    ModuleSlice,
+    Output,
+    Probe,
+    Program,
+    Ref,
+    RopeTable,
+    TakeRows,
+    WeightPart,
+)
 from truffula.model.builder import LayerBuilder, ProgramBuilder
 from truffula.model.names import WeightNames
 from truffula.model.spec import LayerSpec, ModelSpec
@@ -29,7 +40,7 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
     build = ProgramBuilder(spec, names, tie)
     embed, head = build.tables()
     hidden, module = build.buffer("hidden", spec.hidden), build.module(spec.names.embed)
-    site = build.site("embed", None, spec.vocab_size, spec.hidden, [(module, 0, spec.hidden, spec.hidden)])
+    site = build.site("embed", None, spec.vocab_size, spec.hidden, [ModuleSlice(module, 0, spec.hidden, spec.hidden)])
     # Some classes scale the output of the module.
     build.ops.append(Embed(name="embed", table=embed, out=hidden, scale=spec.embed_scale, site=site,
                            probe=build.stream_after(-1)))  # fmt: skip
@@ -80,7 +91,7 @@ def _write_logits(build: ProgramBuilder, head: int, hidden: Ref) -> Ref:
     build.ops.append(TakeRows(name="take_rows", x=hidden, out=last, probe=build.stream_after(len(spec.layers) - 1)))
     if spec.final_norm is not None:
         normed = build.buffer("last_normed", spec.hidden, "R")
-        build.norm("final_norm", spec.final_norm, last, normed, Probe(build.module(spec.final_norm.module), "out"))
+        build.norm("final_norm", spec.final_norm, last, normed, Probe(build.module(spec.final_norm.module5), "out"))
         last = normed
     bias = None
     if spec.head_bias:
@@ -88,7 +99,7 @@ def _write_logits(build: ProgramBuilder, head: int, hidden: Ref) -> Ref:
         bias = build.declare("head.bias", (vocab,), (WeightPart(name),), "vector")
     # transformers applies scale and softcap after the head, so the output of its module differs then.
     plain = spec.logit_softcap is None and spec.logit_scale == 1.0
-    site = build.site("head", None, spec.hidden, vocab, [(module, 0, vocab, vocab)])
+    site = build.site("head", None, spec.hidden, vocab, [ModuleSlice(module, 0, vocab, vocab)])
     build.ops.append(Logits(name="logits", x=last, weight=head, out=logits, bias=bias, scale=spec.logit_scale,
                             softcap=spec.logit_softcap, site=site,
                             probe=Probe(module, "out") if plain else None))  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -164,8 +165,13 @@ class WeightReader:
 
     def _part(self, part: WeightPart, shape: tuple[int, ...]) -> Part:
         info = self.checkpoint.tensors[part.name]
-        as_stored = part.transform == "none"
-        blocks = self.checkpoint.blocks(part.name) if info.dtype in self.block_kinds and as_stored else None
+        as_stored = part.transform == "none" and part.order is None
+        as_blocks = part.order is None and part.transform in _ROWS_OF_BLOCKS
+        as_blocks = as_blocks and (info.values or info.dtype) in self.block_kinds
+        blocks = self.checkpoint.blocks(part.name) if as_blocks else None
+        if blocks is not None and part.transform != "none":
+            swapped = (*info.shape[:-2], info.shape[-1], info.shape[-2])
+            blocks = blocks.output_rows(_ROWS_OF_BLOCKS[part.transform]) if blocks.shape == swapped else None
         by_rows = as_stored and (len(shape) < 3 or part.expert is not None)
         computed = self.checkpoint.computed(part.name) if by_rows else None
         if blocks is not None:
@@ -184,10 +190,12 @@ class WeightReader:
         _require_finite(stored, info)
         if part.transform == "conv":
             stored = stored[:, 0, :]
-        if stored.dtype != np.float64 and part.transform != "plus_one":
+        if stored.dtype != np.float64 and part.transform not in ("plus_one", "minus_exp"):
             return stored
         values = stored.astype(np.float32)
         release_pages(stored)
+        if part.transform == "minus_exp":
+            return -np.exp(values)
         return values + np.float32(1) if part.transform == "plus_one" else values
 
     def finish(self) -> None:
@@ -195,6 +203,12 @@ class WeightReader:
         left = [decl.name for decl in self.plan.program.weights if decl.id not in self._read]
         if left:
             raise KernelError(f"{len(left)} weights were not read: {', '.join(left[:10])}.")
+
+
+_ROWS_OF_BLOCKS = MappingProxyType(
+    {"none": slice(None), "columns": slice(None), "even_columns": slice(0, None, 2), "odd_columns": slice(1, None, 2)}
+)
+"""The output rows that a part takes of blocks, which run along a matrix' inputs however its values are stored."""
 
 
 def _checked_rows(computed: ComputedArray, info: TensorInfo) -> ComputedArray:
@@ -224,7 +238,10 @@ def _require_finite(values: Array, info: TensorInfo, row: int = 0) -> None:
 
 
 def arranged(part: WeightPart, values: Array, shape: tuple[int, ...]) -> Array:
-    """A part of a weight of ``shape`` from the values of its tensor: of matrices a view, of their biases a copy."""
+    """A part of a weight of ``shape`` from the values of its tensor: of matrices a view, unless their rows are sorted,
+    of their biases a copy."""
+    if part.order is not None:
+        return part.order.sorted(values)
     if len(shape) == 1:
         if part.transform == "alternating":
             values = values.reshape(len(values), -1, 2).swapaxes(1, 2)

@@ -83,12 +83,16 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
             leaves = " | ".join(item.module.rsplit(".", 1)[-1] for item in row.slices)
             warnings.append(f"{found[0]} is stored fused; read as {leaves}.")
         taken.update(found)
-        parts[row.key] = tuple(WeightPart(stored[name], row.transform, stored=row.stored) for name in found)
+        orders = [item.order for item in row.slices] if len(found) == len(row.slices) else [None]
+        parts[row.key] = tuple(
+            WeightPart(stored[name], row.transform, stored=row.stored, order=order)
+            for name, order in zip(found, orders, strict=True)
+        )
     embed = f"{prefix}{spec.names.embed}.weight"
     heads = [name for name in stored if name.startswith(f"{head}.")]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]
-    unneeded = tuple(prefix + item for item in spec.names.unneeded)
-    unused = {n for n in left if n.startswith((*spec.names.skip, *unneeded)) or IGNORABLE.search(n)}
+    without_effect = (*spec.names.skip, *spec.names.unused, *(prefix + item for item in spec.names.unused))
+    unused = {name for name in left if name.startswith(without_effect) or IGNORABLE.search(name)}
     unknown = [name for name in left if name not in unused]
     unknown += [name for name in heads if name != f"{head}.weight" and not (spec.head_bias and name == f"{head}.bias")]
     _require_complete(spec, missing, unknown, stored)
@@ -166,6 +170,9 @@ def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] |
     split = _split_names(row, prefix)
     if all(name in stored for name in split):
         return split
+    aliased = [prefix + row.tensor(item.alias or item.module) for item in row.slices]
+    if all(name in stored for name in aliased):
+        return aliased
     fused = prefix + row.tensor(row.fused) if row.fused is not None else None
     # Some of the split names beside a fused one are an error: the fused name is then reported as unknown.
     return [fused] if fused in stored and not any(name in stored for name in split) else None  # type: ignore[list-item]

@@ -67,6 +67,12 @@ def read_rope(
     return _table(view, flat, label, theta, head_dim, partial=partial, share=share, more=more)
 
 
+def has_rope(view: ConfigView) -> bool:
+    """Whether the parameters are not written, or give a base (OLMo Hybrid: none where it is null)."""
+    written = view.mapping("rope_parameters")
+    return not written or written.get("rope_theta", 0) is not None
+
+
 def rope_parameter(view: ConfigView, key: str) -> float:
     """A parameter of the rope that the architecture itself reads."""
     _, flat, label = _parameters(view)

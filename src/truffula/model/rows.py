@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import BufferDtype, WeightPart
+from truffula.kernels.program import BufferDtype, RowOrder, Transform, WeightPart
 
 if TYPE_CHECKING:
     from truffula.model.spec import ModuleNames
 
 RowKind = Literal["embed", "linear", "vector", "conv", "head", "experts"]
-Transform = Literal["none", "plus_one", "conv"]
+RowPart = tuple[str, int] | tuple[str, int, RowOrder | None]
+"""A module, its rows and their order."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class NormSpec:
     ``plus_one``: the file stores w, and 1 + w is applied, in float32 (Gemma) or, with ``rounded``, in the model's dtype
     (Nemotron). ``cast`` as in ``program.Norm``. Without ``weight`` the module has no tensors. ``per_head``, of norms of
     heads: each head has a weight of its own, a row of one tensor ("rows"), or a module of its own (its name with {h}).
+    ``alias``: see ``RowSlice``.
     """
 
     module: str
@@ -36,6 +38,12 @@ class NormSpec:
     weight: bool = True
     bias: bool = False
     per_head: str | None = None
+    alias: str | None = None
+
+    @property
+    def module5(self) -> str:
+        """The module's name in transformers 5."""
+        return self.alias or self.module
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,14 @@ class RowSlice:
     """``rows`` output rows of a logical weight that are one module in checkpoints and one site for adapters.
 
     ``module`` is relative to the body: ``layers.3.self_attn.q_proj``; an expert's has ``{e}`` for its number.
-    ``alias`` is its name in transformers 5, where that differs from the one in checkpoints.
+    ``alias`` is its name in transformers 5, where that differs from the one in checkpoints, which may have either.
+    ``order``: see ``program.WeightPart``.
     """
 
     module: str
     rows: int
     alias: str | None = None
+    order: RowOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -152,22 +162,25 @@ class LayerRows:
         self.found: list[WeightRow] = []
 
     def linear(
-        self, key: str, parts: Sequence[tuple[str, int]], width: int, *, bias: bool = False, fused: str | None = None,
+        self, key: str, parts: Sequence[RowPart], width: int, *, bias: bool = False, fused: str | None = None,
         alias: str | None = None,
     ) -> None:  # fmt: skip
-        """A matrix ``[O, width]`` of stacked ``parts`` (module, rows), with its bias ``[O]``. ``alias``: see
-        ``RowSlice``, of a matrix of one part."""
+        """A matrix ``[O, width]`` of stacked ``parts``, with its bias ``[O]``. ``alias``: see ``RowSlice``, of a matrix
+        of one part."""
         alias = None if alias is None else self.prefix + alias
-        slices = tuple(RowSlice(self.prefix + module, count, alias) for module, count in parts)
+        slices = tuple(RowSlice(self.prefix + module, rows, alias, *order) for module, rows, *order in parts)
         whole, key = None if fused is None else self.prefix + fused, self.prefix + key
         self.found.append(WeightRow(key, "linear", slices, width, self.index, fused=whole))
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "linear", slices, 0, self.index, param="bias", fused=whole))
 
-    def conv(self, key: str, module: str, columns: int, taps: int, *, bias: bool) -> None:
-        """The weight of a depthwise convolution, with its bias ``[columns]``."""
-        key, slices = self.prefix + key, (RowSlice(self.prefix + module, columns),)
-        self.found.append(WeightRow(key, "conv", slices, taps, self.index, transform="conv"))
+    def conv(
+        self, key: str, parts: Sequence[tuple[str, int]], taps: int, *, bias: bool = False, fused: str | None = None
+    ) -> None:
+        """The weight of a depthwise convolution of the columns of ``parts`` (module, columns), with its bias."""
+        slices = tuple(RowSlice(self.prefix + module, columns) for module, columns in parts)
+        whole, key = None if fused is None else self.prefix + fused, self.prefix + key
+        self.found.append(WeightRow(key, "conv", slices, taps, self.index, fused=whole, transform="conv"))
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
 
@@ -179,7 +192,8 @@ class LayerRows:
         if norm is None or not norm.weight:
             return
         key, module, width = self.prefix + key, self.prefix + norm.module, width or self.hidden
-        slices: tuple[RowSlice, ...] = (RowSlice(module, width),)
+        alias = None if norm.alias is None else self.prefix + norm.alias
+        slices: tuple[RowSlice, ...] = (RowSlice(module, width, alias),)
         stored: tuple[int, ...] = ()
         if norm.per_head == "rows":
             slices, stored = (RowSlice(module, heads * width),), (heads, width)
@@ -198,11 +212,13 @@ class LayerRows:
         slices = tuple(RowSlice(self.prefix + name, 1) for name in names)
         self.found.append(WeightRow(self.prefix + key, "vector", slices, 0, self.index, "", dtype="float32"))
 
-    def vector(self, key: str, name: str, width: int, *, stored: tuple[int, ...] = ()) -> None:
+    def vector(
+        self, key: str, name: str, width: int, *, stored: tuple[int, ...] = (), transform: Transform = "none"
+    ) -> None:
         """A vector of ``width`` numbers, kept in float32; ``name`` is that of its tensor."""
         module, _, param = (self.prefix + name).rpartition(".")
         self.found.append(WeightRow(self.prefix + key, "vector", (RowSlice(module, width),), 0, self.index, param,
-                                    dtype="float32", stored=stored))  # fmt: skip
+                                    transform=transform, dtype="float32", stored=stored))  # fmt: skip
 
     def experts(
         self, key: str, parts: Sequence[tuple[str, int]], width: int, count: int, layouts: Sequence[ExpertLayout],

@@ -93,8 +93,8 @@ class ModuleNames:
     ``body`` is the body's path in transformers, with the dot, as probes and PEFT use it (``lora/roots.py`` has those
     of other classes that adapters are trained on). ``prefixes`` are the prefixes of the body's names in checkpoints,
     most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
-    image encoder; ``unneeded``, named relative to the body, those that the logits do not depend on, such as layers that
-    predict further tokens (MTP).
+    image encoder; ``unused`` those of parts without effect on generation, such as layers that predict further tokens
+    (MTP), also relative to the body.
     """
 
     embed: str = "embed_tokens"
@@ -119,7 +119,7 @@ class ModuleNames:
         ("model.language_model.", "lm_head"),
     )
     skip: tuple[str, ...] = ()
-    unneeded: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 LLAMA_NAMES = ModuleNames()

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema
 from starlette.requests import Request
 
-from truffula.errors import InvalidRequest
+from truffula.errors import InvalidRequest, TruffulaError
 from truffula.json_text import json_value
 from truffula.server.errors import MalformedBody, UnsupportedMedia, from_validation
 from truffula.server.foreign_fields import RouteFields, is_ignored
@@ -140,6 +141,15 @@ class GeneratingBody(Body):
 
 
 B = TypeVar("B", bound=Body)
+
+
+def as_sent(error: TruffulaError, body: Body) -> TruffulaError:
+    """``error`` with the field's name in ``body`` where the layers below know it by another one."""
+    field = "" if error.param is None or error.data.get("verbatim") else body.field_of(error.param)
+    if field in ("", error.param):
+        return error
+    message = re.sub(rf"\b{re.escape(str(error.param))}\b", field, error.message)
+    return TruffulaError.from_info(msgspec.structs.replace(error.info(), param=field, message=message))
 
 
 def decode_object(raw: bytes) -> dict[str, Any]:

@@ -27,6 +27,7 @@ _OWN_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "messages(role=system)": "system",
         "messages.tool_calls": "messages(type=tool_use)",
+        "prompt": "messages",
         "thinking_budget": "thinking.budget_tokens",
     }
 )

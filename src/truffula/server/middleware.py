@@ -12,13 +12,13 @@ import re
 import time
 import uuid
 
-import msgspec
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from truffula.config import ServerConfig
 from truffula.errors import Overloaded, TruffulaError
 from truffula.metrics import Metrics, RequestRecord
+from truffula.server.body import as_sent
 from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, dialect_of_request, render
 from truffula.server.sse import ClientGone
 
@@ -33,13 +33,8 @@ CLIENT_CLOSED = 499  # nginx's number for a client that left before its answer; 
 def rejection(scope: Scope, error: TruffulaError, *, close: bool = False) -> Response:
     """The answer to a request that is rejected with ``error``, whose code the log line and the metrics have too."""
     scope["state"]["record"].error_code = error.code
-    renamed = error.param == "max_tokens" and not error.data.get("verbatim")
-    if renamed and scope["path"].startswith("/v1/responses"):
-        # The layers below know the field by the name of the other routes.
-        named = msgspec.structs.replace(
-            error.info(), param="max_output_tokens", message=error.message.replace("max_tokens", "max_output_tokens")
-        )
-        error = TruffulaError.from_info(named)
+    if (body := scope["state"].get("body")) is not None:
+        error = as_sent(error, body)
     response = render(error, dialect_of_request(scope), scope["state"]["record"].request_id)
     if close:
         response.headers["connection"] = "close"

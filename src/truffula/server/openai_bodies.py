@@ -281,6 +281,11 @@ class ChatBody(OpenAIBody):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
+    def field_of(self, name: str) -> str:
+        if name == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return "messages" if name == "prompt" else super().field_of(name)
+
     def unknown(self) -> list[str]:
         calls = ["parallel_tool_calls"] if self.parallel_tool_calls is False and not self.tools else []
         return super().unknown() + calls

@@ -17,9 +17,18 @@ import msgspec
 from msgspec.structs import replace
 from starlette.requests import Request
 
-from truffula.errors import InvalidRequest
+from truffula.errors import InvalidRequest, TruffulaError
 from truffula.server.auth import client_of, prefix_salt
-from truffula.server.body import Address, BodyJob, GeneratingBody, decode_object, note_ignored, raw_body, validate
+from truffula.server.body import (
+    Address,
+    BodyJob,
+    GeneratingBody,
+    as_sent,
+    decode_object,
+    note_ignored,
+    raw_body,
+    validate,
+)
 from truffula.server.constraint_fields import NATIVE_FIELDS, OPENAI_FIELDS
 from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.foreign_fields import is_adapter_field
@@ -92,7 +101,7 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
     raw = await raw_body(request)
     stored, made = b"", None
     if len(raw) <= HEAVY_CHARS:
-        body = read_value(kind, value := decode_object(raw), state.limits)
+        request.state.body = body = read_value(kind, value := decode_object(raw), state.limits)
         if stored_items is not None and body.wanted:
             stored = await stored_items(request, body.wanted)
         unknown, characters = body.unknown(), body.characters
@@ -199,6 +208,13 @@ def prepare(worker: Worker, job: BodyJob) -> Iterator[bytes]:
     """In a text worker: the head of a large body, then each of its prompts."""
     value = decode_object(job.raw)
     body = read_value(job.kind, value, job.limits)
+    try:
+        yield from _prepared(worker, job, value, body)
+    except TruffulaError as error:
+        raise as_sent(error, body) from error
+
+
+def _prepared(worker: Worker, job: BodyJob, value: dict[str, Any], body: GeneratingBody) -> Iterator[bytes]:
     made: list[GenerateRequest] = []
     request = GenerateRequest()
     if not body.wanted or job.stored:

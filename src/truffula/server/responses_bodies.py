@@ -30,6 +30,8 @@ _NOT_HERE = frozenset(
 """Fields of ``OpenAIBody`` that this route does not have."""
 _OWN_NAMES: Mapping[str, str] = MappingProxyType(
     {
+        **dict.fromkeys(("messages", "prompt"), "input"),
+        "max_tokens": "max_output_tokens",
         "reasoning_effort": "reasoning.effort",
         "messages(role=system)": "instructions",
         "messages.tool_calls": "input(type=function_call)",

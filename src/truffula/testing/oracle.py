@@ -16,6 +16,7 @@ from truffula.errors import MissingDependency, UnsupportedModel
 from truffula.kernels.installation import CPU_TORCH, installation
 from truffula.kernels.program import Probe
 from truffula.weights.gguf import GgufCheckpoint, open_parts
+from truffula.weights.open import open_checkpoint
 
 Float32 = npt.NDArray[np.float32]
 _ATTENTION = "truffula_observed"
@@ -74,7 +75,14 @@ class Oracle:
         config.tie_word_embeddings = tied
         factors = _take_factors(config)
         causal = type(config) in AutoModelForCausalLM._model_mapping
-        model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_pretrained(
+        kind = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+            source = {"pretrained_model_name_or_path": None, "state_dict": _values(path)}
+            with torch.device("meta"):
+                kind = type(kind.from_config(config))
+            self.notes = ("transformers computes with the weights that truffula dequantised.",)
+        model = kind.from_pretrained(
             **source,
             config=config,
             attn_implementation=_ATTENTION,
@@ -190,6 +198,14 @@ def _take_factors(config: Any) -> list[float]:
         return []
     config.rope_parameters = {"rope_type": "default", "rope_theta": given["rope_theta"]}
     return list(given["factors"])
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """The tensors of a quantised checkpoint by name, dequantised: transformers would need the scheme's library."""
+    import torch
+
+    with contextlib.closing(open_checkpoint(path)) as opened:
+        return {name: torch.from_numpy(opened.read(name).astype(np.float32)) for name in opened.tensors}
 
 
 def _equal(one: Any, other: Any) -> bool:

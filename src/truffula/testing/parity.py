@@ -17,7 +17,7 @@ import numpy.typing as npt
 from truffula.kernels.adapters import make_image
 from truffula.kernels.backend import Backend, Executable, Part, as_array
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.program import Linear, Op, Probe, Program, WeightDecl
+from truffula.kernels.program import Linear, Op, Probe, Program, RowOrder, WeightDecl
 from truffula.kernels.select import select_backend
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.lora.tables import base_tables
@@ -210,12 +210,13 @@ def _default_prompts(checkpoint: Checkpoint, plan: ModelPlan) -> list[list[int]]
 
 @dataclass(frozen=True)
 class _Check:
-    """Compare ``columns`` of the output of op ``index`` with the value of ``probe``."""
+    """Compare ``columns`` of the output of op ``index`` with the value of ``probe``, whose columns ``order`` sorts."""
 
     index: int
     op: Op
     probe: Probe
     columns: slice
+    order: RowOrder | None = None
 
 
 @dataclass
@@ -239,7 +240,10 @@ class _Comparison:
         theirs, seen = self.oracle.observe(prompt, {(check.probe, check.op.layer) for check in checks})
         self.logit_diff = max(self.logit_diff, float(np.abs(logits - theirs).max()))
         for check in checks:
-            self._row(check, ours[check.index][:, check.columns], seen[check.probe])
+            theirs_there = seen[check.probe]
+            if check.order is not None:
+                theirs_there = check.order.sorted(theirs_there.T).T
+            self._row(check, ours[check.index][:, check.columns], theirs_there)
         # The logits after scale and softcap are not the output of a module, so they are compared separately.
         self._row(_Check(len(ops) - 1, ops[-1], Probe("logits", "out"), slice(None)), logits, theirs)
         if new_tokens:
@@ -284,8 +288,9 @@ def _checks(program: Program) -> list[_Check]:
         plain = isinstance(op, Linear) and not op.epilogue.glu and op.epilogue.residual is None
         if isinstance(op, Linear) and plain and len(op.slices) > 1:
             for item in op.slices:
-                probe = Probe(program.sites[item.site].module, "out")
-                checks.append(_Check(index, op, probe, slice(item.lo, item.hi)))
+                module = program.sites[item.site].modules[0]
+                columns = slice(item.lo, item.hi)
+                checks.append(_Check(index, op, Probe(module.name, "out"), columns, module.order))
         else:
             checks.append(_Check(index, op, op.probe, slice(None)))
     return checks

@@ -48,6 +48,22 @@ _KIMI_VISION = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pos_emb_height": 2,
     "pos_emb_width": 2,
 }  # fmt: skip
+_DELTA = {
+    # The norm of a small result of the delta rule would enlarge rounding errors, also transformers'.
+    "rms_norm_eps": 1e-2,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+}
+_SHARED = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
+# Fields that a class does not have.
+_ABSENT: Mapping[str, tuple[str, ...]] = {"qwen3_5_moe_text": ("intermediate_size",)}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {**_MLA, **_V3_EXPERTS},
@@ -91,6 +107,16 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "olmo3": {"sliding_window": 7, "num_hidden_layers": 5},
     "qwen2": {},
     "qwen3": {"head_dim": 10},
+    "olmo_hybrid": {
+        "num_hidden_layers": 4,
+        "pad_token_id": 0,
+        **_DELTA,
+        "linear_key_head_dim": 24,
+        "linear_value_head_dim": 20,
+    },
+    "qwen3_5_text": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA},
+    "qwen3_5_moe_text": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA, **_SHARED},
+    "qwen3_next": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA, **_SHARED},
     "qwen3_moe": {"head_dim": 10, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
     "seed_oss": {"head_dim": 10},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
@@ -104,6 +130,8 @@ _TEXT_OF: Mapping[str, tuple[str, bool, Mapping[str, Any]]] = {
     "gemma3": ("gemma3_text", True, {}),
     "kimi_k25": ("deepseek_v3", False, {"vision_config": _KIMI_VISION, "projection_hidden_size": 8}),
     "mistral3": ("ministral3", True, {}),
+    "qwen3_5": ("qwen3_5_text", False, {}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", False, {}),
 }
 
 
@@ -118,7 +146,8 @@ def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
             "tie_word_embeddings": text.get("tie_word_embeddings", tied),
             **more,
         }
-    return {"model_type": model_type, **_BASE, **_OF_TYPE[model_type], **overrides}
+    config = {"model_type": model_type, **_BASE, **_OF_TYPE[model_type], **overrides}
+    return {key: value for key, value in config.items() if key not in _ABSENT.get(model_type, ())}
 
 
 def tiny_llama_config(**overrides: Any) -> dict[str, Any]:

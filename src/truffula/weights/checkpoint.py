@@ -24,7 +24,7 @@ class TensorInfo:
     ``shape`` is in row-major (PyTorch) order, ``dtype`` as the format names it (``BF16``, ``Q4_1``), ``offset`` and
     ``nbytes`` are of its data within ``file``. A tensor that is computed from several stored ones has them as
     ``parts``; ``nbytes`` is then their sum, ``file`` and ``offset`` those of the first, ``dtype`` the name of the form
-    (``GPTQ-4``), and ``values`` the dtype of what is computed (``F16``).
+    (``GPTQ-4``), and ``values`` the dtype of what is computed (``F16``), or the kind of blocks that ``blocks`` makes.
     """
 
     name: str

@@ -17,7 +17,7 @@ from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
 from truffula.weights.gguf_header import GgufHeader, GgufTensor, PartName, name_file_in_errors, read_header
 from truffula.weights.gguf_hparams import ROPE_FREQS, check_unread_keys
 from truffula.weights.gguf_names import family_of, rename, to_config
-from truffula.weights.gguf_quants import BY_NAME, FORMATS, BlockFormat, dequantize
+from truffula.weights.gguf_quants import BY_NAME, FORMATS, dequantize, values_of_blocks
 from truffula.weights.gguf_tokenizer import generation_config
 from truffula.weights.mapped import MappedFile
 
@@ -102,7 +102,7 @@ class GgufCheckpoint(Checkpoint):
         scales = np.ascontiguousarray(data[..., : 2 * format.scales]).view(np.float16)
         if not np.isfinite(scales).all():
             return None  # the caller reads the values instead and reports those that are not finite
-        return QuantisedArray(format.name, data, (rows, width), partial(_values, format))
+        return QuantisedArray(format.name, data, (rows, width), partial(values_of_blocks, format))
 
     def read(self, name: str) -> Array:
         info = self.info(name)
@@ -110,10 +110,6 @@ class GgufCheckpoint(Checkpoint):
         if self._family.shifted and name.endswith("norm.weight"):
             values = values.astype(np.float32) - np.float32(1)
         return values
-
-
-def _values(format: BlockFormat, blocks: Array) -> Array:
-    return dequantize(format, np.ascontiguousarray(blocks).reshape(-1), (len(blocks), format.size))
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,11 @@ def dequantize(format: BlockFormat, data: Blocks, shape: tuple[int, ...]) -> Arr
     return values.reshape(shape)
 
 
+def values_of_blocks(format: BlockFormat, blocks: Array) -> Array:
+    """float32 ``[N, size]`` of ``[N, nbytes]`` blocks."""
+    return dequantize(format, np.ascontiguousarray(blocks).reshape(-1), (len(blocks), format.size))
+
+
 def _half(blocks: Blocks, start: int) -> Values:
     """``[N, 1]`` float32 from the float16 at byte ``start``."""
     return np.ascontiguousarray(blocks[:, start : start + 2]).view(np.float16).astype(np.float32)

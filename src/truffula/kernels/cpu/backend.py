@@ -16,7 +16,7 @@ from truffula.kernels.cpu.lowering import add_ops
 from truffula.kernels.cpu.weights import Rounding, load_one, load_weights, planned_weights, roles
 from truffula.kernels.host import free_memory
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
-from truffula.kernels.program import Attention, ExpertLinear, Linear, Logits, Mla, Op, Program
+from truffula.kernels.program import Attention, ExpertLinear, GatedDelta, Linear, Logits, Mla, Op, Program
 from truffula.kernels.validate import validate
 
 DTYPES: tuple[str, ...] = ("bfloat16", "float32")
@@ -84,7 +84,7 @@ class CpuBackend:
         rank, queries in the space of latents, and per thread that of attention and of the sampler.
         """
         native = library()
-        converted = attention = experts = absorbed = 0
+        converted = attention = delta = experts = absorbed = 0
         for op in program.ops:
             if isinstance(op, Linear | Logits):
                 rows = capacity.max_logit_rows if isinstance(op, Logits) else capacity.max_tokens
@@ -103,10 +103,12 @@ class CpuBackend:
                 width = op.rank + op.rope
                 absorbed = max(absorbed, 4 * capacity.max_tokens * op.heads * width)
                 attention = max(attention, native.latent_scratch_bytes(op.heads, width, op.rank, capacity.block_size))
+            elif isinstance(op, GatedDelta):
+                delta = max(delta, native.delta_scratch_bytes(op.dim_k))
         rows = max(capacity.max_tokens, capacity.max_logit_rows) if program.sites else 0
         products = 4 * int(native.PLANNED_RANK) * rows
         sampling = int(native.SAMPLE_SCRATCH_BYTES) * program.vocab_size
-        return converted + products + absorbed + self._threads * (attention + experts + sampling)
+        return converted + products + absorbed + self._threads * (attention + delta + experts + sampling)
 
     def adapter_layout(self, program: Program) -> AdapterLayout:
         return layout_of(program, "panels")

@@ -19,6 +19,7 @@ from truffula.kernels.program import (
     CausalConv,
     Embed,
     ExpertLinear,
+    GatedDelta,
     Linear,
     Logits,
     Mla,
@@ -33,7 +34,7 @@ from truffula.kernels.program import (
     Route,
     TakeRows,
 )
-from truffula.kernels.reference import attention, mla, ops, states
+from truffula.kernels.reference import attention, delta, mla, ops, states
 from truffula.kernels.reference.kv import KvPlanes, LazyTensors
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, expert_product, lay_out
 from truffula.kernels.reference.weights import Weight
@@ -266,8 +267,8 @@ class ReferenceExecutable(SynchronousExecutable):
 
     def _norm(self, op: Norm, _: _Step) -> None:
         weight, bias = self._vector(op.weight), self._vector(op.bias)
-        x, plus = self._buffers.get(op.x), self._get(op.plus)
-        self._buffers.put(op.out, ops.norm(op, x, weight, bias, plus, self._buffers.dtype(op.out)))
+        x, gate, plus = self._buffers.get(op.x), self._get(op.gate), self._get(op.plus)
+        self._buffers.put(op.out, ops.norm(op, x, weight, bias, gate, plus, self._buffers.dtype(op.out)))
 
     def _linear(self, op: Linear, step: _Step) -> None:
         x, weight = self._buffers.get(op.x), self._weights[op.weight]
@@ -311,6 +312,12 @@ class ReferenceExecutable(SynchronousExecutable):
             size, zero_slot = self._capacity.block_size, self._planes.zero_slot
             step.plans[key] = attention.plan(step.inputs, *key, size, zero_slot, self._device)
         return step.plans[key]
+
+    def _gated_delta(self, op: GatedDelta, step: _Step) -> None:
+        x = [self._buffers.get(ref) for ref in (op.q, op.k, op.v, op.decay, op.beta)]
+        rate, dt_bias = self._weights[op.rate].whole, self._weights[op.dt_bias].whole
+        out = delta.gated_delta(op, x, rate, dt_bias, self._states[op.state], step.spans)
+        self._buffers.put(op.out, out)
 
     def _route(self, op: Route, _: _Step) -> None:
         self._buffers.put(op.out, ops.route(op, self._buffers.get(op.logits), self._vector(op.correction)))
@@ -364,6 +371,7 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
     Rope: ReferenceExecutable._rope,
     Attention: ReferenceExecutable._attention,
     Mla: ReferenceExecutable._mla,
+    GatedDelta: ReferenceExecutable._gated_delta,
     CausalConv: ReferenceExecutable._causal_conv,
     Route: ReferenceExecutable._route,
     ExpertLinear: ReferenceExecutable._expert_linear,

@@ -14,7 +14,7 @@ from truffula.kernels.program import Activation, Epilogue, Norm, Pointwise, Rope
 
 def activation(x: Tensor, kind: Activation) -> Tensor:
     """silu: x·sigmoid(x) · gelu: x·Φ(x) · gelu_tanh: its tanh form · relu · relu2: relu(x)² ·
-    quick_gelu: x·sigmoid(1.702 x)."""
+    quick_gelu: x·sigmoid(1.702 x) · sigmoid."""
     match kind:
         case "silu":
             return F.silu(x)
@@ -24,6 +24,8 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
             return F.gelu(x, approximate="tanh")
         case "relu":
             return F.relu(x)
+        case "sigmoid":
+            return torch.sigmoid(x)
         case "relu2":
             return F.relu(x).square()
         case "quick_gelu":
@@ -42,7 +44,13 @@ def embed(rows: Tensor, stored: torch.dtype, scale: float | None, add: Tensor | 
 
 
 def norm(
-    op: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None, plus: Tensor | None, dtype: torch.dtype
+    op: Norm,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    plus: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """``[T, width]`` normed over each of ``op.groups`` column groups; see ``Norm`` for the order of rounding."""
     values = x.float().view(x.shape[0], op.groups, -1) if op.groups > 1 else x.float()
@@ -55,9 +63,12 @@ def norm(
         values = values * (weight.view(per_group) if weight.numel() == x.shape[1] else weight)
     if bias is not None:
         values = values + (bias.view(per_group) if bias.numel() == x.shape[1] else bias)
+    values = values.view(x.shape)
+    if gate is not None and op.gate_activation is not None:
+        if op.cast == "first":
+            values = values.to(dtype)
+        values = values * activation(gate.float(), op.gate_activation)
     out = values.to(dtype)
-    if op.groups > 1:
-        out = out.view(x.shape)
     return out if plus is None else plus + out
 
 

@@ -22,7 +22,9 @@ from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
 from truffula.model.architectures.olmo import olmo, olmo2, olmo3
+from truffula.model.architectures.olmo_hybrid import olmo_hybrid
 from truffula.model.architectures.qwen import qwen2, qwen3
+from truffula.model.architectures.qwen_hybrid import qwen3_5, qwen3_5_moe, qwen3_5_moe_text, qwen3_5_text, qwen3_next
 from truffula.model.architectures.qwen_moe import qwen3_moe
 from truffula.model.architectures.variants import (
     apertus,
@@ -71,8 +73,14 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "olmo": olmo,
         "olmo2": olmo2,
         "olmo3": olmo3,
+        "olmo_hybrid": olmo_hybrid,
         "qwen2": qwen2,
         "qwen3": qwen3,
+        "qwen3_5": qwen3_5,
+        "qwen3_5_moe": qwen3_5_moe,
+        "qwen3_5_moe_text": qwen3_5_moe_text,
+        "qwen3_5_text": qwen3_5_text,
+        "qwen3_next": qwen3_next,
         "qwen3_moe": qwen3_moe,
         "seed_oss": seed_oss,
         "smollm3": smollm3,

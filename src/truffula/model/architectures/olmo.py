@@ -31,7 +31,7 @@ def olmo(view: ConfigView) -> ModelSpec:
 def olmo2(view: ConfigView) -> ModelSpec:
     """Norms after the parts, and of all heads of q and k together; ``attention_bias`` is for q, k, v and o."""
     sizes = read_sizes(view)
-    layers = [_olmo2_layer(view, sizes, None, 0)] * sizes.layers
+    layers = [olmo2_layer(view, sizes, None, 0)] * sizes.layers
     return finish_spec(view, layers, (read_rope(view, sizes.head_dim),), rms_last(view, "norm"))
 
 
@@ -46,7 +46,7 @@ def olmo3(view: ConfigView) -> ModelSpec:
     tables = read_rope_by_layer_type(view, sizes.head_dim, theta_keys=dict.fromkeys(order, ("rope_theta", default)))
     per_layer = windows(view, sizes.layers, view.optional_integer("sliding_window"), kinds)
     layers = [
-        _olmo2_layer(view, sizes, window, order.index(kind)) for kind, window in zip(kinds, per_layer, strict=True)
+        olmo2_layer(view, sizes, window, order.index(kind)) for kind, window in zip(kinds, per_layer, strict=True)
     ]
     return finish_spec(view, layers, tuple(tables[kind] for kind in order), rms_last(view, "norm"))
 
@@ -55,7 +55,8 @@ def _norm(_: ConfigView, module: str) -> NormSpec:
     return NormSpec(module, 1e-5, kind="layer", cast="last", weight=False)
 
 
-def _olmo2_layer(view: ConfigView, sizes: Sizes, window: int | None, rope: int) -> LayerSpec:
+def olmo2_layer(view: ConfigView, sizes: Sizes, window: int | None, rope: int | None) -> LayerSpec:
+    """OLMo 2's layer; ``rope`` None: nothing is rotated."""
     bias = view.flag("attention_bias")
     mixer = attention(
         sizes,

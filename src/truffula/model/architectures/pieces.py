@@ -42,8 +42,11 @@ class Sizes:
     mlp: int
 
 
-def read_sizes(view: ConfigView) -> Sizes:
-    """Read and check the sizes. An absent or null head_dim is hidden / heads; null KV heads are as many as heads."""
+def read_sizes(view: ConfigView, mlp: str = "intermediate_size") -> Sizes:
+    """Read and check the sizes. An absent or null head_dim is hidden / heads; null KV heads are as many as heads.
+
+    ``mlp`` is the key of the MLP's width.
+    """
     hidden, heads = view.integer("hidden_size"), view.integer("num_attention_heads")
     kv_heads = heads
     if not (view.written("num_key_value_heads") and view.raw("num_key_value_heads") is None):
@@ -64,7 +67,7 @@ def read_sizes(view: ConfigView) -> Sizes:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp=view.integer("intermediate_size"),
+        mlp=view.integer(mlp),
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import Attention, Epilogue, Pointwise, Ref, Rope
-from truffula.model.rows import LayerRows, NormSpec
+from truffula.kernels.program import Attention, Epilogue, Pointwise, Ref, Rope, RowOrder
+from truffula.model.rows import LayerRows, NormSpec, RowPart
 
 if TYPE_CHECKING:
     from truffula.model.builder import LayerBuilder
@@ -29,7 +29,8 @@ class AttentionSpec:
     ``rope`` is an index into ``ModelSpec.ropes``, or None for a layer without rotary embedding. ``q_norm`` and
     ``k_norm`` act per head, or over all heads with ``norm_over`` width; before the rotation, or after it with
     ``norm_rotated``. ``clip`` bounds q, k and v before both. ``position_scale`` multiplies q last. ``scale`` multiplies
-    q·k, ``softcap`` c makes scores c * tanh(s / c).
+    q·k, ``softcap`` c makes scores c * tanh(s / c). ``gated``: the q module has the rows of q and of a gate for each
+    head; the result is multiplied by sigmoid(gate).
     """
 
     heads: int
@@ -46,6 +47,7 @@ class AttentionSpec:
     clip: float | None = None
     position_scale: PositionScale | None = None
     softcap: float | None = None
+    gated: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -58,8 +60,12 @@ class AttentionSpec:
         return self.kv_heads * self.head_dim
 
     @property
+    def gate_width(self) -> int:
+        return self.q_width if self.gated else 0
+
+    @property
     def qkv_width(self) -> int:
-        return self.q_width + 2 * self.kv_width
+        return self.q_width + self.gate_width + 2 * self.kv_width
 
     @property
     def kv_widths(self) -> tuple[int, ...]:
@@ -72,9 +78,11 @@ class AttentionSpec:
         return names.out
 
     def rows(self, rows: LayerRows) -> None:
-        names = rows.names
-        q_k_v = [(names.q, self.q_width), (names.k, self.kv_width), (names.v, self.kv_width)]
-        rows.linear("qkv", q_k_v, rows.hidden, bias=self.qkv_bias, fused=names.qkv)
+        names, fused = rows.names, None if self.gated else rows.names.qkv
+        order = RowOrder(self.heads, (self.head_dim, self.head_dim)) if self.gated else None
+        q = (names.q, self.q_width + self.gate_width, order)
+        q_k_v: list[RowPart] = [q, (names.k, self.kv_width), (names.v, self.kv_width)]
+        rows.linear("qkv", q_k_v, rows.hidden, bias=self.qkv_bias, fused=fused)
         rows.norm("q_norm", self.q_norm, self.q_width // self._groups(self.heads), self._groups(self.heads))
         rows.norm("k_norm", self.k_norm, self.kv_width // self._groups(self.kv_heads), self._groups(self.kv_heads))
         rows.linear("out", [(names.out, rows.hidden)], self.q_width, bias=self.out_bias)
@@ -83,37 +91,43 @@ class AttentionSpec:
         names = build.names
         qkv = build.buffer("qkv", self.qkv_width)
         q = Ref(qkv.buffer, 0, self.q_width)
-        k = Ref(qkv.buffer, self.q_width, self.kv_width)
-        v = Ref(qkv.buffer, self.q_width + self.kv_width, self.kv_width)
+        gate = Ref(qkv.buffer, self.q_width, self.gate_width)
+        k = Ref(qkv.buffer, self.q_width + self.gate_width, self.kv_width)
+        v = Ref(qkv.buffer, k.start + self.kv_width, self.kv_width)
         # transformers clips what its modules return.
         probe = build.probe(names.q, "out") if self.clip is None else None
         build.linear("qkv", x, qkv, probe, Epilogue(clip=self.clip))
         if not self.norm_rotated:
             self._write_norms(build, q, k)
         if self.rope is not None:
-            # q and k are adjacent and rotated in the same way, by one op over the heads of both.
-            rotated = Ref(qkv.buffer, 0, self.q_width + self.kv_width)
-            last = not self.norm_rotated and self.position_scale is None
-            build.append(Rope(name="rope", probe=build.probe(names.attention, "in") if last else None, x=rotated,
-                              rows=build.rope_rows(self.rope), heads=self.heads + self.kv_heads,
-                              head_dim=self.head_dim, start=0, dims=build.spec.ropes[self.rope].dims,
-                              layout=self.rope_layout))  # fmt: skip
+            self._rotate(build, self.rope, q, k)
         if self.norm_rotated:
             self._write_norms(build, q, k)
         if self.position_scale is not None:
             params = astuple(self.position_scale)
             build.append(Pointwise(name="position_scale", kind="position_scale", x=q, out=q, params=params))
-        attended = build.buffer("attended", self.q_width)
+        attended, probe = build.buffer("attended", self.q_width), build.probe(names.out, "in")
         group, planes = build.kv_planes()
-        build.append(Attention(name="attention", probe=build.probe(names.out, "in"), q=q, k=k, v=v, out=attended,
+        build.append(Attention(name="attention", probe=None if self.gated else probe, q=q, k=k, v=v, out=attended,
                                group=group, planes=(planes[0], planes[1]), heads=self.heads, kv_heads=self.kv_heads,
                                dim_k=self.head_dim, dim_v=self.head_dim, scale=self.scale, window=self.window,
                                softcap=self.softcap))  # fmt: skip
+        if self.gated:
+            build.append(Pointwise(name="gate", probe=probe, kind="sigmoid_mul", x=attended, y=gate, out=attended))
         build.output("out", attended)
 
     def _groups(self, heads: int) -> int:
         """The number of norms over the columns of ``heads`` heads."""
         return heads if self.norm_over == "head" else 1
+
+    def _rotate(self, build: LayerBuilder, rope: int, q: Ref, k: Ref) -> None:
+        """Where q and k are adjacent, one op rotates the heads of both."""
+        last = not self.norm_rotated and self.position_scale is None and not self.gated
+        probe = build.probe(build.names.attention, "in") if last else None
+        for x in (q, k) if self.gated else (Ref(q.buffer, q.start, q.width + k.width),):
+            build.append(Rope(name="rope", probe=probe, x=x, rows=build.rope_rows(rope),
+                              heads=x.width // self.head_dim, head_dim=self.head_dim, start=0,
+                              dims=build.spec.ropes[rope].dims, layout=self.rope_layout))  # fmt: skip
 
     def _write_norms(self, build: LayerBuilder, q: Ref, k: Ref) -> None:
         if self.q_norm is not None:

@@ -38,7 +38,7 @@ class ShortConvSpec:
     def rows(self, rows: LayerRows) -> None:
         width = rows.hidden
         rows.linear("conv_in", [("conv.in_proj", 3 * width)], width, bias=self.bias)
-        rows.conv("conv", "conv.conv", width, self.taps, bias=self.bias)
+        rows.conv("conv", [("conv.conv", width)], self.taps, bias=self.bias)
         rows.linear("conv_out", [("conv.out_proj", width)], width, bias=self.bias)
 
     def write(self, build: LayerBuilder, x: Ref) -> None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from truffula.weights.checkpoint import Array
-from truffula.weights.quantised.bits import affine, unpack
+from truffula.weights.quantised.bits import unpack
 from truffula.weights.quantised.keys import Keys
 from truffula.weights.quantised.logical import Logical, Parts, Scheme
+from truffula.weights.quantised.packing import Terms, integers, kind_for
 
 QWEIGHT, QZEROS, SCALES = ".qweight", ".qzeros", ".scales"
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -50,16 +51,16 @@ class Awq(Scheme):
         size = self._size(parts, inputs, groups)
         dtype = parts.floats(SCALES)
 
-        def compute(lo: int, hi: int) -> Array:
-            return affine(
+        def terms(lo: int, hi: int) -> Terms:
+            return (
                 np.ascontiguousarray(_outputs(parts.read(QWEIGHT), lo, hi).T),
                 _outputs(parts.read(QZEROS), lo, hi).T,
                 parts.read(SCALES)[:, lo:hi].T,
                 size,
-                dtype,
             )
 
-        return Logical(f"{parts.module}.weight", (outputs, inputs), dtype, "AWQ-4", compute)
+        packed = kind_for(4, inputs, size, symmetric=False)
+        return integers(f"{parts.module}.weight", (outputs, inputs), dtype, "AWQ-4", terms, packed)
 
     def _gemv(self, parts: Parts, words: tuple[int, ...], scales: tuple[int, ...]) -> Logical:
         outputs, inputs = words[0], 8 * words[1]
@@ -69,16 +70,16 @@ class Awq(Scheme):
         parts.require(SCALES, (outputs, scales[1] if scales[1] >= groups and scales[1] % 8 == 0 else -(-groups // 8)))
         parts.require(QZEROS, (outputs, scales[1] // 8))
 
-        def compute(lo: int, hi: int) -> Array:
-            return affine(
+        def terms(lo: int, hi: int) -> Terms:
+            return (
                 unpack(parts.read(QWEIGHT)[lo:hi], 4),
                 unpack(parts.read(QZEROS)[lo:hi], 4)[:, :groups],
                 parts.read(SCALES)[lo:hi, :groups],
                 size,
-                dtype,
             )
 
-        return Logical(f"{parts.module}.weight", (outputs, inputs), dtype, "AWQ-4", compute)
+        packed = kind_for(4, inputs, size, symmetric=False)
+        return integers(f"{parts.module}.weight", (outputs, inputs), dtype, "AWQ-4", terms, packed)
 
     def _size(self, parts: Parts, inputs: int, groups: int) -> int:
         size = self.group_size or inputs // max(1, groups)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from truffula.errors import CheckpointError
-from truffula.kernels.backend import ComputedArray
+from truffula.kernels.backend import ComputedArray, QuantisedArray
 from truffula.kernels.mapped import release_pages
 from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
+from truffula.weights.gguf_quants import BY_NAME, values_of_blocks
 from truffula.weights.quantised.logical import FLOATS, Logical, Parts, Scheme
 
 
@@ -68,6 +70,18 @@ class QuantisedCheckpoint(Checkpoint):
 
         return ComputedArray(logical.shape, logical.dtype, read)
 
+    def blocks(self, name: str) -> QuantisedArray | None:
+        logical = self._logical.get(name)
+        if logical is None or not logical.packed:
+            return None
+        format = BY_NAME[logical.packed]
+        made = logical.blocks(format.nbytes)
+        if made is None:
+            return None
+        for part in self.tensors[name].parts:
+            release_pages(self.bytes_of(part))
+        return QuantisedArray(format.name, made, logical.packed_shape, partial(values_of_blocks, format))
+
 
 def _modules(opened: Checkpoint, scheme: Scheme) -> dict[str, dict[str, TensorInfo]]:
     """The stored tensors by module and suffix; a name without a suffix is a module of its own, with the suffix ""."""
@@ -80,6 +94,6 @@ def _modules(opened: Checkpoint, scheme: Scheme) -> dict[str, dict[str, TensorIn
 
 
 def _info(logical: Logical, parts: tuple[TensorInfo, ...]) -> TensorInfo:
-    first, values = parts[0], {dtype: name for name, dtype in FLOATS.items()}[logical.dtype]
+    first, values = parts[0], logical.packed or {dtype: name for name, dtype in FLOATS.items()}[logical.dtype]
     nbytes = sum(part.nbytes for part in parts)
     return TensorInfo(logical.name, logical.shape, logical.kind, first.file, first.offset, nbytes, parts, values)

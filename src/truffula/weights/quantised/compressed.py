@@ -41,6 +41,7 @@ from truffula.weights.quantised.floats import (
 )
 from truffula.weights.quantised.keys import Keys
 from truffula.weights.quantised.logical import BFLOAT16, FLOATS, Logical, Parts, Scheme
+from truffula.weights.quantised.packing import Terms, integers, kind_for, pack_e2m1
 
 WEIGHT, PACKED, SCALE, ZERO = ".weight", ".weight_packed", ".weight_scale", ".weight_zero_point"
 GLOBAL, SHAPE, G_IDX = ".weight_global_scale", ".weight_shape", ".weight_g_idx"
@@ -97,22 +98,18 @@ class CompressedTensors(Scheme):
             parts.need(G_IDX, "I32")
             parts.require(G_IDX, (inputs,))
 
-        def compute(lo: int, hi: int) -> Array:
+        def terms(lo: int, hi: int) -> Terms:
             if SHAPE in parts and tuple(parts.read(SHAPE).tolist()) != (outputs, inputs):
                 raise parts.error(SHAPE, f"says {parts.read(SHAPE).tolist()}; the weight is {[outputs, inputs]}.")
             offset = _zeros(parts.read(ZERO), bits, lo, hi) if zeros else np.full((1, 1), 1 << (bits - 1), np.uint8)
             scales = scale_rows(parts, SCALE, lo, hi, (1, size))
             index = _group_index(parts, groups) if G_IDX in parts else None
             offset = np.broadcast_to(offset, scales.shape)
-            return affine(
-                unpack(parts.read(PACKED)[lo:hi], bits)[:, :inputs],
-                offset,
-                scales,
-                group if index is None else index,
-                dtype,
-            )
+            quants = unpack(parts.read(PACKED)[lo:hi], bits)[:, :inputs]
+            return quants, offset, scales, group if index is None else index
 
-        return Logical(f"{parts.module}.weight", (outputs, inputs), dtype, f"INT{bits}", compute)
+        packed = "" if G_IDX in parts else kind_for(bits, inputs, size, symmetric=not zeros)
+        return integers(f"{parts.module}.weight", (outputs, inputs), dtype, f"INT{bits}", terms, packed)
 
     def _fitting(self, parts: Parts, words: int) -> tuple[int, int, int]:
         """Bits, inputs and group size: those of the configured widths that explain the module's shapes."""
@@ -142,12 +139,12 @@ class CompressedTensors(Scheme):
             parts.need(ZERO, "I8")
             parts.require(ZERO, parts.infos[SCALE].shape)
 
-        def compute(lo: int, hi: int) -> Array:
+        def terms(lo: int, hi: int) -> Terms:
             zeros = scale_rows(parts, ZERO, lo, hi, block) if ZERO in parts else None
-            quants = parts.read(WEIGHT)[lo:hi]
-            return affine(quants, zeros, scale_rows(parts, SCALE, lo, hi, block), block[1], dtype)
+            return parts.read(WEIGHT)[lo:hi], zeros, scale_rows(parts, SCALE, lo, hi, block), block[1]
 
-        return Logical(f"{parts.module}.weight", (shape[0], shape[1]), dtype, "INT8", compute)
+        packed = kind_for(8, shape[1], block[1], symmetric=ZERO not in parts)
+        return integers(f"{parts.module}.weight", (shape[0], shape[1]), dtype, "INT8", terms, packed)
 
     def _floats8(self, parts: Parts, shape: tuple[int, ...]) -> Logical:
         info = parts.need(SCALE, *FLOATS, *EXPONENTS)
@@ -174,17 +171,26 @@ def _floats4(parts: Parts) -> Logical:
         parts.need(GLOBAL, "F32")
         parts.require(GLOBAL, (1,))
 
-    def compute(lo: int, hi: int) -> Array:
+    def terms(lo: int, hi: int) -> tuple[Array, Array]:
         if exponents:
             scales = scale_rows(parts, SCALE, lo, hi, (1, size))
         else:
             scales = np.take(table(F8["F8_E4M3"]), parts.read(SCALE)[lo:hi].view(np.uint8))
             with np.errstate(all="ignore"):
                 scales = scales / parts.read(GLOBAL).reshape(-1)[0]
-        return affine(unpack_e2m1(parts.read(PACKED)[lo:hi]), None, scales, size, BFLOAT16)
+        return unpack_e2m1(parts.read(PACKED)[lo:hi]), scales
 
-    kind = "MXFP4" if exponents else "NVFP4"
-    return Logical(f"{parts.module}.weight", (outputs, 2 * half), BFLOAT16, kind, compute)
+    def compute(lo: int, hi: int) -> Array:
+        values, scales = terms(lo, hi)
+        return affine(values, None, scales, size, BFLOAT16)
+
+    def pack(lo: int, hi: int) -> Array | None:
+        return pack_e2m1(*terms(lo, hi))
+
+    name, shape = f"{parts.module}.weight", (outputs, 2 * half)
+    if not exponents:  # 16 inputs share a scale, fewer than a block has
+        return Logical(name, shape, BFLOAT16, "NVFP4", compute)
+    return Logical(name, shape, BFLOAT16, "MXFP4", compute, "Q5_0", pack)
 
 
 def _scale_shapes(outputs: int, groups: int) -> tuple[tuple[int, ...], ...]:

@@ -28,6 +28,7 @@ SIDE_FILES = MappingProxyType(
 _READERS: Mapping[str, Callable[[Keys], Scheme]] = MappingProxyType(
     {
         "auto-round": read_auto_round,
+        "intel/auto-round": read_auto_round,
         "awq": read_awq,
         "bitsandbytes": read_bitsandbytes,
         "compressed-tensors": read_compressed,

@@ -26,6 +26,7 @@ from truffula.weights.quantised.floats import (
 )
 from truffula.weights.quantised.keys import Keys
 from truffula.weights.quantised.logical import BFLOAT16, FLOAT32, Logical, Parts, Scheme
+from truffula.weights.quantised.packing import pack_e2m1
 
 BLOCKS, SCALES = "_blocks", "_scales"
 _ALGORITHMS = ("fp8", "fp8_per_channel_per_token", "fp8_pb_wo", "nvfp4", "w4a16_nvfp4", "mxfp8", "mixed_precision")
@@ -46,13 +47,21 @@ class Mxfp4(Scheme):
             raise parts.error(BLOCKS, f"has shape {list(shape)}; expected 16 bytes per group.")
         experts, outputs, groups, _ = shape
 
-        def compute(lo: int, hi: int) -> Array:
+        def terms(lo: int, hi: int) -> tuple[Array, Array]:
             values = unpack_e2m1(parts.read(BLOCKS)[lo:hi]).reshape(-1, 32 * groups)
-            scales = np.take(table("e8m0"), parts.read(SCALES)[lo:hi].view(np.uint8)).reshape(-1, groups)
+            return values, np.take(table("e8m0"), parts.read(SCALES)[lo:hi].view(np.uint8)).reshape(-1, groups)
+
+        def compute(lo: int, hi: int) -> Array:
+            values, scales = terms(lo, hi)
             rows = affine(values, None, scales, 32, BFLOAT16)
             return rows.reshape(-1, outputs, 32 * groups).swapaxes(1, 2)
 
-        return Logical(parts.module, (experts, 32 * groups, outputs), BFLOAT16, "MXFP4", compute)
+        def pack(lo: int, hi: int) -> Array | None:
+            blocks = pack_e2m1(*terms(lo, hi))
+            return None if blocks is None else blocks.reshape(hi - lo, outputs, groups, -1)
+
+        shape = experts, 32 * groups, outputs
+        return Logical(parts.module, shape, BFLOAT16, "MXFP4", compute, "Q5_0", pack, swapped=True)
 
 
 @dataclass(frozen=True, kw_only=True)

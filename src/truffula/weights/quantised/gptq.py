@@ -12,18 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from truffula.weights.checkpoint import Array
-from truffula.weights.quantised.bits import affine, unpack
+from truffula.weights.quantised.bits import unpack
 from truffula.weights.quantised.keys import Keys
 from truffula.weights.quantised.logical import Logical, Parts, Scheme
+from truffula.weights.quantised.packing import Terms, integers, kind_for
 
 BITS = (2, 3, 4, 8)
 QWEIGHT, QZEROS, SCALES, G_IDX = ".qweight", ".qzeros", ".scales", ".g_idx"
 _HOW_IT_WAS_MADE = (
     *("act_group_aware", "batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_auto_increment"),
-    *("damp_percent", "dataset", "desc_act", "fail_safe", "failsafe", "gptaq", "hyb_act", "lm_head"),
+    *("damp_percent", "dataset", "fail_safe", "failsafe", "gptaq", "hyb_act", "lm_head"),
     *("max_input_length", "meta", "model_file_base_name", "model_name_or_path", "model_seqlen"),
     *("module_name_preceding_first_block", "modules_in_block_to_quantize", "mse", "offload_to_disk"),
-    *("offload_to_disk_path", "pad_token_id", "parallel_packing", "static_groups", "sym", "tokenizer"),
+    *("offload_to_disk_path", "pad_token_id", "parallel_packing", "static_groups", "tokenizer"),
     *("true_sequential", "v2", "v2_alpha"),
 )
 _KERNELS_OF_OTHERS = ("backend", "disable_exllama", "exllama_config", "use_cuda_fp16", "use_exllama", "version")
@@ -33,12 +34,15 @@ _KERNELS_OF_OTHERS = ("backend", "disable_exllama", "exllama_config", "use_cuda_
 class Gptq(Scheme):
     """``bits`` and ``group_size`` are None when the config has other ones for some modules: the shapes tell them.
 
-    ``less_one``: zeros are stored less one.
+    ``less_one``: zeros are stored less one. ``symmetric``: all zeros are the same; ``act_order``: groups are not runs
+    of inputs. Where a file contradicts the latter two, its values are right, but not kept in blocks.
     """
 
     bits: int | None
     group_size: int | None
     less_one: bool
+    symmetric: bool = False
+    act_order: bool = False
     suffixes = (QWEIGHT, QZEROS, SCALES, G_IDX)
 
     def is_quantised(self, parts: Parts) -> bool:
@@ -55,26 +59,28 @@ class Gptq(Scheme):
         parts.require(QZEROS, (groups, -(-outputs * bits // 32)))
         size = self._group_size(parts, inputs, groups)
 
-        def compute(lo: int, hi: int) -> Array:
-            return affine(
+        def terms(lo: int, hi: int) -> Terms:
+            return (
                 unpack(parts.read(QWEIGHT)[:, lo:hi].T, bits),
                 _zeros(parts.read(QZEROS), bits, lo, hi, less_one=self.less_one).T,
                 parts.read(SCALES)[:, lo:hi].T,
                 size if G_IDX not in parts else _group_index(parts, groups),
-                dtype,
             )
 
-        return Logical(f"{parts.module}.weight", (outputs, inputs), dtype, f"GPTQ-{bits}", compute)
+        in_order = groups and inputs % groups == 0 and not self.act_order
+        packed = kind_for(bits, inputs, inputs // groups, symmetric=self.symmetric) if in_order else ""
+        return integers(f"{parts.module}.weight", (outputs, inputs), dtype, f"GPTQ-{bits}", terms, packed)
 
     def _bits(self, parts: Parts, zero_words: tuple[int, ...], outputs: int) -> int:
         """The width that the zeros' shape tells; there are as many of them as scales."""
-        bits = next((bits for bits in BITS if -(-outputs * bits // 32) == zero_words[1]), None)
-        if bits is None or (self.bits is not None and bits != self.bits):
-            said = "2, 3, 4 or 8" if self.bits is None else str(self.bits)
+        widths = BITS if self.bits is None else (self.bits,)
+        fitting = [bits for bits in widths if -(-outputs * bits // 32) == zero_words[1]]
+        if len(fitting) != 1:
+            said = " or ".join(map(str, widths))
             raise parts.error(
                 QZEROS, f"has {zero_words[1]} words for {outputs} outputs, which are not zeros of {said} bits."
             )
-        return bits
+        return fitting[0]
 
     def _group_size(self, parts: Parts, inputs: int, groups: int) -> int:
         if G_IDX in parts:
@@ -131,10 +137,21 @@ def read_gptq(keys: Keys) -> Gptq:
     formats = ("gptq", "gptq_v2")
     form = keys.choice("checkpoint_format", formats, keys.choice("format", formats, "gptq"))
     keys.skip(*_HOW_IT_WAS_MADE, *_KERNELS_OF_OTHERS)
-    return Gptq(method="gptq", bits=bits, group_size=size, less_one=form == "gptq")
+    return _make("gptq", keys, bits, size, less_one=form == "gptq")
 
 
 def as_gptq(method: str, keys: Keys, *, overridden: bool, less_one: bool) -> Gptq:
     """For other methods that write this layout."""
     bits, size = _width(keys, overridden=overridden)
-    return Gptq(method=method, bits=bits, group_size=size, less_one=less_one)
+    return _make(method, keys, bits, size, less_one=less_one)
+
+
+def _make(method: str, keys: Keys, bits: int | None, size: int | None, *, less_one: bool) -> Gptq:
+    return Gptq(
+        method=method,
+        bits=bits,
+        group_size=size,
+        less_one=less_one,
+        symmetric=keys.flag("sym", True),
+        act_order=keys.flag("desc_act", False),
+    )

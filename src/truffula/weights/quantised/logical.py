@@ -25,7 +25,9 @@ _PIECE_VALUES = 1 << 20
 class Logical:
     """A tensor of ``shape`` in ``dtype``, which ``compute(lo, hi)`` gives as rows ``lo .. hi``.
 
-    ``kind`` names the stored form (``GPTQ-4``). ``compute`` is called from several threads.
+    ``kind`` names the stored form (``GPTQ-4``). ``compute`` is called from several threads. A weight that native
+    kernels can multiply as it is has the kind of its blocks as ``packed`` (``Q4_0``), and ``pack(lo, hi)`` makes them,
+    or returns None where the numbers do not fit. ``swapped``: blocks run along the last dimension but one.
     """
 
     name: str
@@ -33,25 +35,54 @@ class Logical:
     dtype: np.dtype[Any]
     kind: str
     compute: Callable[[int, int], Array]
+    packed: str = ""
+    pack: Callable[[int, int], Array | None] | None = None
+    swapped: bool = False
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """``shape``, with the dimension of the blocks last."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.swapped else self.shape
 
     def rows(self, lo: int, hi: int) -> Array:
         """Rows ``lo .. hi``, computed in pieces by the threads of this machine."""
         lo, hi = max(0, lo), min(hi, self.shape[0])
         out = np.empty((max(0, hi - lo), *self.shape[1:]), self.dtype)
-        step = max(1, _PIECE_VALUES // max(1, int(np.prod(self.shape[1:]))))
 
-        def piece(start: int) -> None:
-            out[start - lo : start - lo + step] = self.compute(start, min(start + step, hi))
+        def piece(start: int, stop: int) -> None:
+            out[start - lo : stop - lo] = self.compute(start, stop)
 
-        starts = range(lo, hi, step)
-        if len(starts) < 2:
-            for start in starts:
-                piece(start)
-            return out
-        with ThreadPoolExecutor(usable_cpus()) as pool:
-            for done in [pool.submit(piece, start) for start in starts]:
-                done.result()
+        self._in_pieces(piece, lo, hi)
         return out
+
+    def blocks(self, nbytes: int) -> Array | None:
+        """uint8 ``[..., blocks of a row, nbytes]``: ``packed_shape`` in blocks of the kind ``packed``; None where they
+        do not fit.
+        """
+        *rows, width = self.packed_shape
+        out = np.empty((*rows, width // 32, nbytes), np.uint8)
+        fitting: list[bool] = []
+
+        def piece(start: int, stop: int) -> None:
+            assert self.pack is not None
+            made = self.pack(start, stop)
+            fitting.append(made is not None)
+            if made is not None:
+                out[start:stop] = made
+
+        self._in_pieces(piece, 0, self.shape[0])
+        return out if all(fitting) else None
+
+    def _in_pieces(self, work: Callable[[int, int], None], lo: int, hi: int) -> None:
+        step = max(1, _PIECE_VALUES // max(1, int(np.prod(self.shape[1:]))))
+        pieces = [(start, min(start + step, hi)) for start in range(lo, hi, step)]
+        if len(pieces) < 2:
+            for start, stop in pieces:
+                work(start, stop)
+            return
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            for done in [pool.submit(work, start, stop) for start, stop in pieces]:
+                done.result()
 
 
 class Parts:

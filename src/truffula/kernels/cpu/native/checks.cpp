@@ -13,7 +13,7 @@ void require(bool holds, const char* why) {
 
 bool absent_or(const Ref& ref, int32_t width) { return ref.buffer == kAbsent || ref.width == width; }
 
-bool is_activation(int32_t kind) { return kind >= kNone && kind <= kQuickGelu; }
+bool is_activation(int32_t kind) { return kind >= kNone && kind <= kSigmoidActivation; }
 
 }  // namespace
 
@@ -61,10 +61,12 @@ void Executable::check(const EmbedOp& op) const {
 }
 
 void Executable::check(const NormOp& op) const {
-  require_same_rows(op.out, {&op.x, &op.plus});
+  require_same_rows(op.out, {&op.x, &op.gate, &op.plus});
   require(op.groups > 0 && op.x.width % op.groups == 0 && op.x.width == op.out.width, "norm: width");
-  require(absent_or(op.plus, op.out.width), "norm: plus");
-  require_disjoint_or_equal(op.out, {&op.x, &op.plus}, "norm: x or plus lies partly where out is written");
+  require(absent_or(op.gate, op.out.width) && absent_or(op.plus, op.out.width), "norm: gate or plus");
+  require(is_activation(op.gate_activation), "norm: gate_activation");
+  require_disjoint_or_equal(op.out, {&op.x, &op.gate, &op.plus},
+                            "norm: x, gate or plus lies partly where out is written");
   const bool shared = op.weight == kAbsent || weight(op.weight).outputs == op.x.width / op.groups;
   for (int32_t id : {op.weight, op.bias}) require_vector(id, shared ? op.x.width / op.groups : op.x.width, "norm: weight");
 }
@@ -121,6 +123,21 @@ void Executable::check(const AttentionOp& op) const {
   require(op.group >= 0 && op.group < groups_, "attention: group");
   require_disjoint(op.out, {&op.q, &op.k, &op.v}, "attention: q, k or v lies where out is written");
   require_vector(op.sinks, heads, "attention: sinks");
+}
+
+void Executable::check(const GatedDeltaOp& op) const {
+  require(!has_logit_rows(op.out), "gated delta: out has a row per token");
+  require_same_rows(op.out, {&op.q, &op.k, &op.v, &op.decay, &op.beta});
+  const int64_t heads = op.heads, key_heads = op.key_heads;
+  require(heads > 0 && key_heads > 0 && heads % key_heads == 0, "gated delta: heads");
+  require(op.dim_k > 0 && op.dim_v > 0 && op.q.width == key_heads * op.dim_k && op.k.width == key_heads * op.dim_k &&
+              op.v.width == heads * op.dim_v && op.out.width == heads * op.dim_v && op.beta.width == heads &&
+              (op.decay.width == heads || op.decay.width == heads * op.dim_k), "gated delta: width");
+  require_vector(op.rate, heads, "gated delta: rate");
+  require_vector(op.dt_bias, op.decay.width, "gated delta: dt_bias");
+  require(op.rate != kAbsent && op.dt_bias != kAbsent, "gated delta: a weight is absent");
+  require_state(op.state, heads * op.dim_k * op.dim_v);
+  require_disjoint(op.out, {&op.q, &op.k, &op.v, &op.decay, &op.beta}, "gated delta: an input lies where out is written");
 }
 
 void Executable::check(const RouteOp& op) const {

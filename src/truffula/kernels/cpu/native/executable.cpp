@@ -177,6 +177,9 @@ void Executable::add(Op op) {
   }
   if (auto* attention = std::get_if<AttentionOp>(&op)) add_attention(*attention);
   if (auto* latent = std::get_if<MlaOp>(&op)) add_latent(*latent);
+  if (const auto* delta = std::get_if<GatedDeltaOp>(&op))
+    for (ThreadState& state : thread_states_)
+      state.delta.resize(std::max(state.delta.size(), static_cast<size_t>(delta_scratch(delta->dim_k))));
   ops_.push_back(std::move(op));
 }
 

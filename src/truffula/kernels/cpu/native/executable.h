@@ -125,7 +125,7 @@ class Executable {
   };
   // Scratch memory and counters of one thread.
   struct alignas(128) ThreadState {
-    std::vector<float> attention;
+    std::vector<float> attention, delta;
     std::vector<Delta> deltas;
     size_t deltas_op = SIZE_MAX;  // the op in this step that `deltas` are of
     // Of a block of an expert's rows: x, x converted, results, and products with A.
@@ -147,6 +147,7 @@ class Executable {
   void check(const RopeOp&) const;
   void check(const AttentionOp&) const;
   void check(const MlaOp&) const;
+  void check(const GatedDeltaOp&) const;
   void check(const RouteOp&) const;
   void check(const ExpertLinearOp&) const;
   void check(const CausalConvOp&) const;
@@ -187,6 +188,7 @@ class Executable {
   void run_op(const RopeOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const AttentionOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const MlaOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const GatedDeltaOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const RouteOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const ExpertLinearOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const CausalConvOp&, const Stage&, int32_t chunk, ThreadState&);

@@ -36,7 +36,8 @@ static constexpr int64_t pair_row_bytes(int64_t inputs) { return (inputs + kBloc
 constexpr int32_t kXRows = 16;
 static constexpr int64_t padded_rows(int64_t rows) { return (rows + kXRows - 1) / kXRows * kXRows; }
 
-enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5, kQuickGelu = 6 };
+enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5, kQuickGelu = 6,
+                           kSigmoidActivation = 7 };
 
 enum PointwiseKind : int32_t {
   kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5, kMul = 6, kPositionScale = 7, kXielu = 8
@@ -116,12 +117,12 @@ struct ShrinkCall {
 };
 
 struct NormCall {
-  Rows x, out, plus;   // plus.data may be null
+  Rows x, out, gate, plus;   // gate.data and plus.data may be null
   const float* weight;
   const float* bias;
   int32_t width, groups;
   int32_t group_step;   // of weight and bias, in floats: 0 where all groups have the same
-  int32_t layer_norm, cast_first, round_out;
+  int32_t layer_norm, cast_first, gate_activation, round_out;
   float eps;
 };
 
@@ -195,6 +196,28 @@ struct AttentionItem {
   int32_t part;
 };
 
+// Columns of a state's block. A block of 128 rows and the rows of a token fit the first-level cache.
+constexpr int32_t kDeltaColumns = 32;
+static constexpr int32_t delta_blocks(int32_t dim_v) { return (dim_v + kDeltaColumns - 1) / kDeltaColumns; }
+
+// Tokens whose decays, keys and queries are computed together.
+constexpr int32_t kDeltaTokens = 16;
+// Floats of scratch that `gated_delta` needs.
+static constexpr int64_t delta_scratch(int64_t dim_k) {
+  return kDeltaTokens * (4 * ((dim_k + kLanes - 1) / kLanes * kLanes) + kLanes);
+}
+
+// The gated delta rule of one layer (GatedDelta in program.py). `decay` has a column per head or, with `per_channel`,
+// dim_k of them.
+struct GatedDeltaCall {
+  Rows q, k, v, decay, beta, out;
+  const float* rate;      // per head, below 0
+  const float* dt_bias;   // per column of decay
+  States states;          // a head's: dim_k x dim_v, in blocks of kDeltaColumns columns, each a run of its rows
+  int32_t heads, key_heads, dim_k, dim_v, per_channel, round_out;
+  float scale, eps, beta_scale;
+};
+
 // Rows of a table as floats, whatever its layout.
 struct Table {
   const uint8_t* data;
@@ -232,6 +255,8 @@ struct Kernels {
   void (*attend)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*merge_parts)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*embed)(const EmbedCall*, const int32_t* ids, int32_t row_lo, int32_t row_hi);
+  void (*gated_delta)(const GatedDeltaCall*, const StateSpan*, int32_t head, int32_t block_lo, int32_t block_hi,
+                      float* scratch);
   const SampleLoops* sampling;
 };
 

@@ -339,6 +339,8 @@ void bind_sizes(nb::module_& m) {
           return 4 * latent_scratch_of(heads, width, rank, block_size);
         },
         "heads"_a, "width"_a, "rank"_a, "block_size"_a, "Bytes of scratch memory of latent attention per thread.");
+  m.def("delta_scratch_bytes", [](int64_t dim_k) { return 4 * delta_scratch(dim_k); }, "dim_k"_a,
+        "Bytes of scratch that a gated delta op needs per thread.");
   m.def("expert_scratch_bytes",
         [](int64_t outputs, int64_t inputs, const std::string& format, int64_t half, int64_t threads) {
           const int32_t number = format_named(format);

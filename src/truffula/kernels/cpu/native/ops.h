@@ -95,7 +95,7 @@ constexpr const char* kSources[] = {"token", "position"};
 constexpr const char* kNormKinds[] = {"rms", "layer"};
 constexpr const char* kCasts[] = {"last", "first"};
 constexpr const char* kLayouts[] = {"half", "interleaved"};
-constexpr const char* kActivations[] = {"none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"};
+constexpr const char* kActivations[] = {"none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "sigmoid"};
 constexpr const char* kPointwiseKinds[] = {"act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul", "position_scale", "xielu"};
 
 struct EmbedOp {
@@ -111,15 +111,16 @@ struct EmbedOp {
 };
 
 struct NormOp {
-  Ref x, out, plus;
-  int32_t kind = 0, weight = kAbsent, bias = kAbsent, cast = 0, groups = 1;
+  Ref x, out, gate, plus;
+  int32_t kind = 0, weight = kAbsent, bias = kAbsent, cast = 0, groups = 1, gate_activation = kNone;
   float eps = 0.0f;
 
   static constexpr const char* kName = "Norm";
   template <class Self, class F>
   static void fields(Self& o, F&& f) {
     f("x", o.x), f("out", o.out), f("kind", o.kind, kNormKinds), f("eps", o.eps), f("weight", o.weight), f("bias", o.bias);
-    f("cast", o.cast, kCasts), f("groups", o.groups), f("plus", o.plus, kOptional);
+    f("cast", o.cast, kCasts), f("groups", o.groups), f("gate", o.gate, kOptional);
+    f("gate_activation", o.gate_activation, kActivations), f("plus", o.plus, kOptional);
   }
 };
 
@@ -211,6 +212,20 @@ struct MlaOp {
   int32_t width() const { return rank + rope; }  // of a latent row, and of a head's query in that space
 };
 
+struct GatedDeltaOp {
+  Ref q, k, v, decay, beta, out;
+  int32_t state = 0, rate = 0, dt_bias = 0, heads = 0, key_heads = 0, dim_k = 0, dim_v = 0;
+  float scale = 1.0f, eps = 0.0f, beta_scale = 1.0f;
+
+  static constexpr const char* kName = "GatedDelta";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("q", o.q), f("k", o.k), f("v", o.v), f("decay", o.decay), f("beta", o.beta), f("out", o.out), f("state", o.state);
+    f("rate", o.rate), f("dt_bias", o.dt_bias), f("heads", o.heads), f("key_heads", o.key_heads), f("dim_k", o.dim_k);
+    f("dim_v", o.dim_v), f("scale", o.scale), f("eps", o.eps), f("beta_scale", o.beta_scale);
+  }
+};
+
 enum : int32_t { kSoftmax = 0, kSigmoid = 1, kSparsemixer = 2, kMaxOfGroup = 0, kTopTwo = 1 };
 constexpr const char* kScores[] = {"softmax", "sigmoid", "sparsemixer"};
 constexpr const char* kGroupScores[] = {"max", "top2"};
@@ -273,7 +288,7 @@ struct TakeRowsOp {
 };
 
 using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, MlaOp, CausalConvOp,
-                        RouteOp, ExpertLinearOp, TakeRowsOp>;
+                        GatedDeltaOp, RouteOp, ExpertLinearOp, TakeRowsOp>;
 
 // The columns that an op writes.
 inline const Ref& out_of(const Op& op) {

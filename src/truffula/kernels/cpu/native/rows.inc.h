@@ -15,6 +15,7 @@ static void norm(const NormCall* c, int32_t row_lo, int32_t row_hi) {
     for (int g = 0; g < c->groups; ++g) {
       const float* x = c->x.data + t * c->x.stride + g * width;
       float* out = c->out.data + t * c->out.stride + g * width;
+      const float* gate = c->gate.data ? c->gate.data + t * c->gate.stride + g * width : nullptr;
       const float* weight = c->weight ? c->weight + g * c->group_step : nullptr;
       const float* bias = c->bias ? c->bias + g * c->group_step : nullptr;
       const float* plus = c->plus.data ? c->plus.data + t * c->plus.stride + g * width : nullptr;
@@ -41,6 +42,10 @@ static void norm(const NormCall* c, int32_t row_lo, int32_t row_hi) {
         if (c->cast_first) a = rounded(a, c->round_out);
         if (weight) a = a * load_n(weight + i, n);
         if (bias) a = a + load_n(bias + i, n);
+        if (gate) {
+          if (c->cast_first) a = rounded(a, c->round_out);
+          a = a * activated(load_n(gate + i, n), c->gate_activation);
+        }
         a = rounded(a, c->round_out);
         if (plus) a = rounded(load_n(plus + i, n) + a, c->round_out);
         store_n(out + i, a, n);

@@ -151,6 +151,10 @@ int32_t Executable::chunks_of(const Stage& stage) {
   if (const auto* latent = std::get_if<MlaOp>(&op)) return chunks_of(*latent, stage);
   if (const auto* experts = std::get_if<ExpertLinearOp>(&op)) return expert_chunks(*experts, stage);
   if (std::holds_alternative<EmbedOp>(op) && stage.number == 0) return chunks_for(num_shrink_tasks(stage.op));
+  if (const auto* delta = std::get_if<GatedDeltaOp>(&op)) {
+    const int64_t units = static_cast<int64_t>(counts_.N) * delta->heads * delta_blocks(delta->dim_v);
+    return static_cast<int32_t>(std::min<int64_t>(units, 8 * team));
+  }
   if (const auto* conv = std::get_if<CausalConvOp>(&op)) {
     const int32_t panels = (conv->x.width + kLanes - 1) / kLanes;
     return std::min(panels, counts_.T < kFineRows ? team : 4 * team);
@@ -204,8 +208,9 @@ void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Thr
   const auto vector = [&](int32_t id) { return id == kAbsent ? nullptr : weight(id).memory.floats(); };
   const int32_t owner = op.weight == kAbsent ? op.bias : op.weight, width = op.x.width / op.groups;
   const int32_t group_step = owner != kAbsent && weight(owner).outputs > width ? width : 0;
-  const NormCall call{rows(op.x),    rows(op.out), rows(op.plus),  vector(op.weight), vector(op.bias),  op.x.width,
-                      op.groups,     group_step,  op.kind == kLayerNorm, op.cast == kCastFirst, rounded(op.out), op.eps};
+  const NormCall call{rows(op.x),    rows(op.out), rows(op.gate), rows(op.plus), vector(op.weight), vector(op.bias),  op.x.width,
+                      op.groups,     group_step,  op.kind == kLayerNorm, op.cast == kCastFirst, op.gate_activation,
+                      rounded(op.out), op.eps};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->norm(&call, mine.lo, mine.hi);
 }
@@ -344,6 +349,25 @@ void Executable::attend(const AttentionCall& call, int32_t group, bool merge, in
     made.parts = partials_.data() + (kv_head * plan.partial_rows + row) * partial_floats(1, call.cache.dim_v);
   }
   (merge ? kernels_->merge_parts : kernels_->attend)(&call, &made, state.attention.data());
+}
+
+// A unit is a block of columns of the state of one sequence and head: all its spans, in their order. Units of one head
+// that are in one chunk share what they need of its keys.
+void Executable::run_op(const GatedDeltaOp& op, const Stage& stage, int32_t chunk, ThreadState& state) {
+  const GatedDeltaCall call{rows(op.q), rows(op.k), rows(op.v), rows(op.decay), rows(op.beta), rows(op.out),
+                            weight(op.rate).memory.floats(), weight(op.dt_bias).memory.floats(), states_of(op.state),
+                            op.heads, op.key_heads, op.dim_k, op.dim_v, op.decay.width != op.heads, rounded(op.out),
+                            op.scale, op.eps, op.beta_scale};
+  const int64_t blocks = delta_blocks(op.dim_v);
+  const auto mine = span_of(static_cast<int64_t>(counts_.N) * op.heads * blocks, chunk, chunks_of(stage));
+  for (int64_t unit = mine.lo, next; unit < mine.hi; unit = next) {
+    const int64_t head = unit / blocks, block = unit % blocks;
+    next = std::min(mine.hi, (head + 1) * blocks);
+    const auto [first, last] = spans_of_sequence_[static_cast<size_t>(head / op.heads)];
+    for (int32_t z = first; z < last; ++z)
+      kernels_->gated_delta(&call, &spans_[static_cast<size_t>(z)], static_cast<int32_t>(head % op.heads),
+                            static_cast<int32_t>(block), static_cast<int32_t>(block + next - unit), state.delta.data());
+  }
 }
 
 void Executable::run_op(const CausalConvOp& op, const Stage& stage, int32_t chunk, ThreadState&) {

@@ -1,0 +1,101 @@
+"""Packs quantised integers into blocks that the native kernels multiply: GGUF's Q4_0, Q4_1, Q5_0 and Q8_0.
+
+A block is 32 inputs with a float16 scale, so a group of 64 or 128 becomes several blocks with the same scale. Q4_1 has
+a minimum, ``-zero * scale``, also in float16. A weight of these blocks is not rounded to the dtype of the file's
+scales, as the libraries' values are, and a scale in bfloat16 below 2^-14 loses bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from truffula.weights.checkpoint import Array
+from truffula.weights.quantised.bits import affine
+from truffula.weights.quantised.logical import Logical
+
+BLOCK = 32
+_MIDDLE = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0}
+"""What a block's numbers are stored with: value = scale * (number - middle)."""
+Terms = tuple[Array, Array | None, Array, int | Array]
+"""Quants ``[n, inputs]``, zeros and scales ``[n, groups]``, and the size of a group (or the group of each input)."""
+
+
+def kind_for(bits: int, inputs: int, group: int, *, symmetric: bool) -> str:
+    """The kind of blocks that hold such integers; empty when there is none."""
+    if inputs % BLOCK or group % BLOCK or bits > 8 or (bits > 4 and not symmetric):
+        return ""
+    if not symmetric:
+        return "Q4_1"
+    return "Q4_0" if bits <= 4 else "Q5_0" if bits == 5 else "Q8_0"
+
+
+def integers(
+    name: str,
+    shape: tuple[int, int],
+    dtype: np.dtype[Any],
+    kind: str,
+    terms: Callable[[int, int], Terms],
+    packed: str = "",
+) -> Logical:
+    """The weight ``(quants - zeros) * scales`` of ``terms(lo, hi)``, which may be kept in blocks of kind ``packed``."""
+
+    def blocks(lo: int, hi: int) -> Array | None:
+        return pack(packed, *terms(lo, hi))
+
+    def compute(lo: int, hi: int) -> Array:
+        return affine(*terms(lo, hi), dtype)
+
+    return Logical(name, shape, dtype, kind, compute, packed, blocks if packed else None)
+
+
+def pack_e2m1(values: Array, scales: Array) -> Array | None:
+    """Blocks of Q5_0 for floats of 4 bits ``[n, inputs]`` with a scale per 32: twice a value is a whole number."""
+    return pack("Q5_0", 2 * values, None, scales / 2, BLOCK)
+
+
+def pack(kind: str, quants: Array, zeros: Array | None, scales: Array, groups: int | Array) -> Array | None:
+    """``[n, inputs / 32, bytes of a block]`` uint8; None when a block cannot hold these numbers: groups out of order,
+    zeros that differ although they are said not to, scales that are not finite in float16.
+    """
+    rows, inputs = quants.shape
+    if not isinstance(groups, int):
+        index = groups.reshape(-1, BLOCK)
+        if (index != index[:, :1]).any():
+            return None
+        of_block = index[:, 0]
+    else:
+        of_block = np.arange(0, inputs, BLOCK) // groups
+    with np.errstate(all="ignore"):
+        scale = scales.astype(np.float16)
+        minimum = None if zeros is None else (-zeros.astype(np.float32) * scales.astype(np.float32)).astype(np.float16)
+    if not np.isfinite(scale).all() or (minimum is not None and not np.isfinite(minimum).all()):
+        return None
+    numbers = quants.astype(np.int16)
+    parts = [scale]
+    if kind == "Q4_1":
+        assert minimum is not None
+        parts.append(minimum)
+    else:
+        zero = 0 if zeros is None else int(zeros.flat[0])
+        if zeros is not None and (zeros != zero).any():
+            return None
+        numbers += np.int16(_MIDDLE[kind] - zero)
+    if kind != "Q8_0" and (numbers.min() < 0 or numbers.max() > (31 if kind == "Q5_0" else 15)):
+        return None
+    head = np.stack([np.take(part, of_block, 1) for part in parts], -1).view(np.uint8)
+    return np.concatenate([head, _packed(kind, numbers.reshape(rows, -1, BLOCK))], -1)
+
+
+def _packed(kind: str, numbers: Array) -> Array:
+    """``[n, blocks, 16, 20 or 32]`` bytes of ``numbers [n, blocks, 32]``."""
+    if kind == "Q8_0":
+        return numbers.astype(np.int8).view(np.uint8)
+    halves = (numbers[..., :16] & 15) | ((numbers[..., 16:] & 15) << 4)
+    nibbles = halves.astype(np.uint8)
+    if kind != "Q5_0":
+        return nibbles
+    fifth = np.packbits((numbers >> 4).astype(np.uint8), axis=-1, bitorder="little")
+    return np.concatenate([fifth, nibbles], -1)
