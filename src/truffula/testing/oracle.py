@@ -226,11 +226,12 @@ def _keep(found: dict[Probe, Float32], probe: Probe, count: int) -> Any:
 
 
 def _rows(value: Any, count: int) -> Float32:
-    """``[1, T, ...]`` as float32 ``[T, width]``; a value of shape ``[1, H, T, E]`` is transposed first.
+    """``[1, T, ...]`` or ``[T, width]`` as float32 ``[T, width]``; ``[1, H, T, E]`` is transposed first.
 
     If H equals ``count``, the strides distinguish the two: norms keep the memory order of their input.
     """
-    value = value.detach()[0].float()
+    value = value.detach().float()
+    value = value if value.dim() == 2 and len(value) == count else value[0]
     if value.dim() == 3:
         by_head = value.shape[0] != count or (value.shape[1] == count and value.stride(0) < value.stride(1))
         value = value.transpose(0, 1) if by_head else value
