@@ -84,16 +84,18 @@ def timed(run: Run) -> float:
 
 
 def measure(sides: dict[str, Ours | Theirs], prompt: int, rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each decode step and of each prefill, by side. The first round of each warms up."""
+    """Seconds of each decode step and of each prefill, by side, after a short prompt that warms up."""
     times: dict[str, dict[str, list[float]]] = {name: {"decode": [], "prefill": []} for name in sides}
-    for number in range(rounds + 1):
+    for side in sides.values():
+        side.step(CONTEXT, 0)
+        side.step(1, CONTEXT)
+    for _ in range(rounds):
         for name, side in sides.items():
             prefill = timed(lambda side=side: side.step(prompt, 0))  # type: ignore[misc]
             side.step(CONTEXT, 0)
             decode = [timed(lambda at=at, side=side: side.step(1, CONTEXT + at)) for at in range(steps)]  # type: ignore[misc]
-            if number:
-                times[name]["prefill"].append(prefill)
-                times[name]["decode"] += decode
+            times[name]["prefill"].append(prefill)
+            times[name]["decode"] += decode
     return times
 
 
@@ -101,11 +103,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, seconds")
     parser.add_argument("--threads", type=int, default=None, help="compute threads")
+    parser.add_argument("--rounds", type=int, default=3, help="of a prefill and ten decode steps of each")
     options = parser.parse_args()
     threads = options.threads or usable_cpus()
     torch.set_num_threads(threads)
     config = tiny_config("qwen3_5_text", tie_word_embeddings=True) if options.smoke else SHAPE
-    prompt, rounds, steps = (40, 1, 2) if options.smoke else (2048, 3, 10)
+    prompt, rounds, steps = (40, 1, 2) if options.smoke else (2048, options.rounds, 10)
     backend = CpuBackend(threads)
     ours = Ours(config, backend, prompt)
     times = measure({"truffula": ours, "transformers": Theirs(config)}, prompt, rounds, steps)

@@ -20,6 +20,8 @@ TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "co
 MODEL_TYPES = (
     "apertus",
     "arcee",
+    "bamba",
+    "bloom",
     "cohere",
     "cohere2",
     "cwm",
@@ -28,13 +30,20 @@ MODEL_TYPES = (
     "deepseek_v32",
     "ernie4_5",
     "exaone4",
+    "falcon",
     "gemma",
     "gemma2",
     "gemma3",
     "gemma3_text",
     "glm4_moe_lite",
     "glm_moe_dsa",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
     "granite",
+    "granitemoehybrid",
     "helium",
     "hunyuan_v1_dense",
     "kimi_k25",
@@ -46,11 +55,16 @@ MODEL_TYPES = (
     "mistral3",
     "mistral4",
     "mixtral",
+    "mpt",
     "nemotron",
+    "nemotron_h",
     "olmo",
     "olmo2",
     "olmo3",
     "olmo_hybrid",
+    "opt",
+    "phi",
+    "phi3",
     "qwen2",
     "qwen3",
     "qwen3_5",
@@ -62,6 +76,7 @@ MODEL_TYPES = (
     "seed_oss",
     "smollm3",
     "stablelm",
+    "starcoder2",
     "youtu",
 )
 # Types of hub files that transformers reads with the class of another type.
@@ -83,11 +98,20 @@ LEGACY = (
 LEGACY_OF = {
     "cohere2": ("sliding_window_pattern",),
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "gpt_neo": ("attention_layers",),
+    "gpt_neox": ("rotary_emb_base", "rotary_pct"),
     "lfm2": ("block_ff_dim", "tie_embedding"),
+    "nemotron_h": (
+        *("hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers", "mamba_n_groups"),
+        *("mamba_d_conv", "mamba_expand", "mamba_dt_min", "mamba_dt_max", "mamba_dt_limit", "mamba_dt_init_floor"),
+        *("mamba_conv_bias", "mamba_chunk_size"),
+    ),
     "qwen3_5_moe_text": ("full_attention_interval",),
     "qwen3_5_text": ("full_attention_interval",),
     "qwen3_next": ("full_attention_interval",),
 }
+# Other names of fields, besides those of the class's attribute_map.
+ALIASES_OF = {"bloom": {"n_embed": "hidden_size"}, "falcon": {"n_embed": "hidden_size"}}
 
 
 def table() -> dict[str, Any]:
@@ -123,7 +147,7 @@ def table() -> dict[str, Any]:
             "fields": dict(sorted(fields.items())),
             "nullable": sorted(nullable),
             "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),
-            "aliases": dict(sorted(cls.attribute_map.items())),
+            "aliases": dict(sorted({**cls.attribute_map, **ALIASES_OF.get(model_type, {})}.items())),
         }
     types |= {name: types[of] for name, of in SAME_CLASS.items()}
     generation = sorted(GenerationConfig._get_default_generation_params())

@@ -103,15 +103,19 @@ FAMILIES = {
     "gemma3-short": ("gemma3_text", {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}),
     "qwen3_5": ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"]}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 4}),
+    "bamba": ("bamba", {}),
     "gemma3-long": ("gemma3_text", {"sliding_window": 50, "layer_types": ["sliding_attention", "full_attention"]}),
 }
 
 
-# The reference takes a second for each test of these: in the slow suite.
-SLOW = {("reference", "lfm2"), ("reference", "qwen3_5")}
+# In the slow suite: bamba, and these on the reference, which takes a second for each test of them.
+SLOW = {"lfm2", "qwen3_5"}
 PARAMS = [
-    pytest.param((b, f), marks=[pytest.mark.slow] * ((b, f) in SLOW), id=f"{b}-{f}") for b in SINGLE for f in FAMILIES
-]
+    pytest.param(
+        (b, f), marks=[pytest.mark.slow] * (f == "bamba" or (b == "reference" and f in SLOW)), id=f"{b}-{f}"
+    )
+    for b in SINGLE for f in FAMILIES
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=PARAMS)

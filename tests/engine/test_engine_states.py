@@ -128,7 +128,7 @@ def test_snapshots_are_evicted_for_blocks_and_adapters():
     rig = Rig(lim, loader=HandLoader(nbytes=1500), budget_bytes=4000)
     crowd = []
     for place, color in enumerate((None, "red", "blue", None, "green")):
-        for n in range(3):
+        for n in range(2):
             crowd.append(request(f"{place} {n}", [n] * 20, max_tokens=9, ignore_eos=True, adapter=color))
             rig.add(crowd[-1])
         rig.drain()
@@ -137,7 +137,7 @@ def test_snapshots_are_evicted_for_blocks_and_adapters():
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize("step", range(1, 9))
+@pytest.mark.parametrize("step", [1, 2, 4, 7])
 def test_a_failed_step_is_run_again_from_the_states_before_it(depth, step):
     rig = Rig(limits(step_tokens=16, **STATES), depth=depth)
     crowd = [request(str(i), [i] * (5 + 7 * i), max_tokens=8, ignore_eos=True) for i in range(4)]

@@ -103,7 +103,7 @@ def checkpoint(path: Path) -> None:
     except CheckpointError as error:
         _named(error, file=True)
     try:
-        plan = plan_model(opened)
+        plan = plan_model(opened, "native")
     except TruffulaError as error:
         return _named(error, file=False)
     if available() and plan.stored_bytes < LARGEST_RUN and plan.program.vocab_size:

@@ -37,8 +37,8 @@ NASTY = st.sampled_from(
     [-(2**31), -(2**31) + 1, -65536, -2, -1, 0, 1, 2, 3, 5, 16, 24, 25, 63, 80, 127, 65536, 2**30, 2**31 - 2, 2**31 - 1]
 )
 ARRAYS = (
-    "token_ids", "position", "rope_pos", "slot_mapping", "block_tables", "q_start", "kv_len", "seg", "seg_r",
-    "seg_weight", "logit_rows", "span_start", "state_in", "state_out",
+    "token_ids", "position", "rope_pos", "rope_length", "slot_mapping", "block_tables", "q_start", "kv_len", "seg",
+    "seg_r", "seg_weight", "logit_rows", "span_start", "state_in", "state_out",
 )  # fmt: skip
 settled = lambda examples: settings(
     max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -194,6 +194,9 @@ CALLS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
                   "dim_k": numbers, "dim_v": numbers,
                   "scale": floats, "window": numbers, "softcap": floats, "sinks": maybe_id},
     "CausalConv": {"x": columns, "out": columns, "weight": ids, "state": ids, "bias": maybe_id, "activation": words},
+    "Mamba2": {"x": columns, "b": columns, "c": columns, "dt": columns, "out": columns, "state": ids, "rate": ids,
+               "dt_bias": ids, "skip": ids, "heads": numbers, "head_dim": numbers, "groups": numbers,
+               "state_size": numbers, "dt_limit": st.sampled_from([[0.0, 1.0], [0.0], [1.0, 0.0], [float("nan")] * 2])},
     "GatedDelta": {"q": columns, "k": columns, "v": columns, "decay": columns, "beta": columns, "out": columns,
                    "state": ids, "rate": ids, "dt_bias": ids, "heads": numbers, "key_heads": numbers, "dim_k": numbers,
                    "dim_v": numbers, "scale": floats, "eps": floats, "beta_scale": floats},
@@ -243,6 +246,9 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
                        "planes": [2, 3], "heads": 16, "kv_heads": 16, "dim_k": 1, "dim_v": 1,
                        "scale": 1.0, "window": 0, "softcap": 0.0, "sinks": 0}),
     ("CausalConv", {"x": (0, 0, 16), "out": (2, 16, 16), "weight": 6, "state": 0, "bias": 0, "activation": "silu"}),
+    ("Mamba2", {"x": (0, 0, 16), "b": (1, 0, 2), "c": (1, 2, 2), "dt": (0, 16, 16), "out": (2, 0, 16), "state": 0,
+                "rate": 0, "dt_bias": 0, "skip": 0, "heads": 16, "head_dim": 1, "groups": 1, "state_size": 2,
+                "dt_limit": [0.0, float("inf")]}),
     ("GatedDelta", {"q": (0, 0, 2), "k": (0, 2, 2), "v": (0, 4, 16), "decay": (1, 0, 16), "beta": (1, 16, 16),
                     "out": (2, 0, 16), "state": 0, "rate": 0, "dt_bias": 0, "heads": 16, "key_heads": 1, "dim_k": 2,
                     "dim_v": 1, "scale": 1.0, "eps": 1e-6, "beta_scale": 2.0}),

@@ -20,6 +20,7 @@ from truffula.kernels.program import (
     Program,
     RecurrentState,
     Ref,
+    RopeRegime,
     RopeTable,
     Site,
     TakeRows,
@@ -64,6 +65,7 @@ class OneOp:
     ops: list[Op] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     tables: list[RopeTable] = field(default_factory=list)
+    regime: RopeRegime | None = None
     groups: list[KvGroup] = field(default_factory=list)
     states: list[RecurrentState] = field(default_factory=list)
     adapters: list[AdapterTensors] = field(default_factory=list)
@@ -111,6 +113,7 @@ class OneOp:
             name="one", vocab_size=3, buffers=tuple(self.buffers), weights=tuple(self.weights), sites=tuple(self.sites),
             rope_tables=tuple(self.tables), kv_groups=tuple(self.groups), states=tuple(self.states),
             ops=tuple(self.ops), result=logits, output=Output("logits", 3), max_positions=1000,
+            rope_regime=self.regime,
         )  # fmt: skip
         executable = backend.load(program, self.dtype, pull_from(self.values), self.capacity, debug=True)
         for adapter in self.adapters:

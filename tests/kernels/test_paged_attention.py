@@ -33,11 +33,21 @@ def oracle(q, k, v, op, sinks, chosen=None):
             scores = op.scale * (k[first : i + 1, g] @ q[i, h])
             if op.softcap is not None:
                 scores = op.softcap * np.tanh(scores / op.softcap)
+            if op.alibi:
+                keys = np.arange(first, i + 1)
+                keys = exact(keys, "bfloat16") if op.alibi_rounded else keys
+                bias = op.alibi[h] * keys
+                scores = scores + (op.scale * exact(bias, "bfloat16") if op.alibi_rounded else bias)
             top = max(scores.max(), sinks[h] if sinks is not None else -np.inf)
             weights = np.exp(scores - top)
             total = weights.sum() + (np.exp(sinks[h] - top) if sinks is not None else 0)
             out[at, h] = (weights / total) @ v[first : i + 1, g]
     return out.reshape(len(chosen), -1)
+
+
+def slopes(heads):
+    """In float32, a different one for each head."""
+    return tuple(float(np.float32(0.5 ** (h + 1) * 1.3)) for h in range(heads))
 
 
 @st.composite
@@ -48,7 +58,9 @@ def cases(draw):
         "heads": kv_heads * share, "kv_heads": kv_heads,
         "dim_k": draw(st.integers(1, 6)), "dim_v": draw(st.integers(1, 6)),
         "window": draw(st.sampled_from([None, 1, 3, 8])), "softcap": draw(st.sampled_from([None, 2.0])),
-        "sinks": draw(st.booleans()), "dtype": draw(st.sampled_from(["float32", "bfloat16"])),
+        "sinks": draw(st.booleans()),
+        "alibi": draw(st.sampled_from(["none", "exact", "rounded"])),
+        "dtype": draw(st.sampled_from(["float32", "bfloat16"])),
         "seed": draw(st.integers(0, 99)),
     }  # fmt: skip
 
@@ -71,6 +83,7 @@ def test_attention_over_shuffled_blocks(backend, case_):
         name="a", q=case.input(q), k=case.input(k), v=case.input(v), out=case.buffer(c["heads"] * c["dim_v"]), group=0,
         planes=(0, 1), heads=c["heads"], kv_heads=c["kv_heads"], dim_k=c["dim_k"], dim_v=c["dim_v"], scale=0.7,
         window=c["window"], softcap=c["softcap"], sinks=None if sinks is None else case.weight(sinks, "vector"),
+        alibi=() if c["alibi"] == "none" else slopes(c["heads"]), alibi_rounded=c["alibi"] == "rounded",
     )  # fmt: skip
     free = list(rng.permutation(np.arange(1, 40)))
 
@@ -96,7 +109,7 @@ def test_attention_over_shuffled_blocks(backend, case_):
 
 
 LONG = [
-    # rows, heads, kv_heads, dim_k, dim_v, block size, window, softcap, sinks
+    # rows, heads, kv_heads, dim_k, dim_v, block size, window, softcap, sinks or alibi
     (1100, 2, 1, 20, 33, 16, None, None, False),
     (1100, 3, 3, 8, 8, 24, None, 5.0, True),
     (1100, 2, 2, 16, 16, 4, 600, None, False),
@@ -104,6 +117,8 @@ LONG = [
     (600, 9, 1, 7, 5, 700, None, None, False),
     (600, 5, 1, 64, 80, 16, 550, None, False),
     (540, 3, 3, 24, 128, 16, None, None, True),
+    (1100, 6, 2, 12, 16, 16, None, None, "alibi"),
+    (700, 3, 3, 8, 8, 24, 530, None, "alibi, rounded"),
 ]
 
 
@@ -112,13 +127,14 @@ LONG = [
 @pytest.mark.parametrize("case_", LONG, ids=str)
 def test_long_contexts(backend, dtype, case_):
     """More keys than a backend works on at once, block sizes that divide nothing, many heads to one kv head."""
-    rows, heads, kv_heads, dim_k, dim_v, size, window, softcap, with_sinks = case_
+    rows, heads, kv_heads, dim_k, dim_v, size, window, softcap, more = case_
+    alibi = tuple(slope / 64 for slope in slopes(heads)) if isinstance(more, str) else ()
     rng = np.random.default_rng(7)
     # Scores that grow along the context: what was the largest weight at first counts for little at last.
     q = exact(np.abs(rng.standard_normal((rows, heads * dim_k))), dtype)
     k = exact(rng.standard_normal((rows, kv_heads * dim_k)) + np.arange(rows)[:, None] / 400, dtype)
     v = exact(rng.standard_normal((rows, kv_heads * dim_v)), dtype)
-    sinks = exact(rng.standard_normal(heads) + 3, dtype) if with_sinks else None
+    sinks = exact(rng.standard_normal(heads) + 3, dtype) if more is True else None
     blocks = rng.permutation(np.arange(1, -(-rows // size) + 1))
     capacity = Capacity(
         max_tokens=rows, max_seqs=1, max_logit_rows=4, max_segments=1, num_blocks=len(blocks) + 1, block_size=size,
@@ -129,7 +145,8 @@ def test_long_contexts(backend, dtype, case_):
     op = Attention(
         name="a", q=case.input(q), k=case.input(k), v=case.input(v), out=case.buffer(heads * dim_v), group=0,
         planes=(0, 1), heads=heads, kv_heads=kv_heads, dim_k=dim_k, dim_v=dim_v, scale=dim_k**-0.5, window=window,
-        softcap=softcap, sinks=None if sinks is None else case.weight(sinks, "vector"),
+        softcap=softcap, sinks=None if sinks is None else case.weight(sinks, "vector"), alibi=alibi,
+        alibi_rounded=more == "alibi, rounded",
     )  # fmt: skip
 
     def fill(inputs):

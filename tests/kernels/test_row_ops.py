@@ -23,6 +23,7 @@ from truffula.kernels.program import (
     Pointwise,
     Ref,
     Rope,
+    RopeRegime,
     RopeRows,
     RopeTable,
     Site,
@@ -253,6 +254,28 @@ def test_rope(backend, dtype, rows, heads, pairs, before, behind, layout, seed):
     # Positions up to 500 radians: float32 angles are good to 2^-15 there.
     got = case.run(backend, op, fill)
     np.testing.assert_allclose(got, wanted.reshape(rows, -1), atol=3e-4 if dtype == "float32" else 4e-2, rtol=1e-2)
+
+
+@on_every_backend
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rope_rows_by_length(backend, kind):
+    """Rows of one step take the table of their sequence's length, or of their position where that is beyond it."""
+    freq, long = (1.0, 0.25, 0.1), (0.5, 0.2, 0.05)
+    table = RopeTable(0, freq, 1.25, border=16, **({"long_freq": long} if kind == "longrope" else {"growth": 3.0}))
+    positions, lengths = np.array([3, 3, 15, 16, 40, 40]), np.array([16, 17, 0, 0, 41, 90])
+    case = OneOp("float32", len(positions), tables=[table], regime=RopeRegime(16, grows=kind == "dynamic"))
+    out = case.buffer(6, dtype="float32")
+
+    def fill(inputs):
+        inputs.rope_pos[0, : len(positions)], inputs.rope_length[: len(positions)] = positions, lengths
+
+    got = case.run(backend, RopeRows(name="rows", table=0, out=out), fill)
+    for row, position, length in zip(got, positions, np.maximum(lengths, positions + 1), strict=True):
+        wanted = np.array(freq)
+        if length > 16:
+            wanted = np.array(long) if kind == "longrope" else freq / (3 * length / 16 - 2) ** (np.arange(3) / 2)
+        angles = position * wanted
+        np.testing.assert_allclose(row, 1.25 * np.concatenate([np.cos(angles), np.sin(angles)]), atol=1e-5)
 
 
 def oracle_epilogue(y, e, bias, residual):

@@ -75,6 +75,12 @@ BASES = {
     "youtu": {"num_hidden_layers": 2},
     "qwen3_5_text": {},
     "qwen3_next": {},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    "gpt_neo": {"tie_word_embeddings": False},
+    "mpt": {"attn_config": {"clip_qkv": 1.0}},
+    "opt": {"word_embed_proj_dim": 20, "do_layer_norm_before": False},
+    "phi": {"qk_layernorm": True},
+    "phi3": {"num_key_value_heads": 1},
 }
 DENSE = (
     "apertus",
@@ -167,18 +173,33 @@ TARGETS: dict[str, tuple[str | list[str], list[str]]] = {
     "youtu": ("all-linear", ["q_b_proj", "kv_b_proj", "down_proj"]),
     # peft takes the MLP of any qwen3_next model for experts, and warns.
     "qwen3_next": (["in_proj_ba", "in_proj_qkvz", "q_proj", "o_proj", "out_proj"], ["in_proj_ba", "k_proj"]),
+    # Matrices stored as [in, out]; fused modules, with rows in another order than the program's.
+    "gpt2": ("all-linear", ["c_attn", "mlp.c_proj"]),
+    "gpt_neox": ("all-linear", ["query_key_value", "dense_4h_to_h"]),
+    "phi3": ("all-linear", ["qkv_proj", "down_proj"]),
+}
+OLDER: dict[str, tuple[str | list[str], list[str]]] = {
+    "bloom": ("all-linear", ["query_key_value", "dense_4h_to_h"]),
+    "falcon": ("all-linear", ["query_key_value", "dense_4h_to_h"]),
+    "gpt_bigcode": ("all-linear", ["c_attn", "mlp.c_proj"]),
+    "gpt_neo": ("all-linear", ["q_proj", "mlp.c_proj"]),
+    "gptj": ("all-linear", ["q_proj", "fc_out"]),
+    "mpt": ("all-linear", ["Wqkv", "down_proj"]),
+    "opt": ("all-linear", ["q_proj", "fc2"]),
+    "phi": ("all-linear", ["q_proj", "fc2"]),
+    "starcoder2": ("all-linear", ["q_proj", "mlp.c_proj"]),
 }
 
 
 @on_the_best
 @pytest.mark.parametrize(
-    "model_type", [*TARGETS, *(pytest.param(name, marks=pytest.mark.slow) for name in DENSE)]
-)  # the slow ones: 40 s
+    "model_type", [*TARGETS, *(pytest.param(name, marks=pytest.mark.slow) for name in (*DENSE, *OLDER))]
+)  # the slow ones: a minute
 def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend) -> None:
     served = served_base(tmp_path, model_type, backend)
     rows: list[tuple[int | None, list[int]]] = []
     expected = []
-    for number, targets in enumerate(TARGETS.get(model_type, ("all-linear", ["q_proj", "down_proj"]))):
+    for number, targets in enumerate((TARGETS | OLDER).get(model_type, ("all-linear", ["q_proj", "down_proj"]))):
         folder = write_tiny_adapter(tmp_path / str(number), served.program.sites, seed=number, targets=targets, rank=5)
         rows.append((served.add(folder), served.prompt(number)))
         expected.append(served.peft(folder, rows[-1][1]))

@@ -14,7 +14,37 @@ _SMALL: dict[str, Any] = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1, "state_size": 8,
 }  # fmt: skip
 
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "head_dim": 4, "num_key_value_heads": 4,
+}  # fmt: skip
+
+_OF_TYPE: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "jetmoe": {"kv_channels": 8, "num_key_value_heads": 2},
+    "zamba2": {"num_hidden_layers": 4, "layer_types": None},
+}
+
 FAST: dict[str, str] = {"persimmon": "fallback", "lfm3": "serial"}
+_PACKED = (
+    "afmoe apertus1p5_text aria_text axk1 beam bert bert-generation biogpt bitnet codegen cohere2_moe ctrl "
+    "deepseek_v3 diffllama electra ernie ernie4_5_moe exaone exaone_moe flex_olmo flint gemma4_unified_text "
+    "glm glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite_swa granitemoe "
+    "granitemoe_swa granitemoeshared hrm_text hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 "
+    "laguna mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text modernbert-decoder nanochat olmoe "
+    "opt persimmon phi phi3 phimoe qwen2_moe sarvam_mla sarvam_moe solar_open vaultgemma youtu"
+)
+_SERIAL = (
+    "axk2 bart big_bird bigbird_pegasus bloom camembert data2vec-text deepseek_v32 doge dots3_note_text "
+    "falcon falcon_mamba glm_moe_dsa gpt_neox_japanese hy_v4 lara_mini lfm3 llama4_text mamba mbart "
+    "megatron-bert minimax mpt mvp olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next rembert roberta "
+    "roberta-prelayernorm rwkv trocr xglm xlm-roberta xlm-roberta-xl zaya"
+)
+SERVED: dict[str, str] = {**dict.fromkeys(_PACKED.split(), "fallback"), **dict.fromkeys(_SERIAL.split(), "serial")}
+"""How each type of transformers is served that can be built tiny, where truffula has no architecture for it."""
 
 
 def small_config(model_type: str, **overrides: Any) -> Any:
@@ -28,9 +58,11 @@ def small_config(model_type: str, **overrides: Any) -> Any:
     if len(kinds) > 1:
         changes["layer_types"] = (kinds * 3)[: max(3, len(kinds))]
         changes["num_hidden_layers"] = len(changes["layer_types"])
+    if "kv_lora_rank" in given:
+        changes |= _LATENT
     if "is_decoder" in given:
         changes["is_decoder"] = True
-    return config_class(**changes | overrides)
+    return config_class(**changes | _OF_TYPE.get(model_type, {}) | overrides)
 
 
 def write_small(folder: Path, config: Any, seed: int = 0) -> Path:

@@ -33,7 +33,7 @@ from truffula.weights.tying import Tie
 Float32 = npt.NDArray[np.float32]
 LOGITS = 1e-4
 NEAR_TIE = 1e-4
-NEW_TOKENS = 32
+NEW_TOKENS, SOME_TOKENS = 32, 12
 LENGTHS = (23, 5, 11)
 BLOCK = 4
 
@@ -154,15 +154,18 @@ def _write_adapters(folder: Path, plan: ModelPlan) -> dict[str, Path]:
 def _linears(folder: Path) -> dict[str, tuple[int, int]]:
     """Module path → (in, out) of the linear modules of transformers' model, without the head."""
     from torch import nn
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
     from transformers.pytorch_utils import Conv1D
 
     model = _oracle(folder, None, False)
     found = {}
-    # Of these names peft makes parameters of stacked experts, where there are any, and drops those of other modules.
-    stacked = any(".experts." in name for name, _ in model.named_parameters())
-    of_experts = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3") if stacked else ()
+    # peft renames what a model's converters read, such as stacked experts, and drops other modules of that name.
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
+    patterns = [pattern.removesuffix("$").removesuffix(".weight") for rule in rules for pattern in rule.source_patterns]
+    converted = {pattern.rpartition(".")[2] for pattern in patterns}
     for name, module in model.named_modules():
-        if module is model.get_output_embeddings() or name.endswith(of_experts or ("!",)):
+        if module is model.get_output_embeddings() or name.rpartition(".")[2] in converted:
             continue
         if isinstance(module, nn.Linear):
             found[name] = (module.in_features, module.out_features)
@@ -193,14 +196,15 @@ def check_greedy(model: ParityModel) -> None:
 def check_mixed(model: ParityModel) -> None:
     """Two adapters and the base in one batch."""
     crowd = [(str(n), model.prompt(n), adapter) for n, adapter in enumerate([None, *model.adapters, None])]
-    _, answers = model.run([model.request(*each) for each in crowd])
+    _, answers = model.run([model.request(*each, max_tokens=SOME_TOKENS) for each in crowd])
     for name, prompt, adapter in crowd:
         model.expect(answers[name], prompt, adapter)
 
 
 def check_chunked(model: ParityModel) -> None:
     crowd = [(str(n), model.prompt(n), adapter) for n, adapter in enumerate([None, *model.adapters])]
-    _, answers = model.run([model.request(*each) for each in crowd], step_tokens=7, step_logit_rows=7)
+    requests = [model.request(*each, max_tokens=SOME_TOKENS) for each in crowd]
+    _, answers = model.run(requests, step_tokens=7, step_logit_rows=7)
     for name, prompt, adapter in crowd:
         model.expect(answers[name], prompt, adapter)
 

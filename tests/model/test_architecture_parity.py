@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import parity_cases_dense
 import parity_cases_mla
+import parity_cases_older
 import pytest
 from kernel_backends import on_the_best
 from parity_cases_delta import CASES as DELTA
@@ -89,7 +90,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma3_text", "pattern 2, scaled full layers", {"sliding_window_pattern": 2, "num_hidden_layers": 4, **LINEAR8}),
     ("gemma3_text", "nested ropes", {"layer_types": BOTH, "rope_parameters": NESTED, "num_hidden_layers": 2}),
     ("gemma3_text", "one kv head, biases", {"num_key_value_heads": 1, "attention_bias": True}),
-    *STATE_CASES,
 ]  # fmt: skip
 
 
@@ -132,7 +132,9 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
         *(pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in (*CASES, *MOE_CASES)),
         *spread(parity_cases_dense.CASES),
         *spread(parity_cases_mla.CASES),
+        *spread(parity_cases_older.CASES),
         *spread(DELTA),
+        *spread(STATE_CASES),
     ],
 )  # the slow ones: 20 s
 def test_parity_with_transformers(

@@ -28,18 +28,22 @@ def test_the_table_of_defaults_covers_every_architecture() -> None:
 
 # Without which transformers' model fails, too.
 NO_DEFAULT: dict[str, dict[str, Any]] = {"deepseek_v2": {"num_experts_per_tok": 6}}
+# By default these have experts, which are not supported yet.
+WITH_EXPERTS = {"granitemoehybrid", "nemotron_h"}
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - WITH_EXPERTS))
 def test_an_empty_config_is_the_class_default(model_type: str) -> None:
     read = read_config({"model_type": model_type, **NO_DEFAULT.get(model_type, {})})
     text = load_defaults()[model_type].fields.get("text_config") or {}
-    fields = load_defaults()[read.spec.model_type].fields | text
+    defaults = load_defaults()[read.spec.model_type]
+    fields = defaults.fields | text
+    value = lambda key: fields[defaults.aliases.get(key, key)]
     assert read.warnings == read.spec.notes
-    assert read.spec.vocab_size == fields["vocab_size"]
-    assert len(read.spec.layers) == fields["num_hidden_layers"]
-    attention = next(layer.mixer for layer in read.spec.layers if layer.mixer.kv_widths)
-    assert attention.heads == fields["num_attention_heads"]
+    assert read.spec.vocab_size == value("vocab_size")
+    assert len(read.spec.layers) == value("num_hidden_layers")
+    attention = next((layer.mixer for layer in read.spec.layers if layer.mixer and layer.mixer.kv_widths), None)
+    assert attention is None or attention.heads == value("num_attention_heads")
 
 
 def test_defaults_that_are_not_what_one_would_guess() -> None:
@@ -130,7 +134,8 @@ def test_wrong_values_are_refused_with_key_and_value(key: str, value: Any) -> No
 @pytest.mark.parametrize(
     ("rope", "named"),
     [
-        ({"type": "dynamic", "factor": 2.0}, "dynamic"),
+        ({"type": "dynamic"}, "factor"),
+        ({"type": "dynamic", "factor": 0.5}, "factor"),
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "longrope"),
         ({"type": "su"}, "su"),
         ({"type": "mrope", "mrope_section": [2, 1, 1]}, "mrope"),

@@ -96,7 +96,7 @@ constexpr int64_t kArena = (64 + 64 + 128 + 16 + 64) * kTokens + (64 + kVocab) *
 
 // The arrays of StepInputs (kernels/inputs.py).
 struct Inputs {
-  std::array<int32_t, kTokens> token_ids{}, position{}, rope_pos{}, slots{}, logit_rows{};
+  std::array<int32_t, kTokens> token_ids{}, position{}, rope_pos{}, rope_length{}, slots{}, logit_rows{};
   std::array<int32_t, kSeqs * kTable> tables{};
   std::array<int32_t, kSeqs + 1> q_start{};
   std::array<int32_t, kSeqs> kv_len{};
@@ -106,8 +106,8 @@ struct Inputs {
   StepCounts counts;
 
   StepArrays arrays() const {
-    return {token_ids.data(), position.data(), rope_pos.data(), slots.data(), tables.data(), q_start.data(),
-            kv_len.data(), seg.data(), seg_r.data(), weight.data(), logit_rows.data()};
+    return {token_ids.data(), position.data(), rope_pos.data(), rope_length.data(), slots.data(), tables.data(),
+            q_start.data(), kv_len.data(), seg.data(), seg_r.data(), weight.data(), logit_rows.data()};
   }
 
   // A step of sequences with `rows` rows after `contexts` keys; the first two have an adapter each.

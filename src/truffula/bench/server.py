@@ -161,7 +161,7 @@ def plan_of(config: EngineConfig) -> ModelPlan:
 
     path = resolve_source(config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision)
     with contextlib.closing(open_checkpoint(path)) as checkpoint:
-        return plan_model(checkpoint)
+        return plan_model(checkpoint, config.implementation)
 
 
 def random_adapters(plan: ModelPlan, folder: Path, names: list[str], rank: int) -> None:

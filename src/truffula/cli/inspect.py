@@ -67,7 +67,10 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
 
     with contextlib.closing(open_checkpoint(path)) as checkpoint:
         plan = plan_model(checkpoint)
-        uses = read_config(checkpoint.config).key_uses if plan.transformers is None else ()
+        if plan.transformers is None:
+            uses = read_config(checkpoint.config).key_uses
+        else:
+            uses = plan.transformers.skeleton.key_uses(checkpoint.config)
         kinds: dict[str, list[int]] = {}
         for info in checkpoint.tensors.values():
             kinds.setdefault(info.dtype, []).append(info.nbytes)

@@ -19,7 +19,7 @@ from truffula.engine.engine import Engine
 from truffula.engine.kv_layout import KvLayout
 from truffula.engine.limits import EngineLimits
 from truffula.engine.memory import MemoryDivision, memory_limit, plan_memory
-from truffula.errors import ConfigError
+from truffula.errors import ConfigError, UnsupportedModel
 from truffula.kernels.backend import Backend, Executable, MemoryPlan
 from truffula.kernels.cpu.formats import BLOCK_KINDS
 from truffula.kernels.host import usable_cpus
@@ -66,6 +66,10 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
             f"max_model_len is {config.max_model_len}; the model has {plan.max_model_len} positions.",
             param="max_model_len", max_model_len=plan.max_model_len,
         )  # fmt: skip
+    if not plan.interface.kv_groups:
+        raise UnsupportedModel(
+            "config.json: a model in which no layer has attention is not served.", param="layer_types"
+        )
     dtype = choose_dtype(backend, config.dtype, plan.stored_dtype)
     rows = config.max_running + max(16, SCORING_BYTES // (8 * plan.interface.vocab_size))
     capacity = Capacity(
@@ -108,6 +112,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         vocab_size=plan.interface.vocab_size,
         eos_token_ids=plan.eos_token_ids,
         prefetch_adapters=config.prefetch_adapters,
+        rope_regime=plan.interface.rope_regime,
         kv_windows=layout.windows,
         kv_block_bytes=layout.block_bytes,
         num_states=memory.num_states,

@@ -9,6 +9,7 @@ import numpy as np
 
 from truffula.engine.kv_layout import KvLayout
 from truffula.errors import InsufficientMemory, InvalidRequest, Overloaded, PromptTooLong
+from truffula.kernels.program import RopeRegime
 from truffula.types import EngineRequest
 
 
@@ -33,6 +34,7 @@ class EngineLimits:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     prefetch_adapters: int = 64
+    rope_regime: RopeRegime | None = None
     kv_windows: tuple[int | None, ...] = (None,)
     kv_block_bytes: tuple[int, ...] = ()
     num_states: int = 0

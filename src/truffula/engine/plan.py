@@ -21,7 +21,8 @@ class SequenceState(msgspec.Struct, frozen=True, gc=False):
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):
     """The tokens of one sequence that a step computes. ``token_ids`` and ``targets`` are views of the sequence's ids,
-    which the next ``commit`` or ``plan`` may change: the runner copies them when it submits.
+    which the next ``commit`` or ``plan`` may change: the runner copies them when it submits. ``rope_length`` as in
+    ``StepInputs``.
 
     ``seq_slot`` is the sequence's slot in the executable; it stays the same until the sequence ends or is preempted.
     ``restart``: the state to set in the slot before the step (``set_sequence``); None: the slot continues with the
@@ -44,6 +45,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     targets: Int32
     draws: tuple[int, ...]
     matcher: Matcher | None = None
+    rope_length: int = 0
     spans: tuple[Span, ...] = ()
 
     @property

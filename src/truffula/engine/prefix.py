@@ -1,8 +1,9 @@
 """The prefix index: which KV blocks hold which tokens.
 
-A tree whose edges are block keys: the tenant's salt, the adapter generations that act in the block, and its token ids.
-So equal tokens under another adapter, or of another tenant, never share a block, and a block before the position from
-which an adapter acts is shared with the base. A node has a block in each KV group that still holds its tokens.
+A tree whose edges are block keys: the tenant's salt, the adapter generations that act in the block, the rotary tables
+and the token ids. So equal tokens under another adapter, or of another tenant, never share a block, and a block before
+the position from which an adapter acts is shared with the base. A node has a block in each KV group that still holds
+its tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 
 from truffula.kernels.inputs import Int32
 
-BlockKey = tuple[str, tuple[str, ...], bytes]
+BlockKey = tuple[str, tuple[str, ...], int, bytes]
 NO_BLOCK = -1
 
 
@@ -19,13 +20,17 @@ class BlockKeys:
     """The keys of one sequence's full blocks. Tokens are only appended, so a key never changes.
 
     ``generation`` is the sequence's adapter generation (None: the base), which acts from position ``adapter_from`` on.
+    ``rope`` is the key of its rotary tables (``RopeRegime.key``).
     """
 
-    def __init__(self, salt: str, generation: str | None, block_size: int, adapter_from: int = 0) -> None:
+    def __init__(
+        self, salt: str, generation: str | None, block_size: int, adapter_from: int = 0, rope: int = 0
+    ) -> None:
         self._salt = salt
         self._generations = () if generation is None else (generation,)
         self._block_size = block_size
         self._adapter_from = adapter_from
+        self._rope = rope
         self._keys: list[BlockKey] = []
 
     def extend(self, token_ids: Int32) -> None:
@@ -34,7 +39,7 @@ class BlockKeys:
         for index in range(len(self._keys), len(token_ids) // size):
             start, stop = index * size, (index + 1) * size
             active = self._generations if stop > self._adapter_from else ()
-            self._keys.append((self._salt, active, token_ids[start:stop].tobytes()))
+            self._keys.append((self._salt, active, self._rope, token_ids[start:stop].tobytes()))
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -24,6 +24,7 @@ class ModelRunner:
     def __init__(self, executable: Executable, limits: EngineLimits) -> None:
         self._executable = executable
         self._block_size = limits.block_size
+        self._by_length = limits.rope_regime is not None
         _require_capacity(executable.inputs, limits)
         self._masks = MaskWriter()
         self._numbers = np.arange(max(limits.step_tokens, limits.step_logit_rows), dtype=np.int32)
@@ -62,6 +63,8 @@ class ModelRunner:
         sequence = self._numbers[:N].repeat(count)
         position = self._numbers[:T] + (start - (stop - count))[sequence]
         i.position[:T] = i.rope_pos[:, :T] = position
+        if self._by_length:
+            i.rope_length[:T] = np.array([chunk.rope_length for chunk in chunks], np.int32)[sequence]
         self._fill_tables(i, chunks)
         i.slot_mapping[:, :T] = i.block_tables[:, sequence, position // size] * size + position % size
         sequence_of_row = self._numbers[:N].repeat(rows)

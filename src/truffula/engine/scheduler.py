@@ -11,7 +11,8 @@
 2. adapters of waiting requests are prefetched; a loaded one is bound to its requests;
 3. if an adapter runs nothing and was refused for long, a sequence of the adapter that runs most is preempted;
 4. each running sequence gets one token, the oldest first: no stream stalls behind a prompt. If a block is missing, the
-   newest sequence of the adapter that runs most is preempted, never the oldest of all, so every sequence ends;
+   newest sequence of the adapter that runs most is preempted, never the oldest of all, so every sequence ends. One
+   that has grown too long for its rotary tables (longrope) is preempted, and computed again with others;
 5. the rest of the budget goes to prompts, running and waiting, by deficit round robin over adapters.
 
 ``plan`` may be called while earlier steps are unfinished; ``commit`` takes their results in order. What an ended
@@ -323,6 +324,11 @@ class Scheduler:
     def _grant_running(self, budget: StepBudget, now: float) -> None:
         for sequence in self._running:
             if sequence.seq_slot is None or sequence.num_computed >= sequence.num_wanted:
+                continue
+            if sequence.needs_other_rope:
+                if self._running.num_unfinished:
+                    raise _ResultsNeeded
+                self._preempt(sequence, now)
                 continue
             if sequence.num_computed >= sequence.table.capacity and not self._add_block(sequence, budget, now):
                 continue

@@ -78,6 +78,8 @@ class Sequence:
         self.row_order = (True, 0, serial)
         self._restart = True
         self._block_keys: BlockKeys | None = None
+        self._rope = limits.rope_regime
+        self._rope_length = self._choose_rope_length()
         self.kept_borders: set[int] = set()  # where snapshots of its states stay, see ``StateRows``
 
         self._stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else limits.eos_token_ids)
@@ -162,6 +164,7 @@ class Sequence:
             targets=self._targets(start, stop) if self.scoring else NO_IDS,
             draws=(stop - self.num_prompt,) if draws else (),
             matcher=self.matcher if draws else None,
+            rope_length=self._rope_length,
             spans=spans,
         )
         self._restart = False
@@ -255,6 +258,21 @@ class Sequence:
         """Reset its progress to ``num_computed`` tokens: prefix hits at admission, 0 when it leaves the batch."""
         self.num_computed = self.num_committed = num_computed
         self._restart = True
+        if self.needs_other_rope:
+            self._rope_length = self._choose_rope_length()
+            self._block_keys = None
+
+    # Rotary tables
+
+    def _choose_rope_length(self) -> int:
+        return 0 if self._rope is None else self._rope.length(self.num_prompt, self.num_wanted)
+
+    @property
+    def needs_other_rope(self) -> bool:
+        """Whether it is too long for the rotary tables that its keys were computed with."""
+        if self._rope is None:
+            return False
+        return self._rope.key(self._choose_rope_length()) != self._rope.key(self._rope_length)
 
     # Rows of logits
 
@@ -282,7 +300,8 @@ class Sequence:
     def block_keys(self) -> BlockKeys:
         """The keys of its full blocks of known tokens, up to date. The generation must be known."""
         if self._block_keys is None:
-            self._block_keys = BlockKeys(self.request.salt, self.generation, self._block_size)
+            rope = 0 if self._rope is None else self._rope.key(self._rope_length)
+            self._block_keys = BlockKeys(self.request.salt, self.generation, self._block_size, rope=rope)
         if len(self._block_keys) < self.num_known // self._block_size:
             self._block_keys.extend(self._ids[: self.num_known])
         return self._block_keys

@@ -53,6 +53,8 @@ class StepInputs:
     in ``block_tables[group, n]``, whose entries beyond those keys are not read; row t's K and V go to slot
     ``slot_mapping[group, t]`` (block * block_size + offset). ``seq_slot[n]`` (0 .. max_seqs - 1) is the sequence's
     slot while it runs: the executable keeps its sampling state there. A token id may be ``RELAY``.
+    ``rope_length[t]`` is the length of the row's sequence by which rotary tables are chosen, 0 if none depends on it;
+    where ``rope_pos[0, t] + 1`` is larger, that is used.
     The rows of a program with states are divided into spans: ``span_start[z] .. span_start[z + 1]`` belong to one
     sequence, which has one or several, in order. A span begins with the state in row ``state_in[z]`` and leaves the
     state after its last token in row ``state_out[z]``; the next span of its sequence begins with that row. Row 0 is all
@@ -68,6 +70,7 @@ class StepInputs:
     token_ids: Int32  # [T]
     position: Int32  # [T]
     rope_pos: Int32  # [3, T]
+    rope_length: Int32  # [T]
     slot_mapping: Int32  # [Q, T]
     block_tables: Int32  # [Q, N, M]
     q_start: Int32  # [N + 1]
@@ -89,7 +92,8 @@ class StepInputs:
         return cls(
             0, 0, 0, 0,
             token_ids=zeros(c.max_tokens), position=zeros(c.max_tokens), rope_pos=zeros(3, c.max_tokens),
-            slot_mapping=zeros(groups, c.max_tokens), block_tables=zeros(groups, c.max_seqs, c.max_blocks_per_seq),
+            rope_length=zeros(c.max_tokens), slot_mapping=zeros(groups, c.max_tokens),
+            block_tables=zeros(groups, c.max_seqs, c.max_blocks_per_seq),
             q_start=zeros(c.max_seqs + 1), kv_len=zeros(c.max_seqs), seq_slot=zeros(c.max_seqs),
             seg=zeros(c.max_segments, 3), seg_r=zeros(c.max_segments, 2),
             seg_weight=np.ones(c.max_segments, np.float32), logit_rows=zeros(c.max_logit_rows),

@@ -11,6 +11,7 @@ round once, to the dtype of the buffer they write. A backend without a mixed pro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,9 +45,6 @@ class Ref:
     width: int
 
 
-Transform = Literal["none", "plus_one", "minus_exp", "conv", "columns", "even_columns", "odd_columns", "alternating"]
-
-
 @dataclass(frozen=True)
 class RowOrder:
     """How a fused module stores its rows: ``groups`` times one run of each of ``widths`` (q, k and v of a head).
@@ -64,12 +62,18 @@ class RowOrder:
         return np.concatenate([run.reshape(-1, *rows.shape[1:]) for run in runs])
 
 
+Transform = Literal[
+    "none", "plus_one", "minus_exp", "transpose", "conv", "columns", "even_columns", "odd_columns", "alternating"
+]
+
+
 @dataclass(frozen=True)
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
     ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``minus_exp`` is -exp(w), in float32;
-    ``conv``: the file has ``[C, 1, K]``. Then ``order`` sorts the rows. Of a weight of experts, a part fills rows
+    ``transpose`` is for matrices that are stored [I, O] (Conv1D), ``conv`` for [C, 1, K]. Then ``order`` sorts the
+    rows. Of a weight of experts, a part fills rows
     ``lo ..`` of ``expert`` (None: of every expert) and has the shape ``stored``; ``columns`` takes matrices that are
     stored [I, O], ``even_columns`` and ``odd_columns`` every second column of such matrices, and ``alternating`` a
     vector [E, O] in which entries of gates and ups alternate.
@@ -160,11 +164,41 @@ class Site:
 
 @dataclass(frozen=True)
 class RopeTable:
-    """``inv_freq`` float32 values as Python floats, one per rotated pair; cos and sin are multiplied by ``factor``."""
+    """``inv_freq`` float32 values as Python floats, one per rotated pair; cos and sin are multiplied by ``factor``.
+
+    Rows whose length L (``StepInputs.rope_length``) is above ``border`` (0: none) use ``long_freq`` (longrope). Without
+    it the base grows with L (dynamic): the frequency of pair i is divided by
+    (growth * L / border - (growth - 1)) ** (i / (pairs - 1)).
+    """
 
     id: int
     inv_freq: tuple[float, ...]
     factor: float = 1.0
+    border: int = 0
+    long_freq: tuple[float, ...] = ()
+    growth: float = 0.0
+
+
+@dataclass(frozen=True)
+class RopeRegime:
+    """How the rotary tables depend on the length of a sequence, above ``border`` tokens.
+
+    ``grows`` False (longrope): a sequence that grows beyond the border changes to the other table, and its keys are
+    computed again. True (dynamic): the base grows with the length, and keys stay as they were written.
+    """
+
+    border: int
+    grows: bool
+
+    def length(self, num_prompt: int, num_tokens: int) -> int:
+        """``StepInputs.rope_length`` of a sequence of ``num_tokens`` tokens."""
+        return num_prompt if self.grows else max(num_prompt, num_tokens)
+
+    def key(self, length: int) -> int:
+        """What cached keys depend on besides their tokens: equal for lengths that have one table."""
+        if length <= self.border:
+            return 0
+        return length if self.grows else 1
 
 
 @dataclass(frozen=True)
@@ -303,10 +337,11 @@ class Linear(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Op):
-    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y · ``scale``: x * params[0] · ``clip``, ``softcap``:
-    params[0] · ``sigmoid_mul``: x * sigmoid(y) · ``position_scale``: x * (1 + b * ln(1 + floor((p + o) / n))) with the
-    row's position p and params (b, n, o) · ``xielu``: its activation, whose numbers are ``weight``: alpha_p, alpha_n,
-    beta and eps as checkpoints store them. ``y`` of the two products may be one column, for all columns of x."""
+    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y, or x * activation(y) · ``scale``: x * params[0] ·
+    ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y) · ``position_scale``: x * (1 + b * ln(1 +
+    floor((p + o) / n))) with the row's position p and params (b, n, o) · ``xielu``: its activation, whose numbers are
+    ``weight``: alpha_p, alpha_n, beta and eps as checkpoints store them. ``y`` of the two products may be one column,
+    for all columns of x."""
 
     kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul", "position_scale", "xielu"]
     x: Ref
@@ -320,7 +355,7 @@ class Pointwise(Op):
 @dataclass(frozen=True, kw_only=True)
 class RopeRows(Op):
     """Once a step: row t is [cos | sin] of ``rope_pos[0, t] * inv_freq`` times the table's factor, each half ``pairs``
-    wide."""
+    wide. See ``RopeTable`` for lengths beyond its border."""
 
     table: int
     out: Ref
@@ -348,7 +383,9 @@ class Attention(Op):
 
     Scores are ``scale * q·k``; ``softcap`` c gives c * tanh(s / c); then the mask; softmax in float32. With a
     ``window`` w query i attends to keys j with i - w < j <= i or, if ``chunked``, to keys j <= i with j // w = i // w.
-    Heads h use kv head ``h // (heads / kv_heads)``.
+    Heads h use kv head ``h // (heads / kv_heads)``. ``alibi``: one slope per head, and slope * j is added to the score
+    of key j. ``alibi_rounded``: j and the product are rounded to bfloat16, and the product is multiplied by ``scale``
+    (Falcon).
     """
 
     q: Ref
@@ -366,6 +403,8 @@ class Attention(Op):
     softcap: float | None = None
     sinks: int | None = None
     chunked: bool = False
+    alibi: tuple[float, ...] = ()
+    alibi_rounded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -492,6 +531,35 @@ class ExpertLinear(Op):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mamba2(Op):
+    """The selective state space of Mamba-2.
+
+    Per sequence and head a float32 state h ``[head_dim, state_size]``, kept in ``state`` from step to step. For each
+    row and head, with dt = softplus(``dt`` + ``dt_bias``) clipped to ``dt_limit``:
+
+    h = exp(rate * dt) h + (dt * x) bᵀ  ·  out = h c + skip * x
+
+    ``rate`` (below 0), ``dt_bias`` and ``skip`` are ``[heads]``. Head i uses the b and c of group
+    ``i // (heads / groups)``.
+    """
+
+    x: Ref
+    b: Ref
+    c: Ref
+    dt: Ref
+    out: Ref
+    state: int
+    rate: int
+    dt_bias: int
+    skip: int
+    heads: int
+    head_dim: int
+    groups: int
+    state_size: int
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TakeRows(Op):
     """``out[r] = x[logit_rows[r]]``: from T rows to R rows."""
 
@@ -535,6 +603,7 @@ class ModelInterface:
     kv_groups: tuple[KvGroup, ...]
     output: Output
     states: tuple[RecurrentState, ...] = ()
+    rope_regime: RopeRegime | None = None
 
     def __post_init__(self) -> None:
         _require_ids_in_order(self, "sites", "kv_groups", "states")

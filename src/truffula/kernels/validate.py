@@ -16,6 +16,7 @@ from truffula.kernels.program import (
     GatedDelta,
     Linear,
     Logits,
+    Mamba2,
     Mla,
     Norm,
     Op,
@@ -207,7 +208,7 @@ def _pointwise(op: Pointwise, check: _Check) -> None:
     one = op.y is not None and op.y.width == 1 and op.kind != "add"
     check.read("y", op.y, rows, 1 if one else op.x.width)
     only = f"must be set exactly for kind 'act'; the kind is {op.kind!r}."
-    check.require("activation", (op.activation is not None) == (op.kind == "act"), only)
+    check.require("activation", op.kind == "mul" or (op.activation is not None) == (op.kind == "act"), only)
     count = {"scale": 1, "clip": 1, "softcap": 1, "position_scale": 3}.get(op.kind, 0)
     check.require("params", len(op.params) == count, f"kind {op.kind!r} got {len(op.params)} of them.")
     check.require("weight", (op.weight is not None) == (op.kind == "xielu"), f"kind {op.kind!r} has {op.weight}.")
@@ -219,7 +220,14 @@ def _pointwise(op: Pointwise, check: _Check) -> None:
 def _rope_rows(op: RopeRows, check: _Check) -> None:
     tables = check.program.rope_tables
     check.require("table", 0 <= op.table < len(tables), f"rope table {op.table} does not exist.")
-    check.write("out", op.out, "T", 2 * len(tables[op.table].inv_freq))
+    table = tables[op.table]
+    pairs = len(table.inv_freq)
+    long = len(table.long_freq) == pairs if table.long_freq else pairs > 1 and table.growth >= 1
+    check.require("table", table.border == 0 or (table.border > 0 and long), "no table for lengths above its border.")
+    regime = check.program.rope_regime
+    known = table.border == 0 or (regime is not None and regime.border == table.border)
+    check.require("table", known, f"its border {table.border} is not that of the program's rope_regime.")
+    check.write("out", op.out, "T", 2 * pairs)
 
 
 def _rope(op: Rope, check: _Check) -> None:
@@ -249,6 +257,7 @@ def _attention(op: Attention, check: _Check) -> None:
     check.require("window", kept, behind)
     check.require("chunked", not op.chunked or op.window is not None, "needs a window, the length of a chunk.")
     check.vector("sinks", op.sinks, op.heads)
+    check.require("alibi", len(op.alibi) in (0, op.heads), f"{len(op.alibi)} slopes for {op.heads} heads.")
     check.write("out", op.out, "T", op.heads * op.dim_v)
 
 
@@ -334,6 +343,20 @@ def _causal_conv(op: CausalConv, check: _Check) -> None:
     check.write("out", op.out, "T", op.x.width)
 
 
+def _mamba2(op: Mamba2, check: _Check) -> None:
+    shared = min(op.heads, op.groups, op.head_dim, op.state_size) >= 1 and op.heads % op.groups == 0
+    check.require("groups", shared, f"{op.heads} heads cannot share {op.groups} groups.")
+    check.read("x", op.x, "T", op.heads * op.head_dim)
+    check.read("b", op.b, "T", op.groups * op.state_size)
+    check.read("c", op.c, "T", op.groups * op.state_size)
+    check.read("dt", op.dt, "T", op.heads)
+    for field in ("rate", "dt_bias", "skip"):
+        check.vector(field, getattr(op, field), op.heads)
+    check.require("dt_limit", 0 <= op.dt_limit[0] < op.dt_limit[1], f"{op.dt_limit} is empty or below 0.")
+    check.state("state", op.state, op.heads * op.head_dim * op.state_size)
+    check.write("out", op.out, "T", op.x.width)
+
+
 def _take_rows(op: TakeRows, check: _Check) -> None:
     check.read("x", op.x, "T")
     check.write("out", op.out, "R", op.x.width)
@@ -359,6 +382,7 @@ _CHECKS: dict[type[Op], Callable[..., None]] = {
     Mla: _mla,
     GatedDelta: _gated_delta,
     CausalConv: _causal_conv,
+    Mamba2: _mamba2,
     Route: _route,
     ExpertLinear: _expert_linear,
     TakeRows: _take_rows,

@@ -28,7 +28,9 @@ _HALF = re.compile(
     r"|embedding_(?P<table_half>[AB])(?:\.(?P<table_name>[^.]+))?)\Z"
 )
 _TRAINING = re.compile(r".+\.lora_(velora_embed|monteclora_sampler\b.*)(\..+)?\Z")
-_TABLE_COPY = re.compile(r"(?P<module>(.+\.)?(embed_tokens|lm_head|wte|embed_in))\.base_layer\.weight\Z")
+_TABLE_COPY = re.compile(
+    r"(?P<module>(.+\.)?(embed_tokens|lm_head|wte|embed_in|word_embeddings))\.base_layer\.weight\Z"
+)
 
 # Pattern → the field of adapter_config.json that writes such tensors.
 _UNSERVED = {
@@ -55,7 +57,7 @@ _FOREIGN = {
     r"^prompt_embeddings": "prompt or prefix tuning",
 }
 _BASE_COPY = re.compile(r"(?P<module>[^.]+)\.base_layer\.weight$")
-_TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight")
+_TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
 @dataclass

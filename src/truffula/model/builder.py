@@ -102,7 +102,7 @@ class ProgramBuilder:
             return self.weight_ids[key]
         row = self.rows[key]
         matrix = row.kind in ("linear", "experts") and row.width > 0
-        use = "conv" if row.kind == "conv" else "matmul" if matrix else "vector"
+        use = {"conv": "conv", "table": "rows"}.get(row.kind, "matmul" if matrix else "vector")
         weight = self.declare(key, row.shape, self.names.parts[key], use)
         if matrix:
             sites = self._expert_sites(row) if row.experts else self._linear_sites(row)
@@ -152,6 +152,15 @@ class ProgramBuilder:
     def module(self, path: str) -> str:
         """The path in transformers of a module that is named relative to the body."""
         return self.spec.names.body + path
+
+    def linear(
+        self, key: str, x: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN, *,
+        layer: int | None = None, compute: Literal["model", "float32"] = "model",
+    ) -> None:  # fmt: skip
+        """Append the linear with the row ``key``, its bias and its sites."""
+        weight, epilogue = self.weight(key), replace(epilogue, bias=self.bias(key))
+        self.ops.append(Linear(name=key, layer=layer, probe=probe, x=x, weight=weight, out=out,
+                               slices=self.site_slices[key], epilogue=epilogue, compute=compute))  # fmt: skip
 
     def norm(
         self, key: str, norm: NormSpec, x: Ref, out: Ref, probe: Probe, *,
@@ -248,11 +257,7 @@ class LayerBuilder:
         compute: Literal["model", "float32"] = "model",
     ) -> None:  # fmt: skip
         """Append the linear with the row ``key``, its bias and its sites."""
-        weight, name = self.weight(key), self.prefix + key
-        epilogue = replace(epilogue, bias=self.program.bias(name))
-        slices = self.program.site_slices[name]
-        self.append(Linear(name=key, probe=probe, x=x, weight=weight, out=out, slices=slices, epilogue=epilogue,
-                           compute=compute))  # fmt: skip
+        self.program.linear(self.prefix + key, x, out, probe, epilogue, layer=self.index, compute=compute)
 
     def experts(
         self, key: str, x: Ref, routes: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN, *,
@@ -278,19 +283,25 @@ class LayerBuilder:
                 return group.id, planes
         raise AssertionError(f"layer {self.index} caches nothing")
 
+    @property
+    def norms_stream(self) -> bool:
+        return self.spec.layers[self.index].norm_stream
+
     def input(self, before: NormSpec | None, buffer: str = "normed") -> Ref:
         """The input of the part: the normed residual stream in ``buffer``, or the stream itself without a norm."""
         if before is None:
             return self.hidden
-        normed = self.buffer(buffer, self.spec.hidden)
+        normed = self.hidden if self.norms_stream else self.buffer(buffer, self.spec.hidden)
         self.norm(f"before_{self.part}", before, self.hidden, normed)
         return normed
 
     def output(self, key: str, x: Ref) -> None:
         """Append the last linear of the part; its result is added to the residual stream."""
         after = self.program.stream_after(self.index, self.part)
-        if self.after is None:
-            self.linear(key, x, self.hidden, after, Epilogue(scale=self.scale, residual=self.hidden))
+        if self.after is None or self.norms_stream:
+            probe = after if self.after is None else self.probe(self.after.module, "in")
+            self.linear(key, x, self.hidden, probe, Epilogue(scale=self.scale, residual=self.hidden))
+            self._norm_stream()
             return
         branch = self.buffer("branch", self.spec.hidden)
         rows = self.program.rows[self.prefix + key]
@@ -300,15 +311,21 @@ class LayerBuilder:
     def add(self, branch: Ref) -> None:
         """Append the norm after the part, if any, and the sum with the residual stream."""
         after = self.program.stream_after(self.index, self.part)
-        if self.after is not None and self.scale == 1.0:
-            self.norm(f"after_{self.part}", self.after, branch, self.hidden, probe=after, plus=self.hidden)
+        norm = None if self.norms_stream else self.after
+        if norm is not None and self.scale == 1.0:
+            self.norm(f"after_{self.part}", norm, branch, self.hidden, probe=after, plus=self.hidden)
             return
-        if self.after is not None:
-            self.norm(f"after_{self.part}", self.after, branch, branch)
+        if norm is not None:
+            self.norm(f"after_{self.part}", norm, branch, branch)
         name = f"after_{self.part}"
         if self.scale != 1.0:
             self.append(Pointwise(name=f"{name}.scale", kind="scale", x=branch, out=branch, params=(self.scale,)))
         self.append(Pointwise(name=f"{name}.add", probe=after, kind="add", x=self.hidden, y=branch, out=self.hidden))
+        self._norm_stream()
+
+    def _norm_stream(self) -> None:
+        if self.after is not None and self.norms_stream:
+            self.norm(f"after_{self.part}", self.after, self.hidden, self.hidden)
 
 
 def _kv_groups(spec: ModelSpec) -> tuple[KvGroup, ...]:

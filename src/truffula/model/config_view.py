@@ -7,12 +7,13 @@ the class default or is on the inert list; a key that the class does not know is
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from truffula.errors import UnsupportedModel
@@ -25,7 +26,9 @@ MOST = 2**31 - 1
 # Keys of transformers' classes without effect on generation: of training; of the library, the file and the form of its
 # Python results; dtypes, which are read from the files; padding, which batches do not have.
 INERT = frozenset(
-    {"attention_dropout", "hidden_dropout", "initializer_range", "pretraining_tp", "problem_type", "residual_dropout"}
+    {"attention_dropout", "attn_pdrop", "classifier_dropout", "embd_pdrop", "embed_dropout", "embedding_dropout"}
+    | {"resid_dropout", "resid_pdrop", "residual_dropout"}
+    | {"hidden_dropout", "initializer_range", "pretraining_tp", "problem_type"}
     | {"_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation"}
     | {"auto_map", "chunk_size_feed_forward", "experts_implementation", "id2label", "label2id", "model_type"}
     | {"name_or_path", "num_labels", "output_attentions", "output_hidden_states", "return_dict"}
@@ -51,6 +54,7 @@ class TypeDefaults:
     """The fields of transformers' configuration class of one model type, with their defaults and older names.
 
     ``rope_theta`` and ``partial_rotary_factor`` are the class's values for a rope whose parameters leave them out.
+    ``aliases`` are other names of fields.
     """
 
     model_type: str
@@ -59,29 +63,33 @@ class TypeDefaults:
     partial_rotary_factor: float | None
     fields: Mapping[str, Any]
     nullable: frozenset[str]
+    aliases: Mapping[str, str]
     known: frozenset[str]
     generation: frozenset[str]
 
 
-@cache
+@functools.cache
 def load_defaults() -> Mapping[str, TypeDefaults]:
     """The generated table (scripts/generate_config_defaults.py), by model type."""
     text = resources.files("truffula.model").joinpath("config_defaults.json").read_text(encoding="utf-8")
     table = json.loads(text)
     generation = frozenset(table["generation"])
-    return {
-        name: TypeDefaults(
-            model_type=name,
-            class_name=entry["class"],
-            rope_theta=entry["rope_theta"],
-            partial_rotary_factor=entry["partial_rotary_factor"],
-            fields=entry["fields"],
-            nullable=frozenset(entry["nullable"]),
-            known=frozenset((*entry["fields"], *entry["legacy"], *entry["aliases"])) | generation,
-            generation=generation,
-        )
-        for name, entry in table["types"].items()
-    }
+    return MappingProxyType(
+        {
+            name: TypeDefaults(
+                model_type=name,
+                class_name=entry["class"],
+                rope_theta=entry["rope_theta"],
+                partial_rotary_factor=entry["partial_rotary_factor"],
+                fields=entry["fields"],
+                nullable=frozenset(entry["nullable"]),
+                aliases=entry["aliases"],
+                known=frozenset((*entry["fields"], *entry["legacy"], *entry["aliases"])) | generation,
+                generation=generation,
+            )
+            for name, entry in table["types"].items()
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -125,24 +133,44 @@ class ConfigView:
         return self.defaults.model_type
 
     def written(self, key: str) -> bool:
-        """Whether the file contains ``key`` (even as null)."""
-        return key in self.values
+        """Whether the file contains ``key`` or an alias of it (even as null)."""
+        return bool(self._given(key))
+
+    def _names(self, key: str) -> list[str]:
+        """The names of what ``key`` means, the class's field first."""
+        name = self.defaults.aliases.get(key, key)
+        names = [name, *(alias for alias, other in self.defaults.aliases.items() if other == name)]
+        return sorted(names, key=lambda item: item not in self.defaults.fields)
+
+    def _given(self, key: str) -> list[str]:
+        return [name for name in self._names(key) if name in self.values]
 
     def raw(self, key: str) -> Any:
-        """The value in the file, or the class default; marks the key as read."""
-        self._read.add(key)
-        if key in self.values:
-            return self.values[key]
-        return self.defaults.fields.get(key)
+        """The value in the file, or the class default; marks the key and its aliases as read."""
+        self._read.update(self._names(key))
+        given = self._given(key)
+        if not given:
+            return self.defaults.fields.get(self._names(key)[0])
+        for other in given[1:]:
+            if self.values[other] != self.values[given[0]]:
+                raise self.error(other, f"{given[0]} has the same meaning and differs.", self.values[other])
+        return self.values[given[0]]
 
     def error(self, key: str, why: str, value: Any = None) -> UnsupportedModel:
         """The error about the value of ``key``, for callers that check a value themselves."""
-        shown = self.values.get(key) if value is None else value
-        return UnsupportedModel(f"{self.where}: {key} is {_shown(shown)}; {why}", param=key, value=_shown(shown))
+        key = key if key in self.values else next(iter(self._given(key)), key)
+        found = self.values.get(key) if value is None else value
+        return UnsupportedModel(f"{self.where}: {key} is {shown(found)}; {why}", param=key, value=shown(found))
 
     def _value(self, key: str) -> Any:
         value = self.raw(key)
-        if value is None and key in self.values and key in self.defaults.fields and key not in self.defaults.nullable:
+        field = self._names(key)[0]
+        if (
+            value is None
+            and self.written(key)
+            and field in self.defaults.fields
+            and field not in self.defaults.nullable
+        ):
             raise self.error(key, f"{self.defaults.class_name} does not allow null there.")
         return value
 
@@ -259,7 +287,7 @@ class ConfigView:
             if use == _UNKNOWN:
                 unknown.append(key)
             elif use == _DEFAULT and value != self.defaults.fields[key]:
-                why = f"only {_shown(self.defaults.fields[key])} is supported for {self.model_type}."
+                why = f"only {shown(self.defaults.fields[key])} is supported for {self.model_type}."
                 raise self.error(key, why, value)
             elif use == _BOOKKEEPING and key in self.defaults.known and value is not None:
                 raise self.error(key, "it has an effect in transformers that is not supported here.", value)
@@ -270,7 +298,7 @@ class ConfigView:
 
     def key_uses(self) -> tuple[KeyUse, ...]:
         """The use of every key of the file, in its order; call it after ``finish``."""
-        own = tuple(KeyUse(f"{self._path}{key}", _shown(value), self._use(key)) for key, value in self.values.items())
+        own = tuple(KeyUse(f"{self._path}{key}", shown(value), self._use(key)) for key, value in self.values.items())
         return (*own, *(use for view in self._nested for use in view.key_uses()))
 
     @property
@@ -287,6 +315,7 @@ class ConfigView:
         return _BOOKKEEPING if key in self.defaults.known or key in OLD_BOOKKEEPING else _UNKNOWN
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as JSON, cut when it is long."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 120 else text[:117] + "..."

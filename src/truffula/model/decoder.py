@@ -10,15 +10,16 @@ from __future__ import annotations
 from truffula.errors import KernelError
 from truffula.kernels.program import (
     Embed,
+    Epilogue,
     Logits,
     ModuleSlice,
     Output,
     Probe,
     Program,
     Ref,
+    RopeRegime,
     RopeTable,
     TakeRows,
-    WeightPart,
 )
 from truffula.model.builder import LayerBuilder, ProgramBuilder
 from truffula.model.names import WeightNames
@@ -39,11 +40,7 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
     """
     build = ProgramBuilder(spec, names, tie)
     embed, head = build.tables()
-    hidden, module = build.buffer("hidden", spec.hidden), build.module(spec.names.embed)
-    site = build.site("embed", None, spec.vocab_size, spec.hidden, [ModuleSlice(module, 0, spec.hidden, spec.hidden)])
-    # Some classes scale the output of the module.
-    build.ops.append(Embed(name="embed", table=embed, out=hidden, scale=spec.embed_scale, site=site,
-                           probe=build.stream_after(-1)))  # fmt: skip
+    hidden = _write_embedding(build, embed)
     build.write_rope_rows()
     for index, layer in enumerate(spec.layers):
         _write_layer(build, index, layer)
@@ -54,7 +51,8 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
         buffers=tuple(build.buffers.values()),
         weights=tuple(build.weights),
         sites=tuple(build.sites),
-        rope_tables=tuple(RopeTable(i, table.inv_freq, table.factor) for i, table in enumerate(spec.ropes)),
+        rope_tables=tuple(RopeTable(i, **vars(table)) for i, table in enumerate(spec.ropes)),
+        rope_regime=_rope_regime(spec),
         kv_groups=build.kv_groups,
         states=tuple(build.states),
         ops=tuple(build.ops),
@@ -63,6 +61,37 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
         max_positions=spec.max_positions,
         notes=(tie.reason,),
     )
+
+
+def _write_embedding(build: ProgramBuilder, table: int) -> Ref:
+    """The residual stream: input rows, plus learned positions, normed."""
+    spec, names = build.spec, build.spec.names
+    hidden, width, positions = build.buffer("hidden", spec.hidden), spec.embed_width or spec.hidden, None
+    if spec.position_offset is not None:
+        positions = build.buffer("positions", spec.hidden)
+        build.ops.append(Embed(name="positions", table=build.weight("positions"), out=positions, source="position",
+                               offset=spec.position_offset))  # fmt: skip
+    module = build.module(names.embed)
+    site = build.site("embed", None, spec.vocab_size, width, [ModuleSlice(module, 0, width, width)])
+    projected, norm = spec.embed_width is not None, spec.embed_norm
+    rows = build.buffer("embedded", width) if projected else hidden
+    # Some classes scale the output of the module, or add to it.
+    stream = build.stream_after(-1) if norm is None else None
+    build.ops.append(Embed(name="embed", table=table, out=rows, scale=spec.embed_scale, site=site,
+                           add=None if projected else positions,
+                           probe=Probe(module, "out") if projected else stream))  # fmt: skip
+    if projected:
+        build.linear("project_in", rows, hidden, stream, Epilogue(residual=positions))
+    if norm is not None:
+        build.norm("embed_norm", norm, hidden, hidden, Probe(build.module(norm.module5), "out"))
+    return hidden
+
+
+def _rope_regime(spec: ModelSpec) -> RopeRegime | None:
+    found = {RopeRegime(table.border, grows=not table.long_freq) for table in spec.ropes if table.border}
+    if len(found) > 1:
+        raise KernelError(f"The rotary tables depend on the length in {len(found)} ways.")
+    return found.pop() if found else None
 
 
 def _write_layer(build: ProgramBuilder, index: int, layer: LayerSpec) -> None:
@@ -82,25 +111,36 @@ def _write_layer(build: ProgramBuilder, index: int, layer: LayerSpec) -> None:
         part.write(writer, x)
 
 
+def _write_last(build: ProgramBuilder, hidden: Ref) -> Ref:
+    """The input of the head: the rows whose logits are needed, normed and projected."""
+    spec, norm, after = build.spec, build.spec.final_norm, build.stream_after(len(build.spec.layers) - 1)
+    if spec.embed_width is not None:
+        # Adapters act on token rows, so the rows are taken after the projection.
+        if norm is not None:
+            build.norm("final_norm", norm, hidden, hidden, Probe(build.module(norm.module5), "out"))
+        projected = build.buffer("projected", spec.embed_width)
+        after = Probe(build.module(spec.names.project_out), "out")
+        build.linear("project_out", hidden, projected, after)
+        hidden, norm = projected, None
+    last = build.buffer("last", hidden.width, "R")
+    build.ops.append(TakeRows(name="take_rows", x=hidden, out=last, probe=after))
+    if norm is None:
+        return last
+    normed = build.buffer("last_normed", spec.hidden, "R")
+    build.norm("final_norm", norm, last, normed, Probe(build.module(norm.module5), "out"))
+    return normed
+
+
 def _write_logits(build: ProgramBuilder, head: int, hidden: Ref) -> Ref:
     spec, vocab, module = build.spec, build.spec.vocab_size, build.spec.names.head
     if vocab != build.weights[head].shape[0]:
         raise KernelError(f"The head has {build.weights[head].shape[0]} rows for {vocab} ids.")
-    last = build.buffer("last", spec.hidden, "R")
     logits = build.buffer("logits", vocab, "R", "float32")
-    build.ops.append(TakeRows(name="take_rows", x=hidden, out=last, probe=build.stream_after(len(spec.layers) - 1)))
-    if spec.final_norm is not None:
-        normed = build.buffer("last_normed", spec.hidden, "R")
-        build.norm("final_norm", spec.final_norm, last, normed, Probe(build.module(spec.final_norm.module5), "out"))
-        last = normed
-    bias = None
-    if spec.head_bias:
-        name = build.names.head.removesuffix(".weight") + ".bias"
-        bias = build.declare("head.bias", (vocab,), (WeightPart(name),), "vector")
+    last = _write_last(build, hidden)
     # transformers applies scale and softcap after the head, so the output of its module differs then.
     plain = spec.logit_softcap is None and spec.logit_scale == 1.0
-    site = build.site("head", None, spec.hidden, vocab, [ModuleSlice(module, 0, vocab, vocab)])
-    build.ops.append(Logits(name="logits", x=last, weight=head, out=logits, bias=bias, scale=spec.logit_scale,
-                            softcap=spec.logit_softcap, site=site,
+    site = build.site("head", None, last.width, vocab, [ModuleSlice(module, 0, vocab, vocab)])
+    build.ops.append(Logits(name="logits", x=last, weight=head, out=logits, bias=build.bias("head"),
+                            scale=spec.logit_scale, softcap=spec.logit_softcap, site=site,
                             probe=Probe(module, "out") if plain else None))  # fmt: skip
     return logits

@@ -59,7 +59,7 @@ def plan_model(checkpoint: Checkpoint, implementation: str = "auto", *, serial: 
 
     plan = plan_transformers(checkpoint, serial)
     for name in plan.stored_types:
-        _check_tensor(checkpoint, name, checkpoint.tensors[name].shape, "")
+        _check_tensor(checkpoint, name, checkpoint.tensors[name].shape or (1,), "")
     return dataclasses.replace(plan, warnings=(*warnings, *plan.warnings))
 
 
@@ -104,10 +104,11 @@ def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, p
         heights = [item.rows for item in row.slices] if len(parts) > 1 else [row.rows]
         for part, height in zip(parts, heights, strict=False):
             _check_tensor(checkpoint, part.name, row.stored_shape(height), "")
-    tables = [op.table if isinstance(op, Embed) else op.weight for op in program.ops if isinstance(op, Embed | Logits)]
+    tables = [op.table for op in program.ops if isinstance(op, Embed) and op.source == "token"]
+    tables += [op.weight for op in program.ops if isinstance(op, Logits)]
     for name in dict.fromkeys(part.name for table in tables for part in program.weights[table].parts):
         more = f" vocab_size is {spec.vocab_size}: rows beyond it cannot be assigned to tokens."
-        _check_tensor(checkpoint, name, (spec.vocab_size, spec.hidden), more)
+        _check_tensor(checkpoint, name, (spec.vocab_size, spec.embed_width or spec.hidden), more)
 
 
 def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], more: str) -> None:
@@ -190,9 +191,10 @@ class WeightReader:
         _require_finite(stored, info)
         if part.transform == "conv":
             stored = stored[:, 0, :]
+        values = stored.T if part.transform == "transpose" else stored
         if stored.dtype != np.float64 and part.transform not in ("plus_one", "minus_exp"):
-            return stored
-        values = stored.astype(np.float32)
+            return values
+        values = values.astype(np.float32)
         release_pages(stored)
         if part.transform == "minus_exp":
             return -np.exp(values)

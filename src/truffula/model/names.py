@@ -31,9 +31,10 @@ _SHOW = 10
 class WeightNames:
     """The tensor names of each weight of a spec in one checkpoint.
 
-    ``parts`` has every row except embedding and head; ``embed`` and ``head`` are the names of their tensors, existing
-    or not, ``has_embed`` and ``has_head`` whether they exist (a head exists when the checkpoint has *any* tensor of its
-    module: a quantised head has no ``.weight``). ``unused`` are tensors that are deliberately not used.
+    ``parts`` has every row except the tables of embedding and head; ``embed`` and ``head`` are the names of their
+    tensors, existing or not, ``has_embed`` and ``has_head`` whether they exist (a head exists when the checkpoint has
+    *any* tensor of its module besides its bias: a quantised head has no ``.weight``). ``unused`` are tensors that are
+    deliberately not used.
     """
 
     prefix: str
@@ -51,6 +52,7 @@ class WeightNames:
         prefix, head = spec.names.prefixes[0]
         names = {name for row in _body_rows(spec) for name in _split_names(row, prefix)}
         names |= {f"{prefix}{spec.names.embed}.weight", *([f"{head}.weight"] if has_head else [])}
+        names |= {f"{head}.bias"} if spec.head_bias else set()
         return resolve_names(spec, names)
 
 
@@ -88,13 +90,20 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
             WeightPart(stored[name], row.transform, stored=row.stored, order=order)
             for name, order in zip(found, orders, strict=True)
         )
+    if spec.head_bias and (bias := f"{head}.bias") in stored:
+        taken.add(bias)
+        parts["head.bias"] = (WeightPart(stored[bias]),)
+    elif spec.head_bias:
+        missing.append(bias)
     embed = f"{prefix}{spec.names.embed}.weight"
-    heads = [name for name in stored if name.startswith(f"{head}.")]
+    heads = [name for name in stored if name.startswith(f"{head}.") and name not in taken]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]
     without_effect = (*spec.names.skip, *spec.names.unused, *(prefix + item for item in spec.names.unused))
-    unused = {name for name in left if name.startswith(without_effect) or IGNORABLE.search(name)}
+    layers = [prefix + spec.layer_prefix(index) for index in range(len(spec.layers))]
+    buffers = {layer + buffer for buffer in spec.names.buffers for layer in layers}
+    unused = {name for name in left if name.startswith(without_effect) or IGNORABLE.search(name) or name in buffers}
     unknown = [name for name in left if name not in unused]
-    unknown += [name for name in heads if name != f"{head}.weight" and not (spec.head_bias and name == f"{head}.bias")]
+    unknown += [name for name in heads if name != f"{head}.weight"]
     _require_complete(spec, missing, unknown, stored)
     if any(name.startswith(spec.names.skip) for name in unused):
         warnings.append(
@@ -137,8 +146,10 @@ def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
     matching = [
         (prefix, head) for prefix, head in spec.names.prefixes if any(n.startswith(prefix + first) for n in stored)
     ]
-    if len(matching) == 1:
-        return matching[0]
+    if len({prefix for prefix, _ in matching}) == 1:
+        # Some classes call their head differently in files and as a module.
+        heads = [head for _, head in matching if any(name.startswith(f"{head}.") for name in stored)]
+        return matching[0][0], (heads or [matching[0][1]])[0]
     if matching:
         shown = " and ".join(repr(prefix) for prefix, _ in matching)
         raise CheckpointError(

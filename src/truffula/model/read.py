@@ -18,6 +18,11 @@ from truffula.weights.quantised.config import read_scheme
 _OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel")
 
 
+# Types of files from before transformers had the class, and their names of its keys.
+_OLD_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
+_OLD_KEYS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
+
+
 @dataclass(frozen=True)
 class ReadConfig:
     """A ``ModelSpec`` and more from its config. ``tie_default`` is the class default of ``tie_word_embeddings``."""
@@ -36,6 +41,7 @@ def read_config(config: Mapping[str, Any]) -> ReadConfig:
     Raises:
         UnsupportedModel: Unknown model_type or quantisation, an unsupported key with an effect, or an invalid value.
     """
+    config = _renamed(config)
     model_type = _model_type(config)
     table = load_defaults()
     view = ConfigView(config, model_type, table)
@@ -53,6 +59,16 @@ def read_config(config: Mapping[str, Any]) -> ReadConfig:
     )
 
 
+def _renamed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config of an old type in the terms of transformers' class."""
+    if config.get("model_type") not in _OLD_TYPES:
+        return config
+    renamed = {_OLD_KEYS.get(key, key): value for key, value in config.items()}
+    # Of these types, only the one with groups of KV heads has the key.
+    grouped = {"new_decoder_architecture": True} if "n_head_kv" in config else {}
+    return renamed | {"model_type": _OLD_TYPES[config["model_type"]]} | grouped
+
+
 def is_native(config: Mapping[str, Any], implementation: str = "auto") -> bool:
     """Whether truffula's own code computes a model: the option decides, else whether there is an architecture for it.
 
@@ -60,7 +76,7 @@ def is_native(config: Mapping[str, Any], implementation: str = "auto") -> bool:
     """
     model_type = config.get("model_type")
     return implementation == "native" or (
-        implementation == "auto" and (not isinstance(model_type, str) or model_type in ARCHITECTURES)
+        implementation == "auto" and (not isinstance(model_type, str) or model_type in (*ARCHITECTURES, *_OLD_TYPES))
     )
 
 

@@ -1,4 +1,4 @@
-"""Rotary tables from a config: every form that transformers reads, every type that does not depend on the length.
+"""Rotary tables from a config: every form that transformers reads.
 
 Old files have ``rope_theta`` and ``rope_scaling{type | rope_type}``, new ones ``rope_parameters``; Gemma 3 nests one
 set per layer type. Frequencies are float32, computed in the order of transformers' ``modeling_rope_utils``. Powers are
@@ -8,7 +8,9 @@ computed in float64 and rounded: torch's float32 power differs by up to one unit
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,15 @@ from truffula.model.spec import RopeSpec
 
 Float32 = npt.NDArray[np.float32]
 NESTED = ("full_attention", "sliding_attention")
+DEFAULT_THETA = 10_000.0
 MOST_WIDTH = 1 << 16
 """Far above the width of any head; bounds the table that an invalid config can create."""
 _ALPHA = "dynamic with alpha"
 _ORIGINAL = "original_max_position_embeddings"
 _NUMBERS: Mapping[str, tuple[str, ...]] = {
     "default": (),
+    "dynamic": ("factor",),
+    "longrope": ("factor", "attention_factor", _ORIGINAL),
     _ALPHA: ("alpha",),
     "factors": (),
     "linear": ("factor",),
@@ -32,24 +37,40 @@ _NUMBERS: Mapping[str, tuple[str, ...]] = {
     "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", _ORIGINAL),
 }
 # Parameters of other types than a number. ``factors`` (of a GGUF file): the divisor of each frequency.
-_OTHERS: Mapping[str, tuple[str, ...]] = {"factors": ("factors",), "yarn": ("truncate",)}
+_OTHERS: Mapping[str, tuple[str, ...]] = {
+    "factors": ("factors",),
+    "longrope": ("long_factor", "short_factor"),
+    "yarn": ("truncate",),
+}
 _REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "dynamic": ("factor",),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 _UNSUPPORTED = {
-    "dynamic": "its table changes with the length of each request",
-    "longrope": "its table changes with the length of each request",
-    "su": "its table changes with the length of each request",
     "mrope": "image positions are not supported",
     "proportional": "only gemma4 uses it",
     "axial": "it is for image inputs",
 }
 
 
+@dataclass(frozen=True)
+class RopeKeys:
+    """What differs between the classes of transformers: the old keys of the base and of the rotated part of a head, and
+    other names of rope types. ``share`` is the rotated part by default, instead of the class's."""
+
+    theta: str = "rope_theta"
+    factor: str = "partial_rotary_factor"
+    aliases: tuple[tuple[str, str], ...] = ()
+    share: float | None = None
+
+
+USUAL_KEYS = RopeKeys()
+
+
 def read_rope(
-    view: ConfigView, head_dim: int, *, partial: bool = False, share: float | None = None, more: Collection[str] = ()
+    view: ConfigView, head_dim: int, *, partial: bool = False, more: Collection[str] = (), keys: RopeKeys = USUAL_KEYS
 ) -> RopeSpec:
     """The table that all layers of a model share. ``head_dim`` is the width of a head.
 
@@ -62,9 +83,14 @@ def read_rope(
         raise view.error(label, f"{view.model_type} has one rope configuration for all layers, not one per layer type.")
     if flat is view.defaults.fields.get("rope_parameters") and view.raw("rope_theta") not in (None, flat["rope_theta"]):
         raise view.error("rope_theta", f"{view.defaults.class_name} reads it only with rope_parameters.")
-    theta = _theta(view, "rope_theta", view.defaults.rope_theta)
-    share = view.defaults.partial_rotary_factor if share is None else share
-    return _table(view, flat, label, theta, head_dim, partial=partial, share=share, more=more)
+    theta, defaults = _theta(view, keys.theta, view.defaults.rope_theta), view.defaults
+    for usual, own, value in (
+        ("rope_theta", keys.theta, theta),
+        ("partial_rotary_factor", keys.factor, view.raw(keys.factor) or defaults.partial_rotary_factor),
+    ):
+        if own != usual and view.raw(usual) not in (None, value):
+            raise view.error(usual, f"{view.model_type} reads {own}, which differs.")
+    return _table(view, flat, label, theta, head_dim, partial=partial, more=more, keys=keys)
 
 
 def has_rope(view: ConfigView) -> bool:
@@ -101,16 +127,22 @@ def read_rope_by_layer_type(
         where = f"{label}.{layer_type}" if nested else label
         if nested and values and values.get("truncate") is False:
             raise view.error(f"{where}.truncate", "transformers reads it only outside the nesting.", False)
-        theta, share = _theta(view, key, default), view.defaults.partial_rotary_factor
-        tables[layer_type] = _table(view, values or {}, where, theta, head_dim, share=share)
+        tables[layer_type] = _table(view, values or {}, where, _theta(view, key, default), head_dim)
     return tables
 
 
+def default_rope(theta: float, dims: int) -> RopeSpec:
+    """The unscaled table that rotates ``dims`` columns of a head."""
+    return RopeSpec(_floats(np.float32(1) / _powers(theta, dims)))
+
+
 def extended_positions(view: ConfigView, limit: int) -> int:
-    """``limit`` (max_position_embeddings), or for yarn the factor times the original length, if that is larger."""
+    """``limit`` (max_position_embeddings), or the factor times the original length if that is larger: of yarn, and of
+    dynamic, whose original length is ``limit``."""
     _, flat, _ = _parameters(view)
-    original, factor = flat.get(_ORIGINAL), flat.get("factor")
-    if flat.get("rope_type", flat.get("type")) == "yarn" and isinstance(original, int) and factor is not None:
+    kind, factor = flat.get("rope_type", flat.get("type")), flat.get("factor")
+    original = limit if kind == "dynamic" else flat.get(_ORIGINAL)
+    if kind in ("dynamic", "yarn") and isinstance(original, int) and factor is not None:
         return max(limit, int(min(original * float(factor), MOST)))  # the table has checked both
     return limit
 
@@ -152,37 +184,42 @@ def _table(
     head_dim: int,
     *,
     partial: bool = False,
-    share: float | None = None,
     more: Collection[str] = (),
+    keys: RopeKeys = USUAL_KEYS,
 ) -> RopeSpec:
     """The table that ``values`` (found under ``label``) describe. ``theta`` is the base where they give none.
 
     Raises:
         UnsupportedModel: A parameter is missing, unknown or not supported, or they make a frequency infinite.
     """
-    kind = _kind(view, values, label, more)
+    kind = _kind(view, values, label, more, keys.aliases)
     given = {key: values[key] for key in ("rope_theta", *_NUMBERS[kind]) if values.get(key) is not None}
     numbers = {key: view.number_value(f"{label}.{key}", value) for key, value in given.items()}
-    dims = _rotated(view, values, head_dim, partial, share)
+    dims = _rotated(view, values, head_dim, partial, keys)
     for key in _REQUIRED.get(kind, ()):
         if key not in numbers:
             raise view.error(f"{label}.{key}", f"rope type {kind} needs it.")
     try:
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # checked below
-            inv_freq, factor = _frequencies(view, kind, values, label, {"rope_theta": theta, **numbers}, dims)
-        finite = bool(np.isfinite([*inv_freq, factor]).all())
+            numbers = {"rope_theta": theta, **numbers}
+            if kind in _BY_LENGTH:
+                table = _BY_LENGTH[kind](view, values, label, numbers, dims)
+            else:
+                inv_freq, factor = _frequencies(view, kind, values, label, numbers, dims)
+                table = RopeSpec(_floats(inv_freq), factor)
+        finite = bool(np.isfinite([*table.inv_freq, *table.long_freq, table.factor]).all())
     except (ArithmeticError, ValueError):  # of Python's floats
         finite = False
     if not finite:
         raise view.error(label, "makes a rotary frequency infinite in float32.", kind)
-    return RopeSpec(tuple(float(value) for value in inv_freq), factor)
+    return table
 
 
-def _rotated(view: ConfigView, values: Mapping[str, Any], head_dim: int, partial: bool, default: float | None) -> int:
+def _rotated(view: ConfigView, values: Mapping[str, Any], head_dim: int, partial: bool, keys: RopeKeys) -> int:
     """The number of columns of a head that are rotated."""
-    key, share = "partial_rotary_factor", values.get("partial_rotary_factor")
-    share = view.raw(key) if share is None else share
-    share = default if share is None else share
+    key, share, outer = keys.factor, values.get("partial_rotary_factor"), view.raw(keys.factor)
+    share = outer if share is None else share
+    share = (keys.share or view.defaults.partial_rotary_factor) if share is None else share
     share = 1.0 if share is None else view.number_value(key, share)
     # Where an architecture rotates the whole head, only transformers' scaled types read the factor.
     if share != 1 and not partial:
@@ -196,10 +233,17 @@ def _rotated(view: ConfigView, values: Mapping[str, Any], head_dim: int, partial
     return dims
 
 
-def _kind(view: ConfigView, values: Mapping[str, Any], label: str, more: Collection[str]) -> str:
+def _kind(
+    view: ConfigView,
+    values: Mapping[str, Any],
+    label: str,
+    more: Collection[str],
+    aliases: tuple[tuple[str, str], ...],
+) -> str:
     """The rope type. A key of ``values`` that only another type reads is a warning, an unknown key an error."""
     kind = values.get("rope_type", values.get("type"))
     kind = "default" if kind is None else kind
+    kind = dict(aliases).get(kind, kind) if isinstance(kind, str) else kind
     if kind == "dynamic" and "alpha" in more and values.get("alpha"):
         kind = _ALPHA
     if not isinstance(kind, str) or kind not in _NUMBERS:
@@ -232,16 +276,59 @@ def _frequencies(
         return inv_freq / divisors, 1.0
     if kind == "linear":
         return inv_freq / np.float32(numbers["factor"]), 1.0
-    # A value at the top level has priority (Phi-3).
-    top = view.optional_integer(_ORIGINAL)
-    longest = view.integer("max_position_embeddings")
-    original = float(top or numbers.get(_ORIGINAL, longest))
+    longest, original = _lengths(view, numbers)
     if kind == "llama3":
         return _llama3(inv_freq, numbers, original), 1.0
     truncate = values.get("truncate", True)
     if not isinstance(truncate, bool):
         raise view.error(f"{label}.truncate", "expected true or false.", truncate)
     return _yarn({"factor": longest / original, **numbers}, original, dims, truncate)
+
+
+def _lengths(view: ConfigView, numbers: Mapping[str, float]) -> tuple[int, float]:
+    """max_position_embeddings, and the length before scaling: a value at the top level has priority (Phi-3)."""
+    longest, top = view.integer("max_position_embeddings"), view.optional_integer(_ORIGINAL)
+    return longest, float(top or numbers.get(_ORIGINAL, longest))
+
+
+def _dynamic(view: ConfigView, _: Mapping[str, Any], label: str, numbers: Mapping[str, float], dims: int) -> RopeSpec:
+    """Dynamic NTK scaling: beyond max_position_embeddings the base grows with the length."""
+    if dims < 4:
+        raise view.error(f"{label}.rope_type", "dynamic needs heads with more than two rotated columns.", "dynamic")
+    if numbers["factor"] < 1:
+        raise view.error(f"{label}.factor", "it must be at least 1.", numbers["factor"])
+    border = view.integer("max_position_embeddings")
+    freq = np.float32(1) / _powers(numbers["rope_theta"], dims)
+    return RopeSpec(_floats(freq), border=border, growth=numbers["factor"])
+
+
+def _longrope(
+    view: ConfigView, values: Mapping[str, Any], label: str, numbers: Mapping[str, float], dims: int
+) -> RopeSpec:
+    """LongRoPE scaling (Ding et al. 2024): one list of divisors up to the original length, another beyond it."""
+    powers, tables = _powers(numbers["rope_theta"], dims), []
+    for key in ("short_factor", "long_factor"):
+        given = values.get(key)
+        if not isinstance(given, list) or len(given) != dims // 2:
+            raise view.error(f"{label}.{key}", f"rope type longrope needs a list of {dims // 2} numbers.", given)
+        divisors = np.array([view.number_value(f"{label}.{key}", item) for item in given], np.float32)
+        tables.append(_floats(np.float32(1) / (divisors * powers)))
+    longest, original = _lengths(view, numbers)
+    if not original.is_integer() or original < 2:
+        raise view.error(f"{label}.{_ORIGINAL}", "it must be a whole number of at least 2.", original)
+    scale = numbers.get("factor", longest / original)
+    factor = 1.0 if scale <= 1 else math.sqrt(1 + math.log(scale) / math.log(original))
+    factor = numbers.get("attention_factor", factor)
+    return RopeSpec(tables[0], factor, border=int(original), long_freq=tables[1])
+
+
+_BY_LENGTH: Mapping[str, Callable[[ConfigView, Mapping[str, Any], str, Mapping[str, float], int], RopeSpec]] = (
+    MappingProxyType({"dynamic": _dynamic, "longrope": _longrope})
+)
+
+
+def _floats(values: Float32) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
 
 
 def _powers(theta: float, dims: int) -> Float32:

@@ -14,7 +14,7 @@ from truffula.kernels.program import BufferDtype, RowOrder, Transform, WeightPar
 if TYPE_CHECKING:
     from truffula.model.spec import ModuleNames
 
-RowKind = Literal["embed", "linear", "vector", "conv", "head", "experts"]
+RowKind = Literal["embed", "table", "linear", "vector", "conv", "head", "experts"]
 RowPart = tuple[str, int] | tuple[str, int, RowOrder | None]
 """A module, its rows and their order."""
 
@@ -107,8 +107,8 @@ class WeightRow:
     ``slices`` stacked along axis 0 make the weight; the checkpoint holds either ``<slice module>.<param>`` for each or,
     when ``fused`` is given, one ``<fused>.<param>`` with all their rows in this order; LoRA addresses each slice by its
     module and all of them together by ``fused``. Without a ``param`` slices are named like tensors. ``width`` is the
-    input width I (0 for a vector; the taps of a convolution). ``key`` is its name in the decoder. The tying decision
-    assigns the tensors of embedding and head.
+    input width I (0 for a vector; the taps of a convolution). ``key`` is its name in the decoder. ``transform``:
+    see ``program.WeightPart``. The tying decision assigns the tensors of embedding and head.
 
     ``stored`` is the shape of a vector in checkpoints where it is not ``[O]``.
 
@@ -147,6 +147,8 @@ class WeightRow:
         """The shape in files of a tensor with ``rows`` of the rows."""
         if self.stored:
             return self.stored
+        if self.transform == "transpose":
+            return (self.width, rows)
         return (rows, 1, self.width) if self.transform == "conv" else (rows, *self.shape[1:])
 
 
@@ -170,7 +172,8 @@ class LayerRows:
         alias = None if alias is None else self.prefix + alias
         slices = tuple(RowSlice(self.prefix + module, rows, alias, *order) for module, rows, *order in parts)
         whole, key = None if fused is None else self.prefix + fused, self.prefix + key
-        self.found.append(WeightRow(key, "linear", slices, width, self.index, fused=whole))
+        transform: Transform = "transpose" if self.names.transposed else "none"
+        self.found.append(WeightRow(key, "linear", slices, width, self.index, fused=whole, transform=transform))
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "linear", slices, 0, self.index, param="bias", fused=whole))
 
@@ -183,6 +186,11 @@ class LayerRows:
         self.found.append(WeightRow(key, "conv", slices, taps, self.index, fused=whole, transform="conv"))
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
+
+    def table(self, key: str, module: str, rows: int) -> None:
+        """A table ``[rows, hidden]``."""
+        slices = (RowSlice(self.prefix + module, rows),)
+        self.found.append(WeightRow(self.prefix + key, "table", slices, self.hidden, self.index))
 
     def norm(self, key: str, norm: NormSpec | None, width: int | None = None, heads: int = 1) -> None:
         """The vectors of a norm over ``width`` columns (all of the residual stream by default); none without a norm.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from truffula.model.rows import LayerRows, NormSpec, RowSlice, WeightRow
 
@@ -21,10 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """A rotary table: ``inv_freq`` one float32 value per rotated pair; cos and sin are multiplied by ``factor``."""
+    """A rotary table: ``inv_freq`` one float32 value per rotated pair; cos and sin are multiplied by ``factor``.
+
+    ``border``, ``long_freq`` and ``growth``: for longer sequences, as in ``program.RopeTable``.
+    """
 
     inv_freq: tuple[float, ...]
     factor: float = 1.0
+    border: int = 0
+    long_freq: tuple[float, ...] = ()
+    growth: float = 0.0
 
     @property
     def dims(self) -> int:
@@ -64,7 +70,8 @@ class LayerSpec:
     """One block: h += m * after(mixer(before(h))), then the same with the MLP. A part or a norm may be absent.
 
     ``parallel``: both parts read the stream from before the block; an MLP without a norm of its own reads the mixer's
-    normed input.
+    normed input. ``norm_stream``: the norms replace the stream, as in the first transformers: h = before(h), then
+    h = after(h + mixer(h)).
     """
 
     mixer: Part | None
@@ -75,6 +82,7 @@ class LayerSpec:
     after_mlp: NormSpec | None = None
     residual_multiplier: float = 1.0
     parallel: bool = False
+    norm_stream: bool = False
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -86,28 +94,46 @@ class LayerSpec:
         return tuple((name, part, before, after) for name, part, before, after in both if part is not None)
 
 
+def body_prefixes(*prefixes: str, old_head: bool = False) -> tuple[tuple[str, str], ...]:
+    """``ModuleNames.prefixes``. ``old_head``: files have the head under its old name, too."""
+    heads = ("embed_out", "lm_head") if old_head else ("lm_head",)
+    return tuple((prefix, head) for prefix in prefixes for head in heads)
+
+
 @dataclass(frozen=True)
 class ModuleNames:
     """The paths of a model's modules. ``layer`` contains ``{i}``; names inside a layer are relative to it.
 
     ``body`` is the body's path in transformers, with the dot, as probes and PEFT use it (``lora/roots.py`` has those
-    of other classes that adapters are trained on). ``prefixes`` are the prefixes of the body's names in checkpoints,
+    of other classes that adapters are trained on). ``gate_up_fused``: gate and up are the one module ``gate_up``.
+    ``prefixes`` are the prefixes of the body's names in checkpoints,
     most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
     image encoder; ``unused`` those of parts without effect on generation, such as layers that predict further tokens
     (MTP), also relative to the body.
+
+    ``qkv_order``: ``split`` are three modules; the others are the one module ``qkv``, whose rows are all q, all k and
+    all v (``flat``), or the q, k and v of each KV head in turn (``grouped``). ``gate_up_fused``: gate and up are the
+    one module ``gate_up``. ``transposed``: matrices of layers are stored as [I, O]. ``buffers`` are tensors of a layer
+    that are not weights, such as masks. ``attention`` None: transformers computes attention within its module, and q
+    and k after the rotation cannot be observed.
     """
 
     embed: str = "embed_tokens"
+    positions: str = "embed_positions"
+    project_in: str = "project_in"
+    project_out: str = "project_out"
     layer: str = "layers.{i}."
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
     qkv: str | None = "self_attn.qkv_proj"
+    qkv_order: Literal["split", "flat", "grouped"] = "split"
     out: str = "self_attn.o_proj"
-    attention: str = "self_attn"
+    attention: str | None = "self_attn"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     gate_up: str | None = "mlp.gate_up_proj"
+    gate_up_fused: bool = False
     down: str = "mlp.down_proj"
     activation: str = "mlp.act_fn"
     head: str = "lm_head"
@@ -119,6 +145,8 @@ class ModuleNames:
         ("model.language_model.", "lm_head"),
     )
     skip: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    transposed: bool = False
     unused: tuple[str, ...] = ()
 
 
@@ -129,6 +157,9 @@ LLAMA_NAMES = ModuleNames()
 class ModelSpec:
     """A decoder-only language model. ``max_positions`` is the maximum length of a sequence.
 
+    ``position_offset``: learned positions are added to the input rows, and position p is row p + offset of their table;
+    None: no such table. ``embed_norm`` comes after that. ``embed_width``: the width of embedding and head where it is
+    not that of the stream; two projections lie between.
     ``embed_scale`` multiplies the input rows (rounded to the table's dtype first), never the head; ``logit_scale``
     multiplies logits, then ``logit_softcap``. ``notes`` are for the operator.
     """
@@ -140,6 +171,9 @@ class ModelSpec:
     ropes: tuple[RopeSpec, ...]
     final_norm: NormSpec | None
     max_positions: int
+    position_offset: int | None = None
+    embed_norm: NormSpec | None = None
+    embed_width: int | None = None
     embed_scale: float | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
@@ -155,7 +189,15 @@ class ModelSpec:
     def rows(self) -> tuple[WeightRow, ...]:
         """The table of weights, in the order the program uses them."""
         embed, head = RowSlice(self.names.embed, self.vocab_size), RowSlice(self.names.head, self.vocab_size)
-        found = [WeightRow("embed", "embed", (embed,), self.hidden)]
+        table_width = self.embed_width or self.hidden
+        found = [WeightRow("embed", "embed", (embed,), table_width)]
+        outer = LayerRows(self.names, self.hidden)
+        if self.position_offset is not None:
+            outer.table("positions", self.names.positions, self.max_positions + self.position_offset)
+        if self.embed_width is not None:
+            outer.linear("project_in", [(self.names.project_in, self.hidden)], table_width)
+        outer.norm("embed_norm", self.embed_norm)
+        found += outer.found
         for index, layer in enumerate(self.layers):
             rows = LayerRows(self.names, self.hidden, index)
             for name, part, before, after in layer.branches:
@@ -165,7 +207,9 @@ class ModelSpec:
             found += rows.found
         final = LayerRows(self.names, self.hidden)
         final.norm("final_norm", self.final_norm)
-        found += [*final.found, WeightRow("head", "head", (head,), self.hidden)]
+        if self.embed_width is not None:
+            final.linear("project_out", [(self.names.project_out, table_width)], self.hidden)
+        found += [*final.found, WeightRow("head", "head", (head,), table_width)]
         if self.head_bias:
             found.append(WeightRow("head.bias", "head", (head,), 0, param="bias"))
         return tuple(found)

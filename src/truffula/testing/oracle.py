@@ -75,17 +75,22 @@ class Oracle:
         config.tie_word_embeddings = tied
         factors = _take_factors(config)
         causal = type(config) in AutoModelForCausalLM._model_mapping
-        kind = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+        auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+        kind, implementation = auto._model_mapping[type(config)], _ATTENTION
+        if not kind._supports_attention_backend:
+            # Some older classes compute attention in their own modules, where nothing can be recorded.
+            implementation = "sdpa" if kind._supports_sdpa else "eager"
+        loader: Any = auto
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
             source = {"pretrained_model_name_or_path": None, "state_dict": _values(path)}
             with torch.device("meta"):
-                kind = type(kind.from_config(config))
+                loader = type(auto.from_config(config))
             self.notes = ("transformers computes with the weights that truffula dequantised.",)
-        model = kind.from_pretrained(
+        model = loader.from_pretrained(
             **source,
             config=config,
-            attn_implementation=_ATTENTION,
+            attn_implementation=implementation,
             experts_implementation="eager",
             dtype=getattr(torch, dtype),
         )
@@ -226,12 +231,12 @@ def _keep(found: dict[Probe, Float32], probe: Probe, count: int) -> Any:
 
 
 def _rows(value: Any, count: int) -> Float32:
-    """``[1, T, ...]`` or ``[T, width]`` as float32 ``[T, width]``; ``[1, H, T, E]`` is transposed first.
+    """``[1, T, ...]``, or ``[T, width]`` (OPT's MLP), as float32 ``[T, width]``.
 
-    If H equals ``count``, the strides distinguish the two: norms keep the memory order of their input.
+    A value of shape ``[1, H, T, E]`` is transposed first. If H equals ``count``, the strides distinguish the two: norms
+    keep the memory order of their input.
     """
-    value = value.detach().float()
-    value = value if value.dim() == 2 and len(value) == count else value[0]
+    value = (value if value.dim() == 2 else value[0]).detach().float()
     if value.dim() == 3:
         by_head = value.shape[0] != count or (value.shape[1] == count and value.stride(0) < value.stride(1))
         value = value.transpose(0, 1) if by_head else value

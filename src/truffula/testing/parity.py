@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from truffula.errors import UnsupportedModel
 from truffula.kernels.adapters import make_image
 from truffula.kernels.backend import Backend, Executable, Part, as_array
 from truffula.kernels.inputs import Capacity
@@ -180,7 +181,7 @@ def load_model(
     """
     with contextlib.ExitStack() as opened:
         checkpoint = opened.enter_context(contextlib.closing(open_checkpoint(path)))
-        plan = plan_model(checkpoint)
+        plan = native_plan(checkpoint)
         sequences = [list(ids) for ids in prompts or _default_prompts(checkpoint, plan)]
         capacity = capacity_for(max(len(ids) for ids in sequences) + new_tokens)
         reader = WeightReader(checkpoint, plan, block_kinds=backend.block_kinds if as_blocks else frozenset())
@@ -198,6 +199,23 @@ def load_model(
             found = validate_adapter(adapter, plan.program.sites, base=base)
             slot = executable.adapter(make_image(executable.layout, found.sites, generation=found.generation))
         yield LoadedModel(plan, sequences, executable, capacity, slot)
+
+
+def native_plan(checkpoint: Checkpoint) -> ModelPlan:
+    """The plan of a model that truffula's own code computes.
+
+    Raises:
+        UnsupportedModel: transformers' code computes it: there is nothing to compare it with.
+    """
+    plan = plan_model(checkpoint)
+    if plan.transformers is not None:
+        raise UnsupportedModel(
+            f"{plan.implementation.reason}. verify compares truffula's own implementations with transformers; this "
+            "model is compared with its own code at each start.",
+            param="model_type",
+            value=plan.size.model_type,
+        )
+    return plan
 
 
 def _default_prompts(checkpoint: Checkpoint, plan: ModelPlan) -> list[list[int]]:
@@ -292,5 +310,6 @@ def _checks(program: Program) -> list[_Check]:
                 columns = slice(item.lo, item.hi)
                 checks.append(_Check(index, op, Probe(module.name, "out"), columns, module.order))
         else:
-            checks.append(_Check(index, op, op.probe, slice(None)))
+            order = program.sites[op.slices[0].site].modules[0].order if isinstance(op, Linear) and plain else None
+            checks.append(_Check(index, op, op.probe, slice(None), order))
     return checks

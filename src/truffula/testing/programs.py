@@ -109,7 +109,8 @@ def attach(executable: Executable, adapter: AdapterTensors) -> int:
 class Part:
     """One sequence's share of a step: ``ids`` at positions ``start ..`` with its ``blocks``; ``slot`` is its adapter.
 
-    ``logits``: ``last`` or ``all``, the rows whose logits are computed.
+    ``logits``: ``last`` or ``all``, the rows whose logits are computed. ``rope_length`` 0: what the sequence has after
+    the step.
     """
 
     ids: tuple[int, ...]
@@ -117,6 +118,7 @@ class Part:
     blocks: tuple[int, ...]
     slot: int | None = None
     logits: str = "last"
+    rope_length: int = 0
 
 
 def fill_step(inputs: StepInputs, parts: list[Part], block_size: int) -> None:
@@ -133,6 +135,7 @@ def fill_step(inputs: StepInputs, parts: list[Part], block_size: int) -> None:
         i.token_ids[lo : lo + count] = part.ids
         i.position[lo : lo + count] = position
         i.rope_pos[:, lo : lo + count] = position
+        i.rope_length[lo : lo + count] = part.rope_length or part.start + count
         blocks = np.asarray(part.blocks)
         i.slot_mapping[:, lo : lo + count] = blocks[position // block_size] * block_size + position % block_size
         i.block_tables[:, n] = -1
@@ -187,9 +190,9 @@ class Driver:
 
     def feed(self, ids: Sequence[int], *, chunk: int | None = None) -> Float32:
         """Append ``ids``, in steps of at most ``chunk``, and return their float32 logits ``[len(ids), V]``."""
-        rows = []
+        rows, length = [], self.computed + len(ids)
         for start in range(0, len(ids), chunk or len(ids)):
-            rows.append(self._step(ids[start : start + (chunk or len(ids))]))
+            rows.append(self._step(ids[start : start + (chunk or len(ids))], length))
         return np.concatenate(rows)
 
     def greedy(self, prompt: Sequence[int], count: int, *, chunk: int | None = None) -> tuple[list[int], Float32]:
@@ -201,8 +204,8 @@ class Driver:
             tokens.append(int(rows[-1].argmax()))
         return tokens, np.stack(rows)
 
-    def _step(self, ids: Sequence[int]) -> Float32:
-        part = Part(tuple(ids), self.computed, self._blocks, self.slot, "all")
+    def _step(self, ids: Sequence[int], rope_length: int) -> Float32:
+        part = Part(tuple(ids), self.computed, self._blocks, self.slot, "all", rope_length)
         fill_step(self.executable.inputs, [part], self.capacity.block_size)
         self.executable.run()
         self.computed += len(ids)

@@ -17,9 +17,8 @@ from truffula.config import EngineConfig
 from truffula.kernels.backend import Backend
 from truffula.kernels.cpu.formats import BLOCK_KINDS
 from truffula.kernels.select import Precision, choose_dtype, select_backend
-from truffula.model.load import plan_model
 from truffula.testing.oracle import Oracle
-from truffula.testing.parity import VerifyReport, describe, load_model, verify_model
+from truffula.testing.parity import VerifyReport, describe, load_model, native_plan, verify_model
 from truffula.testing.predictions import Divergence, Divergences, log_softmax
 from truffula.testing.programs import capacity_for
 from truffula.weights.open import open_checkpoint
@@ -108,7 +107,7 @@ def verify_serving(
         config.backend, config.device, precision=Precision(config.quantize, config.exact), **options
     )
     with contextlib.closing(open_checkpoint(path)) as checkpoint:
-        plan = plan_model(checkpoint)
+        plan = native_plan(checkpoint)
         dtype = choose_dtype(backend, config.dtype, plan.stored_dtype).dtype
     memory = backend.plan(plan.program, dtype, capacity_for(1), plan.stored_types)
     formats = tuple(sorted(name for name in memory.weight_formats if name.upper() in BLOCK_KINDS))  # those in int8

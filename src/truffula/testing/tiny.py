@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from truffula.model.config_view import load_defaults
 from truffula.model.read import read_config
 from truffula.model.rows import WeightRow
 from truffula.testing.files import Array, as_dtype, write_safetensors
@@ -62,8 +63,6 @@ _SHARED = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 20,
 }
-# Fields that a class does not have.
-_ABSENT: Mapping[str, tuple[str, ...]] = {"qwen3_5_moe_text": ("intermediate_size",)}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {**_MLA, **_V3_EXPERTS},
@@ -72,6 +71,15 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "glm4_moe_lite": {**_MLA, **_EXPERTS, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "glm_moe_dsa": {**_MLA, **_V3_EXPERTS, **_INDEXER},
     "kimi_k2": {**_MLA, **_V3_EXPERTS},
+    "bloom": {},
+    "falcon": {"ffn_hidden_size": 56},
+    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
+    "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
+    "gpt2": {"n_inner": 56},
+    "gpt_bigcode": {"n_inner": 56},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 7},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "gptj": {"n_inner": 56, "rotary_dim": 6},
     "apertus": {"head_dim": 10},
     "arcee": {},
     "cohere": {"layer_norm_eps": 1e-4, "logit_scale": 0.4},
@@ -80,8 +88,27 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "ernie4_5": {"head_dim": 10},
     "exaone4": {"sliding_window": 7, "sliding_window_pattern": 2, "head_dim": 10},
     "gemma": {"head_dim": 10},
-    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
-    "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
+    # A larger eps: the norm of a small scan would enlarge rounding errors, also those of transformers.
+    "bamba": {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 10,
+        "rms_norm_eps": 1e-2,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 40,
+        "mamba_n_heads": 4,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 12,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.4,
+        "rms_norm_eps": 1e-2,
+    },
     "lfm2": {
         "layer_types": ["conv", "full_attention", "conv"],
         "block_multiple_of": 8,
@@ -101,12 +128,26 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "ministral3": {"head_dim": 10, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3}},
     "mistral": {"sliding_window": 7},
     "mistral4": {**_MLA, **_V3_EXPERTS, "first_k_dense_replace": 0},
+    "mpt": {"max_seq_len": 512},
+    "opt": {"ffn_dim": 56},
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {"sliding_window": 7},
+    "qwen2": {},
+    "qwen3": {"head_dim": 10},
+    "starcoder2": {"sliding_window": 7},
     "nemotron": {"head_dim": 12},
     "olmo": {},
     "olmo2": {},
     "olmo3": {"sliding_window": 7, "num_hidden_layers": 5},
-    "qwen2": {},
-    "qwen3": {"head_dim": 10},
+    "nemotron_h": {
+        "hybrid_override_pattern": "M-*M",
+        "head_dim": 10,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 6,
+        "n_groups": 2,
+        "ssm_state_size": 12,
+        "layer_norm_epsilon": 1e-2,
+    },
     "olmo_hybrid": {
         "num_hidden_layers": 4,
         "pad_token_id": 0,
@@ -146,8 +187,10 @@ def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
             "tie_word_embeddings": text.get("tie_word_embeddings", tied),
             **more,
         }
-    config = {"model_type": model_type, **_BASE, **_OF_TYPE[model_type], **overrides}
-    return {key: value for key, value in config.items() if key not in _ABSENT.get(model_type, ())}
+    defaults = load_defaults()[model_type]
+    base = {key: value for key, value in _BASE.items() if key in defaults.known}
+    config = {"model_type": model_type, **base, **_OF_TYPE[model_type], **overrides}
+    return {defaults.aliases.get(key, key): value for key, value in config.items()}
 
 
 def tiny_llama_config(**overrides: Any) -> dict[str, Any]:
@@ -162,7 +205,7 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
     """
     read = read_config(config)
     spec = read.spec
-    prefix, head = spec.names.prefixes[0 if spec.names.body == "model." else 2]
+    prefix, head = spec.names.prefixes[2 if spec.names.body == "model.language_model." else 0]
     tied = config.get("tie_word_embeddings", read.tie_default)
     tensors = {}
     for row in spec.rows:
@@ -171,7 +214,7 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
                 tensors[prefix + part.name] = _random(part.name, row, part.stored, seed, dtype)
             continue
         for item in row.slices:
-            if row.kind == "head" and tied:
+            if row.kind == "head" and row.param == "weight" and tied:
                 continue
             module = head if row.kind == "head" else prefix + item.module
             shape = () if item.module.endswith(_SCALARS) else row.stored_shape(item.rows)

@@ -47,7 +47,7 @@ def lower(op: Op, program: Program, dtype: str) -> tuple[str, dict[str, Any]]:
             return "Linear", vars(NO_EPILOGUE) | fields
         case RopeRows():
             table = program.rope_tables[op.table]
-            fields = {"inv_freq": table.inv_freq, "factor": table.factor, "out": op.out}
+            fields = {name: value for name, value in vars(table).items() if name != "id"} | {"out": op.out}
     return type(op).__name__, fields
 
 

@@ -22,11 +22,13 @@ class Batch:
     """Sequences with equally many rows in this step and contexts of similar length, attended in one product.
 
     ``rows`` [n·q] are their rows of the step (a slice when adjacent). ``slots`` [n·L] are the KV slots of the keys;
-    padding points at the zero slot. ``hidden`` [n, 1, q, L] is True for keys that the query must not attend to.
+    padding points at the zero slot. ``positions`` [n, L] are those of the keys. ``hidden`` [n, 1, q, L] is True for
+    keys that the query must not attend to.
     """
 
     rows: Tensor | slice
     slots: Tensor
+    positions: Tensor
     hidden: Tensor
     sequences: int
     queries: int
@@ -76,6 +78,7 @@ def plan(
             Batch(
                 rows=slice(int(rows[0]), int(rows[-1]) + 1) if adjacent else torch.from_numpy(rows).to(device),
                 slots=torch.from_numpy(slots.reshape(-1)).to(device),
+                positions=torch.from_numpy(key).to(device),
                 hidden=torch.from_numpy(hidden[:, None]).to(device),
                 sequences=len(members), queries=count, keys=keys,
             )
@@ -99,12 +102,22 @@ def compute(op: Attention, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Ba
         keys = k.view(-1, k.shape[-1]).index_select(0, batch.slots).to(q.dtype).view(n, length, op.kv_heads, op.dim_k)
         values = v.view(-1, v.shape[-1]).index_select(0, batch.slots).to(q.dtype).view(n, length, op.kv_heads, op.dim_v)
         queries = q[batch.rows].view(n, batch.queries, op.kv_heads, -1, op.dim_k)
-        result = _in_slices(op, queries, keys.transpose(1, 2), values.transpose(1, 2), batch.hidden, sinks)
+        bias = _alibi(op, batch.positions) if op.alibi else None
+        result = _in_slices(op, queries, keys.transpose(1, 2), values.transpose(1, 2), batch.hidden, sinks, bias)
         out[batch.rows] = result.reshape(n * batch.queries, -1)
     return out
 
 
-def _in_slices(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
+def _alibi(op: Attention, positions: Tensor) -> Tensor:
+    """``[n, K, H/K, L]``: what each head adds to the score of each key at ``positions [n, L]``."""
+    slopes = torch.tensor(op.alibi, dtype=torch.float32).view(1, op.kv_heads, -1, 1).to(positions.device)
+    keys = positions.float()[:, None, None]
+    return (slopes * keys.bfloat16()).bfloat16().float() * op.scale if op.alibi_rounded else slopes * keys
+
+
+def _in_slices(
+    op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None, bias: Tensor | None
+) -> Tensor:
     """``[n, q, K, H/K, dim_v]`` from ``q [n, q, K, H/K, dim_k]``: few query rows at a time when scores would be large.
 
     The heads that share a KV head become rows of one product: ``[n, K, H/K · q, dim_k]``.
@@ -119,19 +132,26 @@ def _in_slices(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, s
         masked = hidden[:, :, at : at + rows]
         if rows > 1:
             masked = masked.repeat(1, 1, share, 1)
-        if op.softcap is None and sinks is None:  # with bfloat16 torch rounds the weights before the second product
+        if op.softcap is None and sinks is None and bias is None:
+            # With bfloat16 torch rounds the weights before the second product.
             mixed = F.scaled_dot_product_attention(part, k, v, attn_mask=~masked, scale=op.scale)
         else:
-            mixed = _spelled_out(op, part, k, v, masked, sinks)
+            repeated = None if bias is None else bias.repeat_interleave(rows, 2)
+            mixed = _spelled_out(op, part, k, v, masked, sinks, repeated)
         pieces.append(mixed.view(n, kv_heads, share, rows, -1).permute(0, 3, 1, 2, 4))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
-def _spelled_out(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
-    """torch's attention, with softcap and sinks: ``q [n, K, rows, dim_k]``, ``k`` and ``v`` ``[n, K, L, dim]``."""
+def _spelled_out(
+    op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """torch's attention, with softcap, sinks and ``bias [n, K, rows, L]``: ``q [n, K, rows, dim_k]``, ``k`` and ``v``
+    ``[n, K, L, dim]``."""
     scores = torch.matmul(q.float(), k.float().transpose(2, 3)).mul_(op.scale)
     if op.softcap is not None:
         scores = scores.div_(op.softcap).tanh_().mul_(op.softcap)
+    if bias is not None:
+        scores = scores.add_(bias)
     scores = scores.masked_fill_(hidden, -torch.inf)
     if sinks is None:
         weights = torch.softmax(scores, -1)

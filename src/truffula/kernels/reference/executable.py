@@ -22,6 +22,7 @@ from truffula.kernels.program import (
     GatedDelta,
     Linear,
     Logits,
+    Mamba2,
     Mla,
     Norm,
     Op,
@@ -91,6 +92,7 @@ class _Step:
     token_ids: Tensor
     position: Tensor
     rope_pos: Tensor
+    rope_length: Tensor
     slots: list[Tensor]
     logit_rows: Tensor
     segments: list[Segment]
@@ -228,6 +230,7 @@ class ReferenceExecutable(SynchronousExecutable):
             token_ids=self._long(i.token_ids[: i.T]),
             position=self._long(i.position[: i.T]),
             rope_pos=self._long(i.rope_pos[0, : i.T]),
+            rope_length=self._long(i.rope_length[: i.T]),
             slots=[self._long(slots[: i.T]) for slots in i.slot_mapping],
             logit_rows=self._long(i.logit_rows[: i.R]),
             segments=self._segments(i.seg[:, :2]),
@@ -284,7 +287,8 @@ class ReferenceExecutable(SynchronousExecutable):
         self._buffers.put(op.out, ops.pointwise(op, x, y, weight, step.position, self._buffers.dtype(op.out)))
 
     def _rope_rows(self, op: RopeRows, step: _Step) -> None:
-        self._buffers.put(op.out, ops.rope_rows(self._program.rope_tables[op.table], step.rope_pos))
+        rows = ops.rope_rows(self._program.rope_tables[op.table], step.rope_pos, step.rope_length)
+        self._buffers.put(op.out, rows)
 
     def _rope(self, op: Rope, step: _Step) -> None:
         key = (op.rows, op.layout)  # all layers with the same rows share their factors
@@ -345,6 +349,12 @@ class ReferenceExecutable(SynchronousExecutable):
         weight, bias = self._weights[op.weight].whole, self._vector(op.bias)
         self._buffers.put(op.out, states.causal_conv(op, x, weight, bias, self._states[op.state], step.spans, dtype))
 
+    def _mamba2(self, op: Mamba2, step: _Step) -> None:
+        x, b, c, dt = (self._buffers.get(ref) for ref in (op.x, op.b, op.c, op.dt))
+        vectors = self._weights[op.rate].whole, self._weights[op.dt_bias].whole, self._weights[op.skip].whole
+        out = states.mamba2(op, x, b, c, dt, vectors, self._states[op.state], step.spans)
+        self._buffers.put(op.out, out.to(self._buffers.dtype(op.out)))
+
     def _take_rows(self, op: TakeRows, step: _Step) -> None:
         self._buffers.put(op.out, self._buffers.get(op.x).index_select(0, step.logit_rows))
 
@@ -373,6 +383,7 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
     Mla: ReferenceExecutable._mla,
     GatedDelta: ReferenceExecutable._gated_delta,
     CausalConv: ReferenceExecutable._causal_conv,
+    Mamba2: ReferenceExecutable._mamba2,
     Route: ReferenceExecutable._route,
     ExpertLinear: ReferenceExecutable._expert_linear,
     TakeRows: ReferenceExecutable._take_rows,

@@ -93,7 +93,7 @@ def pointwise(
             out = values + y.float()
         case "mul":
             assert y is not None
-            out = values * y.float()
+            out = values * (y.float() if op.activation is None else activation(y.float(), op.activation))
         case "scale":
             out = values * op.params[0]
         case "clip":
@@ -113,9 +113,20 @@ def pointwise(
     return out.to(dtype)
 
 
-def rope_rows(table: RopeTable, positions: Tensor) -> Tensor:
-    """float32 ``[T, 2·pairs]``: [cos | sin] of position · inv_freq, times the table's factor."""
-    angles = positions.float()[:, None] * torch.tensor(table.inv_freq, dtype=torch.float32).to(positions.device)
+def rope_rows(table: RopeTable, positions: Tensor, lengths: Tensor) -> Tensor:
+    """float32 ``[T, 2·pairs]``: [cos | sin] of position · inv_freq, times the table's factor. ``lengths`` ``[T]``: of
+    the rows' sequences."""
+    inv_freq = torch.tensor(table.inv_freq, dtype=torch.float32).to(positions.device)
+    if table.border:
+        lengths = torch.maximum(lengths, positions + 1)[:, None]
+        if table.long_freq:
+            beyond = torch.tensor(table.long_freq, dtype=torch.float32).to(positions.device)
+        else:
+            exponents = torch.arange(len(inv_freq), device=positions.device) / (len(inv_freq) - 1)
+            grown = table.growth * lengths.double() / table.border - (table.growth - 1)
+            beyond = (inv_freq / grown.clamp(min=1) ** exponents).float()
+        inv_freq = torch.where(lengths > table.border, beyond, inv_freq)
+    angles = positions.float()[:, None] * inv_freq
     return torch.cat([angles.cos(), angles.sin()], 1) * table.factor
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from truffula.kernels.inputs import StepInputs
-from truffula.kernels.program import CausalConv
+from truffula.kernels.program import CausalConv, Mamba2
 from truffula.kernels.reference.ops import activation
 
 
@@ -63,3 +64,44 @@ def causal_conv(
         out[span.rows] = values.to(dtype)
         states[span.target] = inputs[:, inputs.shape[1] - (taps - 1) :].reshape(len(inputs), -1)
     return out
+
+
+_CHUNK = 64
+"""Tokens whose effect on each other Mamba-2 computes as one product."""
+
+
+def mamba2(
+    op: Mamba2, x: Tensor, b: Tensor, c: Tensor, dt: Tensor,
+    vectors: tuple[Tensor, Tensor, Tensor], states: Tensor, spans: Sequence[SpanBatch],
+) -> Tensor:  # fmt: skip
+    """float32 ``[T, heads · head_dim]``; see ``Mamba2`` for the operands.
+
+    ``vectors``: rate, dt_bias and skip. ``states`` are read and written.
+
+    The outputs of a chunk of tokens are their products with each other, decayed, and with the state before the chunk
+    (Dao and Gu 2024, "Transformers are SSMs").
+    """
+    rate, dt_bias, skip = vectors
+    out = torch.empty(x.shape[0], op.heads, op.head_dim, device=x.device)
+    share = op.heads // op.groups
+    inputs = x.float().view(-1, op.heads, op.head_dim)
+    keys, queries = (y.float().view(-1, op.groups, op.state_size).repeat_interleave(share, 1) for y in (b, c))
+    steps = F.softplus(dt.float() + dt_bias).clamp(*op.dt_limit)
+    for span in spans:
+        state = states[span.source].view(-1, op.heads, op.head_dim, op.state_size)
+        for at in range(0, span.rows.shape[1], _CHUNK):
+            rows = span.rows[:, at : at + _CHUNK]
+            step = steps[rows]  # [n, q, H]
+            decay = (step * rate).cumsum(1)
+            between = decay[:, :, None] - decay[:, None]  # from token j to token i: [n, i, j, H]
+            later = torch.ones(between.shape[1:3], dtype=torch.bool, device=x.device).triu(1)
+            weights = between.masked_fill(later[:, :, None], -torch.inf).exp() * step[:, None]
+            weights = weights * torch.einsum("nihs,njhs->nijh", queries[rows], keys[rows])
+            values = torch.einsum("nijh,njhp->nihp", weights, inputs[rows])
+            values += torch.einsum("nihs,nhps->nihp", queries[rows], state) * decay.exp()[..., None]
+            out[rows] = values + skip[:, None] * inputs[rows]
+            left = (decay[:, -1:] - decay).exp() * step
+            state = state * decay[:, -1].exp()[..., None, None]
+            state = state + torch.einsum("njhs,njhp,njh->nhps", keys[rows], inputs[rows], left)
+        states[span.target] = state.flatten(1)
+    return out.flatten(1)

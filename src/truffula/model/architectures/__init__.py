@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from truffula.model.architectures.alibi import bloom, falcon, mpt
 from truffula.model.architectures.cohere import cohere, cohere2
 from truffula.model.architectures.deepseek import (
     deepseek_v2,
@@ -17,15 +18,21 @@ from truffula.model.architectures.deepseek import (
     youtu,
 )
 from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_text
+from truffula.model.architectures.gpt import gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj
 from truffula.model.architectures.lfm2 import lfm2
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
+from truffula.model.architectures.mamba_hybrid import bamba, granitemoehybrid
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
+from truffula.model.architectures.nemotron_h import nemotron_h
 from truffula.model.architectures.olmo import olmo, olmo2, olmo3
 from truffula.model.architectures.olmo_hybrid import olmo_hybrid
+from truffula.model.architectures.opt import opt
+from truffula.model.architectures.phi import phi, phi3
 from truffula.model.architectures.qwen import qwen2, qwen3
 from truffula.model.architectures.qwen_hybrid import qwen3_5, qwen3_5_moe, qwen3_5_moe_text, qwen3_5_text, qwen3_next
 from truffula.model.architectures.qwen_moe import qwen3_moe
+from truffula.model.architectures.starcoder import starcoder2
 from truffula.model.architectures.variants import (
     apertus,
     ernie4_5,
@@ -42,6 +49,8 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
     {
         "apertus": apertus,
         "arcee": arcee,
+        "bloom": bloom,
+        "bamba": bamba,
         "cohere": cohere,
         "cohere2": cohere2,
         "cwm": cwm,
@@ -50,13 +59,20 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "deepseek_v32": deepseek_v32,
         "ernie4_5": ernie4_5,
         "exaone4": exaone4,
+        "falcon": falcon,
         "gemma": gemma,
         "gemma2": gemma2,
         "gemma3": gemma3,
         "gemma3_text": gemma3_text,
         "glm4_moe_lite": glm4_moe_lite,
         "glm_moe_dsa": glm_moe_dsa,
+        "gpt2": gpt2,
+        "gpt_bigcode": gpt_bigcode,
+        "gpt_neo": gpt_neo,
+        "gpt_neox": gpt_neox,
+        "gptj": gptj,
         "granite": granite,
+        "granitemoehybrid": granitemoehybrid,
         "helium": helium,
         "hunyuan_v1_dense": hunyuan_v1_dense,
         "kimi_k2": deepseek_v3,
@@ -69,11 +85,16 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "mistral3": mistral3,
         "mistral4": mistral4,
         "mixtral": mixtral,
+        "mpt": mpt,
         "nemotron": nemotron,
+        "nemotron_h": nemotron_h,
         "olmo": olmo,
         "olmo2": olmo2,
         "olmo3": olmo3,
         "olmo_hybrid": olmo_hybrid,
+        "opt": opt,
+        "phi": phi,
+        "phi3": phi3,
         "qwen2": qwen2,
         "qwen3": qwen3,
         "qwen3_5": qwen3_5,
@@ -85,6 +106,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "seed_oss": seed_oss,
         "smollm3": smollm3,
         "stablelm": stablelm,
+        "starcoder2": starcoder2,
         "youtu": youtu,
     }
 )

@@ -20,7 +20,7 @@ from truffula.model.parts.attention import PositionScale
 from truffula.model.parts.mla import MlaSpec
 from truffula.model.parts.mlp import MlpSpec
 from truffula.model.parts.moe import MoeSpec, RouterSpec, SharedSpec
-from truffula.model.rope import attention_magnitude, read_rope, rope_parameter
+from truffula.model.rope import RopeKeys, attention_magnitude, read_rope, rope_parameter
 from truffula.model.rows import ExpertLayout, NormSpec
 from truffula.model.spec import LLAMA_NAMES, LayerSpec, ModelSpec, ModuleNames, RopeSpec
 
@@ -119,7 +119,8 @@ def mistral4(view: ConfigView, names: ModuleNames = LLAMA_NAMES) -> ModelSpec:
     mixer = mla(view, interleaved=view.flag("rope_interleave"), whole_head=True)
     width = mixer.nope + mixer.rope
     rope_keys = (*_ROPE_KEYS, _BETA, _ORIGINAL, "max_position_embeddings")
-    rope = read_rope(view, width, partial=True, share=mixer.rope / width, more=rope_keys)
+    keys = RopeKeys(share=mixer.rope / width)
+    rope = read_rope(view, width, partial=True, more=rope_keys, keys=keys)
     if rope.dims != mixer.rope:
         raise view.error("partial_rotary_factor", f"{rope.dims} of qk_rope_head_dim = {mixer.rope} would be rotated.")
     scale = PositionScale(rope_parameter(view, _BETA), rope_parameter(view, _ORIGINAL))

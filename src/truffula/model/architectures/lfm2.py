@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from truffula.model.architectures.mamba_hybrid import layer_numbers
 from truffula.model.architectures.pieces import finish_spec, read_sizes
 from truffula.model.config_view import MOST, ConfigView
 from truffula.model.parts.attention import AttentionSpec
@@ -50,18 +51,13 @@ def lfm2(view: ConfigView) -> ModelSpec:
 
 def _kinds(view: ConfigView, layers: int) -> tuple[str, ...]:
     """The kind of each layer: ``layer_types``, else ``full_attn_idxs`` (null: all attend)."""
-    attend, kinds = view.raw("full_attn_idxs"), view.strings("layer_types", layers)
+    attend, kinds = layer_numbers(view, "full_attn_idxs"), view.strings("layer_types", layers)
     if kinds is None:
-        if attend is None:
-            attend = list(range(layers))
-        if not isinstance(attend, list) or not all(type(index) is int for index in attend):
-            raise view.error("full_attn_idxs", "expected a list of layer numbers.", attend)
-        kinds = tuple("full_attention" if index in attend else "conv" for index in range(layers))
+        every = view.raw("full_attn_idxs") is None
+        kinds = tuple("full_attention" if every or index in attend else "conv" for index in range(layers))
     for kind in kinds:
         if kind not in KINDS:
             raise view.error("layer_types", f"{kind} is not supported; {' and '.join(KINDS)} are.", kind)
-    if "full_attention" not in kinds:
-        raise view.error("layer_types", "a model without an attention layer is not supported.")
     return kinds
 
 

@@ -47,13 +47,19 @@ def read_sizes(view: ConfigView, mlp: str = "intermediate_size") -> Sizes:
 
     ``mlp`` is the key of the MLP's width.
     """
-    hidden, heads = view.integer("hidden_size"), view.integer("num_attention_heads")
-    kv_heads = heads
+    kv_heads = None
     if not (view.written("num_key_value_heads") and view.raw("num_key_value_heads") is None):
-        kv_heads = view.optional_integer("num_key_value_heads") or heads
+        kv_heads = view.optional_integer("num_key_value_heads")
+    return sizes_of(view, kv_heads, view.optional_integer("head_dim"), view.integer(mlp))
+
+
+def sizes_of(view: ConfigView, kv_heads: int | None, head_dim: int | None, mlp: int | None) -> Sizes:
+    """The sizes, with what configs have under several keys: KV heads (None: as many as heads), the width of a head
+    (None: hidden / heads) and that of the MLP (None: 4 hidden)."""
+    hidden, heads = view.integer("hidden_size"), view.integer("num_attention_heads")
+    kv_heads = kv_heads or heads
     if heads % kv_heads:
         raise view.error("num_key_value_heads", f"it does not divide the {heads} attention heads.", kv_heads)
-    head_dim = view.optional_integer("head_dim")
     if head_dim is None:
         if hidden % heads:
             raise view.error("hidden_size", f"{heads} heads do not divide it and head_dim is not given.", hidden)
@@ -61,14 +67,7 @@ def read_sizes(view: ConfigView, mlp: str = "intermediate_size") -> Sizes:
     layers = view.integer("num_hidden_layers")
     if layers > MOST_LAYERS:
         raise view.error("num_hidden_layers", f"at most {MOST_LAYERS} layers are served.", layers)
-    return Sizes(
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp=view.integer(mlp),
-    )
+    return Sizes(layers, hidden, heads, kv_heads, head_dim, 4 * hidden if mlp is None else mlp)
 
 
 def rms(view: ConfigView, module: str) -> NormSpec:
@@ -154,10 +153,15 @@ def windows(view: ConfigView, layers: int, window: int | None, kinds: Sequence[s
 
 
 def finish_spec(
-    view: ConfigView, layers: Sequence[LayerSpec], ropes: Sequence[RopeSpec], final_norm: NormSpec, **more: Any
-) -> ModelSpec:
-    """The spec of these layers; ``more``: other fields of ``ModelSpec``."""
+    view: ConfigView, layers: Sequence[LayerSpec], ropes: Sequence[RopeSpec], final_norm: NormSpec | None, *,
+    positions: str | int = "max_position_embeddings", **more: Any,
+) -> ModelSpec:  # fmt: skip
+    """The spec of these layers. ``positions`` is the longest length, or its key, which scaled ropes extend; ``more``:
+    other fields of ``ModelSpec``."""
     view.must_be("is_encoder_decoder", (False,), "only decoder-only models are supported.")
+    limit = view.integer(positions) if isinstance(positions, str) else positions
+    if isinstance(positions, str) and ropes:
+        limit = extended_positions(view, limit)
     return ModelSpec(
         model_type=view.model_type,
         vocab_size=view.integer("vocab_size"),
@@ -165,6 +169,6 @@ def finish_spec(
         layers=tuple(layers),
         ropes=tuple(ropes),
         final_norm=final_norm,
-        max_positions=extended_positions(view, view.integer("max_position_embeddings")),
+        max_positions=limit,
         **more,
     )

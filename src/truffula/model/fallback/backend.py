@@ -108,6 +108,7 @@ class TransformersBackend:
             (part,) = pull(decl)
             stored[decl.name] = view(as_array(part))
         tensors = {name: stored[source] for name, source in described.sources.items()}
+        tensors |= {name: tensors[name].reshape(()) for name in described.scalars}
         tied = described.names.head if described.tied else ""
         convert(model, tensors, dtype, self.device, tied=tied)
         head = model.get_output_embeddings()

@@ -46,7 +46,7 @@ class TransformersModel:
     """A model of transformers, ready to be loaded.
 
     ``sources`` are the tensors to load: the name that transformers renames → the name in the checkpoint. ``serial`` is
-    the reason why sequences are computed one at a time, or empty.
+    the reason why sequences are computed one at a time, or empty. ``scalars`` are the sources without a shape.
     """
 
     skeleton: Skeleton
@@ -55,6 +55,7 @@ class TransformersModel:
     tied: bool
     sources: dict[str, str]
     serial: str
+    scalars: frozenset[str]
 
     @property
     def class_name(self) -> str:
@@ -104,7 +105,7 @@ def plan_transformers(checkpoint: Checkpoint, serial: str = "") -> ModelPlan:
     defaults = CONFIG_MAPPING[skeleton.model_type]()
     tying, warnings = decide_tying(checkpoint, tables, getattr(defaults, "tie_word_embeddings", None))
     model = _complete(checkpoint, skeleton, names, tying, serial)
-    program = model.program({name: checkpoint.tensors[name].shape for name in model.sources.values()})
+    program = model.program({name: checkpoint.tensors[name].shape or (1,) for name in model.sources.values()})
     text = defaults.get_text_config()
     ends, end_warnings = end_tokens(checkpoint, skeleton.model_type, program.vocab_size, text.eos_token_id)
     used = set(model.sources.values())
@@ -151,14 +152,15 @@ def _complete(
             value=str(getattr(skeleton.text, "is_decoder", None)),
         )
     serial = serial or traced.problem
-    if serial and not traced.cache.argument:
+    if serial and not traced.cache.name:
         raise UnsupportedModel(
             f"config.json: {skeleton.model_class.__name__} of transformers can only compute one sequence at a time "
             f"({serial}), and has no cache to continue it with.",
             param="model_type",
             value=skeleton.model_type,
         )
-    return TransformersModel(skeleton, traced, names, tied, sources, serial)
+    scalars = frozenset(name for name, stored in sources.items() if not checkpoint.tensors[stored].shape)
+    return TransformersModel(skeleton, traced, names, tied, sources, serial, scalars)
 
 
 def _sites(skeleton: Skeleton, traced: Trace, names: StoredNames) -> tuple[Site, ...]:

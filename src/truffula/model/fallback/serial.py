@@ -108,9 +108,9 @@ class SerialExecutable(TransformersExecutable):
             self.hooks.rows = [Segment(0, hi - lo, segment.ops, segment.weight) for segment in active]
             self.hooks.head_rows = [Segment(0, len(kept), segment.ops, segment.weight) for segment in active]
             cache = self.described.trace.cache
-            past = {} if sequence.cache is None else {cache.argument: sequence.cache}
+            past = {} if sequence.cache is None else {cache.name: sequence.cache}
             logits, out = self.forward(tokens[lo:hi], kept, use_cache=True, **past)
-            sequence.cache = out[cache.output]
+            sequence.cache = out[cache.name]
             found.append(logits)
         sequence.computed = before + len(tokens)
         return np.asarray(torch.cat(found).cpu().numpy())

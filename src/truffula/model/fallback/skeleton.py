@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.auto_factory import _get_model_class
 
 from truffula.errors import UnsupportedModel
+from truffula.model.config_view import KeyUse, shown
 
 # Of the file, not of the model: the checkpoint layer dequantises, and code from repositories is never run.
 _NOT_PASSED = (
@@ -34,7 +35,23 @@ class Skeleton:
     model_type: str
     model_class: Any
     config: Any
-    warnings: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        if not self.unknown:
+            return ()
+        return (f"config.json: {type(self.config).__name__} of transformers does not know {', '.join(self.unknown)}.",)
+
+    def key_uses(self, given: Mapping[str, Any]) -> tuple[KeyUse, ...]:
+        """The use of every key of a config.json, in its order."""
+        reader = f"read by {type(self.config).__name__} of transformers"
+        uses = {
+            **dict.fromkeys(self.unknown, "unknown, not used"),
+            **dict.fromkeys(_NOT_PASSED, "without effect when serving"),
+        }
+        uses |= {"quantization_config": "used", "tie_word_embeddings": "used"}
+        return tuple(KeyUse(key, shown(value), uses.get(key, reader)) for key, value in given.items())
 
     @cached_property
     def text(self) -> Any:
@@ -54,7 +71,8 @@ class Skeleton:
     @property
     def max_positions(self) -> int:
         """The longest sequence. Rotary tables that depend on the length of the batch are constant up to it."""
-        longest = next((getattr(self.text, name) for name in _LENGTHS if getattr(self.text, name, None)), _UNLIMITED)
+        given = [getattr(self.text, name, None) or 0 for name in _LENGTHS]
+        longest = next((length for length in given if length > 0), _UNLIMITED)
         original = next((rope["original_max_position_embeddings"] for rope in self._growing_ropes), None)
         return int(longest if original is None else min(longest, original))
 
@@ -85,7 +103,7 @@ class Skeleton:
         """The same model with the flag ``tie_word_embeddings`` set."""
         config = copy.deepcopy(self.config)
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
-        return Skeleton(self.model_type, self.model_class, config, self.warnings)
+        return Skeleton(self.model_type, self.model_class, config, self.unknown)
 
     def built(self, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
         """The model on the meta device. ``attention`` None is the class's own implementation."""
@@ -118,7 +136,7 @@ def make_skeleton(given: Mapping[str, Any]) -> Skeleton:
     config_class = CONFIG_MAPPING[model_type]
     values = {key: value for key, value in given.items() if key not in _NOT_PASSED}
     try:
-        config = config_class.from_dict(values)
+        config = config_class.from_dict(config_class._decode_special_floats(values))
     except Exception as error:
         why = " ".join(str(error).split())
         raise UnsupportedModel(f"config.json: {version} refuses it: {why}", param="config", value=model_type) from error
@@ -138,10 +156,7 @@ def make_skeleton(given: Mapping[str, Any]) -> Skeleton:
         )
     known = {*config_class().to_dict(), *getattr(config_class, "attribute_map", {}), *_PYTHON, *_NOT_PASSED}
     unknown = sorted(key for key in given if key not in known and not hasattr(config_class, key))
-    warnings = [f"config.json: {config_class.__name__} of transformers does not know {', '.join(unknown)}."] * bool(
-        unknown
-    )
-    skeleton = Skeleton(model_type, _get_model_class(config, mapping), config, tuple(warnings))
+    skeleton = Skeleton(model_type, _get_model_class(config, mapping), config, tuple(unknown))
     try:
         skeleton.built()
     except Exception as error:

@@ -1,7 +1,7 @@
 """What a transformers model does in one forward pass: its attention calls, its cache, and the inputs of its linears.
 
-The pass runs on the meta device: no weights, no memory, and shapes as they will be. Masks are not tensors in it: a mask
-function of transformers is asked which keys a query far inside a sequence sees.
+The pass runs without weights, on the meta device where the code allows it, with shapes as they will be. Masks are not
+tensors in it: a mask function of transformers is asked which keys a query far inside a sequence sees.
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from truffula.errors import UnsupportedModel
 from truffula.model.fallback.skeleton import Skeleton
 
-_CACHES = {
-    "past_key_values": ("cache", "past_key_values"),  # the argument was renamed in transformers 5.24
-    "cache_params": ("cache_params",),
-    "state": ("state",),
-    "mems": ("mems",),
-}  # fmt: skip
+_CACHES = ("cache", "past_key_values", "cache_params", "state", "mems")
+"""Names of a model's cache, in its output and as an argument. The second was the first's before transformers 5.24."""
 _TRACED = "truffula_traced"
 _TOKENS = 37  # unlike any width, so that an axis of tokens is recognised
 _KEPT = 5  # of them, the rows whose logits are computed
@@ -54,14 +50,13 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class Cache:
-    """The cache that a model returned as ``output``, and takes back as ``argument``; both empty when it has none."""
+    """The cache that a model returns, and takes back by the same ``name``; empty when it has none."""
 
-    output: str
-    argument: str
+    name: str
     made: Any
 
 
-NO_CACHE = Cache("", "", None)
+NO_CACHE = Cache("", None)
 
 
 @dataclass(frozen=True)
@@ -86,33 +81,35 @@ def trace(skeleton: Skeleton) -> Trace:
     Raises:
         UnsupportedModel: The model cannot be run without weights, so that its memory is not known before it is loaded.
     """
-    try:
-        return _traced(skeleton)
-    except Exception as error:
-        why = " ".join(str(error).split())
-        raise UnsupportedModel(
-            f"model_type {skeleton.model_type!r}: the memory of its cache cannot be planned, because "
-            f"{skeleton.model_class.__name__} of transformers does not run without weights: {why}",
-            param="model_type",
-            value=skeleton.model_type,
-        ) from error
+    for device in ("meta", "cpu"):  # on the CPU memory that is never written to costs none
+        try:
+            return _traced(skeleton, device)
+        except Exception as error:  # noqa: BLE001  (foreign code raises anything)
+            failure = error
+    raise UnsupportedModel(
+        f"model_type {skeleton.model_type!r}: the memory of its cache cannot be planned, because "
+        f"{skeleton.model_class.__name__} of transformers does not run without weights: "
+        f"{' '.join(str(failure).split())}",
+        param="model_type",
+        value=skeleton.model_type,
+    ) from failure
 
 
-def _traced(skeleton: Skeleton) -> Trace:
+def _traced(skeleton: Skeleton, device: str) -> Trace:
     attention: str | None = _TRACED
     try:
-        recorder, linears, cache = _run(skeleton, attention)
+        recorder, linears, cache = _run(skeleton, attention, device)
         layers = {type(layer).__name__ for layer in getattr(cache.made, "layers", [])}
         problem = _problem(skeleton, recorder.calls, layers)
     except Exception:  # noqa: BLE001  (of code that expects a mask: a reason, not a failure)
         attention = None
-        recorder, linears, cache = _run(skeleton, attention)
+        recorder, linears, cache = _run(skeleton, attention, device)
         problem = "its code computes with the attention mask, which a packed batch does not have"
-    longer = _run(skeleton, attention, tokens=2 * _TOKENS)[2]
+    longer = _run(skeleton, attention, device, tokens=2 * _TOKENS)[2]
     first, second = _numbers(cache.made, set()), _numbers(longer.made, set())
     per_token = -(-(second - first) // _TOKENS)
     widths = per_token, max(0, first - per_token * _TOKENS)
-    return Trace(tuple(recorder.calls), Cache(cache.output, cache.argument, None), widths, linears, problem)
+    return Trace(tuple(recorder.calls), Cache(cache.name, None), widths, linears, problem)
 
 
 class _Recorder:
@@ -174,7 +171,7 @@ class _Visible:
 
 
 def _run(
-    skeleton: Skeleton, attention: str | None, tokens: int = _TOKENS
+    skeleton: Skeleton, attention: str | None, device: str, tokens: int = _TOKENS
 ) -> tuple[_Recorder, Mapping[str, bool], Cache]:
     """One pass: the recorded calls, ``Trace.linears``, and the cache with the name of its argument."""
     recorder = _Recorder()
@@ -182,26 +179,31 @@ def _run(
     AttentionMaskInterface.register(_TRACED, recorder.mask)
     model = skeleton.built(attention=attention)
     model.set_experts_implementation("batched_mm")  # the others read expert ids, which a meta tensor has not
+    if device != "meta":
+        model.to_empty(device=device)
+        for buffer in model.buffers():
+            buffer.zero_()
     rows: dict[str, set[int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-            module.register_forward_pre_hook(_note_rows(rows, name))
+            module.register_forward_hook(_note_rows(rows, name))
     kept = {"logits_to_keep": torch.arange(_KEPT)} if "logits_to_keep" in skeleton.arguments else {}
-    with torch.device("meta"), torch.no_grad():
+    with torch.device(device), torch.no_grad():
         out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True, **kept)
-    returned = [name for name in _CACHES if getattr(out, name, None) is not None]
-    taken = [(name, argument) for name in returned for argument in _CACHES[name] if argument in skeleton.arguments]
-    cache = Cache(*taken[0], out[taken[0][0]]) if taken else NO_CACHE
+    names = [name for name in _CACHES if name in out and name in skeleton.arguments]
+    cache = Cache(names[0], out[names[0]]) if names else NO_CACHE
     linears = {name: found == {_KEPT} for name, found in rows.items() if found in ({tokens}, {_KEPT})}
     return recorder, linears, cache
 
 
 def _note_rows(rows: dict[str, set[int]], name: str) -> Callable[..., None]:
-    """A hook that adds the rows of a module's input to its ``rows``; -1 unless they lie along one axis."""
+    """A hook that adds the rows of a module's input to its ``rows``; -1 unless they lie along one axis and the output
+    is one tensor."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         shape = args[0].shape if isinstance(module, nn.Embedding) else args[0].shape[:-1]
-        rows.setdefault(name, set()).add(shape.numel() if shape.numel() in shape else -1)
+        plain = shape.numel() in shape and isinstance(output, Tensor)
+        rows.setdefault(name, set()).add(shape.numel() if plain else -1)
 
     return hook
 

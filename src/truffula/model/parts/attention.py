@@ -30,7 +30,7 @@ class AttentionSpec:
     ``k_norm`` act per head, or over all heads with ``norm_over`` width; before the rotation, or after it with
     ``norm_rotated``. ``clip`` bounds q, k and v before both. ``position_scale`` multiplies q last. ``scale`` multiplies
     q·k, ``softcap`` c makes scores c * tanh(s / c). ``gated``: the q module has the rows of q and of a gate for each
-    head; the result is multiplied by sigmoid(gate).
+    head; the result is multiplied by sigmoid(gate). ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
     """
 
     heads: int
@@ -50,6 +50,8 @@ class AttentionSpec:
     gated: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
+    alibi: tuple[float, ...] = ()
+    alibi_rounded: bool = False
 
     @property
     def q_width(self) -> int:
@@ -72,17 +74,23 @@ class AttentionSpec:
         return self.kv_width, self.kv_width
 
     def first_module(self, names: ModuleNames) -> str:
-        return names.q
+        return names.q if names.qkv_order == "split" else str(names.qkv)
 
     def last_module(self, names: ModuleNames) -> str:
         return names.out
 
     def rows(self, rows: LayerRows) -> None:
-        names, fused = rows.names, None if self.gated else rows.names.qkv
-        order = RowOrder(self.heads, (self.head_dim, self.head_dim)) if self.gated else None
-        q = (names.q, self.q_width + self.gate_width, order)
-        q_k_v: list[RowPart] = [q, (names.k, self.kv_width), (names.v, self.kv_width)]
-        rows.linear("qkv", q_k_v, rows.hidden, bias=self.qkv_bias, fused=fused)
+        names, width, order = rows.names, rows.hidden, None
+        if names.qkv_order == "split":
+            order = RowOrder(self.heads, (self.head_dim, self.head_dim)) if self.gated else None
+            q = (names.q, self.q_width + self.gate_width, order)
+            q_k_v: list[RowPart] = [q, (names.k, self.kv_width), (names.v, self.kv_width)]
+            rows.linear("qkv", q_k_v, width, bias=self.qkv_bias, fused=None if self.gated else names.qkv)
+        else:
+            if names.qkv_order == "grouped" and self.kv_heads > 1:
+                share = self.heads // self.kv_heads
+                order = RowOrder(self.kv_heads, (share * self.head_dim, self.head_dim, self.head_dim))
+            rows.linear("qkv", [(str(names.qkv), self.qkv_width, order)], width, bias=self.qkv_bias)
         rows.norm("q_norm", self.q_norm, self.q_width // self._groups(self.heads), self._groups(self.heads))
         rows.norm("k_norm", self.k_norm, self.kv_width // self._groups(self.kv_heads), self._groups(self.kv_heads))
         rows.linear("out", [(names.out, rows.hidden)], self.q_width, bias=self.out_bias)
@@ -95,7 +103,7 @@ class AttentionSpec:
         k = Ref(qkv.buffer, self.q_width + self.gate_width, self.kv_width)
         v = Ref(qkv.buffer, k.start + self.kv_width, self.kv_width)
         # transformers clips what its modules return.
-        probe = build.probe(names.q, "out") if self.clip is None else None
+        probe = build.probe(self.first_module(names), "out") if self.clip is None else None
         build.linear("qkv", x, qkv, probe, Epilogue(clip=self.clip))
         if not self.norm_rotated:
             self._write_norms(build, q, k)
@@ -111,7 +119,7 @@ class AttentionSpec:
         build.append(Attention(name="attention", probe=None if self.gated else probe, q=q, k=k, v=v, out=attended,
                                group=group, planes=(planes[0], planes[1]), heads=self.heads, kv_heads=self.kv_heads,
                                dim_k=self.head_dim, dim_v=self.head_dim, scale=self.scale, window=self.window,
-                               softcap=self.softcap))  # fmt: skip
+                               softcap=self.softcap, alibi=self.alibi, alibi_rounded=self.alibi_rounded))  # fmt: skip
         if self.gated:
             build.append(Pointwise(name="gate", probe=probe, kind="sigmoid_mul", x=attended, y=gate, out=attended))
         build.output("out", attended)
@@ -123,7 +131,8 @@ class AttentionSpec:
     def _rotate(self, build: LayerBuilder, rope: int, q: Ref, k: Ref) -> None:
         """Where q and k are adjacent, one op rotates the heads of both."""
         last = not self.norm_rotated and self.position_scale is None and not self.gated
-        probe = build.probe(build.names.attention, "in") if last else None
+        module = build.names.attention if last else None
+        probe = None if module is None else build.probe(module, "in")
         for x in (q, k) if self.gated else (Ref(q.buffer, q.start, q.width + k.width),):
             build.append(Rope(name="rope", probe=probe, x=x, rows=build.rope_rows(rope),
                               heads=x.width // self.head_dim, head_dim=self.head_dim, start=0,

@@ -35,16 +35,21 @@ class MlpSpec:
         return ()
 
     def first_module(self, names: ModuleNames) -> str:
+        if self.gated and names.gate_up_fused:
+            return str(names.gate_up)
         return names.gate if self.gated else names.up
 
     def last_module(self, names: ModuleNames) -> str:
         return names.down
 
     def rows(self, rows: LayerRows) -> None:
-        names, parts = rows.names, [(rows.names.up, self.width)]
-        if self.gated:
-            parts = [(names.gate, self.width), *parts]
-        rows.linear("mlp_in", parts, rows.hidden, bias=self.in_bias, fused=names.gate_up if self.gated else None)
+        names, fused = rows.names, None
+        parts = [(names.up, self.width)]
+        if self.gated and names.gate_up_fused:
+            parts = [(str(names.gate_up), 2 * self.width)]
+        elif self.gated:
+            parts, fused = [(names.gate, self.width), *parts], names.gate_up
+        rows.linear("mlp_in", parts, rows.hidden, bias=self.in_bias, fused=fused)
         if self.activation == "xielu":
             rows.numbers("xielu", [f"{names.activation}.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")])
         rows.linear("mlp_out", [(names.down, rows.hidden)], self.width, bias=self.out_bias)

@@ -51,6 +51,7 @@ StepArrays step_arrays(HeldArrays& held, const nb::object& inputs, const Capacit
   return {step_array<int32_t>(held, inputs, "token_ids", T),
           step_array<int32_t>(held, inputs, "position", T),
           step_array<int32_t>(held, inputs, "rope_pos", 3 * T),
+          step_array<int32_t>(held, inputs, "rope_length", T),
           step_array<int32_t>(held, inputs, "slot_mapping", groups * T),
           step_array<int32_t>(held, inputs, "block_tables", groups * N * c.max_blocks_per_seq),
           step_array<int32_t>(held, inputs, "q_start", N + 1),

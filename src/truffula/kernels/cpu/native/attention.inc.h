@@ -34,6 +34,7 @@ struct View {
 };
 
 TF_INLINE int position_of(const View* v, int row) { return v->item->position + row / v->queries_per_kv; }
+TF_INLINE int head_of(const View* v, int row) { return v->item->kv_head * v->queries_per_kv + row % v->queries_per_kv; }
 TF_INLINE int first_key(const View* v, int position) {
   return first_visible(v->c->window, v->c->chunked, position);
 }
@@ -169,12 +170,22 @@ static void compute_scores(const View* v, int from, int lo, int hi) {
   }
 }
 
+alignas(64) constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// The bias by position (ALiBi) of 16 keys from `key` on.
+TF_INLINE V alibi_bias(const AttentionCall* c, float slope, int key) {
+  const V position = rounded(load(kLaneNumbers) + set1((float)key), c->alibi_rounded);
+  const V bias = rounded(position * set1(slope), c->alibi_rounded);
+  return c->alibi_rounded ? bias * set1(c->scale) : bias;
+}
+
 // Turns a row's scores of the keys lo .. hi into weights exp(score - max); the weights of other keys in these blocks
 // become zero. Stores the row's maximum and sum.
 static void softmax_weights(const View* v, int row, int from, int block_lo, int block_hi, int lo, int hi) {
   const AttentionCall* c = v->c;
   const int size = c->cache.block_size;
   float* scores = v->scores + (int64_t)row * v->part_stride;
+  const float slope = c->alibi ? c->alibi[head_of(v, row)] : 0.0f;
   V best = set1(-INFINITY);
   for (int block = block_lo; block < block_hi; ++block)
     for (int lane = 0; lane < v->lanes; lane += kLanes) {
@@ -183,6 +194,7 @@ static void softmax_weights(const View* v, int row, int from, int block_lo, int 
       const int end = size - lane < kLanes ? key + size - lane : key + kLanes;
       V a = load(s) * set1(c->scale);
       if (c->softcap != 0.0f) a = softcapped(a, c->softcap);
+      if (c->alibi) a = a + alibi_bias(c, slope, key);
       store(s, a);
       if (key < lo || end > hi || end - key < kLanes) {
         for (int i = 0; i < kLanes; ++i)
@@ -309,7 +321,7 @@ static void merge(const View* v, int row) {
 // Divides by the sum of the weights, to which a sink adds without a value, rounds once, and writes the row.
 static void write_output(const View* v, int row) {
   const AttentionCall* c = v->c;
-  const int head = v->item->kv_head * v->queries_per_kv + row % v->queries_per_kv;
+  const int head = head_of(v, row);
   float by = 1.0f / v->sum[row];
   if (c->sinks) {
     const float sink = c->sinks[head], top = sink > v->top[row] ? sink : v->top[row];

@@ -103,6 +103,8 @@ void Executable::check(const PointwiseOp& op) const {
 void Executable::check(const RopeRowsOp& op) const {
   require(!has_logit_rows(op.out), "rope rows: out has a row per token");
   require(op.out.width == static_cast<int64_t>(2 * op.inv_freq.size()), "rope rows: width");
+  require(op.long_freq.empty() || op.long_freq.size() == op.inv_freq.size(), "rope rows: long_freq");
+  require(op.border >= 0 && (op.border == 0 || !op.long_freq.empty() || (op.growth >= 1.0f && op.inv_freq.size() > 1)), "rope rows: growth");
 }
 
 void Executable::check(const RopeOp& op) const {
@@ -123,6 +125,7 @@ void Executable::check(const AttentionOp& op) const {
   require(op.group >= 0 && op.group < groups_, "attention: group");
   require_disjoint(op.out, {&op.q, &op.k, &op.v}, "attention: q, k or v lies where out is written");
   require_vector(op.sinks, heads, "attention: sinks");
+  require(op.alibi.empty() || op.alibi.size() == static_cast<size_t>(heads), "attention: alibi");
 }
 
 void Executable::check(const GatedDeltaOp& op) const {
@@ -184,6 +187,23 @@ void Executable::check(const CausalConvOp& op) const {
   require_state(op.state, (taps - 1) * width);
   require(is_activation(op.activation), "causal conv: activation");
   require_disjoint(op.out, {&op.x}, "causal conv: x lies where out is written");
+}
+
+void Executable::check(const Mamba2Op& op) const {
+  require(!has_logit_rows(op.out), "mamba2: out has a row per token");
+  require_same_rows(op.out, {&op.x, &op.b, &op.c, &op.dt});
+  const int64_t heads = op.heads, width = op.head_dim, groups = op.groups, size = op.state_size;
+  require(heads > 0 && width > 0 && groups > 0 && size > 0 && heads % groups == 0, "mamba2: heads");
+  require(op.x.width == heads * width && op.out.width == op.x.width && op.dt.width == heads &&
+              op.b.width == groups * size && op.c.width == groups * size, "mamba2: width");
+  require(heads * width <= kMaxColumns && heads * width * size <= kMaxWidth, "mamba2: a state that is too large");
+  for (int32_t id : {op.rate, op.dt_bias, op.skip}) {
+    weight(id);  // none may be absent
+    require_vector(id, heads, "mamba2: rate, dt_bias or skip");
+  }
+  require(op.dt_limit[0] >= 0.0f && op.dt_limit[0] < op.dt_limit[1], "mamba2: dt_limit");
+  require_state(op.state, heads * width * size);
+  require_disjoint(op.out, {&op.x, &op.b, &op.c, &op.dt}, "mamba2: an operand lies where out is written");
 }
 
 void Executable::check(const TakeRowsOp& op) const {

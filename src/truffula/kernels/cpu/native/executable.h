@@ -30,7 +30,7 @@ struct Capacity {
 
 // The arrays that vary from step to step, owned by the caller (see kernels/inputs.py for shapes and meaning).
 struct StepArrays {
-  const int32_t *token_ids, *position, *rope_pos, *slot_mapping, *block_tables, *q_start, *kv_len, *seg, *seg_r;
+  const int32_t *token_ids, *position, *rope_pos, *rope_length, *slot_mapping, *block_tables, *q_start, *kv_len, *seg, *seg_r;
   const float* seg_weight;
   const int32_t* logit_rows;
   const int32_t *span_start, *state_in, *state_out;
@@ -151,6 +151,7 @@ class Executable {
   void check(const RouteOp&) const;
   void check(const ExpertLinearOp&) const;
   void check(const CausalConvOp&) const;
+  void check(const Mamba2Op&) const;
   void check(const TakeRowsOp&) const;
   States states_of(int32_t id) const;
   void plan_spans();
@@ -192,6 +193,7 @@ class Executable {
   void run_op(const RouteOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const ExpertLinearOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const CausalConvOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const Mamba2Op&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const TakeRowsOp&, const Stage&, int32_t chunk, ThreadState&);
   bool converts_x(int32_t weight, const Ref& x) const;
   std::vector<float> packed_bias(int32_t bias, int32_t matrix) const;

@@ -160,6 +160,15 @@ struct ConvCall {
 };
 constexpr int32_t kMaxTaps = 16;
 
+// The state space of one head of a span: a state is [head_dim, state_size] per head.
+struct Mamba2Call {
+  Rows x, b, c, dt, out;
+  const float *rate, *dt_bias, *skip;
+  States states;
+  int32_t heads, head_dim, groups, state_size, round_out;
+  float dt_low, dt_high;
+};
+
 // One layer's KV cache. Keys: per block and KV head, lines of 16 tokens. Values: per block and KV head, a row of
 // dim_v values per token, padded to a multiple of 16. `latent`: `values` alone, rows of dim_k numbers per token, padded
 // likewise. A row is the key of all heads, its first dim_v numbers are their value.
@@ -182,6 +191,8 @@ struct AttentionCall {
   KvCache cache;
   Rows q, k, v, out;
   const float* sinks;   // per head; may be null
+  const float* alibi;   // per head, the slope of its bias by the key's position; may be null
+  int32_t alibi_rounded;   // position and bias are rounded to bfloat16, and the bias is scaled as the scores are
   int32_t heads, window, chunked, round_out;
   float scale, softcap;
 };
@@ -251,6 +262,7 @@ struct Kernels {
   void (*rope)(const RopeCall*, int32_t row_lo, int32_t row_hi);
   // Columns lo .. hi of all spans, in their order; both are multiples of kLanes, but for the last column.
   void (*conv)(const ConvCall*, const StateSpan* spans, int32_t num_spans, int32_t column_lo, int32_t column_hi);
+  void (*mamba2)(const Mamba2Call*, const StateSpan* span, int32_t head);
   void (*write_kv)(const AttentionCall*, const int32_t* slots, int32_t row_lo, int32_t row_hi);
   void (*attend)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*merge_parts)(const AttentionCall*, const AttentionItem*, float* scratch);

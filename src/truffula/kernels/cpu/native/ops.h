@@ -155,14 +155,15 @@ struct PointwiseOp {
 };
 
 struct RopeRowsOp {
-  std::vector<float> inv_freq;
-  float factor = 1.0f;
+  std::vector<float> inv_freq, long_freq;
+  float factor = 1.0f, growth = 0.0f;
+  int32_t border = 0;
   Ref out;
 
   static constexpr const char* kName = "RopeRows";
   template <class Self, class F>
   static void fields(Self& o, F&& f) {
-    f("inv_freq", o.inv_freq), f("factor", o.factor), f("out", o.out);
+    f("inv_freq", o.inv_freq), f("factor", o.factor), f("border", o.border), f("long_freq", o.long_freq), f("growth", o.growth), f("out", o.out);
   }
 };
 
@@ -185,6 +186,8 @@ struct AttentionOp {
   int64_t window = 0;               // 0: none; positions are int32, so larger ones hide no key
   float scale = 1.0f, softcap = 0.0f;
   int32_t sinks = kAbsent;
+  std::vector<float> alibi;
+  bool alibi_rounded = false;
   bool chunked = false;
 
   static constexpr const char* kName = "Attention";
@@ -193,6 +196,7 @@ struct AttentionOp {
     f("q", o.q), f("k", o.k), f("v", o.v), f("out", o.out), f("group", o.group), f("planes", o.planes);
     f("heads", o.heads), f("kv_heads", o.kv_heads), f("dim_k", o.dim_k), f("dim_v", o.dim_v), f("scale", o.scale);
     f("window", o.window), f("softcap", o.softcap), f("sinks", o.sinks);
+    f("alibi", o.alibi), f("alibi_rounded", o.alibi_rounded);
     f("chunked", o.chunked);
   }
 };
@@ -277,6 +281,20 @@ struct CausalConvOp {
   }
 };
 
+struct Mamba2Op {
+  Ref x, b, c, dt, out;
+  int32_t state = 0, rate = 0, dt_bias = 0, skip = 0, heads = 0, head_dim = 0, groups = 0, state_size = 0;
+  std::array<float, 2> dt_limit{};
+
+  static constexpr const char* kName = "Mamba2";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("x", o.x), f("b", o.b), f("c", o.c), f("dt", o.dt), f("out", o.out), f("state", o.state), f("rate", o.rate);
+    f("dt_bias", o.dt_bias), f("skip", o.skip), f("heads", o.heads), f("head_dim", o.head_dim), f("groups", o.groups);
+    f("state_size", o.state_size), f("dt_limit", o.dt_limit);
+  }
+};
+
 struct TakeRowsOp {
   Ref x, out;
 
@@ -288,7 +306,7 @@ struct TakeRowsOp {
 };
 
 using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, MlaOp, CausalConvOp,
-                        GatedDeltaOp, RouteOp, ExpertLinearOp, TakeRowsOp>;
+                        GatedDeltaOp, Mamba2Op, RouteOp, ExpertLinearOp, TakeRowsOp>;
 
 // The columns that an op writes.
 inline const Ref& out_of(const Op& op) {

@@ -93,7 +93,7 @@ static void pointwise(const PointwiseCall* c, int32_t row_lo, int32_t row_hi) {
         default: {
           const float* y = c->y.data + t * c->y.stride;
           const V b = c->y_column ? set1(*y) : load_n(y + i, n);
-          a = a * (c->kind == kMul ? b : vsigmoid(b));
+          a = a * (c->kind != kMul ? vsigmoid(b) : c->activation ? activated(b, c->activation) : b);
         }
       }
       store_n(c->out.data + t * c->out.stride + i, rounded(a, c->round_out), n);

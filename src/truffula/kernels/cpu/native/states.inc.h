@@ -1,9 +1,10 @@
 // Ops that read and write sequence states.
 #pragma once
 
+#include <math.h>
 #include <string.h>
 
-#include "vec.h"
+#include "rows.inc.h"
 
 namespace truffula {
 namespace {
@@ -38,6 +39,36 @@ static void conv(const ConvCall* c, const StateSpan* spans, int32_t num_spans, i
     for (int k = 0; k < history; ++k)
       memmove(after + (int64_t)k * c->width + column_lo, conv_input(c, span, before, count - history + k) + column_lo,
               (size_t)(column_hi - column_lo) * sizeof(float));
+  }
+}
+
+static void mamba2(const Mamba2Call* c, const StateSpan* span, int32_t head) {
+  const int width = c->head_dim, size = c->state_size, group = head / (c->heads / c->groups);
+  const int64_t place = (int64_t)head * width * size;
+  const float* before = c->states.data + span->in * c->states.stride + place;
+  float* state = c->states.data + span->out * c->states.stride + place;
+  for (int t = span->lo; t < span->hi; ++t, before = state) {
+    const float dt = softplus(c->dt.data[t * c->dt.stride + head] + c->dt_bias[head]);
+    const float step = dt < c->dt_low ? c->dt_low : dt > c->dt_high ? c->dt_high : dt;
+    const V decay = set1(expf(c->rate[head] * step));
+    const float* x = c->x.data + t * c->x.stride + (int64_t)head * width;
+    const float* b = c->b.data + t * c->b.stride + (int64_t)group * size;
+    const float* q = c->c.data + t * c->c.stride + (int64_t)group * size;
+    float* out = c->out.data + t * c->out.stride + (int64_t)head * width;
+    for (int p = 0; p < width; ++p) {
+      const V input = set1(step * x[p]);
+      const float* from = before + (int64_t)p * size;
+      float* to = state + (int64_t)p * size;
+      V sum = zero();
+      for (int i = 0; i < size; i += kLanes) {
+        const int n = size - i;
+        const V h = fma(input, load_n(b + i, n), decay * load_n(from + i, n));
+        sum = fma(h, load_n(q + i, n), sum);
+        store_n(to + i, h, n);
+      }
+      const float y = sum_of(sum) + c->skip[head] * x[p];
+      out[p] = c->round_out ? to_float(to_bf16(y)) : y;
+    }
   }
 }
 

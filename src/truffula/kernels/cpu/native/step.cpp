@@ -159,6 +159,8 @@ int32_t Executable::chunks_of(const Stage& stage) {
     const int32_t panels = (conv->x.width + kLanes - 1) / kLanes;
     return std::min(panels, counts_.T < kFineRows ? team : 4 * team);
   }
+  if (const auto* mamba2 = std::get_if<Mamba2Op>(&op))
+    return static_cast<int32_t>(std::min<int64_t>(static_cast<int64_t>(counts_.N) * mamba2->heads, 4 * team));
   if (const auto* take = std::get_if<TakeRowsOp>(&op)) return row_chunks(rows_of(take->out), team);
   if (const auto* rope = std::get_if<RopeOp>(&op)) return row_chunks(rows_of(rope->x), team);
   return row_chunks(counts_.T, team);
@@ -280,8 +282,15 @@ void Executable::run_op(const RopeRowsOp& op, const Stage& stage, int32_t chunk,
   for (int32_t t = mine.lo; t < mine.hi; ++t) {
     float* row = out.data + t * out.stride;
     const auto position = static_cast<float>(in_.rope_pos[t]);
+    const int64_t length = std::max<int64_t>(in_.rope_length[t], static_cast<int64_t>(in_.rope_pos[t]) + 1);
+    const bool is_long = op.border > 0 && length > op.border;
+    const std::vector<float>& freq = is_long && !op.long_freq.empty() ? op.long_freq : op.inv_freq;
+    // The base grows with the length: each frequency falls by a power of this.
+    const double grown = is_long && op.long_freq.empty() ? op.growth * static_cast<double>(length) / op.border - (op.growth - 1.0) : 1.0;
     for (size_t i = 0; i < pairs; ++i) {
-      const float angle = position * op.inv_freq[i];
+      float inv_freq = freq[i];
+      if (grown != 1.0) inv_freq = static_cast<float>(inv_freq * std::pow(grown, -static_cast<double>(i) / static_cast<double>(pairs - 1)));
+      const float angle = position * inv_freq;
       row[i] = std::cos(angle) * op.factor;
       row[pairs + i] = std::sin(angle) * op.factor;
     }
@@ -306,6 +315,8 @@ AttentionCall Executable::call_of(const AttentionOp& op) const {
   call.v = rows(op.v);
   call.out = rows(op.out);
   call.sinks = op.sinks == kAbsent ? nullptr : weight(op.sinks).memory.floats();
+  call.alibi = op.alibi.empty() ? nullptr : op.alibi.data();
+  call.alibi_rounded = op.alibi_rounded;
   call.heads = op.heads;
   call.window = static_cast<int32_t>(op.window);
   call.chunked = op.chunked;
@@ -376,6 +387,20 @@ void Executable::run_op(const CausalConvOp& op, const Stage& stage, int32_t chun
                       states_of(op.state), op.x.width, static_cast<int32_t>(w.outputs / op.x.width), op.activation, rounded(op.out)};
   const auto mine = span_of((op.x.width + kLanes - 1) / kLanes, chunk, chunks_of(stage));
   kernels_->conv(&call, spans_.data(), static_cast<int32_t>(spans_.size()), mine.lo * kLanes, std::min(mine.hi * kLanes, op.x.width));
+}
+
+// A unit is one head of one sequence: all its spans, in their order.
+void Executable::run_op(const Mamba2Op& op, const Stage& stage, int32_t chunk, ThreadState&) {
+  const auto vector = [&](int32_t id) { return weight(id).memory.floats(); };
+  const Mamba2Call call{rows(op.x), rows(op.b), rows(op.c), rows(op.dt), rows(op.out), vector(op.rate), vector(op.dt_bias),
+                        vector(op.skip), states_of(op.state), op.heads, op.head_dim, op.groups, op.state_size,
+                        rounded(op.out), op.dt_limit[0], op.dt_limit[1]};
+  const auto mine = span_of(static_cast<int64_t>(counts_.N) * op.heads, chunk, chunks_of(stage));
+  for (int64_t unit = mine.lo; unit < mine.hi; ++unit) {
+    const auto [first, last] = spans_of_sequence_[static_cast<size_t>(unit / op.heads)];
+    for (int32_t z = first; z < last; ++z)
+      kernels_->mamba2(&call, &spans_[static_cast<size_t>(z)], static_cast<int32_t>(unit % op.heads));
+  }
 }
 
 void Executable::run_op(const TakeRowsOp& op, const Stage& stage, int32_t chunk, ThreadState&) {

@@ -1,0 +1,117 @@
+"""Nemotron-H: each layer is one part, Mamba-2, attention or an MLP, behind one norm."""
+
+from __future__ import annotations
+
+import math
+
+from truffula.model.architectures.mamba_hybrid import newer_kind
+from truffula.model.architectures.pieces import ACTIVATIONS, MOST_LAYERS, finish_spec
+from truffula.model.config_view import ConfigView
+from truffula.model.parts.attention import AttentionSpec
+from truffula.model.parts.mamba2 import Mamba2Spec
+from truffula.model.parts.mlp import MlpSpec
+from truffula.model.rows import NormSpec
+from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, Part
+
+NAMES = ModuleNames(
+    embed="embeddings",
+    q="mixer.q_proj",
+    k="mixer.k_proj",
+    v="mixer.v_proj",
+    qkv=None,
+    out="mixer.o_proj",
+    attention="mixer",
+    up="mixer.up_proj",
+    gate_up=None,
+    down="mixer.down_proj",
+    prefixes=(("backbone.", "lm_head"), ("model.", "lm_head")),
+    unused=("mtp.",),
+)
+_PATTERN = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+# Of layers with experts, of a rotary embedding, and of how Mamba is trained or its sums divided.
+_WITHOUT_EFFECT = (
+    *("n_routed_experts", "n_shared_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size"),
+    *("moe_latent_size", "moe_shared_expert_overlap", "num_experts_per_tok", "routed_scaling_factor", "n_group"),
+    *("topk_group", "norm_topk_prob", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "num_hidden_layers"),
+    *("use_mamba_kernels", "expand", "mamba_expand", "time_step_max", "mamba_dt_max", "time_step_limit"),
+    *("mamba_dt_limit", "time_step_floor", "mamba_dt_init_floor", "chunk_size", "mamba_chunk_size"),
+    *("mamba_proj_bias", "mamba_ssm_cache_dtype", "rescale_prenorm_residual", "residual_in_fp32"),
+    *(
+        "num_nextn_predict_layers",
+        "num_logits_to_keep",
+        "rope_theta",
+        "rope_parameters",
+        "rope_scaling",
+        "partial_rotary_factor",
+    ),
+)
+
+
+def nemotron_h(view: ConfigView) -> ModelSpec:
+    """Attention without positions; ``use_bias`` is of the linears of Mamba, attention has none."""
+    view.skip(*_WITHOUT_EFFECT)
+    view.must_be("attention_bias", (False,), "transformers ignores it: attention has no biases.")
+    view.must_be("sliding_window", (None,), "transformers ignores it: attention is full.")
+    eps = view.number("layer_norm_epsilon")
+    heads, kv_heads, head_dim = (
+        view.integer("num_attention_heads"),
+        view.integer("num_key_value_heads"),
+        view.integer("head_dim"),
+    )
+    if heads % kv_heads:
+        raise view.error("num_key_value_heads", f"it does not divide the {heads} attention heads.", kv_heads)
+    mixers: dict[str, Part] = {
+        "linear_attention": _mamba2(view, eps),
+        "full_attention": AttentionSpec(heads, kv_heads, head_dim, scale=head_dim**-0.5, rope=None),
+    }
+    bias = view.flag("mlp_bias")
+    activation = view.choice("mlp_hidden_act", ACTIVATIONS)
+    mlp = MlpSpec(view.integer("intermediate_size"), activation, gated=False, in_bias=bias, out_bias=bias)
+    norm = NormSpec("norm", eps, cast="last")
+    layers = [
+        LayerSpec(None, mlp, None, norm) if kind == "mlp" else LayerSpec(mixers[kind], None, norm, None)
+        for kind in _kinds(view)
+    ]
+    return finish_spec(view, layers, (), NormSpec("norm_f", eps, cast="last"), names=NAMES)
+
+
+def _mamba2(view: ConfigView, eps: float) -> Mamba2Spec:
+    heads, groups = view.integer("mamba_num_heads"), view.integer(_written(view, "mamba_n_groups", "n_groups"))
+    if heads % groups:
+        raise view.error("n_groups", f"it does not divide the {heads} heads.", groups)
+    return Mamba2Spec(
+        heads=heads,
+        head_dim=view.integer("mamba_head_dim"),
+        groups=groups,
+        state_size=view.integer("ssm_state_size"),
+        taps=view.integer(_written(view, "mamba_d_conv", "conv_kernel"), minimum=2),
+        eps=eps,
+        activation=view.choice("mamba_hidden_act", ACTIVATIONS),
+        bias=view.flag("use_bias"),
+        conv_bias=view.flag(_written(view, "mamba_conv_bias", "use_conv_bias")),
+        # Only transformers' form for whole prompts has this bound, and not that for one token.
+        dt_limit=(view.number(_written(view, "mamba_dt_min", "time_step_min")), math.inf),
+        module="mixer",
+    )
+
+
+def _written(view: ConfigView, old: str, key: str) -> str:
+    """The older spelling of ``key`` where the file has it: it wins, as in transformers."""
+    view.skip(old, key)
+    return old if view.written(old) else key
+
+
+def _kinds(view: ConfigView) -> tuple[str, ...]:
+    """The kind of each layer, from a list, or from a string with a letter for each."""
+    key = "layer_types" if view.written("layer_types") else "layers_block_type"
+    pattern, kinds = view.raw("hybrid_override_pattern"), view.raw(key)
+    if kinds is None and pattern is not None:
+        key = "hybrid_override_pattern"
+        if not isinstance(pattern, str) or set(pattern) - set(_PATTERN):
+            raise view.error(key, f"expected a string of {' '.join(_PATTERN)}.", pattern)
+        kinds = [_PATTERN[letter] for letter in pattern]
+    if kinds is None:
+        kinds = ["linear_attention", "moe", "full_attention", "mlp"]
+    if not isinstance(kinds, list) or not 0 < len(kinds) <= MOST_LAYERS:
+        raise view.error(key, f"expected a list of 1 to {MOST_LAYERS} layers.", kinds)
+    return tuple(newer_kind(view, key, kind, ("linear_attention", "full_attention", "mlp")) for kind in kinds)
