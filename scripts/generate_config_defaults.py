@@ -18,37 +18,56 @@ from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
 MODEL_TYPES = (
+    "afmoe",
     "apertus",
     "arcee",
     "bamba",
     "bloom",
     "cohere",
     "cohere2",
+    "cohere2_moe",
     "cwm",
     "deepseek_v2",
     "deepseek_v3",
     "deepseek_v32",
+    "dots1",
     "ernie4_5",
+    "ernie4_5_moe",
     "exaone4",
+    "exaone_moe",
     "falcon",
     "gemma",
     "gemma2",
     "gemma3",
     "gemma3_text",
+    "gemma4",
+    "gemma4_text",
+    "gemma4_unified",
+    "gemma4_unified_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
     "glm4_moe_lite",
     "glm_moe_dsa",
     "gpt2",
     "gpt_bigcode",
     "gpt_neo",
     "gpt_neox",
+    "gpt_oss",
     "gptj",
     "granite",
+    "granitemoe",
     "granitemoehybrid",
+    "granitemoeshared",
     "helium",
     "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
     "kimi_k25",
     "lfm2",
     "llama",
+    "llama4",
+    "llama4_text",
+    "minimax_m2",
     "ministral",
     "ministral3",
     "mistral",
@@ -62,10 +81,13 @@ MODEL_TYPES = (
     "olmo2",
     "olmo3",
     "olmo_hybrid",
+    "olmoe",
     "opt",
     "phi",
     "phi3",
+    "phimoe",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
     "qwen3_5",
     "qwen3_5_moe",
@@ -96,8 +118,11 @@ LEGACY = (
     "torch_dtype",
 )
 LEGACY_OF = {
+    "cohere2_moe": ("first_k_dense_replace",),
     "cohere2": ("sliding_window_pattern",),
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "gemma4_text": ("global_head_dim", "num_global_key_value_heads"),
+    "gemma4_unified_text": ("global_head_dim", "num_global_key_value_heads"),
     "gpt_neo": ("attention_layers",),
     "gpt_neox": ("rotary_emb_base", "rotary_pct"),
     "lfm2": ("block_ff_dim", "tie_embedding"),
@@ -128,12 +153,13 @@ def table() -> dict[str, Any]:
                 fields[field.name] = field.default_factory()
             else:
                 fields[field.name] = None if field.default is dataclasses.MISSING else field.default
-            if "None" in str(field.type):
+            if "None" in str(field.type) or "Optional" in str(field.type):
                 nullable.append(field.name)
         # Defaults that a class sets only when an instance is made.
         made = cls()
         rope = getattr(made, "rope_parameters", None) or {}
-        if rope.get("rope_type", "default") != "default":
+        kinds = [each.get("rope_type", "default") for each in (rope, *rope.values()) if isinstance(each, dict)]
+        if set(kinds) != {"default"}:
             fields["rope_parameters"] = {key: rope[key] for key in rope if key != "partial_rotary_factor"}
         if fields.get("eos_token_id", 0) is None:
             fields["eos_token_id"] = made.eos_token_id

@@ -26,7 +26,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("modules_to_save", ["embed_tokens", "lm_head"]),
     ("trainable_token_indices", [1, 2]),
     ("trainable_token_indices", {"embed_tokens": [1]}),
-    ("target_parameters", ["mlp.experts.gate_up_proj"]),
+    ("target_parameters", "mlp.experts.gate_up_proj"),
     ("ensure_weight_tying", True),
     ("layer_replication", [[0, 2], [1, 2]]),
     ("alora_invocation_tokens", [5, 6]),

@@ -91,6 +91,8 @@ DENSE = (
     "ernie4_5",
     "exaone4",
     "gemma",
+    "glm",
+    "glm4",
     "granite",
     "helium",
     "hunyuan_v1_dense",

@@ -281,7 +281,7 @@ CORRUPT: list[tuple[str, Callable[[Tensors], None], str]] = [
         put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", ONES),
         "trainable",
     ),
-    ("experts", put(f"{ROOT}0.mlp.experts.lora_A.weight", ONES), "target_parameters"),
+    ("half of experts", put(f"{ROOT}0.mlp.experts.lora_A.weight", ONES), "Incomplete pair"),
     ("KaSA's diagonal", put(f"{ROOT}0.self_attn.q_proj.lora_diag", np.ones(4, np.float32)), "kasa_config"),
     ("noise", put("banana", ONES), "banana"),
     ("an endless name", put("x" * 5000, ONES), "characters"),

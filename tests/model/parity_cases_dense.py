@@ -41,6 +41,24 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma", "plain", {}),
     ("gemma", "untied, biases, the old activation", {**UNTIED, "attention_bias": True, "hidden_act": "gelu"}),
     ("gemma", "one kv head, rope linear", {**ONE_KV, "rope_scaling": {"type": "linear", "factor": 3.0}}),
+    ("gemma4_text", "plain", {}),
+    ("gemma4_text", "keys as values, untied, softcap", {
+        **UNTIED, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0, "final_logit_softcapping": 1.5}),
+    ("gemma4_text", "wide shared layers, biases, one kv head", {
+        **ONE_KV, "use_double_wide_mlp": True, "attention_bias": True, "num_kv_shared_layers": 3}),
+    ("gemma4_text", "other ropes", {"num_hidden_layers": 3, "layer_types": KINDS[2:], "num_kv_shared_layers": 0,
+        "rope_parameters": {FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 7e3},
+                            SLIDING: {"rope_type": "linear", "factor": 2.0, "rope_theta": 2e3}}}),
+    ("gemma4_unified_text", "plain", {}),
+    ("gemma4_unified_text", "shared layers, keys as values, window shorter", {
+        "attention_k_eq_v": True, "num_kv_shared_layers": 1, "sliding_window": 3,
+        "num_hidden_layers": 5, "layer_types": KINDS}),
+    ("glm", "plain", {}),
+    ("glm", "tied, no biases, all rotated, one kv head", {
+        **TIED, **ONE_KV, "attention_bias": False, "partial_rotary_factor": 1.0}),
+    ("glm4", "plain", {}),
+    ("glm4", "tied, rope yarn, one kv head", {**TIED, **ONE_KV, "rope_scaling": YARN}),
     ("granite", "plain", {}),
     ("granite", "tied, biases, odd vocabulary", {**TIED, "attention_bias": True, "mlp_bias": True, "vocab_size": 97}),
     ("granite", "no multipliers, rope yarn", {

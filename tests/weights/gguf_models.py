@@ -32,6 +32,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"norms": PLAIN, "permuted": True},
     "qwen2": {"norms": PLAIN, "biases": True},
     "qwen3": {"norms": PLAIN | HEAD_NORMS},
+    "qwen2moe": {"norms": PLAIN, "biases": True, "experts": 5, "shared": 32},
+    "qwen3moe": {"norms": PLAIN | HEAD_NORMS, "experts": 5},
     "gemma2": {"norms": SANDWICH, "shifted": True},
     "gemma3": {"norms": SANDWICH | HEAD_NORMS, "shifted": True},
 }
@@ -66,6 +68,9 @@ def metadata_of(architecture: str, hidden: int = HIDDEN, width: int = WIDTH) -> 
         pairs["attention.sliding_window"] = 8
     if architecture == "gemma2":
         pairs |= {"attn_logit_softcapping": 40.0, "final_logit_softcapping": 20.0}
+    if architecture.endswith("moe"):
+        pairs |= {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 32}
+        pairs |= {"expert_shared_feed_forward_length": 32} if architecture == "qwen2moe" else {}
     named = {f"{architecture}.{key}": value for key, value in pairs.items()}
     return {"general.architecture": architecture, "general.name": "tiny", **named, **VOCABULARY}
 
@@ -116,7 +121,11 @@ def write_tiny_gguf(
         "ffn_up": ("mlp.up_proj", INNER, hidden, 0),
         "ffn_down": ("mlp.down_proj", hidden, INNER, 0),
     }
+    if experts := family.get("experts", 0):
+        linears = {name: made for name, made in linears.items() if name.startswith("attn")}
     for layer in range(LAYERS):
+        if experts:
+            _put_experts(put, layer, experts, hidden, family.get("shared", 0))
         for theirs, ours in family["norms"].items():
             size = width if "self_attn" in ours else hidden
             put(f"blk.{layer}.{theirs}.weight", f"model.layers.{layer}.{ours}.weight", (size,))
@@ -129,3 +138,14 @@ def write_tiny_gguf(
         name = f"{architecture}.{key.replace('__', '.')}"
         metadata = {k: v for k, v in metadata.items() if k != name} | ({} if value is None else {name: value})
     return TinyGguf(write_gguf(path, metadata, stored), tensors, stored, metadata)
+
+
+def _put_experts(put: Any, layer: int, experts: int, hidden: int, shared: int) -> None:
+    block, module = f"blk.{layer}.ffn_", f"model.layers.{layer}.mlp."
+    put(f"{block}gate_inp.weight", f"{module}gate.weight", (experts, hidden))
+    for name, shape in (("gate", (32, hidden)), ("up", (32, hidden)), ("down", (hidden, 32))):
+        put(f"{block}{name}_exps.weight", f"{module}experts.{name}_proj.weight", (experts, *shape))
+        if shared:
+            put(f"{block}{name}_shexp.weight", f"{module}shared_expert.{name}_proj.weight", shape)
+    if shared:
+        put(f"{block}gate_inp_shexp.weight", f"{module}shared_expert_gate.weight", (hidden,))

@@ -337,11 +337,11 @@ class Linear(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Op):
-    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y, or x * activation(y) · ``scale``: x * params[0] ·
-    ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y) · ``position_scale``: x * (1 + b * ln(1 +
-    floor((p + o) / n))) with the row's position p and params (b, n, o) · ``xielu``: its activation, whose numbers are
-    ``weight``: alpha_p, alpha_n, beta and eps as checkpoints store them. ``y`` of the two products may be one column,
-    for all columns of x."""
+    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y, or x * activation(y) · ``scale``: x * params[0], or
+    times the one number of ``weight`` · ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y) ·
+    ``position_scale``: x * (1 + b * ln(1 + floor((p + o) / n))) with the row's position p and params (b, n, o) ·
+    ``xielu``: its activation, whose numbers are ``weight``: alpha_p, alpha_n, beta and eps as checkpoints store them.
+    ``y`` of the two products may be one column, for all columns of x."""
 
     kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul", "position_scale", "xielu"]
     x: Ref
@@ -386,11 +386,12 @@ class Attention(Op):
     Heads h use kv head ``h // (heads / kv_heads)``. ``alibi``: one slope per head, and slope * j is added to the score
     of key j. ``alibi_rounded``: j and the product are rounded to bfloat16, and the product is multiplied by ``scale``
     (Falcon).
+    Without ``k`` and ``v`` nothing is written: the op attends to what an earlier op with the same planes wrote.
     """
 
     q: Ref
-    k: Ref
-    v: Ref
+    k: Ref | None
+    v: Ref | None
     out: Ref
     group: int
     planes: tuple[int, int]

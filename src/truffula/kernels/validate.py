@@ -210,9 +210,11 @@ def _pointwise(op: Pointwise, check: _Check) -> None:
     only = f"must be set exactly for kind 'act'; the kind is {op.kind!r}."
     check.require("activation", op.kind == "mul" or (op.activation is not None) == (op.kind == "act"), only)
     count = {"scale": 1, "clip": 1, "softcap": 1, "position_scale": 3}.get(op.kind, 0)
+    count = 0 if op.kind == "scale" and op.weight is not None else count
     check.require("params", len(op.params) == count, f"kind {op.kind!r} got {len(op.params)} of them.")
-    check.require("weight", (op.weight is not None) == (op.kind == "xielu"), f"kind {op.kind!r} has {op.weight}.")
-    check.vector("weight", op.weight, 4)
+    stored = op.kind == "xielu" if op.weight is None else op.kind not in ("scale", "xielu")
+    check.require("weight", not stored, f"kind {op.kind!r} has {op.weight}.")
+    check.vector("weight", op.weight, 4 if op.kind == "xielu" else 1)
     check.require("x", op.kind != "position_scale" or rows == "T", "rows without tokens have no position.")
     check.write("out", op.out, rows, op.x.width)
 
@@ -248,7 +250,8 @@ def _attention(op: Attention, check: _Check) -> None:
     check.require("group", 0 <= op.group < len(groups), f"KV group {op.group} does not exist.")
     group = groups[op.group]
     widths = {plane.id: plane.width for plane in group.planes}
-    for plane, width in zip(op.planes, (op.k.width, op.v.width), strict=True):
+    check.require("v", (op.k is None) == (op.v is None), "k and v are written together.")
+    for plane, width in zip(op.planes, (op.kv_heads * op.dim_k, op.kv_heads * op.dim_v), strict=True):
         why = f"plane {plane} has width {widths.get(plane)} in group {op.group}; {width} needed."
         check.require("planes", widths.get(plane) == width, why)
     check.require("window", op.window is None or op.window >= 1, f"{op.window} lets a query see nothing.")

@@ -66,6 +66,7 @@ _Rank = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
 _Alpha = Annotated[float, msgspec.Meta(ge=-MAX_ALPHA, le=MAX_ALPHA)]
 _Flag = bool | None
 _Names = str | list[str] | None
+_List = list[str] | None
 _Layers = int | list[int] | None
 _Init = bool | Literal["gaussian", "eva", "orthogonal", "mica"] | None
 
@@ -125,7 +126,7 @@ FIELDS: Mapping[str, Field] = {
     ),
     "use_dora": Field("refuse", f"DoRA: {_LATER}; train with use_dora=false, or {MERGE}", _Flag),
     "trainable_token_indices": Field("refuse", f"trained token embeddings: {_LATER}; train without them"),
-    "target_parameters": Field("refuse", f"LoRA on parameters (experts): {_LATER}; name modules in target_modules"),
+    "target_parameters": Field("check", "must name exactly the parameters (of experts) that have tensors", _List),
     "ensure_weight_tying": Field("refuse", f"tied adapters of embedding and head: {_LATER}; train without it", _Flag),
     "layer_replication": Field("refuse", f"changes the depth of the model and the layout of its KV cache; {MERGE}"),
     "alora_invocation_tokens": Field("refuse", f"activated LoRA: {_LATER}; train plain LoRA", harmless=_absent),
@@ -233,6 +234,7 @@ class LoraSettings(msgspec.Struct, frozen=True):
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, _Alpha] | None = None
     target_modules: _Names = None
+    target_parameters: _List = None
     exclude_modules: _Names = None
     layers_to_transform: _Layers = None
     layers_pattern: _Names = None

@@ -39,7 +39,6 @@ _UNSERVED = {
     r"\.lora_diag(\..+)?$": "kasa_config",
     r"\.(base_layer\.)?bias$": "bias",
     r"\.token_adapter\.trainable_tokens_delta$": "trainable_token_indices",
-    r"\.experts(\.base_layer)?\.lora_[AB](\.[^.]+)?\.weight$": "target_parameters",
     r"\.modules_to_save\.": "modules_to_save",
 }
 # Pattern → what has such tensors, in other formats and methods.
@@ -111,7 +110,7 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
             plan.left_out[_module_of(key)] = key
             continue
         found = _HALF.match(path)
-        if found is None or re.search(r"(^|\.)experts(\.base_layer)?\Z", found["module"]):
+        if found is None:
             if (copy := _TABLE_COPY.match(path)) is not None:
                 plan.copies[copy["module"]] = key
             else:

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from truffula.errors import AdapterError
-from truffula.kernels.program import ModuleSlice, Site
+from truffula.kernels.program import ModuleSlice, Site, StackedSlice
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.keys import KeyPlan, left_out_words, listed, plan_keys
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import PatternTable, Targets, matching_limit
+from truffula.lora.patterns import PatternTable, Targets, is_named, matching_limit
 from truffula.lora.roots import TEXT_ROOTS, root_used, tail_of, text_root_of
+from truffula.lora.stacked import pair_shapes, parameters_of
 from truffula.lora.tables import FLOATS, BaseTable
 from truffula.weights.checkpoint import TensorInfo
 
@@ -39,17 +40,22 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class Pair:
-    """A and B of one module, and the sites that B's rows belong to."""
+    """A and B of one module, and the sites that B's rows belong to; or of a parameter of ``experts`` experts."""
 
     module: str
     a: TensorInfo
     b: TensorInfo
     scale: float
     parts: tuple[tuple[Site, ModuleSlice], ...]
+    experts: int = 0
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for site, _ in self.parts]
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[0] // max(1, self.experts)
 
 
 @dataclass
@@ -73,14 +79,19 @@ class Sites:
         self.all = sites
         linear = [site for site in sites if site.kind == "linear"]
         self._own_root = text_root_of(site.module for site in linear)
-        self.tails = frozenset(
-            m.name.removeprefix(self._own_root) for site in sites if site.kind != "head" for m in site.modules
-        )
+        tails = {m.name.removeprefix(self._own_root) for site in sites if site.kind != "head" for m in site.modules}
+        places = {site.stacked.name for site in linear if site.stacked is not None}
+        owners = {name.removeprefix(self._own_root).rpartition(".")[0] for name in places}
+        self.tails = frozenset(tails | owners | {f"{owner}.base_layer" for owner in owners})
         self.root = root_used(modules, self.tails, self._own_root)
         self.by_name: dict[str, list[tuple[Site, ModuleSlice]]] = {}
         for site in sites:
             for module in site.modules:
                 self.by_name.setdefault(self.name_of(site, module), []).append((site, module))
+        self.parameters: dict[str, list[Site]] = {}  # of all experts
+        for site in linear:
+            if site.stacked is not None:
+                self.parameters.setdefault(self.name_of(site, site.stacked), []).append(site)
         for parts in self.by_name.values():
             parts.sort(key=lambda part: part[1].lo)
         self.names = frozenset(self.by_name)
@@ -88,7 +99,7 @@ class Sites:
         self.layers = 1 + max((site.layer for site in linear if site.layer is not None), default=0)
         self.fused_leaves = {_leaf(m.name) for site in linear for m in site.modules if not _is_own(site, m)}
 
-    def name_of(self, site: Site, module: ModuleSlice) -> str:
+    def name_of(self, site: Site, module: ModuleSlice | StackedSlice) -> str:
         """A module of a site by the adapter's names."""
         return TEXT_ROOTS[self.root] if site.kind == "head" else self.root + module.name.removeprefix(self._own_root)
 
@@ -113,12 +124,17 @@ def parse_metadata(
     ranks = PatternTable(settings.rank_pattern or {}, "rank_pattern")
     alphas = PatternTable(settings.alpha_pattern or {}, "alpha_pattern")
     origin = _origin(config)
-    _check_modules(plan, sites, base, origin)
-    for module, key in plan.a.items():
+    stacked = parameters_of(plan.a, sites.parameters, settings.target_parameters)
+    _check_modules(plan, sites, base, origin, stacked)
+    for wrapper, key in plan.a.items():
+        module = stacked.get(wrapper, wrapper)
+        of_experts = sites.parameters[module] if wrapper in stacked else []
         rank = ranks.value(module, settings.r)
         alpha = alphas.value(module, settings.lora_alpha)
         scale = float(np.float32(alpha / (math.sqrt(rank) if settings.use_rslora else rank)))
-        pair = Pair(module, infos[key], infos[plan.b[module]], scale, tuple(sites.by_name[module]))
+        parts = tuple((site, site.modules[0]) for site in of_experts) or tuple(sites.by_name[module])
+        experts = of_experts[0].stacked.experts if of_experts and of_experts[0].stacked is not None else 0
+        pair = Pair(module, infos[key], infos[plan.b[wrapper]], scale, parts, experts)
         _check_shapes(pair, rank, base, origin)
         parsed.pairs.append(pair)
     _check_sites_once(parsed.pairs)
@@ -176,12 +192,13 @@ def _origin(config: Mapping[str, Any]) -> str:
     return f"It was trained on {named[:200]!r} (base_model_name_or_path)."
 
 
-def _check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) -> None:
-    """Every module of the file must be a linear layer or a table of the base."""
-    unknown = [module for module in plan.a if module not in sites.by_name]
+def _check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str, stacked: Collection[str]) -> None:
+    """Every module of the file must be a linear layer or a table of the base, or ``stacked``."""
+    modules = [module for module in plan.a if module not in stacked]
+    unknown = [module for module in modules if module not in sites.by_name]
     if unknown:
         raise _unknown(unknown, plan, sites, base, origin)
-    for module in plan.a:
+    for module in modules:
         parts = sites.by_name[module]
         if (parts[0][0].kind == "embed") != (module in plan.embeddings):
             raise AdapterError(
@@ -232,8 +249,8 @@ def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, o
 
 def _check_shapes(pair: Pair, rank: int, base: BaseFacts, origin: str) -> None:
     site, part = pair.parts[0]
-    found_rank = pair.a.shape[0] if pair.a.shape else 0
-    if len(pair.a.shape) == len(pair.b.shape) == 2 and found_rank != rank and pair.b.shape[1] == found_rank:
+    found_rank, times = pair.rank if pair.a.shape else 0, max(1, pair.experts)
+    if len(pair.a.shape) == len(pair.b.shape) == 2 and found_rank != rank and pair.b.shape[1] == found_rank * times:
         raise AdapterError(
             f"{pair.a.name} has rank {found_rank}, but adapter_config.json says {rank} (r, rank_pattern). The scale "
             "depends on the rank, so it is not known which is right; correct the configuration or save the adapter "
@@ -242,7 +259,10 @@ def _check_shapes(pair: Pair, rank: int, base: BaseFacts, origin: str) -> None:
             found=found_rank,
             expected=rank,
         )
-    for info, expected in ((pair.a, (rank, site.in_features)), (pair.b, (part.of, rank))):
+    of_a, of_b = (rank, site.in_features), (part.of, rank)
+    if pair.experts and site.stacked is not None:
+        of_a, of_b = pair_shapes(site, site.stacked, rank)
+    for info, expected in ((pair.a, of_a), (pair.b, of_b)):
         if info.shape != expected:
             raise AdapterError(
                 f"{info.name} has shape {list(info.shape)}, but {pair.module} of {base.model} needs {list(expected)}: "
@@ -267,25 +287,40 @@ def _check_sites_once(pairs: Sequence[Pair]) -> None:
 
 def _cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: KeyPlan) -> None:
     """Every module of the file is targeted by the configuration, and every targeted module is in the file."""
-    covered = {site.id for pair in parsed.pairs for site, _ in pair.parts}
-    if parsed.settings.target_modules is None:
+    covered = {site.id for pair in parsed.pairs for site in pair.sites}
+    if parsed.settings.target_modules is None and not parsed.settings.target_parameters:
         parsed.warnings.append("target_modules is null; the tensors alone determine which modules are adapted.")
         return
-    stray = [pair.a.name for pair in parsed.pairs if not targets.targeted(pair.module)]
+    parameters = parsed.settings.target_parameters or ()
+
+    def is_target(module: str) -> bool:
+        return targets.targeted(module) or is_named(module, parameters) or is_named(f"{module}.weight", parameters)
+
+    stray = [pair.a.name for pair in parsed.pairs if not is_target(pair.module)]
     if stray:
         raise AdapterError(
-            f"Tensors for modules that the configuration does not target (target_modules, exclude_modules, "
-            f"layers_to_transform): {listed(stray)}. One of the two files is of another adapter, or was edited.",
+            f"Tensors for modules that the configuration does not target (target_modules, target_parameters, "
+            f"exclude_modules, layers_to_transform): {listed(stray)}. One of the two files is of another adapter, or "
+            "was edited.",
             param="target_modules",
             key=stray[0],
         )
     fused = sites.fused_leaves & {_leaf(pair.module) for pair in parsed.pairs}
     if isinstance(parsed.settings.target_modules, list):
         fused |= sites.fused_leaves & {_leaf(entry) for entry in parsed.settings.target_modules}
+    # For transformers 5 experts are no modules: then a name such as gate_proj does not mean theirs.
+    as_modules = any(site.stacked is not None for pair in parsed.pairs if not pair.experts for site in pair.sites)
     missing = [
         sites.name_of(site, site.modules[0])
         for site in sites.all
-        if site.id not in covered and any(targets.targeted(name) for name in _names_in_use(site, fused, sites))
+        if site.id not in covered
+        and (as_modules or site.stacked is None)
+        and any(is_target(name) for name in _names_in_use(site, fused, sites))
+    ]
+    missing += [
+        name
+        for name, of_all in sites.parameters.items()
+        if is_named(name, parameters) and not covered.issuperset(site.id for site in of_all)
     ]
     if missing:
         raise AdapterError(

@@ -25,6 +25,7 @@ from truffula.lora.keys import listed, plan_keys
 from truffula.lora.matching import BaseFacts as BaseFacts
 from truffula.lora.matching import Pair, ParsedAdapter, check_values, left_out_warnings, parse_metadata
 from truffula.lora.paths import OpenFolder
+from truffula.lora.stacked import site_tensors
 from truffula.lora.tables import check_copies
 from truffula.weights.finite import first_non_finite
 
@@ -175,6 +176,9 @@ def _site_tensors(pairs: Sequence[Pair], tensors: Mapping[str, Array]) -> tuple[
     made: list[SiteTensors] = []
     for pair in pairs:
         a, b = tensors[pair.a.name], tensors[pair.b.name]
+        if pair.experts:
+            made += site_tensors(pair.sites, a, b, pair.scale)
+            continue
         made += [low_rank(site.id, a, part.rows(b), pair.scale) for site, part in pair.parts]
     return tuple(sorted(made, key=lambda s: s.site))
 

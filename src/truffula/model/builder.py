@@ -163,7 +163,7 @@ class ProgramBuilder:
                                slices=self.site_slices[key], epilogue=epilogue, compute=compute))  # fmt: skip
 
     def norm(
-        self, key: str, norm: NormSpec, x: Ref, out: Ref, probe: Probe, *,
+        self, key: str, norm: NormSpec, x: Ref, out: Ref, probe: Probe | None, *,
         layer: int | None = None, groups: int = 1, gate: Gate | None = None, plus: Ref | None = None,
     ) -> None:  # fmt: skip
         """Append the norm with the row ``key``."""
@@ -176,15 +176,16 @@ class ProgramBuilder:
     def stream_after(self, layer: int, part: str | None = None) -> Probe | None:
         """The probe of the residual stream after ``part`` of a layer (None: its last): the input of the next module.
 
-        Layer -1 is the embedding. None between the two parts of a parallel layer, where transformers has no such value.
+        Layer -1 is the embedding. None where transformers has no such value: between the two parts of a parallel layer,
+        and before the stream is scaled.
         """
         spec = self.spec
         following: tuple[Branch, ...] = ()
         if part is not None:
             branches = spec.layers[layer].branches
             following = branches[[branch[0] for branch in branches].index(part) + 1 :]
-        if following and spec.layers[layer].parallel:
-            return None
+            if spec.layers[layer].parallel if following else spec.layers[layer].scalar is not None:
+                return None
         index = layer
         while not following and index + 1 < len(spec.layers):
             index += 1
@@ -272,16 +273,19 @@ class LayerBuilder:
     def norm(
         self, key: str, norm: NormSpec, x: Ref, out: Ref, *,
         probe: Probe | None = None, groups: int = 1, gate: Gate | None = None, plus: Ref | None = None,
+        compared: bool = True,
     ) -> None:  # fmt: skip
-        probe = probe or self.probe(norm.module5, "out")
+        """Append the norm with the row ``key``. ``compared`` False: it has no value in transformers."""
+        probe = probe or (self.probe(norm.module5, "out") if compared else None)
         self.program.norm(self.prefix + key, norm, x, out, probe, layer=self.index, groups=groups, gate=gate, plus=plus)
 
-    def kv_planes(self) -> tuple[int, tuple[int, ...]]:
-        """The KV group and the planes of this layer."""
+    def kv_planes(self, layer: int | None = None) -> tuple[int, tuple[int, ...]]:
+        """The KV group and the planes of ``layer``, by default of this one."""
+        layer = self.index if layer is None else layer
         for group in self.program.kv_groups:
-            if planes := tuple(plane.id for plane in group.planes if plane.layer == self.index):
+            if planes := tuple(plane.id for plane in group.planes if plane.layer == layer):
                 return group.id, planes
-        raise AssertionError(f"layer {self.index} caches nothing")
+        raise AssertionError(f"layer {layer} caches nothing")
 
     @property
     def norms_stream(self) -> bool:
@@ -313,7 +317,8 @@ class LayerBuilder:
         after = self.program.stream_after(self.index, self.part)
         norm = None if self.norms_stream else self.after
         if norm is not None and self.scale == 1.0:
-            self.norm(f"after_{self.part}", norm, branch, self.hidden, probe=after, plus=self.hidden)
+            key = f"{self.prefix}after_{self.part}"
+            self.program.norm(key, norm, branch, self.hidden, after, layer=self.index, plus=self.hidden)
             return
         if norm is not None:
             self.norm(f"after_{self.part}", norm, branch, branch)

@@ -14,6 +14,7 @@ from truffula.kernels.program import (
     Logits,
     ModuleSlice,
     Output,
+    Pointwise,
     Probe,
     Program,
     Ref,
@@ -84,6 +85,8 @@ def _write_embedding(build: ProgramBuilder, table: int) -> Ref:
         build.linear("project_in", rows, hidden, stream, Epilogue(residual=positions))
     if norm is not None:
         build.norm("embed_norm", norm, hidden, hidden, Probe(build.module(norm.module5), "out"))
+    if spec.per_layer is not None:
+        spec.per_layer.write(build, hidden)
     return hidden
 
 
@@ -102,6 +105,10 @@ def _write_layer(build: ProgramBuilder, index: int, layer: LayerSpec) -> None:
     if not layer.parallel:
         for writer, part, before in branches:
             part.write(writer, writer.input(before))
+        if layer.scalar is not None:
+            writer, stream = branches[-1][0], build.buffer("hidden", build.spec.hidden)
+            writer.append(Pointwise(name="scalar", kind="scale", x=stream, out=stream, weight=writer.weight("scalar"),
+                                    probe=build.stream_after(index)))  # fmt: skip
         return
     inputs: list[Ref] = []  # both are written first, as the parts add to the stream
     for writer, _, before in branches:

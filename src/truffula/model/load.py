@@ -104,7 +104,7 @@ def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, p
         heights = [item.rows for item in row.slices] if len(parts) > 1 else [row.rows]
         for part, height in zip(parts, heights, strict=False):
             _check_tensor(checkpoint, part.name, row.stored_shape(height), "")
-    tables = [op.table for op in program.ops if isinstance(op, Embed) and op.source == "token"]
+    tables = [op.table for op in program.ops if isinstance(op, Embed) and op.site is not None]
     tables += [op.weight for op in program.ops if isinstance(op, Logits)]
     for name in dict.fromkeys(part.name for table in tables for part in program.weights[table].parts):
         more = f" vocab_size is {spec.vocab_size}: rows beyond it cannot be assigned to tokens."

@@ -98,7 +98,8 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     embed = f"{prefix}{spec.names.embed}.weight"
     heads = [name for name in stored if name.startswith(f"{head}.") and name not in taken]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]
-    without_effect = (*spec.names.skip, *spec.names.unused, *(prefix + item for item in spec.names.unused))
+    unneeded = tuple(prefix + item for item in spec.names.unneeded)
+    without_effect = (*spec.names.skip, *spec.names.unused, *unneeded)
     layers = [prefix + spec.layer_prefix(index) for index in range(len(spec.layers))]
     buffers = {layer + buffer for buffer in spec.names.buffers for layer in layers}
     unused = {name for name in left if name.startswith(without_effect) or IGNORABLE.search(name) or name in buffers}
@@ -115,7 +116,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
         embed=stored.get(embed, embed),
         head=stored.get(f"{head}.weight", f"{head}.weight"),
         has_embed=embed in stored,
-        has_head=bool(heads),
+        has_head=any(name != f"{head}.bias" for name in heads),
         unused=tuple(stored[name] for name in left if name in unused),
         warnings=tuple(dict.fromkeys(warnings)),
     )

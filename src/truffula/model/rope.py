@@ -31,6 +31,7 @@ _NUMBERS: Mapping[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "longrope": ("factor", "attention_factor", _ORIGINAL),
     _ALPHA: ("alpha",),
+    "proportional": ("factor",),
     "factors": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
@@ -50,7 +51,6 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
 _COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 _UNSUPPORTED = {
     "mrope": "image positions are not supported",
-    "proportional": "only gemma4 uses it",
     "axial": "it is for image inputs",
 }
 
@@ -58,25 +58,25 @@ _UNSUPPORTED = {
 @dataclass(frozen=True)
 class RopeKeys:
     """What differs between the classes of transformers: the old keys of the base and of the rotated part of a head, and
-    other names of rope types. ``share`` is the rotated part by default, instead of the class's."""
+    other names of rope types."""
 
     theta: str = "rope_theta"
     factor: str = "partial_rotary_factor"
     aliases: tuple[tuple[str, str], ...] = ()
-    share: float | None = None
 
 
 USUAL_KEYS = RopeKeys()
 
 
 def read_rope(
-    view: ConfigView, head_dim: int, *, partial: bool = False, more: Collection[str] = (), keys: RopeKeys = USUAL_KEYS
-) -> RopeSpec:
+    view: ConfigView, head_dim: int, *,
+    partial: bool | float = False, more: Collection[str] = (), keys: RopeKeys = USUAL_KEYS,
+) -> RopeSpec:  # fmt: skip
     """The table that all layers of a model share. ``head_dim`` is the width of a head.
 
-    ``partial``: the architecture rotates only ``partial_rotary_factor`` of a head, by default ``share`` (None: that of
-    its class). ``more`` are parameters that only this architecture has: ``alpha`` stretches the base of the type
-    ``dynamic``; it reads the others itself.
+    ``partial``: the architecture rotates only the first ``partial_rotary_factor`` of a head; a number is the value
+    where the config has none. ``more`` are parameters that only this architecture has: ``alpha`` stretches the base of
+    the type ``dynamic``; it reads the others itself.
     """
     nested, flat, label = _parameters(view)
     if nested:
@@ -108,9 +108,10 @@ def rope_parameter(view: ConfigView, key: str) -> float:
 
 
 def read_rope_by_layer_type(
-    view: ConfigView, head_dim: int, *, theta_keys: Mapping[str, tuple[str, float]]
+    view: ConfigView, head_dim: int | Mapping[str, int], *, theta_keys: Mapping[str, tuple[str, float]]
 ) -> dict[str, RopeSpec]:
-    """One table per layer type (Gemma 3): ``theta_keys`` give the old key and the default of each type's base.
+    """One table per layer type (Gemma 3): ``theta_keys`` give the old key and the default of each type's base;
+    ``head_dim`` is the width of a head, or that of each type.
 
     A flat old ``rope_scaling`` applies to full layers only; sliding layers are not scaled.
     """
@@ -127,7 +128,8 @@ def read_rope_by_layer_type(
         where = f"{label}.{layer_type}" if nested else label
         if nested and values and values.get("truncate") is False:
             raise view.error(f"{where}.truncate", "transformers reads it only outside the nesting.", False)
-        tables[layer_type] = _table(view, values or {}, where, _theta(view, key, default), head_dim)
+        width = head_dim if isinstance(head_dim, int) else head_dim[layer_type]
+        tables[layer_type] = _table(view, values or {}, where, _theta(view, key, default), width)
     return tables
 
 
@@ -183,7 +185,7 @@ def _table(
     theta: float,
     head_dim: int,
     *,
-    partial: bool = False,
+    partial: bool | float = False,
     more: Collection[str] = (),
     keys: RopeKeys = USUAL_KEYS,
 ) -> RopeSpec:
@@ -195,7 +197,7 @@ def _table(
     kind = _kind(view, values, label, more, keys.aliases)
     given = {key: values[key] for key in ("rope_theta", *_NUMBERS[kind]) if values.get(key) is not None}
     numbers = {key: view.number_value(f"{label}.{key}", value) for key, value in given.items()}
-    dims = _rotated(view, values, head_dim, partial, keys)
+    dims = _rotated(view, values, head_dim, partial or kind == "proportional", keys.factor)
     for key in _REQUIRED.get(kind, ()):
         if key not in numbers:
             raise view.error(f"{label}.{key}", f"rope type {kind} needs it.")
@@ -205,7 +207,7 @@ def _table(
             if kind in _BY_LENGTH:
                 table = _BY_LENGTH[kind](view, values, label, numbers, dims)
             else:
-                inv_freq, factor = _frequencies(view, kind, values, label, numbers, dims)
+                inv_freq, factor = _frequencies(view, kind, values, label, numbers, dims, head_dim)
                 table = RopeSpec(_floats(inv_freq), factor)
         finite = bool(np.isfinite([*table.inv_freq, *table.long_freq, table.factor]).all())
     except (ArithmeticError, ValueError):  # of Python's floats
@@ -215,11 +217,12 @@ def _table(
     return table
 
 
-def _rotated(view: ConfigView, values: Mapping[str, Any], head_dim: int, partial: bool, keys: RopeKeys) -> int:
+def _rotated(view: ConfigView, values: Mapping[str, Any], head_dim: int, partial: bool | float, key: str) -> int:
     """The number of columns of a head that are rotated."""
-    key, share, outer = keys.factor, values.get("partial_rotary_factor"), view.raw(keys.factor)
+    share, outer = values.get("partial_rotary_factor"), view.raw(key)
     share = outer if share is None else share
-    share = (keys.share or view.defaults.partial_rotary_factor) if share is None else share
+    default = view.defaults.partial_rotary_factor if isinstance(partial, bool) else partial
+    share = default if share is None else share
     share = 1.0 if share is None else view.number_value(key, share)
     # Where an architecture rotates the whole head, only transformers' scaled types read the factor.
     if share != 1 and not partial:
@@ -259,10 +262,19 @@ def _kind(
 
 
 def _frequencies(
-    view: ConfigView, kind: str, values: Mapping[str, Any], label: str, numbers: dict[str, float], dims: int
+    view: ConfigView,
+    kind: str,
+    values: Mapping[str, Any],
+    label: str,
+    numbers: dict[str, float],
+    dims: int,
+    head_dim: int,
 ) -> tuple[Float32, float]:
-    """``[dims / 2]`` frequencies, and the factor of cos and sin."""
+    """``[dims / 2]`` frequencies, and the factor of cos and sin; proportional has zeros for the rest of the head."""
     theta = numbers["rope_theta"]
+    if kind == "proportional":
+        scaled = np.float32(1.0) / _powers(theta, head_dim) / np.float32(numbers.get("factor", 1.0))
+        return np.where(np.arange(head_dim // 2) < dims // 2, scaled, np.float32(0)), 1.0
     if kind == _ALPHA:
         theta *= numbers["alpha"] ** (dims / (dims - 2))
     inv_freq: Float32 = np.float32(1.0) / _powers(theta, dims)

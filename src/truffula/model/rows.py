@@ -110,8 +110,6 @@ class WeightRow:
     input width I (0 for a vector; the taps of a convolution). ``key`` is its name in the decoder. ``transform``:
     see ``program.WeightPart``. The tying decision assigns the tensors of embedding and head.
 
-    ``stored`` is the shape of a vector in checkpoints where it is not ``[O]``.
-
     A row of kind ``experts`` has such a matrix for each of ``experts`` experts, in one of ``layouts``.
     """
 
@@ -187,10 +185,10 @@ class LayerRows:
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
 
-    def table(self, key: str, module: str, rows: int) -> None:
-        """A table ``[rows, hidden]``."""
+    def table(self, key: str, module: str, rows: int, width: int | None = None) -> None:
+        """A table ``[rows, width]`` (hidden by default)."""
         slices = (RowSlice(self.prefix + module, rows),)
-        self.found.append(WeightRow(self.prefix + key, "table", slices, self.hidden, self.index))
+        self.found.append(WeightRow(self.prefix + key, "table", slices, width or self.hidden, self.index))
 
     def norm(self, key: str, norm: NormSpec | None, width: int | None = None, heads: int = 1) -> None:
         """The vectors of a norm over ``width`` columns (all of the residual stream by default); none without a norm.

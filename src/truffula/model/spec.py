@@ -17,6 +17,7 @@ from truffula.model.rows import LayerRows, NormSpec, RowSlice, WeightRow
 if TYPE_CHECKING:
     from truffula.kernels.program import Ref
     from truffula.model.builder import LayerBuilder
+    from truffula.model.parts.per_layer import PerLayerInputs
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class LayerSpec:
 
     ``parallel``: both parts read the stream from before the block; an MLP without a norm of its own reads the mixer's
     normed input. ``norm_stream``: the norms replace the stream, as in the first transformers: h = before(h), then
-    h = after(h + mixer(h)).
+    h = after(h + mixer(h)). ``extra`` is a third part, without a norm before it. ``scalar`` is a stored number by which
+    the stream is multiplied at last.
     """
 
     mixer: Part | None
@@ -83,15 +85,19 @@ class LayerSpec:
     residual_multiplier: float = 1.0
     parallel: bool = False
     norm_stream: bool = False
+    extra: Part | None = None
+    after_extra: NormSpec | None = None
+    scalar: str | None = None
 
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The parts in their order: name, part, norm before, norm after."""
-        both = (
+        every = (
             ("mixer", self.mixer, self.before_mixer, self.after_mixer),
             ("mlp", self.mlp, self.before_mlp, self.after_mlp),
+            ("extra", self.extra, None, self.after_extra),
         )
-        return tuple((name, part, before, after) for name, part, before, after in both if part is not None)
+        return tuple((name, part, before, after) for name, part, before, after in every if part is not None)
 
 
 def body_prefixes(*prefixes: str, old_head: bool = False) -> tuple[tuple[str, str], ...]:
@@ -108,8 +114,8 @@ class ModuleNames:
     of other classes that adapters are trained on). ``gate_up_fused``: gate and up are the one module ``gate_up``.
     ``prefixes`` are the prefixes of the body's names in checkpoints,
     most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
-    image encoder; ``unused`` those of parts without effect on generation, such as layers that predict further tokens
-    (MTP), also relative to the body.
+    image encoder; ``unused`` those of parts without effect on generation, such as a head that predicts further tokens;
+    ``unneeded`` the same, named relative to the body.
 
     ``qkv_order``: ``split`` are three modules; the others are the one module ``qkv``, whose rows are all q, all k and
     all v (``flat``), or the q, k and v of each KV head in turn (``grouped``). ``gate_up_fused``: gate and up are the
@@ -148,6 +154,7 @@ class ModuleNames:
     buffers: tuple[str, ...] = ()
     transposed: bool = False
     unused: tuple[str, ...] = ()
+    unneeded: tuple[str, ...] = ()
 
 
 LLAMA_NAMES = ModuleNames()
@@ -161,7 +168,8 @@ class ModelSpec:
     None: no such table. ``embed_norm`` comes after that. ``embed_width``: the width of embedding and head where it is
     not that of the stream; two projections lie between.
     ``embed_scale`` multiplies the input rows (rounded to the table's dtype first), never the head; ``logit_scale``
-    multiplies logits, then ``logit_softcap``. ``notes`` are for the operator.
+    multiplies logits, then ``logit_softcap``. ``per_layer``: inputs of the layers' third parts.
+    ``notes`` are for the operator.
     """
 
     model_type: str
@@ -175,6 +183,7 @@ class ModelSpec:
     embed_norm: NormSpec | None = None
     embed_width: int | None = None
     embed_scale: float | None = None
+    per_layer: PerLayerInputs | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     head_bias: bool = False
@@ -197,6 +206,8 @@ class ModelSpec:
         if self.embed_width is not None:
             outer.linear("project_in", [(self.names.project_in, self.hidden)], table_width)
         outer.norm("embed_norm", self.embed_norm)
+        if self.per_layer is not None:
+            self.per_layer.rows(outer)
         found += outer.found
         for index, layer in enumerate(self.layers):
             rows = LayerRows(self.names, self.hidden, index)
@@ -204,6 +215,8 @@ class ModelSpec:
                 rows.norm(f"before_{name}", before)
                 part.rows(rows)
                 rows.norm(f"after_{name}", after)
+            if layer.scalar is not None:
+                rows.numbers("scalar", [layer.scalar])
             found += rows.found
         final = LayerRows(self.names, self.hidden)
         final.norm("final_norm", self.final_norm)

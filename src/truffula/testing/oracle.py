@@ -114,9 +114,10 @@ class Oracle:
             query: Any,
             key: Any,
             value: Any,
-            mask: Any,
+            attention_mask: Any,
             scaling: float | None = None,
             softcap: float | None = None,
+            s_aux: Any = None,
             **_: Any,
         ) -> tuple[Any, None]:
             rotated = [item.detach()[0].float().transpose(0, 1).flatten(1).numpy() for item in (query, key)]
@@ -126,9 +127,13 @@ class Oracle:
             scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
-            if mask is not None:
-                scores = scores + mask
+            if attention_mask is not None:
+                scores = scores + attention_mask
+            if s_aux is not None:  # a logit per head that counts in the denominator only
+                sinks = s_aux.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
+                scores = torch.cat([scores, sinks.to(scores.dtype)], -1)
             weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+            weights = weights[..., : key.shape[2]]
             return (weights @ value).transpose(1, 2).contiguous(), None
 
         AttentionInterface.register(_ATTENTION, recording_attention)
@@ -231,7 +236,7 @@ def _keep(found: dict[Probe, Float32], probe: Probe, count: int) -> Any:
 
 
 def _rows(value: Any, count: int) -> Float32:
-    """``[1, T, ...]``, or ``[T, width]`` (OPT's MLP), as float32 ``[T, width]``.
+    """``[1, T, ...]``, or ``[T, width]`` (of experts, of OPT's MLP), as float32 ``[T, width]``.
 
     A value of shape ``[1, H, T, E]`` is transposed first. If H equals ``count``, the strides distinguish the two: norms
     keep the memory order of their input.

@@ -63,7 +63,9 @@ class GgufCheckpoint(Checkpoint):
                 unknown.append(name)
             else:
                 format = FORMATS[item.type].name
-                found[new] = TensorInfo(new, item.shape, format, part.path, item.offset, item.nbytes)
+                # The gate of a shared expert is a matrix of one row, and a vector in the file.
+                shape = (1, *item.shape) if new.endswith("shared_expert_gate.weight") else item.shape
+                found[new] = TensorInfo(new, shape, format, part.path, item.offset, item.nbytes)
         if unknown:
             architecture = self._header.metadata["general.architecture"]
             raise CheckpointError(f"a {architecture} model has no such tensors: {some(unknown)}.", param=unknown[0])
@@ -95,14 +97,14 @@ class GgufCheckpoint(Checkpoint):
     def blocks(self, name: str) -> QuantisedArray | None:
         info = self.info(name)
         format = BY_NAME[info.dtype]
-        if not format.scales or len(info.shape) != 2:
+        if not format.scales or len(info.shape) < 2:
             return None
-        rows, width = info.shape
-        data = self._data(name).reshape(rows, width // format.size, format.nbytes)
+        *rows, width = info.shape
+        data = self._data(name).reshape(*rows, width // format.size, format.nbytes)
         scales = np.ascontiguousarray(data[..., : 2 * format.scales]).view(np.float16)
         if not np.isfinite(scales).all():
             return None  # the caller reads the values instead and reports those that are not finite
-        return QuantisedArray(format.name, data, (rows, width), partial(values_of_blocks, format))
+        return QuantisedArray(format.name, data, info.shape, partial(values_of_blocks, format))
 
     def read(self, name: str) -> Array:
         info = self.info(name)

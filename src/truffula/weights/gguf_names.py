@@ -27,6 +27,29 @@ _BLOCK = {
 }
 _LLAMA_BLOCK = {**_BLOCK, "ffn_norm": "post_attention_layernorm"}
 _QWEN3_BLOCK = {**_LLAMA_BLOCK, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_QWEN2_MOE_BLOCK = {
+    **_LLAMA_BLOCK,
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+}
+_QWEN3_MOE_BLOCK = {
+    **_QWEN3_BLOCK,
+    **{key: _QWEN2_MOE_BLOCK[key] for key in ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")},
+}
+# Mixtral's files are of the architecture llama.
+_MIXTRAL_BLOCK = {
+    **_LLAMA_BLOCK,
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.w2",
+}
 _GEMMA2_BLOCK = {
     **_BLOCK,
     "post_attention_norm": "post_attention_layernorm",
@@ -74,6 +97,8 @@ def family_of(header: GgufHeader) -> Family:
             f"general.architecture is {architecture!r}; supported in GGUF files are {', '.join(FAMILIES)}.",
             param="general.architecture",
         )
+    if architecture == "llama" and header.metadata.get("llama.expert_count"):
+        return _MIXTRAL
     return family
 
 
@@ -159,6 +184,28 @@ def _llama(hparams: HParams, config: dict[str, Any]) -> None:
         config["mlp_bias"] = True
 
 
+def _mixtral(hparams: HParams, config: dict[str, Any]) -> None:
+    config["num_local_experts"] = hparams.count("expert_count")
+    config["num_experts_per_tok"] = hparams.count("expert_used_count")
+
+
+def _qwen2_moe(hparams: HParams, config: dict[str, Any]) -> None:
+    _qwen3_moe(hparams, config)
+    _qwen2(hparams, config)
+    config["shared_expert_intermediate_size"] = hparams.count("expert_shared_feed_forward_length")
+    config["norm_topk_prob"] = False
+
+
+def _qwen3_moe(hparams: HParams, config: dict[str, Any]) -> None:
+    """llama.cpp divides the weights of the chosen experts by their sum: the format has no key for it here."""
+    config["num_experts"] = hparams.count("expert_count")
+    config["num_experts_per_tok"] = hparams.count("expert_used_count")
+    config["moe_intermediate_size"] = hparams.count("expert_feed_forward_length")
+    config["norm_topk_prob"] = True
+    if "blk.0.attn_q.bias" in hparams.header.tensors and config["model_type"] == "qwen3_moe":
+        config["attention_bias"] = True
+
+
 def _qwen2(hparams: HParams, config: dict[str, Any]) -> None:
     if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
         del config["head_dim"]  # the class has no such field; kept only when it differs from the class's computed value
@@ -214,10 +261,13 @@ def _layer_types(hparams: HParams, layers: int, every: int) -> list[str]:
     return ["sliding_attention" if slides else "full_attention" for slides in pattern]
 
 
+_MIXTRAL = Family("mixtral", "MixtralForCausalLM", _MIXTRAL_BLOCK, _mixtral, permuted=True)
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", "LlamaForCausalLM", _LLAMA_BLOCK, _llama, permuted=True),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", _LLAMA_BLOCK, _qwen2),
+    "qwen2moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", _QWEN2_MOE_BLOCK, _qwen2_moe),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", _QWEN3_BLOCK, _attention_bias),
+    "qwen3moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", _QWEN3_MOE_BLOCK, _qwen3_moe),
     "gemma2": Family("gemma2", "Gemma2ForCausalLM", _GEMMA2_BLOCK, _gemma2, shifted=True),
     "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", _GEMMA3_BLOCK, _gemma3, shifted=True, default_theta=None),
 }

@@ -169,7 +169,7 @@ class CpuBackend:
 
 def _kv_block_bytes(op: Op, group: int, block_size: int, dtype: str) -> int:
     """Bytes of a block of what an op of a KV group caches; 0 of any other op."""
-    if isinstance(op, Attention) and op.group == group:
+    if isinstance(op, Attention) and op.group == group and op.k is not None:
         return int(library().kv_block_bytes(*_attention_shape(op), block_size, dtype))
     if isinstance(op, Mla) and op.group == group:
         return int(library().latent_block_bytes(op.latent.width, block_size, dtype))

@@ -298,8 +298,9 @@ class ReferenceExecutable(SynchronousExecutable):
 
     def _attention(self, op: Attention, step: _Step) -> None:
         k, v = (self._planes[plane] for plane in op.planes)
-        attention.write(k, step.slots[op.group], self._buffers.get(op.k))
-        attention.write(v, step.slots[op.group], self._buffers.get(op.v))
+        for plane, ref in ((k, op.k), (v, op.v)):
+            if ref is not None:
+                attention.write(plane, step.slots[op.group], self._buffers.get(ref))
         batches = self._batches(step, op.group, op.window, chunked=op.chunked)
         self._buffers.put(op.out, attention.compute(op, self._buffers.get(op.q), k, v, batches, self._vector(op.sinks)))
 

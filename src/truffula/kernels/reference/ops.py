@@ -95,7 +95,7 @@ def pointwise(
             assert y is not None
             out = values * (y.float() if op.activation is None else activation(y.float(), op.activation))
         case "scale":
-            out = values * op.params[0]
+            out = values * (op.params[0] if weight is None else weight)
         case "clip":
             out = values.clamp(-op.params[0], op.params[0])
         case "softcap":

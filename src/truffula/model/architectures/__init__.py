@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from truffula.model.architectures.alibi import bloom, falcon, mpt
-from truffula.model.architectures.cohere import cohere, cohere2
+from truffula.model.architectures.cohere import cohere, cohere2, cohere2_moe
 from truffula.model.architectures.deepseek import (
     deepseek_v2,
     deepseek_v3,
@@ -18,9 +18,13 @@ from truffula.model.architectures.deepseek import (
     youtu,
 )
 from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_text
+from truffula.model.architectures.gemma4 import gemma4, gemma4_text
+from truffula.model.architectures.glm import glm, glm4
 from truffula.model.architectures.gpt import gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj
+from truffula.model.architectures.gpt_oss import gpt_oss
 from truffula.model.architectures.lfm2 import lfm2
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
+from truffula.model.architectures.llama4 import llama4, llama4_text
 from truffula.model.architectures.mamba_hybrid import bamba, granitemoehybrid
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
@@ -31,7 +35,9 @@ from truffula.model.architectures.opt import opt
 from truffula.model.architectures.phi import phi, phi3
 from truffula.model.architectures.qwen import qwen2, qwen3
 from truffula.model.architectures.qwen_hybrid import qwen3_5, qwen3_5_moe, qwen3_5_moe_text, qwen3_5_text, qwen3_next
-from truffula.model.architectures.qwen_moe import qwen3_moe
+from truffula.model.architectures.qwen_moe import qwen2_moe, qwen3_moe
+from truffula.model.architectures.sigmoid_moe import afmoe, dots1, ernie4_5_moe, exaone_moe, glm4_moe, minimax_m2
+from truffula.model.architectures.softmax_moe import granitemoe, hunyuan_v1_moe, olmoe, phimoe
 from truffula.model.architectures.starcoder import starcoder2
 from truffula.model.architectures.variants import (
     apertus,
@@ -47,23 +53,34 @@ from truffula.model.spec import ModelSpec
 
 ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyType(
     {
+        "afmoe": afmoe,
         "apertus": apertus,
         "arcee": arcee,
         "bloom": bloom,
         "bamba": bamba,
         "cohere": cohere,
         "cohere2": cohere2,
+        "cohere2_moe": cohere2_moe,
         "cwm": cwm,
         "deepseek_v2": deepseek_v2,
         "deepseek_v3": deepseek_v3,
         "deepseek_v32": deepseek_v32,
+        "dots1": dots1,
         "ernie4_5": ernie4_5,
+        "ernie4_5_moe": ernie4_5_moe,
         "exaone4": exaone4,
         "falcon": falcon,
+        "exaone_moe": exaone_moe,
         "gemma": gemma,
         "gemma2": gemma2,
         "gemma3": gemma3,
         "gemma3_text": gemma3_text,
+        "gemma4": gemma4,
+        "gemma4_text": gemma4_text,
+        "gemma4_unified": gemma4,
+        "gemma4_unified_text": gemma4_text,
+        "glm": glm,
+        "glm4": glm4,
         "glm4_moe_lite": glm4_moe_lite,
         "glm_moe_dsa": glm_moe_dsa,
         "gpt2": gpt2,
@@ -78,7 +95,15 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "kimi_k2": deepseek_v3,
         "kimi_k25": kimi_k25,
         "lfm2": lfm2,
+        "glm4_moe": glm4_moe,
+        "gpt_oss": gpt_oss,
+        "granitemoe": granitemoe,
+        "granitemoeshared": granitemoe,
+        "hunyuan_v1_moe": hunyuan_v1_moe,
         "llama": llama,
+        "llama4": llama4,
+        "llama4_text": llama4_text,
+        "minimax_m2": minimax_m2,
         "ministral": mistral,
         "ministral3": ministral3,
         "mistral": mistral,
@@ -95,7 +120,10 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "opt": opt,
         "phi": phi,
         "phi3": phi3,
+        "olmoe": olmoe,
+        "phimoe": phimoe,
         "qwen2": qwen2,
+        "qwen2_moe": qwen2_moe,
         "qwen3": qwen3,
         "qwen3_5": qwen3_5,
         "qwen3_5_moe": qwen3_5_moe,

@@ -20,7 +20,7 @@ from truffula.model.parts.attention import PositionScale
 from truffula.model.parts.mla import MlaSpec
 from truffula.model.parts.mlp import MlpSpec
 from truffula.model.parts.moe import MoeSpec, RouterSpec, SharedSpec
-from truffula.model.rope import RopeKeys, attention_magnitude, read_rope, rope_parameter
+from truffula.model.rope import attention_magnitude, read_rope, rope_parameter
 from truffula.model.rows import ExpertLayout, NormSpec
 from truffula.model.spec import LLAMA_NAMES, LayerSpec, ModelSpec, ModuleNames, RopeSpec
 
@@ -100,7 +100,7 @@ def deepseek_v32(view: ConfigView) -> ModelSpec:
         "sequences are not served."
     )
     indexers = tuple(f"layers.{index}.self_attn.indexer." for index in range(layers))
-    names = replace(spec.names, unused=(*spec.names.unused, *indexers))
+    names = replace(spec.names, unneeded=(*spec.names.unneeded, *indexers))
     return replace(spec, max_positions=min(spec.max_positions, longest), names=names, notes=(*spec.notes, note))
 
 
@@ -119,8 +119,7 @@ def mistral4(view: ConfigView, names: ModuleNames = LLAMA_NAMES) -> ModelSpec:
     mixer = mla(view, interleaved=view.flag("rope_interleave"), whole_head=True)
     width = mixer.nope + mixer.rope
     rope_keys = (*_ROPE_KEYS, _BETA, _ORIGINAL, "max_position_embeddings")
-    keys = RopeKeys(share=mixer.rope / width)
-    rope = read_rope(view, width, partial=True, more=rope_keys, keys=keys)
+    rope = read_rope(view, width, partial=mixer.rope / width, more=rope_keys)
     if rope.dims != mixer.rope:
         raise view.error("partial_rotary_factor", f"{rope.dims} of qk_rope_head_dim = {mixer.rope} would be rotated.")
     scale = PositionScale(rope_parameter(view, _BETA), rope_parameter(view, _ORIGINAL))
@@ -172,7 +171,7 @@ def _model(
     if moe is not None:
         layers = with_experts(layers, moe, sparse)
     if predicts:
-        names = replace(names, unused=predictors(view, len(sparse)))
+        names = replace(names, unneeded=predictors(view, len(sparse)))
     if rope is None:
         rope = read_rope(view, mixer.rope, more=_ROPE_KEYS)
     return finish_spec(view, layers, (rope,), rms(view, "norm"), names=names)

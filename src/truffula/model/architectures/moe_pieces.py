@@ -10,16 +10,17 @@ from truffula.model.architectures.pieces import MOST_LAYERS, Sizes, finish_spec,
 from truffula.model.config_view import ConfigView
 from truffula.model.parts.moe import MoeNames, MoeSpec, RouterSpec
 from truffula.model.rope import read_rope
-from truffula.model.spec import LayerSpec, ModelSpec
+from truffula.model.spec import LLAMA_NAMES, LayerSpec, ModelSpec, ModuleNames
 
 MOST_EXPERTS = 4096
 """Far above the number of any model; bounds the lists that an invalid file can create."""
-DEEPSEEK_NAMES = MoeNames(shared="shared_experts")
+DEEPSEEK_NAMES = MoeNames(shared="mlp.shared_experts")
 
 
 def read_experts(view: ConfigView, *keys: str) -> tuple[int, int]:
     """The number of experts, written under one of ``keys`` (the first is the class's own), and how many a row uses."""
     written = [key for key in keys if view.written(key)] or [keys[0]]
+    view.skip(*keys)
     experts = view.integer(written[0])
     for key in written[1:]:
         if view.integer(key) != experts:
@@ -41,6 +42,15 @@ def dense_first(view: ConfigView, key: str, layers: int) -> list[bool]:
     """Which layers have experts: all but the first ones, whose number is under ``key``."""
     first = view.integer(key, minimum=0)
     return [index >= first for index in range(layers)]
+
+
+def sparse_kinds(view: ConfigView, key: str, layers: int) -> list[bool]:
+    """Which layers have experts, by ``mlp_layer_types`` or else the number of dense first ones under ``key``."""
+    first, kinds = dense_first(view, key, layers), view.strings("mlp_layer_types", layers)
+    for kind in kinds or ():
+        if kind not in ("dense", "sparse"):
+            raise view.error("mlp_layer_types", f"{kind} is not supported; dense and sparse are.", kind)
+    return first if kinds is None else [kind == "sparse" for kind in kinds]
 
 
 def sparse_layers(view: ConfigView, layers: int) -> list[bool]:
@@ -86,14 +96,16 @@ def moe_model(
     windows: Sequence[int | None],
     moe: MoeSpec,
     sparse: Sequence[bool] | None = None,
+    names: ModuleNames = LLAMA_NAMES,
     **options: Any,
 ) -> ModelSpec:
     """A model of Llama's layers, one for each window, with ``moe`` in those that are ``sparse`` (None: all).
 
-    ``options`` as of ``llama_layer``.
+    ``options`` as of ``llama_layer``; ``partial``: see ``read_rope``.
     """
+    rope = read_rope(view, sizes.head_dim, partial=options.pop("partial", False))
     layers = with_experts([llama_layer(view, sizes, window, **options) for window in windows], moe, sparse)
-    return finish_spec(view, layers, (read_rope(view, sizes.head_dim),), rms(view, "norm"))
+    return finish_spec(view, layers, (rope,), rms(view, "norm"), names=names)
 
 
 def with_experts(layers: Sequence[LayerSpec], moe: MoeSpec, sparse: Sequence[bool] | None = None) -> list[LayerSpec]:

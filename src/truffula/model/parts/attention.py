@@ -28,9 +28,13 @@ class AttentionSpec:
 
     ``rope`` is an index into ``ModelSpec.ropes``, or None for a layer without rotary embedding. ``q_norm`` and
     ``k_norm`` act per head, or over all heads with ``norm_over`` width; before the rotation, or after it with
-    ``norm_rotated``. ``clip`` bounds q, k and v before both. ``position_scale`` multiplies q last. ``scale`` multiplies
-    q·k, ``softcap`` c makes scores c * tanh(s / c). ``gated``: the q module has the rows of q and of a gate for each
-    head; the result is multiplied by sigmoid(gate). ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
+    ``norm_rotated``. ``v_norm`` acts per head. ``keys_as_values``: v is k before its norm. ``kv_layer`` is the layer
+    whose keys and values are attended to; then this one has none. ``clip`` bounds q, k and v before all that.
+    ``position_scale`` multiplies q last. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
+    ``chunked``: the window is a chunk of positions, see ``program.Attention``. ``sinks`` is the tensor of a logit per
+    head, which only counts in the softmax's denominator. ``gated``: the q module has the rows of q and of a gate for
+    each head; the result is multiplied by sigmoid(gate). ``gate``: the same with a module of its own, of the part's
+    input. ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
     """
 
     heads: int
@@ -44,10 +48,16 @@ class AttentionSpec:
     k_norm: NormSpec | None = None
     norm_over: Literal["head", "width"] = "head"
     norm_rotated: bool = False
+    v_norm: NormSpec | None = None
+    keys_as_values: bool = False
+    kv_layer: int | None = None
     clip: float | None = None
     position_scale: PositionScale | None = None
     softcap: float | None = None
+    chunked: bool = False
+    sinks: str | None = None
     gated: bool = False
+    gate: str | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     alibi: tuple[float, ...] = ()
@@ -67,11 +77,12 @@ class AttentionSpec:
 
     @property
     def qkv_width(self) -> int:
-        return self.q_width + self.gate_width + 2 * self.kv_width
+        own = 0 if self.kv_layer is not None else 1 if self.keys_as_values else 2
+        return self.q_width + self.gate_width + own * self.kv_width
 
     @property
     def kv_widths(self) -> tuple[int, ...]:
-        return self.kv_width, self.kv_width
+        return () if self.kv_layer is not None else (self.kv_width, self.kv_width)
 
     def first_module(self, names: ModuleNames) -> str:
         return names.q if names.qkv_order == "split" else str(names.qkv)
@@ -83,9 +94,11 @@ class AttentionSpec:
         names, width, order = rows.names, rows.hidden, None
         if names.qkv_order == "split":
             order = RowOrder(self.heads, (self.head_dim, self.head_dim)) if self.gated else None
-            q = (names.q, self.q_width + self.gate_width, order)
-            q_k_v: list[RowPart] = [q, (names.k, self.kv_width), (names.v, self.kv_width)]
-            rows.linear("qkv", q_k_v, width, bias=self.qkv_bias, fused=None if self.gated else names.qkv)
+            q_k_v: list[RowPart] = [(names.q, self.q_width + self.gate_width, order)]
+            if self.kv_layer is None:
+                q_k_v += [(name, self.kv_width) for name in (names.k, names.v)[: 1 if self.keys_as_values else 2]]
+            fused = names.qkv if len(q_k_v) == 3 and not self.gated else None
+            rows.linear("qkv", q_k_v, width, bias=self.qkv_bias, fused=fused)
         else:
             if names.qkv_order == "grouped" and self.kv_heads > 1:
                 share = self.heads // self.kv_heads
@@ -93,18 +106,27 @@ class AttentionSpec:
             rows.linear("qkv", [(str(names.qkv), self.qkv_width, order)], width, bias=self.qkv_bias)
         rows.norm("q_norm", self.q_norm, self.q_width // self._groups(self.heads), self._groups(self.heads))
         rows.norm("k_norm", self.k_norm, self.kv_width // self._groups(self.kv_heads), self._groups(self.kv_heads))
+        rows.norm("v_norm", self.v_norm, self.head_dim, self.kv_heads)
+        if self.sinks is not None:
+            rows.vector("sinks", self.sinks, self.heads)
+        if self.gate is not None:
+            rows.linear("gate", [(self.gate, self.q_width)], rows.hidden)
         rows.linear("out", [(names.out, rows.hidden)], self.q_width, bias=self.out_bias)
 
     def write(self, build: LayerBuilder, x: Ref) -> None:
         names = build.names
         qkv = build.buffer("qkv", self.qkv_width)
-        q = Ref(qkv.buffer, 0, self.q_width)
+        q, k, v = Ref(qkv.buffer, 0, self.q_width), None, None
         gate = Ref(qkv.buffer, self.q_width, self.gate_width)
-        k = Ref(qkv.buffer, self.q_width + self.gate_width, self.kv_width)
-        v = Ref(qkv.buffer, k.start + self.kv_width, self.kv_width)
+        if self.kv_layer is None:
+            k = Ref(qkv.buffer, self.q_width + self.gate_width, self.kv_width)
+            v = Ref(qkv.buffer, k.start + self.kv_width, self.kv_width)
         # transformers clips what its modules return.
         probe = build.probe(self.first_module(names), "out") if self.clip is None else None
         build.linear("qkv", x, qkv, probe, Epilogue(clip=self.clip))
+        if k is not None and v is not None and self.v_norm is not None:
+            source, v = (k, build.buffer("values", self.kv_width)) if self.keys_as_values else (v, v)
+            build.norm("v_norm", self.v_norm, source, v, groups=self.kv_heads)
         if not self.norm_rotated:
             self._write_norms(build, q, k)
         if self.rope is not None:
@@ -115,31 +137,43 @@ class AttentionSpec:
             params = astuple(self.position_scale)
             build.append(Pointwise(name="position_scale", kind="position_scale", x=q, out=q, params=params))
         attended, probe = build.buffer("attended", self.q_width), build.probe(names.out, "in")
-        group, planes = build.kv_planes()
-        build.append(Attention(name="attention", probe=None if self.gated else probe, q=q, k=k, v=v, out=attended,
+        group, planes = build.kv_planes(self.kv_layer)
+        whole = not self.gated and self.gate is None
+        build.append(Attention(name="attention", probe=probe if whole else None, q=q, k=k, v=v, out=attended,
                                group=group, planes=(planes[0], planes[1]), heads=self.heads, kv_heads=self.kv_heads,
                                dim_k=self.head_dim, dim_v=self.head_dim, scale=self.scale, window=self.window,
-                               softcap=self.softcap, alibi=self.alibi, alibi_rounded=self.alibi_rounded))  # fmt: skip
-        if self.gated:
-            build.append(Pointwise(name="gate", probe=probe, kind="sigmoid_mul", x=attended, y=gate, out=attended))
+                               softcap=self.softcap, chunked=self.chunked, alibi=self.alibi,
+                               alibi_rounded=self.alibi_rounded,
+                               sinks=build.weight("sinks") if self.sinks is not None else None))  # fmt: skip
+        if self.gate is not None:
+            gate = build.buffer("gate", self.q_width)
+            build.linear("gate", x, gate, build.probe(self.gate, "out"))
+        if not whole:
+            build.append(Pointwise(name="gated", probe=probe, kind="sigmoid_mul", x=attended, y=gate, out=attended))
         build.output("out", attended)
 
     def _groups(self, heads: int) -> int:
         """The number of norms over the columns of ``heads`` heads."""
         return heads if self.norm_over == "head" else 1
 
-    def _rotate(self, build: LayerBuilder, rope: int, q: Ref, k: Ref) -> None:
-        """Where q and k are adjacent, one op rotates the heads of both."""
-        last = not self.norm_rotated and self.position_scale is None and not self.gated
+    def _rotate(self, build: LayerBuilder, rope: int, q: Ref, k: Ref | None) -> None:
+        """Append the rotation: where q and k are adjacent, one op for the heads of both."""
+        last = not self.norm_rotated and self.position_scale is None and not self.gated and k is not None
         module = build.names.attention if last else None
         probe = None if module is None else build.probe(module, "in")
-        for x in (q, k) if self.gated else (Ref(q.buffer, q.start, q.width + k.width),):
+        if k is None:
+            rotated = [q]
+        else:
+            rotated = [q, k] if self.gated else [Ref(q.buffer, q.start, q.width + k.width)]
+        for x in rotated:
             build.append(Rope(name="rope", probe=probe, x=x, rows=build.rope_rows(rope),
                               heads=x.width // self.head_dim, head_dim=self.head_dim, start=0,
                               dims=build.spec.ropes[rope].dims, layout=self.rope_layout))  # fmt: skip
 
-    def _write_norms(self, build: LayerBuilder, q: Ref, k: Ref) -> None:
+    def _write_norms(self, build: LayerBuilder, q: Ref, k: Ref | None) -> None:
+        # One module for both is called twice, so that its output is not that of either.
+        own = self.q_norm is None or self.k_norm is None or self.q_norm.module != self.k_norm.module
         if self.q_norm is not None:
-            build.norm("q_norm", self.q_norm, q, q, groups=self._groups(self.heads))
-        if self.k_norm is not None:
-            build.norm("k_norm", self.k_norm, k, k, groups=self._groups(self.kv_heads))
+            build.norm("q_norm", self.q_norm, q, q, groups=self._groups(self.heads), compared=own)
+        if self.k_norm is not None and k is not None:
+            build.norm("k_norm", self.k_norm, k, k, groups=self._groups(self.kv_heads), compared=own)

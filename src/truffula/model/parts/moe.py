@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from truffula.kernels.program import Activation, Epilogue, Pointwise, Ref, Route
@@ -36,10 +36,13 @@ class RouterSpec:
 
 @dataclass(frozen=True)
 class SharedSpec:
-    """An MLP that every row passes, of the experts' activation. ``gated``: times sigmoid(shared_gate x)."""
+    """An MLP that every row passes, of the experts' activation. ``gated``: times sigmoid(shared_gate x). Its result
+    is multiplied by ``scale``."""
 
     width: int
     gated: bool = False
+    bias: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,16 @@ class MoeNames:
     """Modules and tensors relative to the layer, as checkpoints name them. An expert is ``<experts>.<number>``.
 
     ``block`` and ``block5`` are the module of the whole part in checkpoints and in transformers 5, which differ in some
-    families. ``in_layouts`` and ``out_layouts`` are forms of the experts' matrices besides those that every family has
-    (``MoeSpec.rows``); the first is the one that transformers writes. ``correction_shape``: see ``WeightRow.stored``.
+    families; so are ``router`` and ``router5``. ``in_layouts`` and ``out_layouts`` are forms of the experts' matrices
+    besides those that every family has (``MoeSpec.rows``); the first is the one that transformers writes.
+    ``correction_shape``: see ``WeightRow.stored``.
+    ``shared`` and ``shared_gate`` are modules of the layer, ``shared_in`` those of gate and up, or of both together.
     """
 
     block: str = "mlp"
     block5: str = "mlp"
     router: str = "gate"
+    router5: str = "gate"
     correction: str = "gate.e_score_correction_bias"
     correction_shape: tuple[int, ...] = ()
     experts: str = "experts"
@@ -64,18 +70,23 @@ class MoeNames:
     out_layouts: tuple[ExpertLayout, ...] = ()
     in_biases: tuple[ExpertLayout, ...] = ()
     out_biases: tuple[ExpertLayout, ...] = ()
-    shared: str = "shared_expert"
-    shared_in: tuple[str, str] = ("gate_proj", "up_proj")
-    shared_fused: str | None = "gate_up_proj"
+    shared: str = "mlp.shared_expert"
+    shared_in: tuple[str, ...] = ("gate_proj", "up_proj")
     shared_down: str = "down_proj"
-    shared_gate: str = "shared_expert_gate"
+    shared_gate: str = "mlp.shared_expert_gate"
+
+    @property
+    def router_names(self) -> tuple[str, str]:
+        """The router in checkpoints and in transformers 5."""
+        return f"{self.block}.{self.router}", f"{self.block5}.{self.router5}"
 
 
 @dataclass(frozen=True)
 class MoeSpec:
     """The sum of each row's chosen experts, down(activation(gate x) * up x), and of the shared expert.
 
-    ``width`` is F of an expert. ``weigh`` input: x is multiplied by the expert's weight, instead of the result; one
+    ``width`` is F of an expert. ``limit`` and ``offset`` are the ``glu_limit`` and ``glu_offset`` of the experts'
+    ``program.Epilogue``. ``weigh`` input: x is multiplied by the expert's weight, instead of the result; one
     expert per row.
     """
 
@@ -83,6 +94,8 @@ class MoeSpec:
     width: int
     activation: Activation
     shared: SharedSpec | None = None
+    limit: float | None = None
+    offset: float = 0.0
     weigh: Literal["output", "input"] = "output"
     names: MoeNames = MoeNames()
 
@@ -103,8 +116,9 @@ class MoeSpec:
     def rows(self, rows: LayerRows) -> None:
         names, router, hidden, width = self.names, self.router, rows.hidden, self.width
         at = names.block + "."
-        rows.linear("router", [(at + names.router, router.experts)], hidden, bias=router.bias,
-                    alias=f"{names.block5}.{names.router}" if names.block5 != names.block else None)  # fmt: skip
+        module, alias = names.router_names
+        rows.linear("router", [(module, router.experts)], hidden, bias=router.bias,
+                    alias=None if alias == module else alias)  # fmt: skip
         if router.correction:
             rows.vector("correction", at + names.correction, router.experts, stored=names.correction_shape)
         each, stacked, module5 = f"{at}{names.experts}.{{e}}.", f"{at}{names.experts}.", f"{names.block5}.experts."
@@ -118,22 +132,23 @@ class MoeSpec:
         )  # fmt: skip
         rows.experts(
             "experts_out", [(each + down, hidden)], width, router.experts,
-            (*names.out_layouts, ExpertLayout((f"{each}{down}.weight",)), *_stacked(stacked, "down_proj", module5)),
+            (*names.out_layouts, ExpertLayout((f"{each}{down}.weight",)), *_stacked(stacked, "down_proj", module5),
+             ExpertLayout((f"{stacked}{down}.weight",))),
             names.out_biases,
         )  # fmt: skip
         if self.shared is None:
             return
-        shared = f"{at}{names.shared}."
-        parts = [(shared + name, self.shared.width) for name in names.shared_in]
-        fused = None if names.shared_fused is None else shared + names.shared_fused
-        rows.linear("shared_in", parts, hidden, fused=fused)
+        shared = f"{names.shared}."
+        each_in = 2 * self.shared.width // len(names.shared_in)
+        rows.linear("shared_in", [(shared + name, each_in) for name in names.shared_in], hidden, bias=self.shared.bias)
         if self.shared.gated:
-            rows.linear("shared_gate", [(at + names.shared_gate, 1)], hidden)
-        rows.linear("shared_out", [(shared + names.shared_down, hidden)], self.shared.width)
+            rows.linear("shared_gate", [(names.shared_gate, 1)], hidden)
+        rows.linear("shared_out", [(shared + names.shared_down, hidden)], self.shared.width, bias=self.shared.bias)
 
     def write(self, build: LayerBuilder, x: Ref) -> None:
         names, router = self.names, self.router
         glu, module5 = Epilogue(activation=self.activation, glu=True), f"{names.block5}."
+        limited = replace(glu, glu_limit=self.limit, glu_offset=self.offset)
         logits = build.buffer("router_logits", router.experts, dtype="float32")
         build.linear("router", x, logits, None, compute="float32")
         routes = build.buffer("routes", 2 * router.top_k, dtype="float32")
@@ -147,17 +162,21 @@ class MoeSpec:
         if self.weigh == "input":
             taken, weight = build.buffer("weighed", build.spec.hidden), Ref(routes.buffer, 1, 1)
             build.append(Pointwise(name="weigh", kind="mul", x=x, y=weight, out=taken))
-        build.experts("experts_in", taken, routes, inner, None, glu)
-        build.experts("experts_out", inner, routes, branch, build.probe(module5 + "experts", "out"),
-                      combine="weighted" if self.weigh == "output" else "sum")  # fmt: skip
+        build.experts("experts_in", taken, routes, inner, None, limited)
+        if self.weigh == "output":
+            probe = build.probe(module5 + "experts", "out")
+            build.experts("experts_out", inner, routes, branch, probe, combine="weighted")
+        else:
+            build.experts("experts_out", inner, routes, branch, None, combine="sum")
         if self.shared is not None:
             inner = build.buffer("mlp", self.shared.width)
             build.linear("shared_in", x, inner, None, glu)
             if self.shared.gated:
                 gate = build.buffer("shared_gate", 1)
-                build.linear("shared_gate", x, gate, build.probe(module5 + names.shared_gate, "out"))
+                build.linear("shared_gate", x, gate, build.probe(names.shared_gate, "out"))
                 build.append(Pointwise(name="shared_gated", kind="sigmoid_mul", x=inner, y=gate, out=inner))
-            build.linear("shared_out", inner, branch, None, Epilogue(residual=branch))
+            build.linear("shared_out", inner, branch, None,
+                         Epilogue(scale=self.shared.scale, residual=branch))  # fmt: skip
         build.add(branch)
 
 

@@ -87,10 +87,10 @@ void Executable::check(const LinearOp& op) const {
 void Executable::check(const PointwiseOp& op) const {
   const bool two = op.kind == kAdd || op.kind == kSigmoidMul || op.kind == kMul;
   require(op.kind >= kAct && op.kind <= kXielu && is_activation(op.activation), "pointwise: kind");
-  const bool one = op.kind == kScale || op.kind == kClip || op.kind == kSoftcap;
+  const bool stored = op.weight != kAbsent, one = (op.kind == kScale && !stored) || op.kind == kClip || op.kind == kSoftcap;
   require(op.params.size() == (op.kind == kPositionScale ? 3u : one ? 1u : 0u), "pointwise: params");
-  require((op.weight != kAbsent) == (op.kind == kXielu), "pointwise: weight");
-  require_vector(op.weight, 4, "pointwise: weight");
+  require(op.kind == kXielu ? stored : !stored || op.kind == kScale, "pointwise: weight");
+  require_vector(op.weight, op.kind == kXielu ? 4 : 1, "pointwise: weight");
   require(op.kind != kPositionScale || !has_logit_rows(op.out), "pointwise: rows without tokens have no position");
   require(two == (op.y.buffer != kAbsent), "pointwise: y");
   require_same_rows(op.out, {&op.x, &op.y});
@@ -120,8 +120,9 @@ void Executable::check(const AttentionOp& op) const {
   require_same_rows(op.out, {&op.q, &op.k, &op.v});
   const int64_t heads = op.heads, kv_heads = op.kv_heads;
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "attention: heads");
-  require(op.dim_k > 0 && op.dim_v > 0 && op.q.width == heads * op.dim_k && op.k.width == kv_heads * op.dim_k &&
-              op.v.width == kv_heads * op.dim_v && op.out.width == heads * op.dim_v, "attention: width");
+  require(op.dim_k > 0 && op.dim_v > 0 && op.q.width == heads * op.dim_k && op.out.width == heads * op.dim_v, "attention: width");
+  require((op.k.buffer == kAbsent) == (op.v.buffer == kAbsent), "attention: k without v");
+  require(op.k.buffer == kAbsent || (op.k.width == kv_heads * op.dim_k && op.v.width == kv_heads * op.dim_v), "attention: width");
   require(op.group >= 0 && op.group < groups_, "attention: group");
   require_disjoint(op.out, {&op.q, &op.k, &op.v}, "attention: q, k or v lies where out is written");
   require_vector(op.sinks, heads, "attention: sinks");

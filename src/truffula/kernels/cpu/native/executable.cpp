@@ -186,7 +186,16 @@ void Executable::add(Op op) {
 void Executable::add_attention(AttentionOp& op) {
   op.window = std::clamp<int64_t>(op.window, 0, INT32_MAX);
   const std::array<int64_t, 2> bytes = kv_block_bytes(op, kv_format_, capacity_.block_size);
-  for (size_t i = 0; i < 2; ++i) add_plane(op.planes[i], op.group, bytes[i]);
+  for (size_t i = 0; i < 2; ++i) {
+    const int32_t id = op.planes[i];
+    if (op.k.buffer != kAbsent) {
+      add_plane(id, op.group, bytes[i]);
+      continue;
+    }
+    const bool written = id >= 0 && static_cast<size_t>(id) < planes_.size();
+    require(written && planes_[static_cast<size_t>(id)].block_bytes == bytes[i] && planes_[static_cast<size_t>(id)].group == op.group,
+            "attention: no op before writes this plane");
+  }
   int32_t& distance = max_distance_[static_cast<size_t>(op.group)];
   distance = std::max(distance, op.window > 0 ? static_cast<int32_t>(op.window) - 1 : INT32_MAX);
   add_plan(op.heads / op.kv_heads, op.kv_heads * partial_floats(1, op.dim_v), attention_scratch_of(op, capacity_.block_size));
@@ -196,7 +205,7 @@ void Executable::add_plane(int32_t id, int32_t group, int64_t block_bytes) {
   require(id >= 0 && id < (1 << 20), "attention: planes");
   if (static_cast<size_t>(id) >= planes_.size()) planes_.resize(static_cast<size_t>(id) + 1);
   Plane& plane = planes_[static_cast<size_t>(id)];
-  require(plane.block_bytes == 0, "attention: a plane serves one op");
+  require(plane.block_bytes == 0, "attention: one op writes a plane");
   plane.block_bytes = block_bytes;
   plane.group = group;
   plane.memory = Memory(static_cast<size_t>(block_bytes) * static_cast<size_t>(capacity_.num_blocks));

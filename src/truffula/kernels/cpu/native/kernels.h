@@ -129,7 +129,7 @@ struct NormCall {
 struct PointwiseCall {
   Rows x, y, out;
   int32_t kind, activation, width, round_out;
-  const float* params;        // kXielu: alpha_p, alpha_n, beta, eps as stored
+  const float* params;        // of kXielu: alpha_p, alpha_n, beta, eps as stored
   const int32_t* positions;   // of token rows
   int32_t y_column;  // y is one column, for all columns of x
 };

@@ -193,7 +193,7 @@ struct AttentionOp {
   static constexpr const char* kName = "Attention";
   template <class Self, class F>
   static void fields(Self& o, F&& f) {
-    f("q", o.q), f("k", o.k), f("v", o.v), f("out", o.out), f("group", o.group), f("planes", o.planes);
+    f("q", o.q), f("k", o.k, kOptional), f("v", o.v, kOptional), f("out", o.out), f("group", o.group), f("planes", o.planes);
     f("heads", o.heads), f("kv_heads", o.kv_heads), f("dim_k", o.dim_k), f("dim_v", o.dim_v), f("scale", o.scale);
     f("window", o.window), f("softcap", o.softcap), f("sinks", o.sinks);
     f("alibi", o.alibi), f("alibi_rounded", o.alibi_rounded);

@@ -145,7 +145,7 @@ int32_t Executable::chunks_of(const Stage& stage) {
     return count == 0 ? 0 : std::min(units, count < fine ? team : 8 * team);
   }
   if (const auto* attention = std::get_if<AttentionOp>(&op)) {
-    if (stage.number == 0) return row_chunks(counts_.T, team);
+    if (stage.number == 0) return attention->k.buffer == kAbsent ? 0 : row_chunks(counts_.T, team);
     return attention_chunks(attention->heads / attention->kv_heads, attention->kv_heads, stage.number == 2);
   }
   if (const auto* latent = std::get_if<MlaOp>(&op)) return chunks_of(*latent, stage);
