@@ -355,6 +355,32 @@ class Attention(Op):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mla(Op):
+    """Multi-head latent attention: write this step's ``latent`` rows to their slots, then attend causally.
+
+    A row of ``latent`` is [latent | rotated key], ``rank + rope`` numbers: all that is cached of a token. Heads of
+    ``q`` are [nope | rope] columns, rotated. ``kv_b`` [heads · (nope + dim_v), rank] holds, head by head, the rows W_k,
+    then W_v. A cached row [c | k] has the key [W_k c | k] and the value W_v c, which are not computed: scores are
+    ``scale * ((q_nope W_k) · c + q_rope · k)``, and the output is W_v Σ p c, with softmax weights p. For the rows of a
+    segment whose adapter acts on ``slices``, W is W + scale · B A. Float32 until the one rounding of ``out``.
+    """
+
+    q: Ref
+    latent: Ref
+    out: Ref
+    kv_b: int
+    group: int
+    plane: int
+    heads: int
+    nope: int
+    rope: int
+    dim_v: int
+    rank: int
+    scale: float
+    slices: tuple[SiteSlice, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class GatedDelta(Op):
     """The gated delta rule: linear attention whose state replaces what it holds for a key.
 
