@@ -18,6 +18,9 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 from truffula.errors import KernelError
+from truffula.kernels.rope_tables import RopeRegime as RopeRegime
+from truffula.kernels.rope_tables import RopeTable as RopeTable
+from truffula.kernels.stacked import StackedSlice
 from truffula.kernels.weight_decl import BufferDtype as BufferDtype
 from truffula.kernels.weight_decl import RowOrder as RowOrder
 from truffula.kernels.weight_decl import Transform as Transform
@@ -66,24 +69,6 @@ class ModuleSlice:
 
 
 @dataclass(frozen=True)
-class StackedSlice:
-    """Rows of matrix number ``expert`` of the parameter ``name`` (``model.layers.3.mlp.experts.gate_up_proj``).
-
-    The site's rows are ``lo, lo + step ..`` of ``of`` rows. ``columns``: the parameter is stored [E, I, O];
-    ``peft_columns``: PEFT takes it to be stored so.
-    """
-
-    name: str
-    expert: int
-    experts: int
-    lo: int
-    step: int
-    of: int
-    columns: bool = False
-    peft_columns: bool = False
-
-
-@dataclass(frozen=True)
 class Site:
     """A place where adapters act: one slice of a linear weight, or a table.
 
@@ -103,45 +88,6 @@ class Site:
     @property
     def module(self) -> str:
         return self.modules[0].name
-
-
-@dataclass(frozen=True)
-class RopeTable:
-    """``inv_freq`` float32 values as Python floats, one per rotated pair; cos and sin are multiplied by ``factor``.
-
-    Rows whose length L (``StepInputs.rope_length``) is above ``border`` (0: none) use ``long_freq`` (longrope). Without
-    it the base grows with L (dynamic): the frequency of pair i is divided by
-    (growth * L / border - (growth - 1)) ** (i / (pairs - 1)).
-    """
-
-    id: int
-    inv_freq: tuple[float, ...]
-    factor: float = 1.0
-    border: int = 0
-    long_freq: tuple[float, ...] = ()
-    growth: float = 0.0
-
-
-@dataclass(frozen=True)
-class RopeRegime:
-    """How the rotary tables depend on the length of a sequence, above ``border`` tokens.
-
-    ``grows`` False (longrope): a sequence that grows beyond the border changes to the other table, and its keys are
-    computed again. True (dynamic): the base grows with the length, and keys stay as they were written.
-    """
-
-    border: int
-    grows: bool
-
-    def length(self, num_prompt: int, num_tokens: int) -> int:
-        """``StepInputs.rope_length`` of a sequence of ``num_tokens`` tokens."""
-        return num_prompt if self.grows else max(num_prompt, num_tokens)
-
-    def key(self, length: int) -> int:
-        """What cached keys depend on besides their tokens: equal for lengths that have one table."""
-        if length <= self.border:
-            return 0
-        return length if self.grows else 1
 
 
 @dataclass(frozen=True)
@@ -349,6 +295,32 @@ class Attention(Op):
     chunked: bool = False
     alibi: tuple[float, ...] = ()
     alibi_rounded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mla(Op):
+    """Multi-head latent attention: write this step's ``latent`` rows to their slots, then attend causally.
+
+    A row of ``latent`` is [latent | rotated key], ``rank + rope`` numbers: all that is cached of a token. Heads of
+    ``q`` are [nope | rope] columns, rotated. ``kv_b`` [heads · (nope + dim_v), rank] holds, head by head, the rows W_k,
+    then W_v. A cached row [c | k] has the key [W_k c | k] and the value W_v c, which are not computed: scores are
+    ``scale * ((q_nope W_k) · c + q_rope · k)``, and the output is W_v Σ p c, with softmax weights p. For the rows of a
+    segment whose adapter acts on ``slices``, W is W + scale · B A. Float32 until the one rounding of ``out``.
+    """
+
+    q: Ref
+    latent: Ref
+    out: Ref
+    kv_b: int
+    group: int
+    plane: int
+    heads: int
+    nope: int
+    rope: int
+    dim_v: int
+    rank: int
+    scale: float
+    slices: tuple[SiteSlice, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
