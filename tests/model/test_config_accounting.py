@@ -26,8 +26,8 @@ def test_the_table_of_defaults_covers_every_architecture() -> None:
     assert set(load_defaults()) == set(ARCHITECTURES)
 
 
-# By default these have experts, which are not supported yet.
-WITH_EXPERTS = {"granitemoehybrid", "nemotron_h"}
+# By default it has experts, which are not supported yet.
+WITH_EXPERTS = {"nemotron_h"}
 
 
 @pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - WITH_EXPERTS))

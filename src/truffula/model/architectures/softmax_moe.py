@@ -32,7 +32,7 @@ def olmoe(view: ConfigView) -> ModelSpec:
 
 
 _GRANITE = "block_sparse_moe"
-_GRANITE_NAMES = MoeNames(
+GRANITE_NAMES = MoeNames(
     block=_GRANITE,
     block5=_GRANITE,
     router="router.layer",
@@ -54,7 +54,7 @@ def granitemoe(view: ConfigView) -> ModelSpec:
         sizes.mlp,
         view.choice("hidden_act", ACTIVATIONS),
         shared=SharedSpec(shared) if shared else None,
-        names=_GRANITE_NAMES,
+        names=GRANITE_NAMES,
     )
     bias, residual = view.flag("attention_bias"), view.number("residual_multiplier", positive=False)
     mixer = attention(sizes, scale=view.number("attention_multiplier"), qkv_bias=bias, out_bias=bias)
