@@ -164,6 +164,8 @@ def _linears(folder: Path) -> dict[str, tuple[int, int]]:
     rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
     patterns = [pattern.removesuffix("$").removesuffix(".weight") for rule in rules for pattern in rule.source_patterns]
     converted = {pattern.rpartition(".")[2] for pattern in patterns}
+    if model.config.model_type in ("mamba", "mamba2", "falcon_mamba", "falcon_h1"):
+        converted.add("out_proj")  # peft refuses it in these: their kernels pass by the module
     for name, module in model.named_modules():
         if module is model.get_output_embeddings() or name.rpartition(".")[2] in converted:
             continue

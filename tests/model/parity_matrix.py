@@ -23,7 +23,6 @@ if __name__ == "__main__":
 from fallback_types import SERVED, small_config, write_small  # noqa: E402
 from parity import CHECKS, parity_model  # noqa: E402
 
-from truffula.errors import TruffulaError  # noqa: E402
 from truffula.model.architectures import ARCHITECTURES  # noqa: E402
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint  # noqa: E402
 
@@ -52,10 +51,10 @@ class Row:
                         try:
                             check(model)
                             yield name, ""
-                        except (AssertionError, TruffulaError) as error:
+                        except Exception as error:  # noqa: BLE001  (peft's and transformers', too: one row says so)
                             yield name, " ".join(str(error).split())[:200] or type(error).__name__
-            except TruffulaError as error:
-                yield "load", str(error)
+            except Exception as error:  # noqa: BLE001
+                yield "load", f"{type(error).__name__}: {error}"
 
 
 def rows() -> list[Row]:

@@ -96,7 +96,11 @@ def read_rope(
 def has_rope(view: ConfigView) -> bool:
     """Whether the parameters are not written, or give a base (OLMo Hybrid: none where it is null)."""
     written = view.mapping("rope_parameters")
-    return not written or written.get("rope_theta", 0) is not None
+    if not written or written.get("rope_theta", 0) is not None:
+        return True
+    if written.get("rope_type", "default") != "default":
+        raise view.error("rope_parameters.rope_theta", "null is supported for rope_type default alone.", written)
+    return False
 
 
 def rope_parameter(view: ConfigView, key: str) -> float:

@@ -182,12 +182,12 @@ def _sigmoid_moe(view: ConfigView, sparse: Sequence[bool]) -> MoeSpec | None:
     if not any(sparse):
         view.skip(*_EXPERT_KEYS)
         return None
-    return _moe(view, sigmoid_router(view, *read_experts(view, "n_routed_experts", "num_local_experts")))
+    return _moe(view, sigmoid_router(view, *read_experts(view, "n_routed_experts")))
 
 
 def _softmax_router(view: ConfigView) -> RouterSpec:
     """V2's router: its weights are not divided by their sum; with ``group_limited_greedy`` the best groups count."""
-    experts, top_k = read_experts(view, "n_routed_experts", "num_experts")
+    experts, top_k = read_experts(view, "n_routed_experts")
     view.must_be("norm_topk_prob", (None, False), "only false is supported.")
     method = view.choice("topk_method", {"greedy": "greedy", "group_limited_greedy": "groups"})
     scale = view.number("routed_scaling_factor")
