@@ -47,6 +47,7 @@ MODEL_TYPES = (
     "helium",
     "hunyuan_v1_dense",
     "kimi_k25",
+    "kimi_linear",
     "lfm2",
     "llama",
     "ministral",
@@ -100,6 +101,7 @@ LEGACY_OF = {
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
     "gpt_neo": ("attention_layers",),
     "gpt_neox": ("rotary_emb_base", "rotary_pct"),
+    "kimi_linear": ("first_k_dense_replace", "linear_attn_config"),
     "lfm2": ("block_ff_dim", "tie_embedding"),
     "nemotron_h": (
         *("hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers", "mamba_n_groups"),

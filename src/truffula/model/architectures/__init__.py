@@ -19,6 +19,7 @@ from truffula.model.architectures.deepseek import (
 )
 from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_text
 from truffula.model.architectures.gpt import gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj
+from truffula.model.architectures.kimi_linear import kimi_linear
 from truffula.model.architectures.lfm2 import lfm2
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
 from truffula.model.architectures.mamba_hybrid import bamba, granitemoehybrid
@@ -77,6 +78,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "hunyuan_v1_dense": hunyuan_v1_dense,
         "kimi_k2": deepseek_v3,
         "kimi_k25": kimi_k25,
+        "kimi_linear": kimi_linear,
         "lfm2": lfm2,
         "llama": llama,
         "ministral": mistral,
