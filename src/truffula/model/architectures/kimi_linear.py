@@ -41,8 +41,10 @@ def kimi_linear(view: ConfigView) -> ModelSpec:
     # Of the repository's own class; nothing is rotated.
     view.must_be("mla_use_nope", (None, True), "latent attention with rotation is not supported.")
     view.must_be("moe_router_activation_func", (None, "sigmoid"), "only sigmoid is supported.")
+    for key in ("rope_scaling", "rope_parameters"):
+        view.must_be(key, (None,), "nothing is rotated.")
     view.must_be("moe_layer_freq", (None, 1), "only 1 is supported.")
-    view.skip("use_grouped_topk", "head_dim", "rope_theta", "rope_scaling", "num_nextn_predict_layers")
+    view.skip("use_grouped_topk", "head_dim", "rope_theta", "num_nextn_predict_layers")
     linear = view.mapping("linear_attn_config") or {}
     full = linear.get("full_attn_layers")
     if full is not None and (not isinstance(full, list) or any(type(index) is not int for index in full)):
@@ -124,6 +126,7 @@ def _delta(view: ConfigView, written: Mapping[str, Any]) -> GatedDeltaSpec:
 def _latent(view: ConfigView) -> MlaSpec:
     heads, nope, rope = (view.integer(name) for name in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
     view.must_be("num_key_value_heads", (None, heads), f"latent attention has a key for each of the {heads} heads.")
+    view.must_be("qk_head_dim", (None, nope + rope), "it is qk_nope_head_dim + qk_rope_head_dim.")
     q_rank = view.optional_integer("q_lora_rank")
     return MlaSpec(
         heads=heads, nope=nope, rope=rope, dim_v=view.integer("v_head_dim"), rank=view.integer("kv_lora_rank"),
