@@ -63,6 +63,7 @@ MODEL_TYPES = (
     "hunyuan_v1_dense",
     "hunyuan_v1_moe",
     "kimi_k25",
+    "kimi_linear",
     "lfm2",
     "llama",
     "llama4",
@@ -125,6 +126,7 @@ LEGACY_OF = {
     "gemma4_unified_text": ("global_head_dim", "num_global_key_value_heads"),
     "gpt_neo": ("attention_layers",),
     "gpt_neox": ("rotary_emb_base", "rotary_pct"),
+    "kimi_linear": ("first_k_dense_replace", "linear_attn_config"),
     "lfm2": ("block_ff_dim", "tie_embedding"),
     "nemotron_h": (
         *("hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers", "mamba_n_groups"),

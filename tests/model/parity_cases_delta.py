@@ -27,6 +27,13 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen3_5_moe_text", "one expert of two, tied, one key head", {
         "num_experts": 2, "num_experts_per_tok": 1, "tie_word_embeddings": True, **ONE_KEY_HEAD,
     }),
+    ("kimi_linear", "plain", {}),
+    ("kimi_linear", "as published, groups, dense", {
+        "linear_attn_config": {"full_attn_layers": [2], "kda_layers": [1, 3], "head_dim": 22, "num_heads": 2,
+                               "short_conv_kernel_size": 3},
+        "num_hidden_layers": 3, "first_k_dense_replace": 2, "num_expert_group": 3, "topk_group": 2,
+        "q_lora_rank": 14, "num_shared_experts": 2, "moe_renormalize": False, "model_max_length": 400,
+    }),
     ("olmo_hybrid", "plain", {}),
     ("olmo_hybrid", "no rotation, tied, widths by default, one layer with attention", {
         "rope_parameters": {"rope_theta": None, "rope_type": "default"}, "tie_word_embeddings": True,

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from truffula.model.spec import ModuleNames
 
 RowKind = Literal["embed", "table", "linear", "vector", "conv", "head", "experts"]
-RowPart = tuple[str, int] | tuple[str, int, RowOrder | None]
-"""A module, its rows and their order."""
+RowPart = tuple[str, int] | tuple[str, int, RowOrder | None] | tuple[str, int, RowOrder | None, str]
+"""A module, its rows, their order and its alias."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,12 @@ class LayerRows:
         """A matrix ``[O, width]`` of stacked ``parts``, with its bias ``[O]``. ``alias``: see ``RowSlice``, of a matrix
         of one part."""
         alias = None if alias is None else self.prefix + alias
-        slices = tuple(RowSlice(self.prefix + module, rows, alias, *order) for module, rows, *order in parts)
+        found: list[RowSlice] = []
+        for module, rows, *more in parts:
+            order, other = (*more, None, None)[:2]
+            name5 = alias if other is None else f"{self.prefix}{other}"
+            found.append(RowSlice(self.prefix + module, rows, name5, order))
+        slices = tuple(found)
         whole, key = None if fused is None else self.prefix + fused, self.prefix + key
         transform: Transform = "transpose" if self.names.transposed else "none"
         self.found.append(WeightRow(key, "linear", slices, width, self.index, fused=whole, transform=transform))

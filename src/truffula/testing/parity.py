@@ -306,7 +306,7 @@ def _checks(program: Program) -> list[_Check]:
         plain = isinstance(op, Linear) and not op.epilogue.glu and op.epilogue.residual is None
         if isinstance(op, Linear) and plain and len(op.slices) > 1:
             for item in op.slices:
-                module = program.sites[item.site].modules[0]
+                module = [part for part in program.sites[item.site].modules if part.hi - part.lo == part.of][-1]
                 columns = slice(item.lo, item.hi)
                 checks.append(_Check(index, op, Probe(module.name, "out"), columns, module.order))
         else:

@@ -110,6 +110,18 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         "residual_multiplier": 0.4,
         "rms_norm_eps": 1e-2,
     },
+    "kimi_linear": {
+        "num_hidden_layers": 6,
+        "rms_norm_eps": 1e-2,
+        **_MLA,
+        "q_lora_rank": None,
+        "linear_head_dim": 20,
+        "linear_num_heads": 3,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "pad_token_id": 0,
+    },
     "lfm2": {
         "layer_types": ["conv", "full_attention", "conv"],
         "block_multiple_of": 8,

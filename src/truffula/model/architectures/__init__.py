@@ -22,6 +22,7 @@ from truffula.model.architectures.gemma4 import gemma4, gemma4_text
 from truffula.model.architectures.glm import glm, glm4
 from truffula.model.architectures.gpt import gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj
 from truffula.model.architectures.gpt_oss import gpt_oss
+from truffula.model.architectures.kimi_linear import kimi_linear
 from truffula.model.architectures.lfm2 import lfm2
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
 from truffula.model.architectures.llama4 import llama4, llama4_text
@@ -94,6 +95,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "hunyuan_v1_dense": hunyuan_v1_dense,
         "kimi_k2": deepseek_v3,
         "kimi_k25": kimi_k25,
+        "kimi_linear": kimi_linear,
         "lfm2": lfm2,
         "glm4_moe": glm4_moe,
         "gpt_oss": gpt_oss,

@@ -5,24 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from truffula.kernels.program import Activation, GatedDelta, Ref, RowOrder
-from truffula.model.rows import LayerRows, NormSpec
+from truffula.kernels.program import Activation, GatedDelta, Ref
+from truffula.model.rows import LayerRows, NormSpec, RowPart
 
 if TYPE_CHECKING:
     from truffula.model.builder import LayerBuilder
     from truffula.model.spec import ModuleNames
 
 
-Inputs = tuple[tuple[str, int, RowOrder | None], ...]
+Inputs = tuple[RowPart, ...]
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Decay and gate as products of two matrices: ``rank`` columns of the first, then these modules (Kimi)."""
+    """Decay and gate as products of two matrices: ``rank`` columns of the first, then these modules (Kimi).
+
+    ``decay5``: the decay's in transformers 5.
+    """
 
     rank: int
     decay: str
     gate: str
+    decay5: str
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,9 @@ class GatedDeltaSpec:
 
     ``inputs`` (module, rows, order) are the matrices on the part's input whose rows, stacked, are q, k, v, gate, beta
     and decay; with ``low_rank`` the first factors of gate and decay. Then the decay has a column for each of dim_k.
-    ``convs`` (module, columns) are the short convolutions of q, k and v, or ``conv`` of all, over ``taps`` rows,
-    with ``activation``.
-    ``parameters`` is the module of A_log and dt_bias. ``norm`` is per head. ``beta_scale`` 2 allows the state to change
-    sign.
+    ``convs`` (module, columns) are the short convolutions of q, k and v, or ``conv`` of all, over ``taps`` rows, with
+    ``activation``. ``parameters`` is the module of A_log (of shape ``rate_shape``) and dt_bias. ``norm`` is per head.
+    ``beta_scale`` 2 allows the state to change sign.
     """
 
     heads: int
@@ -46,6 +49,7 @@ class GatedDeltaSpec:
     norm: NormSpec
     activation: Activation = "silu"
     parameters: str = "linear_attn"
+    rate_shape: tuple[int, ...] = ()
     convs: tuple[tuple[str, int], ...] = ()
     conv: str = "linear_attn.conv1d"
     out: str = "linear_attn.out_proj"
@@ -83,10 +87,12 @@ class GatedDeltaSpec:
         rows.linear("delta_in", self.inputs, rows.hidden)
         if self.low_rank is not None:
             rows.linear("delta_gate", [(self.low_rank.gate, self.value_width)], self.low_rank.rank)
-            rows.linear("delta_decay", [(self.low_rank.decay, self.decay_width)], self.low_rank.rank)
+            rows.linear("delta_decay", [(self.low_rank.decay, self.decay_width)], self.low_rank.rank,
+                        alias=self.low_rank.decay5)  # fmt: skip
         columns = 2 * self.key_width + self.value_width
         rows.conv("delta_conv", self.convs or [(self.conv, columns)], self.taps, fused=self.conv)
-        rows.vector("delta_rate", f"{self.parameters}.A_log", self.heads, transform="minus_exp")
+        rows.vector("delta_rate", f"{self.parameters}.A_log", self.heads, stored=self.rate_shape,
+                    transform="minus_exp")  # fmt: skip
         rows.vector("delta_dt_bias", f"{self.parameters}.dt_bias", self.decay_width)
         rows.norm("delta_norm", self.norm, self.dim_v)
         rows.linear("out", [(self.out, rows.hidden)], self.value_width)
@@ -101,7 +107,7 @@ class GatedDeltaSpec:
             gate_in, decay_in = gate, decay
             gate, decay = build.buffer("delta_gate", self.value_width), build.buffer("delta_decay", self.decay_width)
             build.linear("delta_gate", gate_in, gate, build.probe(self.low_rank.gate, "out"))
-            build.linear("delta_decay", decay_in, decay, build.probe(self.low_rank.decay, "out"))
+            build.linear("delta_decay", decay_in, decay, build.probe(self.low_rank.decay5, "out"))
         mixed = build.buffer("delta_qkv", q.width + k.width + v.width)
         build.conv("delta_conv", Ref(inner.buffer, 0, mixed.width), mixed, self.activation)
         q, k, v = _columns(mixed, q.width, k.width)
