@@ -74,7 +74,7 @@ class Theirs:
             self.cache = DynamicCache(config=self.model.config)
         ids = torch.arange(3, 3 + count)[None]
         with torch.inference_mode():
-            self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.model(input_ids=ids, cache=self.cache, use_cache=True, logits_to_keep=1)
 
 
 def timed(run: Run) -> float:

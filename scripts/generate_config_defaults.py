@@ -27,6 +27,9 @@ MODEL_TYPES = (
     "cohere2",
     "cohere2_moe",
     "cwm",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
     "dots1",
     "ernie4_5",
     "ernie4_5_moe",
@@ -44,6 +47,8 @@ MODEL_TYPES = (
     "glm",
     "glm4",
     "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
     "gpt2",
     "gpt_bigcode",
     "gpt_neo",
@@ -57,6 +62,7 @@ MODEL_TYPES = (
     "helium",
     "hunyuan_v1_dense",
     "hunyuan_v1_moe",
+    "kimi_k25",
     "lfm2",
     "llama",
     "llama4",
@@ -66,6 +72,7 @@ MODEL_TYPES = (
     "ministral3",
     "mistral",
     "mistral3",
+    "mistral4",
     "mixtral",
     "mpt",
     "nemotron",
@@ -92,7 +99,10 @@ MODEL_TYPES = (
     "smollm3",
     "stablelm",
     "starcoder2",
+    "youtu",
 )
+# Types of hub files that transformers reads with the class of another type.
+SAME_CLASS = {"kimi_k2": "deepseek_v3"}
 
 # Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
 LEGACY = (
@@ -150,7 +160,7 @@ def table() -> dict[str, Any]:
         rope = getattr(made, "rope_parameters", None) or {}
         kinds = [each.get("rope_type", "default") for each in (rope, *rope.values()) if isinstance(each, dict)]
         if set(kinds) != {"default"}:
-            fields["rope_parameters"] = rope
+            fields["rope_parameters"] = {key: rope[key] for key in rope if key != "partial_rotary_factor"}
         if fields.get("eos_token_id", 0) is None:
             fields["eos_token_id"] = made.eos_token_id
         text = cls.sub_configs_defaults.get("text_config")
@@ -165,6 +175,7 @@ def table() -> dict[str, Any]:
             "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),
             "aliases": dict(sorted({**cls.attribute_map, **ALIASES_OF.get(model_type, {})}.items())),
         }
+    types |= {name: types[of] for name, of in SAME_CLASS.items()}
     generation = sorted(GenerationConfig._get_default_generation_params())
     return {"generation": generation, "types": types}
 

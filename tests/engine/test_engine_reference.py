@@ -96,6 +96,8 @@ class Real:
 FAMILIES = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": 7}),
+    # Latent attention.
+    "latent": ("youtu", {"q_lora_rank": None}),
     # Gemma 3 by its own rule would have five sliding layers first. The blocks hold four tokens.
     "gemma3": ("gemma3_text", {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}),
     "gemma3-short": ("gemma3_text", {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}),

@@ -72,6 +72,7 @@ BASES = {
     "llama": {"head_dim": 14, "num_key_value_heads": 1, "vocab_size": 97, "attention_bias": True},
     "qwen2": {"tie_word_embeddings": True},
     "gemma3_text": {"num_hidden_layers": 4},
+    "youtu": {"num_hidden_layers": 2},
     "qwen3_5_text": {},
     "qwen3_next": {},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
@@ -90,6 +91,9 @@ DENSE = (
     "ernie4_5",
     "exaone4",
     "gemma",
+    "gemma4",
+    "gemma4_text",
+    "gemma4_unified_text",
     "glm",
     "glm4",
     "granite",
@@ -171,6 +175,7 @@ TARGETS: dict[str, tuple[str | list[str], list[str]]] = {
     "qwen2": ("all-linear", ["q_proj", "down_proj"]),
     "gemma3_text": ("all-linear", ["q_proj", "down_proj"]),
     "qwen3_5_text": ("all-linear", ["in_proj_qkv", "in_proj_a", "in_proj_b", "in_proj_z", "linear_attn.out_proj"]),
+    "youtu": ("all-linear", ["q_b_proj", "kv_b_proj", "down_proj"]),
     # peft takes the MLP of any qwen3_next model for experts, and warns.
     "qwen3_next": (["in_proj_ba", "in_proj_qkvz", "q_proj", "o_proj", "out_proj"], ["in_proj_ba", "k_proj"]),
     # Matrices stored as [in, out]; fused modules, with rows in another order than the program's.

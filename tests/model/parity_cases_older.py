@@ -69,5 +69,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("opt", "no biases, gelu, untied", {"enable_bias": False, "activation_function": "gelu", **UNTIED}),
     ("opt", "350m: norms after, narrow tables", {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
     ("opt", "narrow tables with a last norm, untied", {"word_embed_proj_dim": 20, **UNTIED}),
+    ("opt", "norms without parameters", {"layer_norm_elementwise_affine": False}),
     ("opt", "no last norm", {"_remove_final_layer_norm": True}),
 ]  # fmt: skip

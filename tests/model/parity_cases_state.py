@@ -23,6 +23,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
      "mamba_n_groups": 1, "mamba_d_head": 16, "mamba_conv_bias": False, "tie_word_embeddings": True}),
     ("granitemoehybrid", "newer names, biases", {"layer_types": ["full_attention", "linear_attention",
      "linear_attention"], "attention_bias": True, "mamba_proj_bias": True, "position_embedding_type": "nope"}),
+    ("granitemoehybrid", "experts", {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24}),
     ("nemotron_h", "plain", {}),
     ("nemotron_h", "a list of layers, one group, biases", {"hybrid_override_pattern": None, "layers_block_type":
      ["attention", "mlp", "mamba"], "n_groups": 1, "use_bias": True, "mlp_bias": True}),

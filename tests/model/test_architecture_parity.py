@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import parity_cases_delta
 import parity_cases_dense
+import parity_cases_mla
 import parity_cases_moe
 import parity_cases_older
 import parity_cases_state
@@ -130,6 +131,7 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
     [
         *(pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in CASES),
         *spread(parity_cases_dense.CASES),
+        *spread(parity_cases_mla.CASES),
         *spread(parity_cases_older.CASES),
         *spread(parity_cases_moe.CASES),
         *spread(parity_cases_state.CASES),

@@ -33,7 +33,7 @@ def test_every_program_is_valid(model_type: str, tie: Tie) -> None:
     used = Counter(
         weight
         for op in made.ops
-        for field in ("table", "weight", "bias", "rate", "dt_bias")
+        for field in ("table", "weight", "bias", "kv_b", "correction", "rate", "dt_bias")
         if isinstance(weight := getattr(op, field, None), int) and not (field == "table" and not isinstance(op, Embed))
     ) + Counter(op.epilogue.bias for op in made.ops if isinstance(op, Linear) and op.epilogue.bias is not None)
     assert set(used) == {decl.id for decl in made.weights}

@@ -39,7 +39,9 @@ def generate(folder: Path, prompt: list[int]) -> list[int]:
     return made[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", ["longrope", *(pytest.param(name, marks=pytest.mark.slow) for name in ("longrope, window", "dynamic"))]
+)  # the slow ones: 6 s
 def test_each_request_is_answered_as_alone(tmp_path: Path, name: str) -> None:
     folder = write_tiny_checkpoint(tmp_path / "model", CONFIGS[name], seed=2)
     expected = [generate(folder, prompt) for prompt in PROMPTS]

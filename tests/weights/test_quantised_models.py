@@ -17,8 +17,10 @@ from truffula.kernels.cpu import CpuBackend
 from truffula.kernels.inputs import Capacity
 from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.testing.files import Array
+from truffula.testing.oracle import Oracle
 from truffula.testing.parity import verify_model
 from truffula.testing.programs import Part, fill_step
+from truffula.testing.tiny import tiny_config, tiny_tensors
 from truffula.weights.open import open_checkpoint
 from truffula.weights.safetensors import DTYPES
 from truffula.weights.tying import Tie
@@ -403,3 +405,23 @@ def test_verify_compares_with_transformers_on_the_dequantised_values(tmp_path: P
     report = verify_model(write_folder(tmp_path / "m", config, tensors), prompts=[PROMPT], new_tokens=3)
     assert report.ok, report.first_divergence
     assert "dequantised" in report.warnings[-1]
+
+
+def test_experts_of_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
+    fixture = Fixture("mxfp4-experts")
+    config = tiny_config("gpt_oss", hidden_size=64, intermediate_size=64, num_local_experts=3, num_experts_per_tok=2)
+    tensors = tiny_tensors(config, dtype="bfloat16")
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        del tensors[name]
+        tensors |= {
+            f"{name}{key}": value for key, value in fixture.module("square" if "down" in name else "tall").items()
+        }
+    config |= {"quantization_config": fixture.config}
+    path = write_folder(tmp_path / "m", config, tensors)
+    _, logits = run(path)
+    _, wanted = run(plain_copy(path, config, tmp_path / "plain"))
+    assert np.array_equal(logits, wanted)
+    plan, packed = run(path, exact=False)
+    assert np.abs(packed - logits).max() < 0.2 * logits.std()
+    assert "q5_0" in CpuBackend(1).plan(plan.program, "bfloat16", CAPACITY, plan.stored_types).weight_formats
+    np.testing.assert_allclose(logits, Oracle(path, tied=False).logits(PROMPT), atol=1e-4)

@@ -106,6 +106,7 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
         num_blocks=1 + blocks,
         block_size=BLOCK,
         max_blocks_per_seq=max(per_row, -(-bench.prefill // BLOCK)),
+        num_states=1 + blocks,
     )
     executable = backend.load(program, dtype, pull_from(random_weights(program, dtype="bfloat16")), capacity)
     weights = backend.plan(program, dtype, capacity).weight_bytes

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from truffula.errors import KernelError
 from truffula.kernels.inputs import Array
-from truffula.kernels.program import Embed, ExpertLinear, Linear, Logits, Program, SiteSlice
+from truffula.kernels.program import Embed, ExpertLinear, Linear, Logits, Mla, Program, SiteSlice
 
 ALIGN = 64
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
@@ -127,7 +127,8 @@ class Place:
     """Where a site acts in a program: columns ``first ..`` of what op number ``op`` computes, before any glu.
 
     ``half`` > 0: these columns are gates ``0 .. half``, then ups. ``gathers``: the op reads rows of a table. Of an op
-    with experts, columns are those of ``expert``.
+    with experts, columns are those of ``expert``. ``heads`` (count, key rows, value rows): the columns of ``Mla``'s
+    kv_b, head by head.
     """
 
     module: str
@@ -138,6 +139,7 @@ class Place:
     half: int = 0
     gathers: bool = False
     expert: int = 0
+    heads: tuple[int, int, int] | None = None
 
 
 Storage = Literal["stored", "float32", "panels"]
@@ -167,9 +169,12 @@ def layout_of(program: Program, storage: Storage) -> AdapterLayout:
     """The layout of ``program``'s sites."""
     places: list[Place | None] = [None] * len(program.sites)
     for index, op in enumerate(program.ops):
-        half = 0
-        if isinstance(op, Linear | ExpertLinear):
+        half, heads = 0, None
+        if isinstance(op, Mla):
             slices: tuple[SiteSlice, ...] = op.slices
+            columns, heads = program.weights[op.kv_b].shape[0], (op.heads, op.nope, op.dim_v)
+        elif isinstance(op, Linear | ExpertLinear):
+            slices = op.slices
             columns = program.weights[op.weight].shape[-2]
             half = columns // 2 if op.epilogue.glu else 0
         elif isinstance(op, Embed | Logits) and op.site is not None:
@@ -180,7 +185,15 @@ def layout_of(program: Program, storage: Storage) -> AdapterLayout:
         for item in slices:
             site, (expert, first) = program.sites[item.site], divmod(item.lo, columns)
             places[item.site] = Place(
-                site.module, index, site.in_features, site.out_features, first, half, isinstance(op, Embed), expert
+                site.module,
+                index,
+                site.in_features,
+                site.out_features,
+                first,
+                half,
+                isinstance(op, Embed),
+                expert,
+                heads,
             )
     return AdapterLayout(storage, tuple(places))
 

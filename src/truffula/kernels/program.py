@@ -15,13 +15,19 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import KernelError
+from truffula.kernels.rope_tables import RopeRegime as RopeRegime
+from truffula.kernels.rope_tables import RopeTable as RopeTable
+from truffula.kernels.stacked import StackedSlice
+from truffula.kernels.weight_decl import BufferDtype as BufferDtype
+from truffula.kernels.weight_decl import RowOrder as RowOrder
+from truffula.kernels.weight_decl import Transform as Transform
+from truffula.kernels.weight_decl import WeightDecl as WeightDecl
+from truffula.kernels.weight_decl import WeightPart as WeightPart
 
 Rows = Literal["T", "R"]
-BufferDtype = Literal["model", "float32"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "sigmoid"]
 
 
@@ -46,66 +52,6 @@ class Ref:
 
 
 @dataclass(frozen=True)
-class RowOrder:
-    """How a fused module stores its rows: ``groups`` times one run of each of ``widths`` (q, k and v of a head).
-
-    A program has all rows of a run together: all q, then all k, then all v.
-    """
-
-    groups: int
-    widths: tuple[int, ...]
-
-    def sorted(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """``rows`` ``[O, ...]`` of the module, in the program's order."""
-        grouped = rows.reshape(self.groups, sum(self.widths), *rows.shape[1:])
-        runs = np.split(grouped, np.cumsum(self.widths)[:-1], axis=1)
-        return np.concatenate([run.reshape(-1, *rows.shape[1:]) for run in runs])
-
-
-Transform = Literal[
-    "none", "plus_one", "minus_exp", "transpose", "conv", "columns", "even_columns", "odd_columns", "alternating"
-]
-
-
-@dataclass(frozen=True)
-class WeightPart:
-    """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
-
-    ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``minus_exp`` is -exp(w), in float32;
-    ``transpose`` is for matrices that are stored [I, O] (Conv1D), ``conv`` for [C, 1, K]. Then ``order`` sorts the
-    rows. Of a weight of experts, a part fills rows
-    ``lo ..`` of ``expert`` (None: of every expert) and has the shape ``stored``; ``columns`` takes matrices that are
-    stored [I, O], ``even_columns`` and ``odd_columns`` every second column of such matrices, and ``alternating`` a
-    vector [E, O] in which entries of gates and ups alternate.
-    """
-
-    name: str
-    transform: Transform = "none"
-    expert: int | None = None
-    lo: int = 0
-    stored: tuple[int, ...] = ()
-    order: RowOrder | None = None
-
-
-@dataclass(frozen=True)
-class WeightDecl:
-    """A weight of the program: ``shape`` ``[O, I]``, ``[V, D]`` or ``[width]``, made of ``parts`` stacked along axis 0;
-    or a matrix per expert, ``[E, O, I]``, whose parts say which rows they fill.
-
-    ``name`` is the canonical one, used in messages. ``uses``: ``rows`` (gathered), ``matmul``, ``vector``, ``conv``
-    (``[C, K]`` of a convolution). A tied table is one decl with both rows and matmul, stored once. ``dtype`` float32 is
-    kept exact whatever the model's dtype.
-    """
-
-    id: int
-    name: str
-    shape: tuple[int, ...]
-    parts: tuple[WeightPart, ...]
-    uses: frozenset[str]
-    dtype: BufferDtype = "model"
-
-
-@dataclass(frozen=True)
 class ModuleSlice:
     """PEFT module path ``name`` whose output rows ``lo .. hi`` (of ``of`` rows) are this site's output, sorted by
     ``order``."""
@@ -120,24 +66,6 @@ class ModuleSlice:
         """This site's part of ``whole`` ``[of, ...]``."""
         part = whole[self.lo : self.hi]
         return part if self.order is None else self.order.sorted(part)
-
-
-@dataclass(frozen=True)
-class StackedSlice:
-    """Rows of matrix number ``expert`` of the parameter ``name`` (``model.layers.3.mlp.experts.gate_up_proj``).
-
-    The site's rows are ``lo, lo + step ..`` of ``of`` rows. ``columns``: the parameter is stored [E, I, O];
-    ``peft_columns``: PEFT takes it to be stored so.
-    """
-
-    name: str
-    expert: int
-    experts: int
-    lo: int
-    step: int
-    of: int
-    columns: bool = False
-    peft_columns: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,45 +88,6 @@ class Site:
     @property
     def module(self) -> str:
         return self.modules[0].name
-
-
-@dataclass(frozen=True)
-class RopeTable:
-    """``inv_freq`` float32 values as Python floats, one per rotated pair; cos and sin are multiplied by ``factor``.
-
-    Rows whose length L (``StepInputs.rope_length``) is above ``border`` (0: none) use ``long_freq`` (longrope). Without
-    it the base grows with L (dynamic): the frequency of pair i is divided by
-    (growth * L / border - (growth - 1)) ** (i / (pairs - 1)).
-    """
-
-    id: int
-    inv_freq: tuple[float, ...]
-    factor: float = 1.0
-    border: int = 0
-    long_freq: tuple[float, ...] = ()
-    growth: float = 0.0
-
-
-@dataclass(frozen=True)
-class RopeRegime:
-    """How the rotary tables depend on the length of a sequence, above ``border`` tokens.
-
-    ``grows`` False (longrope): a sequence that grows beyond the border changes to the other table, and its keys are
-    computed again. True (dynamic): the base grows with the length, and keys stay as they were written.
-    """
-
-    border: int
-    grows: bool
-
-    def length(self, num_prompt: int, num_tokens: int) -> int:
-        """``StepInputs.rope_length`` of a sequence of ``num_tokens`` tokens."""
-        return num_prompt if self.grows else max(num_prompt, num_tokens)
-
-    def key(self, length: int) -> int:
-        """What cached keys depend on besides their tokens: equal for lengths that have one table."""
-        if length <= self.border:
-            return 0
-        return length if self.grows else 1
 
 
 @dataclass(frozen=True)
@@ -406,6 +295,32 @@ class Attention(Op):
     chunked: bool = False
     alibi: tuple[float, ...] = ()
     alibi_rounded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mla(Op):
+    """Multi-head latent attention: write this step's ``latent`` rows to their slots, then attend causally.
+
+    A row of ``latent`` is [latent | rotated key], ``rank + rope`` numbers: all that is cached of a token. Heads of
+    ``q`` are [nope | rope] columns, rotated. ``kv_b`` [heads · (nope + dim_v), rank] holds, head by head, the rows W_k,
+    then W_v. A cached row [c | k] has the key [W_k c | k] and the value W_v c, which are not computed: scores are
+    ``scale * ((q_nope W_k) · c + q_rope · k)``, and the output is W_v Σ p c, with softmax weights p. For the rows of a
+    segment whose adapter acts on ``slices``, W is W + scale · B A. Float32 until the one rounding of ``out``.
+    """
+
+    q: Ref
+    latent: Ref
+    out: Ref
+    kv_b: int
+    group: int
+    plane: int
+    heads: int
+    nope: int
+    rope: int
+    dim_v: int
+    rank: int
+    scale: float
+    slices: tuple[SiteSlice, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from truffula.kernels.program import (
     Linear,
     Logits,
     Mamba2,
+    Mla,
     Norm,
     Op,
     Pointwise,
@@ -263,6 +264,26 @@ def _attention(op: Attention, check: _Check) -> None:
     check.write("out", op.out, "T", op.heads * op.dim_v)
 
 
+def _mla(op: Mla, check: _Check) -> None:
+    sizes = min(op.heads, op.nope, op.rope, op.dim_v, op.rank) >= 1
+    check.require("heads", sizes, "a count or a width is below 1.")
+    check.read("q", op.q, "T", op.heads * (op.nope + op.rope))
+    check.read("latent", op.latent, "T", op.rank + op.rope)
+    outputs = op.heads * (op.nope + op.dim_v)
+    check.weight("kv_b", op.kv_b, "matmul", (outputs, op.rank))
+    check.require("slices", len(op.slices) <= 1, "kv_b has one site.")
+    for item in op.slices:
+        check.require("slices", (item.lo, item.hi) == (0, outputs), f"a site has all {outputs} columns.")
+        check.site("slices", item.site, ("linear",), op.rank, outputs)
+    groups = check.program.kv_groups
+    check.require("group", 0 <= op.group < len(groups), f"KV group {op.group} does not exist.")
+    check.require("group", groups[op.group].window is None, "the op reads all keys; the group has a window.")
+    width = {plane.id: plane.width for plane in groups[op.group].planes}.get(op.plane)
+    why = f"plane {op.plane} has width {width} in group {op.group}; {op.latent.width} needed."
+    check.require("plane", width == op.latent.width, why)
+    check.write("out", op.out, "T", op.heads * op.dim_v)
+
+
 def _gated_delta(op: GatedDelta, check: _Check) -> None:
     shared = op.heads >= 1 and op.key_heads >= 1 and op.heads % op.key_heads == 0
     check.require("key_heads", shared, f"{op.heads} heads cannot share {op.key_heads} key heads.")
@@ -361,6 +382,7 @@ _CHECKS: dict[type[Op], Callable[..., None]] = {
     RopeRows: _rope_rows,
     Rope: _rope,
     Attention: _attention,
+    Mla: _mla,
     GatedDelta: _gated_delta,
     CausalConv: _causal_conv,
     Mamba2: _mamba2,

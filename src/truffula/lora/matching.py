@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from truffula.errors import AdapterError
-from truffula.kernels.program import ModuleSlice, Site, StackedSlice
+from truffula.kernels.program import ModuleSlice, Site
+from truffula.kernels.stacked import StackedSlice
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.keys import KeyPlan, left_out_words, listed, plan_keys

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors, low_rank
 from truffula.kernels.backend import Array
-from truffula.kernels.program import Site, StackedSlice
+from truffula.kernels.program import Site
+from truffula.kernels.stacked import StackedSlice
 from truffula.lora.patterns import is_named
 
 _INNER = ".base_layer"

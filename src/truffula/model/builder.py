@@ -32,10 +32,10 @@ from truffula.kernels.program import (
     Rows,
     Site,
     SiteSlice,
-    StackedSlice,
     WeightDecl,
     WeightPart,
 )
+from truffula.kernels.stacked import StackedSlice
 from truffula.model.names import WeightNames
 from truffula.model.rows import NormSpec, WeightRow
 from truffula.model.spec import Branch, ModelSpec, ModuleNames

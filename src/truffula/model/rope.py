@@ -96,7 +96,11 @@ def read_rope(
 def has_rope(view: ConfigView) -> bool:
     """Whether the parameters are not written, or give a base (OLMo Hybrid: none where it is null)."""
     written = view.mapping("rope_parameters")
-    return not written or written.get("rope_theta", 0) is not None
+    if not written or written.get("rope_theta", 0) is not None:
+        return True
+    if written.get("rope_type", "default") != "default":
+        raise view.error("rope_parameters.rope_theta", "null is supported for rope_type default alone.", written)
+    return False
 
 
 def rope_parameter(view: ConfigView, key: str) -> float:
@@ -147,6 +151,20 @@ def extended_positions(view: ConfigView, limit: int) -> int:
     if kind in ("dynamic", "yarn") and isinstance(original, int) and factor is not None:
         return max(limit, int(min(original * float(factor), MOST)))  # the table has checked both
     return limit
+
+
+def attention_magnitude(view: ConfigView) -> float:
+    """What latent attention multiplies q and k by: of ``mscale_all_dim``, where the rope is scaled."""
+    _, flat, label = _parameters(view)
+    if not flat.get("mscale_all_dim") or flat.get("rope_type", flat.get("type")) in (None, "default"):
+        return 1.0
+    if flat.get("factor") is None:
+        raise view.error(f"{label}.factor", "mscale_all_dim needs it.")
+    factor, mscale = (view.number_value(f"{label}.{key}", flat[key]) for key in ("factor", "mscale_all_dim"))
+    found = _magnitude(factor, mscale)
+    if not math.isfinite(found * found):
+        raise view.error(f"{label}.mscale_all_dim", "scores would be infinite.", mscale)
+    return found
 
 
 def _parameters(view: ConfigView) -> tuple[bool, Mapping[str, Any], str]:
@@ -349,17 +367,19 @@ def _llama3(inv_freq: Float32, values: Mapping[str, float], original: float) -> 
     return np.where(~short & ~long, blended, scaled).astype(np.float32)
 
 
+def _magnitude(factor: float, mscale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
 def _yarn(values: Mapping[str, float], original: float, dims: int, truncate: bool) -> tuple[Float32, float]:
     """YaRN scaling (Peng et al. 2023): slow pairs are interpolated, fast ones kept; cos and sin get a factor."""
     factor, theta = values["factor"], values["rope_theta"]
-
-    def magnitude(mscale: float = 1.0) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
     attention = values.get("attention_factor")
     if attention is None:
         mscale, all_dim = values.get("mscale"), values.get("mscale_all_dim")
-        attention = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude()
+        attention = _magnitude(factor)
+        if mscale and all_dim:
+            attention = _magnitude(factor, mscale) / _magnitude(factor, all_dim)
 
     def pair_of(rotations: float) -> float:
         return (dims * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(theta))

@@ -94,6 +94,7 @@ class Oracle:
             experts_implementation="eager",
             dtype=getattr(torch, dtype),
         )
+        model.set_attn_implementation(_ATTENTION)  # some classes do not take it from the argument above
         if factors:
             model.model.rotary_emb.inv_freq /= torch.tensor(factors)
         if adapter is not None:

@@ -36,7 +36,8 @@ def decoder_program(config: Mapping[str, Any]) -> Program:
 
 
 def random_weights(program: Program, *, seed: int = 0, dtype: str = "float32") -> dict[str, list[Array]]:
-    """Weight name → its parts. Matrices are scaled by 1/sqrt(I), vectors near 1; fused weights have several parts."""
+    """Weight name → its parts. Matrices are scaled by 1/sqrt(I), vectors near 1, those that are below 0 (the decay of a
+    state) near -1; fused weights have several parts."""
     rng = np.random.default_rng(seed)
     made: dict[str, list[Array]] = {}
     for decl in program.weights:
@@ -47,6 +48,7 @@ def random_weights(program: Program, *, seed: int = 0, dtype: str = "float32") -
             continue
         if len(decl.shape) == 1:
             whole = 1.0 + 0.1 * rng.standard_normal(decl.shape, np.float32)
+            whole = -whole if decl.parts[0].transform == "minus_exp" else whole
         else:
             whole = rng.standard_normal(decl.shape, np.float32) * decl.shape[1] ** -0.5
         rows = _part_rows(program, decl)

@@ -31,6 +31,24 @@ _BASE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 18,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+}
+_EXPERTS = {
+    "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 2, "n_group": 1,
+    "topk_group": 1,
+}  # fmt: skip
+_V3_EXPERTS = {**_EXPERTS, "first_k_dense_replace": 1}
+_INDEXER = {"index_topk": 64, "index_head_dim": 8, "index_n_heads": 2}
+_KIMI_VISION = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pos_emb_height": 2,
+    "pos_emb_width": 2,
+}  # fmt: skip
 _DELTA = {
     # The norm of a small result of the delta rule would enlarge rounding errors, also transformers'.
     "rms_norm_eps": 1e-2,
@@ -48,6 +66,12 @@ _SHARED = {
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v2": {**_MLA, **_V3_EXPERTS},
+    "deepseek_v3": {**_MLA, **_V3_EXPERTS},
+    "deepseek_v32": {**_MLA, **_V3_EXPERTS, **_INDEXER},
+    "glm4_moe_lite": {**_MLA, **_EXPERTS, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "glm_moe_dsa": {**_MLA, **_V3_EXPERTS, **_INDEXER},
+    "kimi_k2": {**_MLA, **_V3_EXPERTS},
     "bloom": {},
     "falcon": {"ffn_hidden_size": 56},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
@@ -122,6 +146,7 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "ministral": {"sliding_window": 7, "head_dim": 8},
     "ministral3": {"head_dim": 10, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3}},
     "mistral": {"sliding_window": 7},
+    "mistral4": {**_MLA, **_V3_EXPERTS, "first_k_dense_replace": 0},
     "mpt": {"max_seq_len": 512},
     "opt": {"ffn_dim": 56},
     "phi": {"num_key_value_heads": 4},
@@ -255,30 +280,33 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "seed_oss": {"head_dim": 10},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "stablelm": {"hidden_size": 64},
+    "youtu": {**_MLA, "pad_token_id": None},
 }
 # Numbers of xielu whose tensors have no shape.
 _SCALARS = ("act_fn.beta", "act_fn.eps")
-# Multimodal types, with the type and the default tying of their text part.
-_TEXT_OF: Mapping[str, tuple[str, bool]] = {
-    "gemma3": ("gemma3_text", True),
-    "gemma4": ("gemma4_text", True),
-    "gemma4_unified": ("gemma4_unified_text", True),
-    "llama4": ("llama4_text", False),
-    "mistral3": ("ministral3", True),
-    "qwen3_5": ("qwen3_5_text", False),
-    "qwen3_5_moe": ("qwen3_5_moe_text", False),
+# Multimodal types: the type of their text part, its default tying, and the keys beside it.
+_TEXT_OF: Mapping[str, tuple[str, bool, Mapping[str, Any]]] = {
+    "gemma3": ("gemma3_text", True, {}),
+    "gemma4": ("gemma4_text", True, {}),
+    "gemma4_unified": ("gemma4_unified_text", True, {}),
+    "kimi_k25": ("deepseek_v3", False, {"vision_config": _KIMI_VISION, "projection_hidden_size": 8}),
+    "llama4": ("llama4_text", False, {}),
+    "mistral3": ("ministral3", True, {}),
+    "qwen3_5": ("qwen3_5_text", False, {}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", False, {}),
 }
 
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
     """A config.json of a tiny model, changed by ``overrides``; for multimodal types nested, without image encoder."""
     if model_type in _TEXT_OF:
-        text_type, tied = _TEXT_OF[model_type]
+        text_type, tied, more = _TEXT_OF[model_type]
         text = tiny_config(text_type, **overrides)
         return {
             "model_type": model_type,
             "text_config": text,
             "tie_word_embeddings": text.get("tie_word_embeddings", tied),
+            **more,
         }
     defaults = load_defaults()[model_type]
     base = {key: value for key, value in _BASE.items() if key in defaults.known}

@@ -16,7 +16,7 @@ from truffula.kernels.cpu.lowering import add_ops
 from truffula.kernels.cpu.weights import Rounding, load_one, load_weights, planned_weights, roles
 from truffula.kernels.host import free_memory
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
-from truffula.kernels.program import Attention, ExpertLinear, GatedDelta, Linear, Logits, Program
+from truffula.kernels.program import Attention, ExpertLinear, GatedDelta, Linear, Logits, Mla, Op, Program
 from truffula.kernels.validate import validate
 
 DTYPES: tuple[str, ...] = ("bfloat16", "float32")
@@ -73,11 +73,7 @@ class CpuBackend:
             arena_bytes=max(0, 4 * arena.floats - logits) + scratch,
             logits_bytes=2 * logits,
             kv_block_bytes=tuple(
-                sum(
-                    library().kv_block_bytes(*_attention_shape(op), capacity.block_size, dtype)
-                    for op in program.ops
-                    if isinstance(op, Attention) and op.group == group.id and op.k is not None
-                )
+                sum(_kv_block_bytes(op, group.id, capacity.block_size, dtype) for op in program.ops)
                 for group in program.kv_groups
             ),
             state_bytes=sum(library().state_row_bytes(state.width) for state in program.states),
@@ -85,10 +81,10 @@ class CpuBackend:
 
     def _scratch_bytes(self, program: Program, capacity: Capacity, formats: Sequence[str]) -> int:
         """The most scratch memory of a step: x converted for products, adapters' products with A up to the planned
-        rank, and per thread that of attention and of the sampler.
+        rank, queries in the space of latents, and per thread that of attention and of the sampler.
         """
         native = library()
-        converted = attention = delta = experts = 0
+        converted = attention = delta = experts = absorbed = 0
         for op in program.ops:
             if isinstance(op, Linear | Logits):
                 rows = capacity.max_logit_rows if isinstance(op, Logits) else capacity.max_tokens
@@ -103,12 +99,16 @@ class CpuBackend:
             elif isinstance(op, Attention):
                 nbytes = native.attention_scratch_bytes(*_attention_shape(op), capacity.block_size)
                 attention = max(attention, nbytes)
+            elif isinstance(op, Mla):
+                width = op.rank + op.rope
+                absorbed = max(absorbed, 4 * capacity.max_tokens * op.heads * width)
+                attention = max(attention, native.latent_scratch_bytes(op.heads, width, op.rank, capacity.block_size))
             elif isinstance(op, GatedDelta):
                 delta = max(delta, native.delta_scratch_bytes(op.dim_k))
         rows = max(capacity.max_tokens, capacity.max_logit_rows) if program.sites else 0
         products = 4 * int(native.PLANNED_RANK) * rows
         sampling = int(native.SAMPLE_SCRATCH_BYTES) * program.vocab_size
-        return converted + products + self._threads * (attention + delta + experts + sampling)
+        return converted + products + absorbed + self._threads * (attention + delta + experts + sampling)
 
     def adapter_layout(self, program: Program) -> AdapterLayout:
         return layout_of(program, "panels")
@@ -165,6 +165,15 @@ class CpuBackend:
                 native = library().Executable(self.isa, self._threads, capacity, "float32", 1, False)
                 load_one(native, decl, role, self._weight_options("float32"), pull, found)
         return found
+
+
+def _kv_block_bytes(op: Op, group: int, block_size: int, dtype: str) -> int:
+    """Bytes of a block of what an op of a KV group caches; 0 of any other op."""
+    if isinstance(op, Attention) and op.group == group and op.k is not None:
+        return int(library().kv_block_bytes(*_attention_shape(op), block_size, dtype))
+    if isinstance(op, Mla) and op.group == group:
+        return int(library().latent_block_bytes(op.latent.width, block_size, dtype))
+    return 0
 
 
 def _attention_shape(op: Attention) -> tuple[int, int, int, int]:

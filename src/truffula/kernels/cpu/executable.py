@@ -42,6 +42,10 @@ class CpuExecutable(SynchronousExecutable):
         self._product_of_site = np.array(
             [-1 if p is None else places.setdefault((p.op, p.expert), len(places)) for p in layout.places], np.int64
         )
+        # At latent attention they are computed per head.
+        self._heads_of_product = {
+            places[p.op, p.expert]: p.heads[0] for p in layout.places if p is not None and p.heads
+        }
 
     def run(self) -> None:
         with as_kernel_errors():
@@ -89,7 +93,7 @@ class CpuExecutable(SynchronousExecutable):
         panels: Counter[int] = Counter()  # of each op; parts with the same A and scale share a product
         shrinks = zip(ops.tolist(), offsets.tolist(), table[:, SCALE].tolist(), ranks.tolist(), strict=True)
         for op, _, _, rank in {*shrinks}:
-            panels[op] += -(-rank // lanes)
+            panels[op] += -(-rank // lanes) * self._heads_of_product.get(op, 1)
         widest = max(panels.values(), default=0) * lanes
         rows = max(len(self.inputs.token_ids), len(self.inputs.logit_rows))
         return 4 * rows * max(0, widest - planned_rank)

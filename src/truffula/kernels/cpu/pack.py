@@ -3,6 +3,8 @@
 Panels of 16 outputs are the same for every instruction set (kernels.h), so an image serves them all. A and B
 of a linear layer are panels. B's first lane is the lane of the site's first column in the product's panels, and B of a
 site over gates and ups is two runs of panels. A of a table is stored as rows ``[V, r]``, one of which a token gathers.
+At the matrix of latent attention both directions are needed: A is followed by its transpose, and B is each head's
+transposed rows of keys, then each head's rows of values.
 """
 
 from __future__ import annotations
@@ -36,15 +38,17 @@ def pack_panels(layout: AdapterLayout, sites: Sequence[SiteTensors]) -> list[Pac
     """
     found = [(s.site, check_place(layout, s.site), p) for s in sites for p in s.parts if isinstance(p, LowRank)]
     wide = {place.op for _, place, part in found if part.a.dtype != BFLOAT16}
-    shared: dict[tuple[int, str, bool], PackedTensor] = {}
+    shared: dict[tuple[int, str, bool, bool], PackedTensor] = {}
     made = []
     for site, place, part in found:
         dtype = "F32" if place.op in wide else "BF16"
-        key = (id(part.a), dtype, place.gathers)
+        key = (id(part.a), dtype, place.gathers, place.heads is not None)
         if key not in shared:
             rows = replace(copied(part.a.T, dtype), shape=part.a.shape)
-            shared[key] = rows if place.gathers else _panels(part.a, dtype, [(0, len(part.a), 0)])
-        b = _panels(part.b, "BF16" if part.b.dtype == BFLOAT16 else "F32", runs(place))
+            pieces = [(part.a, 0), *([(part.a.T, 0)] if place.heads else [])]
+            shared[key] = rows if place.gathers else _panels(part.a.shape, dtype, pieces)
+        pieces = _of_heads(part.b, *place.heads) if place.heads else [(part.b[lo:hi], n) for lo, hi, n in runs(place)]
+        b = _panels(part.b.shape, "BF16" if part.b.dtype == BFLOAT16 else "F32", pieces)
         made.append(PackedPart(site, LowRank.kind, part.scale, (shared[key], b)))
     return made
 
@@ -57,14 +61,21 @@ def runs(place: Place) -> list[tuple[int, int, int]]:
     return [(lo - first, hi - first, (lo - base) % library().LANES) for lo, hi, base in cuts if lo < hi]
 
 
-def _panels(array: Array, dtype: str, spans: Sequence[tuple[int, int, int]]) -> PackedTensor:
+def _of_heads(b: Array, heads: int, keys: int, values: int) -> list[tuple[Array, int]]:
+    """B of latent attention as pieces, whose first lane is 0: ``[r, keys]`` of each head, then ``[values, r]``."""
+    per_head = b.reshape(heads, keys + values, b.shape[1])
+    return [(piece, 0) for piece in (*per_head[:, :keys].swapaxes(1, 2), *per_head[:, keys:])]
+
+
+def _panels(shape: tuple[int, ...], dtype: str, pieces: Sequence[tuple[Array, int]]) -> PackedTensor:
+    """A tensor of ``shape`` as ``pieces``, each with the lane of its first row."""
     native, fmt = library(), _FORMATS[dtype]
-    sizes = [native.matrix_bytes(lane + hi - lo, array.shape[1], fmt) for lo, hi, lane in spans]
+    sizes = [native.matrix_bytes(lane + piece.shape[0], piece.shape[1], fmt) for piece, lane in pieces]
 
     def write(to: Uint8) -> None:
         at = 0
-        for (lo, hi, lane), size in zip(spans, sizes, strict=True):
-            native.pack_panels(as_bits(array[lo:hi]), to[at : at + size], format=fmt, lane=lane)
+        for (piece, lane), size in zip(pieces, sizes, strict=True):
+            native.pack_panels(as_bits(piece), to[at : at + size], format=fmt, lane=lane)
             at += size
 
-    return PackedTensor(dtype, array.shape, sum(sizes), write)
+    return PackedTensor(dtype, shape, sum(sizes), write)

@@ -25,7 +25,7 @@ from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
 from truffula.kernels.cpu.library import library
 from truffula.kernels.inputs import Array
 from truffula.kernels.mapped import release_pages
-from truffula.kernels.program import Embed, ExpertLinear, Linear, Logits, Program, WeightDecl
+from truffula.kernels.program import Embed, ExpertLinear, Linear, Logits, Mla, Program, WeightDecl
 
 logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 8 << 20
@@ -36,20 +36,22 @@ _CHUNK_BYTES = 8 << 20
 class Role:
     """How ops use a weight. ``half`` > 0: rows 0 .. half are gates, the rest ups, and their panels alternate.
 
-    ``exact``: kept in float32 whatever the model's dtype. ``quantisable``: products may read it in blocks.
+    ``exact``: kept in float32 whatever the model's dtype. ``quantisable``: products may read it in blocks. ``heads``
+    (count, key rows, value rows): of a ``latent`` matrix.
     """
 
-    kind: Literal["vector", "rows", "panels"]
+    kind: Literal["vector", "rows", "panels", "latent"]
     half: int
     exact: bool
     quantisable: bool
+    heads: tuple[int, int, int] = (0, 0, 0)
 
 
 def roles(program: Program) -> list[Role]:
     """One per weight.
 
     Raises:
-        KernelError: A weight is used both as gate and up halves and as a whole.
+        KernelError: A weight is used in two of these ways.
     """
     products = [op for op in program.ops if isinstance(op, Linear | ExpertLinear | Logits)]
     halves: dict[int, set[int]] = {op.table: {0} for op in program.ops if isinstance(op, Embed)}
@@ -57,15 +59,20 @@ def roles(program: Program) -> list[Role]:
         glu = isinstance(op, Linear | ExpertLinear) and op.epilogue.glu
         halves.setdefault(op.weight, set()).add(program.weights[op.weight].shape[-2] // 2 if glu else 0)
     multiplied = {op.weight for op in products}
+    latent = {op.kv_b: (op.heads, op.nope, op.dim_v) for op in program.ops if isinstance(op, Mla)}
     exact = {op.weight for op in products if isinstance(op, Linear) and op.compute == "float32"}
     made = []
     for decl in program.weights:
         used = halves.get(decl.id, {0})
         if len(used) > 1:
             raise KernelError(f"{decl.name} is used both as gate and up halves and as a whole.", param=decl.name)
+        if decl.id in latent and decl.id in halves:
+            raise KernelError(f"{decl.name} is used both by head and as a whole.", param=decl.name)
         keep = decl.dtype == "float32" or decl.id in exact
         if len(decl.shape) == 1 or "conv" in decl.uses:
             made.append(Role("vector", 0, keep, quantisable=False))
+        elif decl.id in latent:
+            made.append(Role("latent", 0, keep, quantisable=False, heads=latent[decl.id]))
         elif decl.id not in multiplied:
             made.append(Role("rows", 0, keep, quantisable=False))
         else:
@@ -87,10 +94,12 @@ def planned_weights(program: Program, options: WeightOptions, stored_types: Mapp
         types = [stored_types.get(part.name, "") for part in decl.parts]
         stored = {kind if kind in BLOCK_KINDS else "bfloat16" if kind == "BF16" else "float32" for kind in types}
         fmt, _ = options.matrix_format(stored, exact=role.exact, quantisable=role.quantisable)
-        panels = role.kind == "panels"
         *experts, outputs, inputs = decl.shape
-        one = library().matrix_bytes(outputs, inputs, fmt, panels=panels, half=role.half)
-        made.append((fmt, math.prod(experts) * one))
+        if role.kind == "latent":
+            nbytes = library().latent_matrix_bytes(*role.heads, inputs, fmt)
+        else:
+            nbytes = library().matrix_bytes(outputs, inputs, fmt, panels=role.kind == "panels", half=role.half)
+        made.append((fmt, math.prod(experts) * nbytes))
     return made
 
 
@@ -146,9 +155,12 @@ def load_one(
     kinds = {part.kind if isinstance(part, QuantisedArray) else part.dtype.name for part in parts}
     fmt, as_blocks = options.matrix_format(kinds, exact=role.exact, quantisable=role.quantisable)
     *experts, outputs, inputs = decl.shape
-    weight = native.add_matrix(
-        outputs, inputs, format=fmt, panels=role.kind == "panels", half=role.half, experts=math.prod(experts)
-    )
+    if role.kind == "latent":
+        weight = native.add_latent_matrix(*role.heads, inputs, format=fmt)
+    else:
+        weight = native.add_matrix(
+            outputs, inputs, format=fmt, panels=role.kind == "panels", half=role.half, experts=math.prod(experts)
+        )
     for name, expert, first, part in _matrices(decl, parts):
         try:
             squares, lost = _fill(native, weight, part, first, expert, as_blocks=as_blocks)

@@ -92,12 +92,15 @@ def write(plane: Tensor, slots: Tensor, values: Tensor) -> None:
 
 
 def compute(op: Attention, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Batch], sinks: Tensor | None) -> Tensor:
-    """``[T, heads·dim_v]`` in ``q``'s dtype: ``q [T, heads·dim_k]`` over the planes ``k``, ``v`` ``[P, S, width]``."""
+    """``[T, heads·dim_v]`` in ``q``'s dtype: ``q [T, heads·dim_k]`` over the planes ``k``, ``v`` ``[P, S, width]``.
+
+    Keys and values are converted to that dtype where it is another one.
+    """
     out = q.new_empty(q.shape[0], op.heads * op.dim_v)
     for batch in batches:
         n, length = batch.sequences, batch.keys
-        keys = k.view(-1, k.shape[-1]).index_select(0, batch.slots).view(n, length, op.kv_heads, op.dim_k)
-        values = v.view(-1, v.shape[-1]).index_select(0, batch.slots).view(n, length, op.kv_heads, op.dim_v)
+        keys = k.view(-1, k.shape[-1]).index_select(0, batch.slots).to(q.dtype).view(n, length, op.kv_heads, op.dim_k)
+        values = v.view(-1, v.shape[-1]).index_select(0, batch.slots).to(q.dtype).view(n, length, op.kv_heads, op.dim_v)
         queries = q[batch.rows].view(n, batch.queries, op.kv_heads, -1, op.dim_k)
         bias = _alibi(op, batch.positions) if op.alibi else None
         result = _in_slices(op, queries, keys.transpose(1, 2), values.transpose(1, 2), batch.hidden, sinks, bias)

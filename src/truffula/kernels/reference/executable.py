@@ -23,6 +23,7 @@ from truffula.kernels.program import (
     Linear,
     Logits,
     Mamba2,
+    Mla,
     Norm,
     Op,
     Pointwise,
@@ -34,7 +35,7 @@ from truffula.kernels.program import (
     Route,
     TakeRows,
 )
-from truffula.kernels.reference import attention, delta, ops, states
+from truffula.kernels.reference import attention, delta, mla, ops, states
 from truffula.kernels.reference.kv import KvPlanes, LazyTensors
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, expert_product, lay_out
 from truffula.kernels.reference.weights import Weight
@@ -300,12 +301,22 @@ class ReferenceExecutable(SynchronousExecutable):
         for plane, ref in ((k, op.k), (v, op.v)):
             if ref is not None:
                 attention.write(plane, step.slots[op.group], self._buffers.get(ref))
-        key = (op.group, op.window, op.chunked)
+        batches = self._batches(step, op.group, op.window, chunked=op.chunked)
+        self._buffers.put(op.out, attention.compute(op, self._buffers.get(op.q), k, v, batches, self._vector(op.sinks)))
+
+    def _mla(self, op: Mla, step: _Step) -> None:
+        plane, batches = self._planes[op.plane], self._batches(step, op.group, None)
+        attention.write(plane, step.slots[op.group], self._buffers.get(op.latent))
+        q, kv_b = self._buffers.get(op.q), self._weights[op.kv_b]
+        self._buffers.put(op.out, mla.compute(op, q, plane, kv_b, batches, step.op, step.segments))
+
+    def _batches(self, step: _Step, group: int, window: int | None, *, chunked: bool = False) -> list[attention.Batch]:
+        """The step's sequences for one KV group and window; all layers share them."""
+        key = (group, window, chunked)
         if key not in step.plans:
             size, zero_slot = self._capacity.block_size, self._planes.zero_slot
             step.plans[key] = attention.plan(step.inputs, *key, size, zero_slot, self._device)
-        q = self._buffers.get(op.q)
-        self._buffers.put(op.out, attention.compute(op, q, k, v, step.plans[key], self._vector(op.sinks)))
+        return step.plans[key]
 
     def _gated_delta(self, op: GatedDelta, step: _Step) -> None:
         x = [self._buffers.get(ref) for ref in (op.q, op.k, op.v, op.decay, op.beta)]
@@ -370,6 +381,7 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
     RopeRows: ReferenceExecutable._rope_rows,
     Rope: ReferenceExecutable._rope,
     Attention: ReferenceExecutable._attention,
+    Mla: ReferenceExecutable._mla,
     GatedDelta: ReferenceExecutable._gated_delta,
     CausalConv: ReferenceExecutable._causal_conv,
     Mamba2: ReferenceExecutable._mamba2,

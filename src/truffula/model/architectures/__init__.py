@@ -7,6 +7,16 @@ from types import MappingProxyType
 
 from truffula.model.architectures.alibi import bloom, falcon, mpt
 from truffula.model.architectures.cohere import cohere, cohere2, cohere2_moe
+from truffula.model.architectures.deepseek import (
+    deepseek_v2,
+    deepseek_v3,
+    deepseek_v32,
+    glm4_moe_lite,
+    glm_moe_dsa,
+    kimi_k25,
+    mistral4,
+    youtu,
+)
 from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_text
 from truffula.model.architectures.gemma4 import gemma4, gemma4_text
 from truffula.model.architectures.glm import glm, glm4
@@ -52,6 +62,9 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "cohere2": cohere2,
         "cohere2_moe": cohere2_moe,
         "cwm": cwm,
+        "deepseek_v2": deepseek_v2,
+        "deepseek_v3": deepseek_v3,
+        "deepseek_v32": deepseek_v32,
         "dots1": dots1,
         "ernie4_5": ernie4_5,
         "ernie4_5_moe": ernie4_5_moe,
@@ -68,6 +81,8 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "gemma4_unified_text": gemma4_text,
         "glm": glm,
         "glm4": glm4,
+        "glm4_moe_lite": glm4_moe_lite,
+        "glm_moe_dsa": glm_moe_dsa,
         "gpt2": gpt2,
         "gpt_bigcode": gpt_bigcode,
         "gpt_neo": gpt_neo,
@@ -77,6 +92,8 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "granitemoehybrid": granitemoehybrid,
         "helium": helium,
         "hunyuan_v1_dense": hunyuan_v1_dense,
+        "kimi_k2": deepseek_v3,
+        "kimi_k25": kimi_k25,
         "lfm2": lfm2,
         "glm4_moe": glm4_moe,
         "gpt_oss": gpt_oss,
@@ -91,6 +108,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "ministral3": ministral3,
         "mistral": mistral,
         "mistral3": mistral3,
+        "mistral4": mistral4,
         "mixtral": mixtral,
         "mpt": mpt,
         "nemotron": nemotron,
@@ -117,6 +135,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "smollm3": smollm3,
         "stablelm": stablelm,
         "starcoder2": starcoder2,
+        "youtu": youtu,
     }
 )
 """``model_type`` of config.json to the function that reads it."""

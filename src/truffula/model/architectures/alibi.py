@@ -89,11 +89,13 @@ def falcon(view: ConfigView) -> ModelSpec:
     """Three forms of q, k and v; one norm or two in a parallel layer; rotary embedding or ALiBi."""
     view.must_be("apply_residual_connection_post_layernorm", (None, False), "transformers does not do that.")
     grouped, shared, parallel = (view.flag(key) for key in ("new_decoder_architecture", "multi_query", "parallel_attn"))
-    written = view.optional_integer("num_kv_heads")
-    kv_heads = written if grouped or not shared else 1
-    sizes = sizes_of(view, kv_heads, None, view.optional_integer("ffn_hidden_size"))
-    if not grouped and not shared and sizes.kv_heads != sizes.heads:
+    written, heads = view.optional_integer("num_kv_heads"), view.integer("num_attention_heads")
+    if not grouped and not shared and written not in (None, heads):
         raise view.error("num_kv_heads", "it has an effect only with new_decoder_architecture.", written)
+    kv_heads = (written or heads) if grouped or not shared else 1
+    if heads % kv_heads:
+        raise view.error("num_kv_heads", f"it does not divide the {heads} attention heads.", kv_heads)
+    sizes = sizes_of(view, kv_heads, None, view.optional_integer("ffn_hidden_size"))
     before_mixer, before_mlp = _falcon_norms(view, grouped, parallel)
     bias, alibi = view.flag("bias"), view.flag("alibi")
     layer = LayerSpec(

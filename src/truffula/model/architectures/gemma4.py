@@ -22,7 +22,7 @@ from truffula.model.parts.mlp import MlpSpec
 from truffula.model.parts.per_layer import PerLayerInputs, PerLayerSpec
 from truffula.model.rope import read_rope_by_layer_type
 from truffula.model.rows import NormSpec
-from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames
+from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, body_prefixes
 
 ORDER = ("sliding_attention", "full_attention")
 THETAS = {"sliding_attention": ("rope_theta", 1e4), "full_attention": ("rope_theta", 1e6)}
@@ -31,7 +31,8 @@ SHARED = tuple(f"self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_no
 PARTS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.", "vision_embedder.")
 TEXT_NAMES = ModuleNames(buffers=SHARED)
 SKIP = tuple(f"{root}{part}" for part in PARTS for root in ("", "model."))
-MULTIMODAL_NAMES = ModuleNames(body="model.language_model.", buffers=SHARED, skip=SKIP)
+PREFIXES = body_prefixes("model.", "", "model.language_model.")
+MULTIMODAL_NAMES = ModuleNames(body="model.language_model.", prefixes=PREFIXES, buffers=SHARED, skip=SKIP)
 
 
 def gemma4(view: ConfigView) -> ModelSpec:

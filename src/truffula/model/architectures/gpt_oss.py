@@ -34,7 +34,7 @@ _NAMES = MoeNames(
 
 def gpt_oss(view: ConfigView) -> ModelSpec:
     """The weights of the chosen experts add up to one; ``attention_bias`` is for q, k, v and o."""
-    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_local_experts", "num_experts")
+    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_local_experts")
     view.must_be("swiglu_alpha", (_ALPHA,), f"only {_ALPHA} is supported.")
     view.must_be("hidden_act", ("silu",), "the experts' activation is their own.")
     moe = MoeSpec(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
+from truffula.model.architectures import softmax_moe
 from truffula.model.architectures.pieces import (
     ACTIVATIONS,
     Sizes,
@@ -17,6 +18,7 @@ from truffula.model.architectures.pieces import (
 from truffula.model.config_view import ConfigView
 from truffula.model.parts.mamba2 import Mamba2Spec
 from truffula.model.parts.mlp import MlpSpec
+from truffula.model.parts.moe import MoeSpec, RouterSpec, SharedSpec
 from truffula.model.rope import read_rope
 from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, Part
 
@@ -51,8 +53,6 @@ def bamba(view: ConfigView) -> ModelSpec:
 def granitemoehybrid(view: ConfigView) -> ModelSpec:
     """Granite's four multipliers; without rotary embedding unless ``position_embedding_type`` is rope."""
     sizes, bias = read_sizes(view), view.flag("attention_bias")
-    view.must_be("num_local_experts", (0, None), "only the models without experts are supported.")
-    view.skip("num_experts_per_tok")
     ropes = (read_rope(view, sizes.head_dim),)
     rotated = view.choice("position_embedding_type", {"rope": True, "nope": False}) if view.raw(_POSITIONS) else False
     scale, residual = view.number("attention_multiplier"), view.number("residual_multiplier", positive=False)
@@ -60,11 +60,10 @@ def granitemoehybrid(view: ConfigView) -> ModelSpec:
         "full_attention": attention(sizes, rope=0 if rotated else None, scale=scale, qkv_bias=bias, out_bias=bias),
         "linear_attention": read_mamba2(view, sizes),
     }
-    shared = MlpSpec(view.integer("shared_intermediate_size"), view.choice("hidden_act", ACTIVATIONS))
     layers = [
         LayerSpec(
             mixer=mixers[kind],
-            mlp=shared,
+            mlp=_granite_mlp(view, sizes),
             before_mixer=rms(view, "input_layernorm"),
             before_mlp=rms(view, "post_attention_layernorm"),
             residual_multiplier=residual,
@@ -80,6 +79,21 @@ def granitemoehybrid(view: ConfigView) -> ModelSpec:
         logit_scale=1 / view.number("logits_scaling"),
         names=GRANITE_NAMES,
     )
+
+
+def _granite_mlp(view: ConfigView, sizes: Sizes) -> MlpSpec | MoeSpec:
+    """Experts and a shared one; the small models have the shared one alone."""
+    experts, top_k = (
+        view.optional_integer("num_local_experts", minimum=0) or 0,
+        view.integer("num_experts_per_tok", minimum=0),
+    )
+    shared, activation = view.integer("shared_intermediate_size"), view.choice("hidden_act", ACTIVATIONS)
+    if not experts:
+        return MlpSpec(shared, activation)
+    if not 0 < top_k <= experts:
+        raise view.error("num_experts_per_tok", f"it must be 1 to {experts}, the number of experts.", top_k)
+    router = RouterSpec(experts, top_k, norm=1.0)
+    return MoeSpec(router, sizes.mlp, activation, shared=SharedSpec(shared), names=softmax_moe.GRANITE_NAMES)
 
 
 def _kinds(view: ConfigView, layers: int) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ MIXTRAL_NAMES = MoeNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"
 def mixtral(view: ConfigView) -> ModelSpec:
     """The weights of the chosen experts add up to one. The window, if not null, is on every layer."""
     view.skip("router_jitter_noise")  # of training
-    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_local_experts", "num_experts")
+    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_local_experts")
     moe = MoeSpec(
         RouterSpec(experts, top_k, norm=1.0), sizes.mlp, view.choice("hidden_act", ACTIVATIONS), names=MIXTRAL_NAMES
     )

@@ -1,4 +1,4 @@
-"""Common parts of architectures with experts: counts under several names, and which layers have experts."""
+"""Common parts of architectures with experts: their counts, routers, and which layers have them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,11 @@ MOST_EXPERTS = 4096
 DEEPSEEK_NAMES = MoeNames(shared="mlp.shared_experts")
 
 
-def read_experts(view: ConfigView, *keys: str) -> tuple[int, int]:
-    """The number of experts, written under one of ``keys`` (the first is the class's own), and how many a row uses."""
-    written = [key for key in keys if view.written(key)] or [keys[0]]
-    view.skip(*keys)
-    experts = view.integer(written[0])
-    for key in written[1:]:
-        if view.integer(key) != experts:
-            raise view.error(key, f"{written[0]} is {experts}; the two are the same number.")
+def read_experts(view: ConfigView, key: str) -> tuple[int, int]:
+    """The number of experts, under ``key``, and how many a row uses."""
+    experts = view.integer(key)
     if experts > MOST_EXPERTS:
-        raise view.error(written[0], f"at most {MOST_EXPERTS} experts are served.", experts)
+        raise view.error(key, f"at most {MOST_EXPERTS} experts are served.", experts)
     return experts, read_top_k(view, "num_experts_per_tok", experts)
 
 

@@ -22,10 +22,10 @@ NAMES = ModuleNames(
 def opt(view: ConfigView) -> ModelSpec:
     """``word_embed_proj_dim``: the width of the tables, where it is not that of the stream."""
     view.skip("dropout", "init_std", "layerdrop")
-    view.must_be("layer_norm_elementwise_affine", (True,), "norms without parameters are not supported for opt.")
     sizes = sizes_of(view, None, None, view.integer("ffn_dim"))
     bias, before = view.flag("enable_bias"), view.flag("do_layer_norm_before")
-    first, second = _norm("self_attn_layer_norm"), _norm("final_layer_norm")
+    affine = view.flag("layer_norm_elementwise_affine")
+    first, second = _norm("self_attn_layer_norm", affine), _norm("final_layer_norm", affine)
     layer = LayerSpec(
         mixer=AttentionSpec(
             heads=sizes.heads,
@@ -51,12 +51,12 @@ def opt(view: ConfigView) -> ModelSpec:
         view,
         [layer] * sizes.layers,
         (),
-        _norm("final_layer_norm") if last else None,
+        _norm("final_layer_norm", affine) if last else None,
         position_offset=2,
         embed_width=None if width == sizes.hidden else width,
         names=NAMES,
     )
 
 
-def _norm(module: str) -> NormSpec:
-    return NormSpec(module, 1e-5, kind="layer", cast="last", bias=True)
+def _norm(module: str, affine: bool) -> NormSpec:
+    return NormSpec(module, 1e-5, kind="layer", cast="last", weight=affine, bias=affine)

@@ -11,7 +11,7 @@ from truffula.model.spec import ModelSpec
 
 def qwen2_moe(view: ConfigView) -> ModelSpec:
     """Biases on q, k and v; a shared expert with a gate of its own."""
-    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_experts", "num_local_experts")
+    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_experts")
     moe = MoeSpec(
         RouterSpec(experts, top_k, norm=1.0 if view.flag("norm_topk_prob") else None),
         view.integer("moe_intermediate_size"),
@@ -28,7 +28,7 @@ def qwen2_moe(view: ConfigView) -> ModelSpec:
 
 def qwen3_moe(view: ConfigView) -> ModelSpec:
     """Norms of q and k per head; the weights of the chosen experts add up to one if ``norm_topk_prob``."""
-    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_experts", "num_local_experts")
+    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_experts")
     moe = MoeSpec(
         RouterSpec(experts, top_k, norm=1.0 if view.flag("norm_topk_prob") else None),
         view.integer("moe_intermediate_size"),

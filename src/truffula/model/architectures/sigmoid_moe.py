@@ -55,7 +55,7 @@ def dots1(view: ConfigView) -> ModelSpec:
 
 
 def _moe(view: ConfigView) -> MoeSpec:
-    experts, top_k = read_experts(view, "n_routed_experts", "num_local_experts")
+    experts, top_k = read_experts(view, "n_routed_experts")
     width, shared = view.integer("moe_intermediate_size"), view.optional_integer("n_shared_experts", minimum=0)
     return MoeSpec(
         sigmoid_router(view, experts, top_k),
@@ -72,7 +72,7 @@ _EXAONE_NAMES = MoeNames(correction="e_score_correction_bias", shared="mlp.share
 def exaone_moe(view: ConfigView) -> ModelSpec:
     """Norms of q and k per head. With a window, only windowed layers have a rotary embedding."""
     sizes, window = read_sizes(view), view.optional_integer("sliding_window")
-    experts, top_k = read_experts(view, "num_experts", "num_local_experts")
+    experts, top_k = read_experts(view, "num_experts")
     width, shared = view.integer("moe_intermediate_size"), view.integer("num_shared_experts")
     moe = MoeSpec(
         sigmoid_router(view, experts, top_k),
@@ -145,7 +145,7 @@ _MINIMAX_NAMES = MoeNames(
 def minimax_m2(view: ConfigView) -> ModelSpec:
     """Norms of all heads of q and k together; a part of each head is rotated; experts in every layer."""
     view.skip("router_jitter_noise")  # of training
-    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_local_experts", "num_experts")
+    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_local_experts")
     router = RouterSpec(experts, top_k, score="sigmoid", correction=True, norm=1.0)
     moe = MoeSpec(router, sizes.mlp, view.choice("hidden_act", ACTIVATIONS), names=_MINIMAX_NAMES)
     full, rotated = [None] * sizes.layers, view.optional_integer("rotary_dim")  # the older of two spellings

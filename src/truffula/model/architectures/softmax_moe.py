@@ -23,7 +23,7 @@ from truffula.model.spec import ModelSpec
 
 def olmoe(view: ConfigView) -> ModelSpec:
     """Norms of all heads of q and k together; the weights of the chosen experts add up to one if ``norm_topk_prob``."""
-    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_experts", "num_local_experts")
+    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_experts")
     view.must_be("clip_qkv", (None,), "clipping after the norms of q and k is not supported.")
     router = RouterSpec(experts, top_k, norm=1.0 if view.flag("norm_topk_prob") else None)
     moe, bias = MoeSpec(router, sizes.mlp, view.choice("hidden_act", ACTIVATIONS)), view.flag("attention_bias")
@@ -32,7 +32,7 @@ def olmoe(view: ConfigView) -> ModelSpec:
 
 
 _GRANITE = "block_sparse_moe"
-_GRANITE_NAMES = MoeNames(
+GRANITE_NAMES = MoeNames(
     block=_GRANITE,
     block5=_GRANITE,
     router="router.layer",
@@ -54,7 +54,7 @@ def granitemoe(view: ConfigView) -> ModelSpec:
         sizes.mlp,
         view.choice("hidden_act", ACTIVATIONS),
         shared=SharedSpec(shared) if shared else None,
-        names=_GRANITE_NAMES,
+        names=GRANITE_NAMES,
     )
     bias, residual = view.flag("attention_bias"), view.number("residual_multiplier", positive=False)
     mixer = attention(sizes, scale=view.number("attention_multiplier"), qkv_bias=bias, out_bias=bias)
@@ -105,7 +105,7 @@ def _same_in_all_layers(view: ConfigView, key: str) -> int:
 def phimoe(view: ConfigView) -> ModelSpec:
     """Layer norms, whose epsilon is ``rms_norm_eps``; a sparse mixer chooses two experts."""
     view.skip("input_jitter_noise")  # of training
-    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_local_experts", "num_experts")
+    sizes, (experts, top_k) = read_sizes(view), read_experts(view, "num_local_experts")
     if top_k != 2:
         raise view.error("num_experts_per_tok", "the sparse mixer of transformers chooses two.", top_k)
     router = RouterSpec(experts, 2, score="sparsemixer", jitter=view.number("router_jitter_noise", positive=False))

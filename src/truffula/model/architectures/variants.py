@@ -22,7 +22,7 @@ from truffula.model.config_view import ConfigView
 from truffula.model.parts.mlp import MlpSpec
 from truffula.model.rope import read_rope
 from truffula.model.rows import NormSpec
-from truffula.model.spec import LayerSpec, ModelSpec
+from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames
 
 
 def apertus(view: ConfigView) -> ModelSpec:
@@ -107,7 +107,8 @@ def stablelm(view: ConfigView) -> ModelSpec:
     before_mlp = None if parallel else layer_norm(view, "post_attention_layernorm", "layer_norm_eps")
     layer = LayerSpec(mixer, mlp(view, sizes), before, before_mlp, parallel=parallel)
     rope = read_rope(view, sizes.head_dim, partial=True)
-    return finish_spec(view, [layer] * sizes.layers, (rope,), layer_norm(view, "norm", "layer_norm_eps"))
+    final = layer_norm(view, "norm", "layer_norm_eps")
+    return finish_spec(view, [layer] * sizes.layers, (rope,), final, names=ModuleNames(attention=None))
 
 
 def _square(view: ConfigView) -> Sizes:

@@ -24,6 +24,8 @@ int64_t panels_of(int64_t outputs) { return (outputs + kLanes - 1) / kLanes; }
 // Tasks in which an adapter computes its products with A for `rows` rows.
 int32_t shrink_tasks(int32_t rows) { return (rows + kShrinkRows - 1) / kShrinkRows; }
 
+}  // namespace
+
 // The format of a tensor by its dtype's number in DTYPES of kernels/adapters.py.
 int32_t format_of(const TensorColumns& tensor) {
   require(tensor.dtype == 0 || tensor.dtype == 2, "adapter: panels are float32 or bfloat16");
@@ -37,12 +39,11 @@ const uint8_t* bytes_at(const TensorColumns& tensor, int64_t expected, const uin
   return data + tensor.offset;
 }
 
-}  // namespace
-
 // The weight of an op that takes adapters.
 const Weight& Executable::adapted_weight(const Op& op) const {
   if (const auto* embed = std::get_if<EmbedOp>(&op)) return weight(embed->table);
   if (const auto* experts = std::get_if<ExpertLinearOp>(&op)) return weight(experts->weight);
+  if (const auto* latent = std::get_if<MlaOp>(&op)) return weight(latent->kv_b);
   return weight(std::get<LinearOp>(op).weight);
 }
 
@@ -52,11 +53,13 @@ void Executable::add_site(int32_t site, int32_t index, int64_t first, int64_t ou
   const Op& op = ops_[static_cast<size_t>(index)];
   require(takes_adapters(op), "site: the op takes no adapters");
   const auto* embed = std::get_if<EmbedOp>(&op);
+  const bool latent = std::holds_alternative<MlaOp>(op);
   const Weight& w = adapted_weight(op);
   const int64_t width = embed ? w.inputs : w.outputs;
   require(expert >= 0 && expert < w.experts, "site: no such expert");
   require(first >= 0 && outputs > 0 && outputs <= width && first <= width - outputs, "site: outside its op");
   require(!embed || (outputs == width && embed->source == kFromToken), "site: a table has one, by token");
+  require(!latent || outputs == width, "site: a latent op has one");
   if (static_cast<size_t>(site) >= places_.size()) places_.resize(static_cast<size_t>(site) + 1);
   require(places_[static_cast<size_t>(site)].op == kAbsent, "site: given twice");
   places_[static_cast<size_t>(site)] = {index, first, outputs, expert};
@@ -106,13 +109,15 @@ void Executable::add_part(Adapter& adapter, const PartRow& row, const uint8_t* d
               places_[static_cast<size_t>(row.site)].op != kAbsent, "adapter: no op serves a site of it");
   require(std::isfinite(static_cast<float>(row.scale)), "adapter: a scale is not finite");
   const AdapterPlace& place = places_[static_cast<size_t>(row.site)];
-  const auto* embed = std::get_if<EmbedOp>(&ops_[static_cast<size_t>(place.op)]);
-  const Weight& w = adapted_weight(ops_[static_cast<size_t>(place.op)]);
+  const Op& at = ops_[static_cast<size_t>(place.op)];
+  const auto* embed = std::get_if<EmbedOp>(&at);
+  const Weight& w = adapted_weight(at);
   const int64_t rank = row.a.shape[0], inputs = embed ? w.outputs : w.inputs;
   require(rank > 0 && rank <= kMaxWidth && row.a.shape[1] == inputs && row.a.shape[2] == 0, "adapter: A has another width");
   require(row.b.shape[0] == place.outputs && row.b.shape[1] == rank && row.b.shape[2] == 0, "adapter: B has another shape");
 
-  AdapterOp& op = op_of_part(adapter, place, w.experts, std::holds_alternative<ExpertLinearOp>(ops_[static_cast<size_t>(place.op)]));
+  AdapterOp& op = op_of_part(adapter, place, w.experts, std::holds_alternative<ExpertLinearOp>(at));
+  if (const auto* latent = std::get_if<MlaOp>(&at)) return add_latent_part(op, *latent, row, data, bytes);
   const int32_t format = format_of(row.a), b_format = format_of(row.b);
   const int64_t panels = panels_of(rank), line = embed ? rank * (format == kF32 ? 4 : 2) : panel_bytes(format, inputs);
   const uint8_t* a = bytes_at(row.a, (embed ? inputs : panels) * line, data, bytes);
@@ -193,7 +198,7 @@ void Executable::plan_adapters() {
       }
       at += (hi - lo) * op.h_width;
       chunk += shrink_tasks(hi - lo);
-      expands += op.expands.size();
+      expands += op.expands.size() + op.latents.size();
     }
     most_of_experts = std::max(most_of_experts, of_experts);
     active_of_op_[index] = {from, static_cast<int32_t>(active_adapters_.size())};
@@ -220,12 +225,14 @@ int32_t Executable::num_shrink_tasks(size_t index) const {
 }
 
 // Computes h = scale * x A^T for the rows of one task.
-void Executable::run_shrink_task(size_t index, int32_t number) {
+void Executable::run_shrink_task(const Stage& stage, int32_t number) {
+  const size_t index = stage.op;
   const auto [from, to] = active_of_op_[index];
   const auto behind = std::upper_bound(active_adapters_.begin() + from, active_adapters_.begin() + to, number,
                                        [](int32_t wanted, const ActiveAdapter& active) { return wanted < active.first_task; });
   const ActiveAdapter& active = *(behind - 1);
   const int32_t lo = active.lo + (number - active.first_task) * kShrinkRows, count = std::min(kShrinkRows, active.hi - lo);
+  if (const auto* latent = std::get_if<MlaOp>(&ops_[index])) return shrink_heads(*latent, active, lo, count, stage.number != 0);
   const int64_t stride = active.op->h_width;
   float* h = h_.data() + active.h_start + (lo - active.lo) * stride;
   const auto* linear = std::get_if<LinearOp>(&ops_[index]);

@@ -21,7 +21,7 @@ TF_INLINE int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 struct View {
   const AttentionCall* c;
   const AttentionItem* item;
-  int queries_per_kv, rows, lanes, part_blocks, part_stride, value_width;
+  int queries_per_kv, rows, lanes, part_blocks, part_stride, value_width, value_stride, out_head;
   int begin, end;  // keys that some row attends to
   int64_t key_head_bytes, value_head_bytes;
   float* q;             // [rows, dim_k]
@@ -30,6 +30,7 @@ struct View {
   float* total;         // [rows, value_width] merged so far
   float *top, *sum;     // [rows] of `total`
   float *part_top, *part_sum;
+  float* panels;        // of keys, made of latents
 };
 
 TF_INLINE int position_of(const View* v, int row) { return v->item->position + row / v->queries_per_kv; }
@@ -38,10 +39,27 @@ TF_INLINE int first_key(const View* v, int position) {
   return first_visible(v->c->window, v->c->chunked, position);
 }
 
+// Stores a row of `width` numbers, and zeros up to a multiple of 16.
+static void store_row(uint8_t* to, int32_t format, const float* from, int width) {
+  for (int d = 0; d < padded(width); ++d) {
+    const float number = d < width ? from[d] : 0.0f;
+    if (format == kF32) ((float*)to)[d] = number;
+    else ((uint16_t*)to)[d] = to_bf16(number);
+  }
+}
+
 static void write_kv(const AttentionCall* c, const int32_t* slots, int32_t row_lo, int32_t row_hi) {
   const KvCache* kv = &c->cache;
   const int lanes = padded(kv->block_size), value_width = padded(kv->dim_v);
   const int wide = kv->format == kF32 ? 4 : 2;
+  if (kv->latent) {
+    for (int32_t t = row_lo; t < row_hi; ++t) {
+      const int64_t block = slots[t] / kv->block_size, offset = slots[t] % kv->block_size;
+      store_row(kv->values + block * kv->value_block_bytes + offset * padded(kv->dim_k) * wide, kv->format,
+                c->k.data + t * c->k.stride, kv->dim_k);
+    }
+    return;
+  }
   const int64_t lines = kv->format == kF32 ? kv->dim_k : (kv->dim_k + 1) / 2;
   for (int32_t t = row_lo; t < row_hi; ++t) {
     const int64_t block = slots[t] / kv->block_size, offset = slots[t] % kv->block_size;
@@ -60,11 +78,7 @@ static void write_kv(const AttentionCall* c, const int32_t* slots, int32_t row_l
       }
       uint8_t* values = kv->values + block * kv->value_block_bytes +
                         ((int64_t)g * kv->block_size + offset) * value_width * wide;
-      for (int d = 0; d < value_width; ++d) {
-        const float number = d < kv->dim_v ? v[d] : 0.0f;
-        if (kv->format == kF32) ((float*)values)[d] = number;
-        else ((uint16_t*)values)[d] = to_bf16(number);
-      }
+      store_row(values, kv->format, v, kv->dim_v);
     }
   }
 }
@@ -86,6 +100,50 @@ TF_INLINE const uint8_t* values_of(const View* v, int block) {
   return kv->values + (int64_t)v->item->table[block] * kv->value_block_bytes + v->item->kv_head * v->value_head_bytes;
 }
 
+#if defined(__AVX2__)
+TF_INLINE __m256 eight_of(const uint8_t* row, int32_t format, int d) {
+  if (format == kF32) return _mm256_loadu_ps((const float*)row + d);
+  const __m128i halves = _mm_loadu_si128((const __m128i*)((const uint16_t*)row + d));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+// Numbers d .. d + 8 of eight rows, as eight lines.
+TF_INLINE void transpose_eight(const uint8_t* const* rows, int32_t format, int d, float* line) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = eight_of(rows[i], format, d);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+      a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(line + kLanes * i, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(line + kLanes * (i + 4), _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+#endif
+
+// The latents of a block as panels of keys: line d holds number d of 16 tokens. Lanes after the block repeat its last.
+static void make_panels(const View* v, const uint8_t* block, float* to) {
+  const KvCache* kv = &v->c->cache;
+  const int64_t row_bytes = v->value_stride * (kv->format == kF32 ? 4 : 2);
+  for (int lane = 0; lane < v->lanes; lane += 8) {
+    float* lines = to + lane / kLanes * kLanes * (int64_t)v->value_stride + lane % kLanes;
+    const uint8_t* rows[8];
+    for (int i = 0; i < 8; ++i) rows[i] = block + within(lane + i, 0, kv->block_size - 1) * row_bytes;
+#if defined(__AVX2__)
+    for (int d = 0; d < v->value_stride; d += 8) transpose_eight(rows, kv->format, d, lines + (int64_t)kLanes * d);
+#else
+    for (int i = 0; i < 8; ++i)
+      for (int d = 0; d < v->value_stride; ++d)
+        lines[(int64_t)kLanes * d + i] = kv->format == kF32 ? ((const float*)rows[i])[d] : to_float(((const uint16_t*)rows[i])[d]);
+#endif
+  }
+}
+
 // scores[row, key] = q . k for the blocks lo .. hi of the partition that begins with block `from`.
 static void compute_scores(const View* v, int from, int lo, int hi) {
   const KvCache* kv = &v->c->cache;
@@ -94,13 +152,21 @@ static void compute_scores(const View* v, int from, int lo, int hi) {
     // Two blocks are two panels, whatever the distance between them.
     const int blocks = kTwoBlocks && v->lanes == kLanes && block + 1 < hi ? 2 : 1;
     next = block + blocks;
-    const uint8_t* keys = keys_of(v, block);
+    float* scores = v->scores + (int64_t)(block - from) * v->lanes;
     // Blocks are scattered in memory: prefetch the next keys, and the values that are needed next.
+    if (kv->latent) {
+      for (int i = next; i < hi && i < next + blocks; ++i) prefetch(values_of(v, i), v->value_head_bytes);
+      for (int i = block; i < next; ++i) make_panels(v, values_of(v, i), v->panels + (i - block) * (int64_t)v->lanes * v->value_stride);
+      product_of<kScattered>(kF32, v->rows, blocks * v->lanes / kLanes, v->q, kv->dim_k, (const uint8_t*)v->panels,
+                             64 * (int64_t)v->value_stride, kv->dim_k, scores, v->part_stride);
+      continue;
+    }
+    const uint8_t* keys = keys_of(v, block);
     for (int i = next; i < hi && i < next + blocks; ++i) prefetch(keys_of(v, i), v->key_head_bytes);
     for (int i = block; i < next; ++i) prefetch(values_of(v, i), v->value_head_bytes);
     const int64_t apart = blocks == 2 ? keys_of(v, block + 1) - keys : panel_bytes;
     product_of<kScattered>(kv->format, v->rows, blocks * v->lanes / kLanes, v->q, kv->dim_k, keys, apart, kv->dim_k,
-                      v->scores + (int64_t)(block - from) * v->lanes, v->part_stride);
+                           scores, v->part_stride);
   }
 }
 
@@ -184,7 +250,7 @@ static void sum_values(const View* v, int row, int from, int lo, int hi, int d) 
     const int some = within(all_lo, begin, end), others = within(all_hi, some, end);
     const float* w = weights + (int64_t)(block - from) * v->lanes - first;
     const auto add = [&](int key, auto all) __attribute__((always_inline)) {
-      const int64_t at = (int64_t)(key - first) * v->value_width + d;
+      const int64_t at = (int64_t)(key - first) * v->value_stride + d;
       V value[ND];
       for (int i = 0; i < ND; ++i)
         value[i] = FORMAT == kF32 ? load((const float*)values + at + kLanes * i)
@@ -265,7 +331,7 @@ static void write_output(const View* v, int row) {
     by = e[0] / (v->sum[row] * e[0] + e[1]);
   }
   const int width = c->cache.dim_v;
-  float* out = c->out.data + (v->item->t + row / v->queries_per_kv) * c->out.stride + (int64_t)head * width;
+  float* out = c->out.data + (v->item->t + row / v->queries_per_kv) * c->out.stride + (int64_t)head * v->out_head;
   for (int d = 0; d < width; d += kLanes)
     store_n(out + d, rounded(load(v->total + (int64_t)row * v->value_width + d) * set1(by), c->round_out), width - d);
 }
@@ -281,6 +347,8 @@ static View view_of(const AttentionCall* c, const AttentionItem* item, float* sc
   v.part_blocks = partition_blocks(kv->block_size);
   v.part_stride = v.part_blocks * v.lanes;
   v.value_width = padded(kv->dim_v);
+  v.value_stride = kv->latent ? padded(kv->dim_k) : v.value_width;
+  v.out_head = kv->latent ? kv->dim_k : kv->dim_v;
   v.key_head_bytes = kv->key_block_bytes / kv->kv_heads;
   v.value_head_bytes = kv->value_block_bytes / kv->kv_heads;
   v.scores = scratch;
@@ -291,6 +359,7 @@ static View view_of(const AttentionCall* c, const AttentionItem* item, float* sc
   v.part = v.q + (int64_t)v.rows * kv->dim_k;
   v.part_top = v.part + (int64_t)v.rows * v.value_width;
   v.part_sum = v.part_top + v.rows;
+  v.panels = v.part_sum + v.rows;
   v.begin = first_key(&v, item->position);
   v.end = item->position + item->count;
   return v;

@@ -55,7 +55,7 @@ void Executable::check(const EmbedOp& op) const {
   require(!has_logit_rows(op.out), "embed: out has a row per token");
   require_same_rows(op.out, {&op.add});
   require(table.inputs == op.out.width && absent_or(op.add, op.out.width), "embed: width");
-  require(table.order.half == 0, "embed: a table has no gates");
+  require(table.order.half == 0 && table.latent.heads == 0, "embed: a table has no gates and no heads");
   require(op.offset >= 0 && op.offset < table.outputs, "embed: offset");
   require_disjoint(op.out, {&op.add}, "embed: add lies where out is written");
 }

@@ -85,6 +85,22 @@ int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, 
   return static_cast<int32_t>(weights_.size()) - 1;
 }
 
+int32_t Executable::add_latent_matrix(const LatentOrder& order, int64_t inputs, int32_t format) {
+  require(!sealed_, "the program is sealed");
+  for (int64_t number : {static_cast<int64_t>(order.heads), static_cast<int64_t>(order.keys), static_cast<int64_t>(order.values), inputs})
+    require(number > 0 && number <= (1 << 20), "matrix: bad shape");
+  require(order.outputs() <= kMaxWidth, "matrix: too large");
+  require(format == kF32 || format == kBF16, "matrix: its format is float32 or bfloat16");
+  Weight made;
+  made.outputs = order.outputs();
+  made.inputs = inputs;
+  made.format = format;
+  made.latent = order;
+  made.memory = Memory(static_cast<size_t>(order.bytes(format, inputs)) + 64);
+  weights_.push_back(std::move(made));
+  return static_cast<int32_t>(weights_.size()) - 1;
+}
+
 Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows, int64_t first, int64_t expert) {
   const Weight& to = weight(id);
   require(expert >= 0 && expert < to.experts, "matrix: no such expert");
@@ -110,6 +126,7 @@ Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows,
         const Weight& w = *j.to;
         if (is_quantised(w.format))
           pack_quantised(*j.source, lo, hi, j.data, w.format, j.first, w.order, j.rounding[static_cast<size_t>(thread)]);
+        else if (w.latent.heads) pack_latent(*j.source, lo, hi, j.data, w.format, j.first, w.latent);
         else if (w.panels) pack_rows(*j.source, lo, hi, j.data, w.format, j.first, w.order);
         else copy_rows(*j.source, lo, hi, j.data, w.format, j.first);
       },
@@ -158,38 +175,50 @@ void Executable::add(Op op) {
     experts->packed_bias = packed_bias(experts->bias, experts->weight);
     reserve_experts(*experts);
   }
-  if (auto* attention = std::get_if<AttentionOp>(&op)) {
-    attention->window = std::clamp<int64_t>(attention->window, 0, INT32_MAX);
-    const std::array<int64_t, 2> bytes = kv_block_bytes(*attention, kv_format_, capacity_.block_size);
-    for (size_t i = 0; i < 2; ++i) {
-      const int32_t id = attention->planes[i];
-      require(id >= 0 && id < (1 << 20), "attention: planes");
-      if (static_cast<size_t>(id) >= planes_.size()) planes_.resize(static_cast<size_t>(id) + 1);
-      Plane& plane = planes_[static_cast<size_t>(id)];
-      if (attention->k.buffer == kAbsent) {
-        require(plane.block_bytes == bytes[i] && plane.group == attention->group, "attention: no op before writes this plane");
-        continue;
-      }
-      require(plane.block_bytes == 0, "attention: one op writes a plane");
-      plane.block_bytes = bytes[i];
-      plane.group = attention->group;
-      plane.memory = Memory(static_cast<size_t>(bytes[i]) * static_cast<size_t>(capacity_.num_blocks));
-    }
-    int32_t& distance = max_distance_[static_cast<size_t>(attention->group)];
-    distance = std::max(distance, attention->window > 0 ? static_cast<int32_t>(attention->window) - 1 : INT32_MAX);
-    const int32_t queries_per_kv = attention->heads / attention->kv_heads;
-    if (std::none_of(attention_plans_.begin(), attention_plans_.end(),
-                     [&](const AttentionPlan& plan) { return plan.queries_per_kv == queries_per_kv; }))
-      attention_plans_.push_back({queries_per_kv, {}});
-    partial_row_floats_ = std::max(partial_row_floats_, attention->kv_heads * partial_floats(1, attention->dim_v));
-    const int64_t floats = attention_scratch_of(*attention, capacity_.block_size);
-    for (ThreadState& state : thread_states_)
-      if (static_cast<int64_t>(state.attention.size()) < floats) state.attention.resize(static_cast<size_t>(floats));
-  }
+  if (auto* attention = std::get_if<AttentionOp>(&op)) add_attention(*attention);
+  if (auto* latent = std::get_if<MlaOp>(&op)) add_latent(*latent);
   if (const auto* delta = std::get_if<GatedDeltaOp>(&op))
     for (ThreadState& state : thread_states_)
       state.delta.resize(std::max(state.delta.size(), static_cast<size_t>(delta_scratch(delta->dim_k))));
   ops_.push_back(std::move(op));
+}
+
+void Executable::add_attention(AttentionOp& op) {
+  op.window = std::clamp<int64_t>(op.window, 0, INT32_MAX);
+  const std::array<int64_t, 2> bytes = kv_block_bytes(op, kv_format_, capacity_.block_size);
+  for (size_t i = 0; i < 2; ++i) {
+    const int32_t id = op.planes[i];
+    if (op.k.buffer != kAbsent) {
+      add_plane(id, op.group, bytes[i]);
+      continue;
+    }
+    const bool written = id >= 0 && static_cast<size_t>(id) < planes_.size();
+    require(written && planes_[static_cast<size_t>(id)].block_bytes == bytes[i] && planes_[static_cast<size_t>(id)].group == op.group,
+            "attention: no op before writes this plane");
+  }
+  int32_t& distance = max_distance_[static_cast<size_t>(op.group)];
+  distance = std::max(distance, op.window > 0 ? static_cast<int32_t>(op.window) - 1 : INT32_MAX);
+  add_plan(op.heads / op.kv_heads, op.kv_heads * partial_floats(1, op.dim_v), attention_scratch_of(op, capacity_.block_size));
+}
+
+void Executable::add_plane(int32_t id, int32_t group, int64_t block_bytes) {
+  require(id >= 0 && id < (1 << 20), "attention: planes");
+  if (static_cast<size_t>(id) >= planes_.size()) planes_.resize(static_cast<size_t>(id) + 1);
+  Plane& plane = planes_[static_cast<size_t>(id)];
+  require(plane.block_bytes == 0, "attention: one op writes a plane");
+  plane.block_bytes = block_bytes;
+  plane.group = group;
+  plane.memory = Memory(static_cast<size_t>(block_bytes) * static_cast<size_t>(capacity_.num_blocks));
+}
+
+// What a step needs for attention with that many query heads per KV head.
+void Executable::add_plan(int32_t queries_per_kv, int64_t partial_row_floats, int64_t scratch_floats) {
+  if (std::none_of(attention_plans_.begin(), attention_plans_.end(),
+                   [&](const AttentionPlan& plan) { return plan.queries_per_kv == queries_per_kv; }))
+    attention_plans_.push_back({queries_per_kv, {}});
+  partial_row_floats_ = std::max(partial_row_floats_, partial_row_floats);
+  for (ThreadState& state : thread_states_)
+    if (static_cast<int64_t>(state.attention.size()) < scratch_floats) state.attention.resize(static_cast<size_t>(scratch_floats));
 }
 
 void Executable::add_state(int64_t width) {
@@ -225,11 +254,15 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
       quantised = std::max(quantised, padded_rows(static_cast<int64_t>(capacity_.max_tokens) * x_rows(*experts)) * w.quantised_stride());
     }
   if (quantised) quantised_x_ = Memory(static_cast<size_t>(quantised));
+  int64_t absorbed = 0;
+  for (const Op& op : ops_)
+    if (const auto* latent = std::get_if<MlaOp>(&op))
+      absorbed = std::max(absorbed, static_cast<int64_t>(capacity_.max_tokens) * latent->heads * latent->width());
+  if (absorbed) absorbed_ = Memory(static_cast<size_t>(absorbed) * sizeof(float));
   active_of_op_.resize(ops_.size());
   if (debug_) taps_.resize(ops_.size());
   for (size_t index = 0; index < ops_.size(); ++index) {
-    const int32_t count = std::holds_alternative<AttentionOp>(ops_[index]) ? 3 : takes_adapters(ops_[index]) ? 2 : 1;
-    for (int32_t number = 0; number < count; ++number) stages_.push_back({static_cast<uint32_t>(index), number});
+    for (int32_t number = 0; number < stages_of(ops_[index]); ++number) stages_.push_back({static_cast<uint32_t>(index), number});
     if (debug_) stages_.push_back({static_cast<uint32_t>(index), kTapStage});
   }
   token_rows_ = position_rows_ = INT32_MAX;

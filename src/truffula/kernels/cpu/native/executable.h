@@ -54,6 +54,7 @@ class Executable {
   void add_buffer(const Buffer& buffer);
   int32_t add_vector(const float* values, int64_t count);
   int32_t add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half, int64_t experts = 1);
+  int32_t add_latent_matrix(const LatentOrder& order, int64_t inputs, int32_t format);
   // Fills rows first .. first + rows of an expert's matrix. Returns the error of rounding this part to a quantised format, 0 for other
   // formats.
   Rounding fill_matrix(int32_t weight, const Source& source, int64_t rows, int64_t first, int64_t expert = 0);
@@ -145,6 +146,7 @@ class Executable {
   void check(const RopeRowsOp&) const;
   void check(const RopeOp&) const;
   void check(const AttentionOp&) const;
+  void check(const MlaOp&) const;
   void check(const GatedDeltaOp&) const;
   void check(const RouteOp&) const;
   void check(const ExpertLinearOp&) const;
@@ -171,7 +173,11 @@ class Executable {
   float* row_of(const Buffer& buffer, int32_t row) const { return arena_.floats() + buffer.offset + row * buffer.stride; }
   Rows rows(const Ref& ref) const;
   bool rounded(const Ref& ref) const { return buffers_[static_cast<size_t>(ref.buffer)].rounded; }
-  const AttentionPlan& plan_of(const AttentionOp& op) const;
+  const AttentionPlan& plan_of(int32_t queries_per_kv) const;
+  void add_attention(AttentionOp& op);
+  void add_latent(const MlaOp& op);
+  void add_plane(int32_t id, int32_t group, int64_t block_bytes);
+  void add_plan(int32_t queries_per_kv, int64_t partial_row_floats, int64_t scratch_floats);
   void keep_tap(size_t op);
 
   // Each runs one chunk of a stage.
@@ -182,6 +188,7 @@ class Executable {
   void run_op(const RopeRowsOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const RopeOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const AttentionOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const MlaOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const GatedDeltaOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const RouteOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const ExpertLinearOp&, const Stage&, int32_t chunk, ThreadState&);
@@ -204,11 +211,21 @@ class Executable {
   static AdapterOp& op_of_part(Adapter& adapter, const AdapterPlace& place, int64_t experts, bool by_expert);
   void add_part(Adapter& adapter, const PartRow& row, const uint8_t* data, int64_t bytes) const;
   int32_t num_shrink_tasks(size_t op) const;
-  void run_shrink_task(size_t op, int32_t number);
+  void run_shrink_task(const Stage&, int32_t number);
   void shrink_chunk(const Stage&, int32_t chunk);
   const std::vector<Delta>& deltas_of(size_t op, ThreadState&) const;
-  void attend(const AttentionOp&, bool merge, int64_t pair, ThreadState&);
+  void attend_chunk(const AttentionCall&, int32_t group, bool merge, int32_t chunk, ThreadState&);
+  void attend(const AttentionCall&, int32_t group, bool merge, int64_t pair, ThreadState&);
   AttentionCall call_of(const AttentionOp& op) const;
+  int32_t attention_chunks(int32_t queries_per_kv, int32_t kv_heads, bool merge) const;
+  // latent.cpp
+  AttentionCall call_of(const MlaOp& op) const;
+  int32_t chunks_of(const MlaOp& op, const Stage& stage);
+  int64_t latent_units(const MlaOp& op, bool values) const;
+  void multiply_heads(const MlaOp&, const Stage&, int32_t chunk, ThreadState&);
+  const std::vector<Delta>& head_deltas(size_t op, int32_t head, bool values, ThreadState&) const;
+  void add_latent_part(AdapterOp& op, const MlaOp& at, const PartRow& row, const uint8_t* data, int64_t bytes) const;
+  void shrink_heads(const MlaOp& op, const ActiveAdapter& active, int32_t lo, int32_t count, bool values);
 
   const Kernels* kernels_;
   Team team_;
@@ -229,6 +246,7 @@ class Executable {
   std::vector<int32_t> free_slots_;
   Memory arena_;
   Memory quantised_x_;  // of the current product
+  Memory absorbed_;     // of the current latent op: per token and head its query, then the mixed latents
   StepArrays in_{};
   StepCounts counts_;
   std::optional<Sampler> sampler_;  // set by `seal`

@@ -170,12 +170,13 @@ struct Mamba2Call {
 };
 
 // One layer's KV cache. Keys: per block and KV head, lines of 16 tokens. Values: per block and KV head, a row of
-// dim_v values per token, padded to a multiple of 16.
+// dim_v values per token, padded to a multiple of 16. `latent`: `values` alone, rows of dim_k numbers per token, padded
+// likewise. A row is the key of all heads, its first dim_v numbers are their value.
 struct KvCache {
   uint8_t* keys;
   uint8_t* values;
   int64_t key_block_bytes, value_block_bytes;
-  int32_t format, block_size, kv_heads, dim_k, dim_v;
+  int32_t format, block_size, kv_heads, dim_k, dim_v, latent;
 };
 
 // The first key that a query sees: with a window w (0: none) its last w keys or, if `chunked`, those of its w positions.
@@ -185,6 +186,7 @@ static inline int32_t first_visible(int32_t window, int32_t chunked, int32_t pos
   return position - window + 1 > 0 ? position - window + 1 : 0;
 }
 
+// A head of `out` is dim_v wide; over latents, dim_k, so that it may overwrite q.
 struct AttentionCall {
   KvCache cache;
   Rows q, k, v, out;
@@ -283,6 +285,12 @@ static constexpr int64_t partial_floats(int64_t rows, int64_t dim_v) {
 static constexpr int64_t attention_scratch(int64_t rows, int32_t block_size, int64_t dim_k, int64_t dim_v) {
   const int64_t lanes = (block_size + kLanes - 1) / kLanes * kLanes;
   return rows * (lanes * partition_blocks(block_size) + dim_k) + 2 * partial_floats(rows, dim_v);
+}
+
+// Floats of two adjacent panels of keys, or of those of a block, as `attend` makes them of latents: more scratch.
+static constexpr int64_t latent_panel_floats(int32_t block_size, int64_t dim_k) {
+  const int64_t lines = (dim_k + kLanes - 1) / kLanes * kLanes;
+  return lines * (block_size > 2 * kLanes ? (block_size + kLanes - 1) / kLanes * kLanes : 2 * kLanes);
 }
 
 }  // namespace truffula

@@ -268,6 +268,11 @@ void bind_load(nb::class_<Native>& c) {
              return self.enter()->add_matrix(outputs, inputs, format_named(format), panels, half, experts);
            },
            "outputs"_a, "inputs"_a, "format"_a, "panels"_a, "half"_a, "experts"_a = 1)
+      .def("add_latent_matrix",
+           [](Native& self, int32_t heads, int32_t keys, int32_t values, int64_t inputs, const std::string& format) {
+             return self.enter()->add_latent_matrix({heads, keys, values}, inputs, format_named(format));
+           },
+           "heads"_a, "keys"_a, "values"_a, "inputs"_a, "format"_a)
       .def("fill", fill, "weight"_a, "array"_a, "first"_a, "kind"_a = "", "expert"_a = 0)
       .def("seal", seal, "inputs"_a, "arena_floats"_a, "logits_buffer"_a, "vocab"_a)
       .def("add_state", [](Native& self, int64_t width) { self.enter()->add_state(width); }, "width"_a)
@@ -318,6 +323,22 @@ void bind_sizes(nb::module_& m) {
           return padded_rows(rows) * quantised_row_bytes(number, inputs);
         },
         "isa"_a, "rows"_a, "inputs"_a, "format"_a, "Bytes of x as products with a matrix of this format read it.");
+  m.def("latent_matrix_bytes",
+        [](int32_t heads, int32_t keys, int32_t values, int64_t inputs, const std::string& format) {
+          return LatentOrder{heads, keys, values}.bytes(format_named(format), inputs);
+        },
+        "heads"_a, "keys"_a, "values"_a, "inputs"_a, "format"_a, "Bytes of a matrix of latent attention.");
+  m.def("latent_block_bytes",
+        [](int32_t width, int32_t block_size, const std::string& format) {
+          return latent_block_bytes(width, format_named(format), block_size);
+        },
+        "width"_a, "block_size"_a, "format"_a, "Bytes of a block of one layer's latents.");
+  m.def("latent_scratch_bytes",
+        [](int32_t heads, int32_t width, int32_t rank, int32_t block_size) {
+          if (std::min({heads, width, rank, block_size}) < 1) throw std::invalid_argument("a size is below 1");
+          return 4 * latent_scratch_of(heads, width, rank, block_size);
+        },
+        "heads"_a, "width"_a, "rank"_a, "block_size"_a, "Bytes of scratch memory of latent attention per thread.");
   m.def("delta_scratch_bytes", [](int64_t dim_k) { return 4 * delta_scratch(dim_k); }, "dim_k"_a,
         "Bytes of scratch that a gated delta op needs per thread.");
   m.def("expert_scratch_bytes",

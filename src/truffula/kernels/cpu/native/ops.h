@@ -60,12 +60,23 @@ struct Weight {
   int32_t format = kF32;
   bool panels = false;
   PanelOrder order{0, 0};
+  LatentOrder latent;  // with heads: a matrix of that kind
   int64_t experts = 1;
 
   uint8_t* data(int64_t expert) const { return memory.data() + expert * matrix_bytes(format, inputs, panels, order); }
   Packed packed(int64_t expert = 0) const {
     return {data(expert), panel_bytes(format, inputs), format, static_cast<int32_t>(order.panels()),
             static_cast<int32_t>(inputs)};
+  }
+  // Of a head of a latent matrix: [inputs, keys] or [values, inputs].
+  Packed latent_keys(int32_t head) const {
+    return {memory.data() + head * latent.key_bytes(format, inputs), panel_bytes(format, latent.keys), format,
+            static_cast<int32_t>(LatentOrder::panels_of(inputs)), latent.keys};
+  }
+  Packed latent_values(int32_t head) const {
+    const uint8_t* values = memory.data() + latent.heads * latent.key_bytes(format, inputs);
+    return {values + head * latent.value_bytes(format, inputs), panel_bytes(format, inputs), format,
+            static_cast<int32_t>(LatentOrder::panels_of(latent.values)), static_cast<int32_t>(inputs)};
   }
   int64_t quantised_stride() const { return quantised_row_bytes(format, inputs); }
   Table table() const {
@@ -190,6 +201,21 @@ struct AttentionOp {
   }
 };
 
+struct MlaOp {
+  Ref q, latent, out;
+  int32_t kv_b = 0, group = 0, plane = 0, heads = 0, nope = 0, rope = 0, dim_v = 0, rank = 0;
+  float scale = 1.0f;
+
+  static constexpr const char* kName = "Mla";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("q", o.q), f("latent", o.latent), f("out", o.out), f("kv_b", o.kv_b), f("group", o.group), f("plane", o.plane);
+    f("heads", o.heads), f("nope", o.nope), f("rope", o.rope), f("dim_v", o.dim_v), f("rank", o.rank), f("scale", o.scale);
+  }
+
+  int32_t width() const { return rank + rope; }  // of a latent row, and of a head's query in that space
+};
+
 struct GatedDeltaOp {
   Ref q, k, v, decay, beta, out;
   int32_t state = 0, rate = 0, dt_bias = 0, heads = 0, key_heads = 0, dim_k = 0, dim_v = 0;
@@ -279,7 +305,7 @@ struct TakeRowsOp {
   }
 };
 
-using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, CausalConvOp,
+using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, MlaOp, CausalConvOp,
                         GatedDeltaOp, Mamba2Op, RouteOp, ExpertLinearOp, TakeRowsOp>;
 
 // The columns that an op writes.
@@ -295,7 +321,13 @@ inline const Ref& out_of(const Op& op) {
 // Whether adapters may act at an op: products, and tables that rows are gathered from.
 inline bool takes_adapters(const Op& op) {
   return std::holds_alternative<LinearOp>(op) || std::holds_alternative<EmbedOp>(op) ||
-         std::holds_alternative<ExpertLinearOp>(op);
+         std::holds_alternative<ExpertLinearOp>(op) || std::holds_alternative<MlaOp>(op);
+}
+
+// The stages of an op; see `run_op`.
+inline int32_t stages_of(const Op& op) {
+  if (std::holds_alternative<MlaOp>(op)) return 6;
+  return std::holds_alternative<AttentionOp>(op) ? 3 : takes_adapters(op) ? 2 : 1;
 }
 
 // Rows of one expert that are multiplied at a time.
@@ -321,7 +353,15 @@ constexpr int64_t attention_scratch_of(const AttentionOp& op, int32_t block_size
   return attention_scratch(std::max(op.heads / op.kv_heads, kQueryRows), block_size, op.dim_k, op.dim_v);
 }
 
-// The cached keys or values of one layer.
+constexpr int64_t latent_block_bytes(int64_t width, int32_t format, int32_t block_size) {
+  return block_size * ((width + kLanes - 1) / kLanes * kLanes) * (format == kF32 ? 4 : 2);
+}
+
+constexpr int64_t latent_scratch_of(int32_t heads, int64_t width, int64_t rank, int32_t block_size) {
+  return attention_scratch(std::max(heads, kQueryRows), block_size, width, rank) + latent_panel_floats(block_size, width);
+}
+
+// The cached keys or values of one layer, or its latents.
 struct Plane {
   Memory memory;
   int64_t block_bytes = 0;
@@ -356,9 +396,19 @@ struct AdapterExpand {
   int32_t h_start, first, step;
 };
 
+// At a latent op: with the queries' part for keys, u = scale * q B_k of a head, then u A; with mixed latents x,
+// h = scale * x A^T, then h B_v^T of a head. `key_b` and `value_b` are those of head 0. u and h take turns in `rank` padded
+// columns per head.
+struct AdapterLatent {
+  Packed key_b, key_a, value_a, value_b;
+  float scale;
+  int32_t h_start;
+};
+
 struct AdapterOp {
   std::vector<AdapterShrink> shrinks;
   std::vector<AdapterExpand> expands;
+  std::vector<AdapterLatent> latents;
   int64_t h_width = 0;
   std::vector<int32_t> of_expert;  // at an op with experts: per expert an index into `Adapter::ops`, or kAbsent
 };
@@ -381,5 +431,9 @@ struct PartRow {
 };
 constexpr int64_t kPartColumns = 15;
 static_assert(sizeof(PartRow) == kPartColumns * sizeof(int64_t));
+
+// adapters.cpp: the format of a tensor of an image; where its bytes are. Throw std::invalid_argument.
+int32_t format_of(const TensorColumns& tensor);
+const uint8_t* bytes_at(const TensorColumns& tensor, int64_t expected, const uint8_t* data, int64_t bytes);
 
 }  // namespace truffula

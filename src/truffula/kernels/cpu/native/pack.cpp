@@ -74,6 +74,31 @@ void pack_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to
   });
 }
 
+void pack_latent(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
+                 const LatentOrder& order) {
+  const int64_t inputs = source.inputs, per_head = order.keys + order.values;
+  const int64_t key_panel = panel_bytes(format, order.keys), value_panel = panel_bytes(format, inputs);
+  with_reader(source.type, [&]<class R>(R) {
+    const auto* data = static_cast<const typename R::Number*>(source.data);
+    for (int64_t row = row_lo; row < row_hi; ++row) {
+      const auto* numbers = data + row * inputs;
+      const int64_t head = (first + row) / per_head, at = (first + row) % per_head;
+      if (at >= order.keys) {
+        const int64_t value = at - order.keys;
+        uint8_t* panels = to + order.heads * order.key_bytes(format, inputs) + head * order.value_bytes(format, inputs);
+        pack_lanes<R>(numbers, inputs, 1, panels + value / kLanes * value_panel, value % kLanes, format);
+        continue;
+      }
+      uint8_t* panels = to + head * order.key_bytes(format, inputs);
+      for (int64_t k = 0; k < inputs; ++k) {  // output k of the transposed matrix
+        uint8_t* panel = panels + k / kLanes * key_panel;
+        if (format == kF32) reinterpret_cast<float*>(panel)[at * kLanes + k % kLanes] = R::value(numbers + k);
+        else reinterpret_cast<uint16_t*>(panel)[at / 2 * 2 * kLanes + 2 * (k % kLanes) + at % 2] = R::half(numbers + k);
+      }
+    }
+  });
+}
+
 void copy_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first) {
   with_reader(source.type, [&]<class R>(R) {
     const auto* from = static_cast<const typename R::Number*>(source.data) + row_lo * source.inputs;

@@ -37,6 +37,21 @@ constexpr int64_t panel_bytes(int32_t format, int64_t inputs) {
   return 64 * (blocks * lines + (format == kQ4_1 ? blocks : (blocks + 1) / 2));
 }
 
+// A matrix that turns latents into keys and values of heads: per head `keys` rows, then `values` rows. Products with
+// keys are taken along their rows, so the panels of a head's keys hold the transposed matrix [inputs, keys]; those of
+// its values are as in other matrices. First the keys of all heads, then the values.
+struct LatentOrder {
+  int32_t heads = 0, keys = 0, values = 0;
+
+  int64_t outputs() const { return static_cast<int64_t>(heads) * (keys + values); }
+  static int64_t panels_of(int64_t outputs) { return (outputs + kLanes - 1) / kLanes; }
+  int64_t key_bytes(int32_t format, int64_t inputs) const { return panels_of(inputs) * panel_bytes(format, keys); }
+  int64_t value_bytes(int32_t format, int64_t inputs) const { return panels_of(values) * panel_bytes(format, inputs); }
+  int64_t bytes(int32_t format, int64_t inputs) const {
+    return heads * (key_bytes(format, inputs) + value_bytes(format, inputs));
+  }
+};
+
 // Bytes of a stored block; 0 for numbers.
 constexpr int64_t stored_block_bytes(Stored type) {
   switch (type) {
@@ -57,6 +72,10 @@ constexpr int64_t stored_block_bytes(Stored type) {
 // written.
 void pack_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
                const PanelOrder& order);
+
+// `pack_rows` into the panels of a latent matrix.
+void pack_latent(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
+                 const LatentOrder& order);
 
 // The error of rounding to a quantised format: sums of the squares of the values and of their errors. `overflow`: a
 // scale exceeded float16.

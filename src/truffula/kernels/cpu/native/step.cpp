@@ -12,9 +12,6 @@
 namespace truffula {
 namespace {
 
-// One chunk per task; several tasks per chunk in a step with more than a phase can have.
-int32_t chunks_for(int64_t tasks) { return static_cast<int32_t>(std::min<int64_t>(tasks, Team::kMaxChunks / 2)); }
-
 // The keys of a sequence with at most this many rows in a step are split into partitions, for several threads.
 constexpr int32_t kSplitTokens = 4;
 
@@ -30,8 +27,8 @@ int32_t Executable::rows_of(const Ref& ref) const {
   return buffers_[static_cast<size_t>(ref.buffer)].logit_rows ? counts_.R : counts_.T;
 }
 
-const Executable::AttentionPlan& Executable::plan_of(const AttentionOp& op) const {
-  return *std::find_if(attention_plans_.begin(), attention_plans_.end(), [&](const AttentionPlan& plan) { return plan.queries_per_kv == op.heads / op.kv_heads; });
+const Executable::AttentionPlan& Executable::plan_of(int32_t queries_per_kv) const {
+  return *std::find_if(attention_plans_.begin(), attention_plans_.end(), [&](const AttentionPlan& plan) { return plan.queries_per_kv == queries_per_kv; });
 }
 
 void Executable::run(const StepCounts& counts) {
@@ -148,11 +145,10 @@ int32_t Executable::chunks_of(const Stage& stage) {
     return count == 0 ? 0 : std::min(units, count < fine ? team : 8 * team);
   }
   if (const auto* attention = std::get_if<AttentionOp>(&op)) {
-    const AttentionPlan& plan = plan_of(*attention);
     if (stage.number == 0) return attention->k.buffer == kAbsent ? 0 : row_chunks(counts_.T, team);
-    if (stage.number == 2 && plan.partial_rows == 0) return 0;
-    return chunks_for(static_cast<int64_t>(plan.tiles.size()) * attention->kv_heads);
+    return attention_chunks(attention->heads / attention->kv_heads, attention->kv_heads, stage.number == 2);
   }
+  if (const auto* latent = std::get_if<MlaOp>(&op)) return chunks_of(*latent, stage);
   if (const auto* experts = std::get_if<ExpertLinearOp>(&op)) return expert_chunks(*experts, stage);
   if (std::holds_alternative<EmbedOp>(op) && stage.number == 0) return chunks_for(num_shrink_tasks(stage.op));
   if (const auto* delta = std::get_if<GatedDeltaOp>(&op)) {
@@ -168,6 +164,11 @@ int32_t Executable::chunks_of(const Stage& stage) {
   if (const auto* take = std::get_if<TakeRowsOp>(&op)) return row_chunks(rows_of(take->out), team);
   if (const auto* rope = std::get_if<RopeOp>(&op)) return row_chunks(rows_of(rope->x), team);
   return row_chunks(counts_.T, team);
+}
+
+int32_t Executable::attention_chunks(int32_t queries_per_kv, int32_t kv_heads, bool merge) const {
+  const AttentionPlan& plan = plan_of(queries_per_kv);
+  return merge && plan.partial_rows == 0 ? 0 : chunks_for(static_cast<int64_t>(plan.tiles.size()) * kv_heads);
 }
 
 void Executable::work(int32_t phase, int32_t chunk, int thread) {
@@ -186,7 +187,7 @@ void Executable::work(int32_t phase, int32_t chunk, int thread) {
 void Executable::shrink_chunk(const Stage& stage, int32_t chunk) {
   const int32_t shrinks = num_shrink_tasks(stage.op);
   const auto mine = span_of(shrinks, chunk, chunks_for(shrinks));
-  for (int32_t number = mine.lo; number < mine.hi; ++number) run_shrink_task(stage.op, number);
+  for (int32_t number = mine.lo; number < mine.hi; ++number) run_shrink_task(stage, number);
 }
 
 void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, ThreadState& state) {
@@ -308,7 +309,7 @@ AttentionCall Executable::call_of(const AttentionOp& op) const {
   const Plane& values = planes_[static_cast<size_t>(op.planes[1])];
   AttentionCall call{};
   call.cache = {keys.memory.data(), values.memory.data(), keys.block_bytes, values.block_bytes, kv_format_,
-                capacity_.block_size, op.kv_heads, op.dim_k, op.dim_v};
+                capacity_.block_size, op.kv_heads, op.dim_k, op.dim_v, false};
   call.q = rows(op.q);
   call.k = rows(op.k);
   call.v = rows(op.v);
@@ -326,35 +327,37 @@ AttentionCall Executable::call_of(const AttentionOp& op) const {
 }
 
 void Executable::run_op(const AttentionOp& op, const Stage& stage, int32_t chunk, ThreadState& state) {
-  if (stage.number > 0) {
-    const auto pairs = static_cast<int64_t>(plan_of(op).tiles.size()) * op.kv_heads;
-    const auto mine = span_of(pairs, chunk, chunks_for(pairs));
-    for (int64_t pair = mine.lo; pair < mine.hi; ++pair) attend(op, stage.number == 2, pair, state);
-    return;
-  }
   const AttentionCall call = call_of(op);
+  if (stage.number > 0) return attend_chunk(call, op.group, stage.number == 2, chunk, state);
   const auto mine = span_of(counts_.T, chunk, chunks_of(stage));
   kernels_->write_kv(&call, in_.slot_mapping + static_cast<int64_t>(op.group) * capacity_.max_tokens, mine.lo, mine.hi);
 }
 
+// Runs one chunk of the tiles of attention, or of merging their partitions.
+void Executable::attend_chunk(const AttentionCall& call, int32_t group, bool merge, int32_t chunk, ThreadState& state) {
+  const int32_t kv_heads = call.cache.kv_heads;
+  const auto pairs = static_cast<int64_t>(plan_of(call.heads / kv_heads).tiles.size()) * kv_heads;
+  const auto mine = span_of(pairs, chunk, chunks_for(pairs));
+  for (int64_t pair = mine.lo; pair < mine.hi; ++pair) attend(call, group, merge, pair, state);
+}
+
 // Attention of one tile and KV head: all its keys, or one partition of them, or (`merge`) the results of all
 // partitions.
-void Executable::attend(const AttentionOp& op, bool merge, int64_t pair, ThreadState& state) {
-  const AttentionPlan& plan = plan_of(op);
-  const QueryTile& tile = plan.tiles[static_cast<size_t>(pair / op.kv_heads)];
-  const auto kv_head = static_cast<int32_t>(pair % op.kv_heads);
+void Executable::attend(const AttentionCall& call, int32_t group, bool merge, int64_t pair, ThreadState& state) {
+  const AttentionPlan& plan = plan_of(call.heads / call.cache.kv_heads);
+  const QueryTile& tile = plan.tiles[static_cast<size_t>(pair / call.cache.kv_heads)];
+  const auto kv_head = static_cast<int32_t>(pair % call.cache.kv_heads);
   const bool split = tile.partition != kAbsent;
   // Partitions that lie wholly before the window are neither computed nor merged.
   const int32_t keys = partition_blocks(capacity_.block_size) * capacity_.block_size;
-  const AttentionCall call = call_of(op);
   const int32_t first = first_visible(call.window, call.chunked, tile.position) / keys;
   if (merge ? !split || !tile.first_partition : split && tile.partition < first) return;
-  const int32_t* table = in_.block_tables + (static_cast<int64_t>(op.group) * capacity_.max_seqs + tile.sequence) *
+  const int32_t* table = in_.block_tables + (static_cast<int64_t>(group) * capacity_.max_seqs + tile.sequence) *
                                                 capacity_.max_blocks_per_seq;
   AttentionItem made{table, tile.t, tile.count, tile.position, kv_head, nullptr, merge ? first : tile.partition};
   if (split) {
     const int64_t row = tile.result_row + (made.part - tile.partition) * static_cast<int64_t>(tile.count) * plan.queries_per_kv;
-    made.parts = partials_.data() + (kv_head * plan.partial_rows + row) * partial_floats(1, op.dim_v);
+    made.parts = partials_.data() + (kv_head * plan.partial_rows + row) * partial_floats(1, call.cache.dim_v);
   }
   (merge ? kernels_->merge_parts : kernels_->attend)(&call, &made, state.attention.data());
 }
