@@ -35,7 +35,8 @@ class StoredNames:
 
     ``stored`` gives the name in the files. ``embed`` and ``head`` are the parameters of the two tables; ``embed_from``
     and ``head_from`` the tensors that fill them, None where there is none; ``has_head`` whether there is any tensor of
-    the head. ``unused`` are tensors that a named rule ignores.
+    the head. ``unused`` are tensors that a named rule ignores. ``converted`` are parameters whose values transformers
+    computes from the files': the rows of an adapter would need the same.
     """
 
     stored: Mapping[str, str]
@@ -45,6 +46,7 @@ class StoredNames:
     head_from: str | None
     has_head: bool
     unused: tuple[str, ...]
+    converted: frozenset[str]
 
     @property
     def tables(self) -> Tables:
@@ -69,9 +71,10 @@ def match_names(model: Any, names: Iterable[str]) -> StoredNames:
     filled: dict[str, str] = {}
     unused: list[str] = []
     unknown: list[str] = []
-    has_head = False
+    has_head, converted = False, set()
     for name in stored:
         target, merged = target_of(name)
+        converted.update([target] * merged)
         has_head = has_head or (target.startswith(f"{head.rpartition('.')[0]}.") and not target.endswith(".bias"))
         if target not in state:
             ignorable = IGNORABLE.search(name) or any(rule.search(target) for rule in ignored)
@@ -88,9 +91,9 @@ def match_names(model: Any, names: Iterable[str]) -> StoredNames:
             count=len(unknown),
         )
     used = {name: stored[name] for name in stored if name not in unused}
-    return StoredNames(
-        used, embed, head, filled.get(embed), filled.get(head), has_head, tuple(stored[name] for name in unused)
-    )
+    left_out = tuple(stored[name] for name in unused)
+    tables = filled.get(embed), filled.get(head)
+    return StoredNames(used, embed, head, *tables, has_head, left_out, frozenset(converted))
 
 
 def convert(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str, *, tied: str) -> None:

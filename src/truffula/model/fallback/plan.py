@@ -169,6 +169,8 @@ def _sites(skeleton: Skeleton, traced: Trace, names: StoredNames) -> tuple[Site,
     modules = dict(skeleton.built().named_modules())
     embed, head = names.embed.removesuffix(".weight"), names.head.removesuffix(".weight")
     for name in traced.linears:
+        if f"{name}.weight" in names.converted:
+            continue
         module = modules[name]
         if isinstance(module, nn.Embedding):
             if name != embed:
