@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariants import check_engine
 from rig import DEPTHS, EOS, HandLoader, Rig, alone, limits, request
-from test_engine_same_tokens import assert_same, engines, requests
+from test_engine_same_tokens import assert_same, engines, requests, same_model
 
 from grammars import RULES, VOCABULARY, check_answer, ids_of, text_of
 from truffula.items import Grammar
@@ -55,7 +55,7 @@ def hold_company(data, lim, crowd) -> None:
         answer = rig.answers[req.request_id]
         if answer.code == "generation_failed" and answer.final.error.message.endswith("scripted"):
             continue  # it failed alone
-        assert_same(answer, alone(req, kv_windows=lim.kv_windows))
+        assert_same(answer, alone(req, **same_model(lim)))
         if req.grammar is not None:
             check(req, answer)
 

@@ -231,6 +231,7 @@ def test_a_step_of_more_pieces_than_a_team_counts():
     native.add(
         "Attention", q=everything, k=everything, v=everything, out=(1, 0, heads), group=0, planes=[0, 1],
         heads=heads, kv_heads=heads, dim_k=1, dim_v=1, scale=1.0, window=0, softcap=0.0, sinks=None,
+        alibi=[], alibi_rounded=False, chunked=False,
     )  # fmt: skip
     inputs = StepInputs.allocate(capacity, 1)
     native.seal(inputs, arena_floats=3 * tokens * heads, logits_buffer=2, vocab=1)
