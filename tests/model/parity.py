@@ -93,11 +93,13 @@ class ParityModel:
 @cache
 def _oracle(folder: Path, adapter: Path | None, tied: bool) -> Any:
     """The model as transformers loads it, with its own choice of attention."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(folder)
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="float32").eval()
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    model = auto.from_pretrained(folder, config=config, dtype="float32").eval()
     if adapter is not None:
         from peft import PeftModel
 
@@ -169,7 +171,8 @@ def _linears(folder: Path) -> dict[str, tuple[int, int]]:
     for name, module in model.named_modules():
         if module is model.get_output_embeddings() or name.rpartition(".")[2] in converted:
             continue
-        if isinstance(module, nn.Linear):
+        # peft cannot adapt a linear that returns more than a product, such as Phi-3.5-MoE's router.
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             found[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             found[name] = tuple(module.weight.shape)

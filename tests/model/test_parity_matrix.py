@@ -1,4 +1,4 @@
-"""The whole parity matrix, row by row (an hour on two cores). ``make parity`` prints it."""
+"""A spread of the parity matrix. ``make parity`` runs and prints the whole: an hour on two cores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from parity_matrix import Row, rows
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", rows(), ids=lambda row: row.label)
+@pytest.mark.parametrize("row", rows()[::16], ids=lambda row: row.label)
 def test_parity(row: Row) -> None:
     failed = [f"{name}: {why}" for name, why in row.run() if why]
     assert not failed, "\n".join(failed)
