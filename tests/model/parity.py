@@ -171,8 +171,8 @@ def _linears(folder: Path) -> dict[str, tuple[int, int]]:
     for name, module in model.named_modules():
         if module is model.get_output_embeddings() or name.rpartition(".")[2] in converted:
             continue
-        # peft cannot adapt a linear that returns more than a product, such as Phi-3.5-MoE's router.
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        # Phi-3.5-MoE's router is a linear that returns more than a product, which peft cannot adapt.
+        if isinstance(module, nn.Linear) and not type(module).__name__.endswith("Router"):
             found[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             found[name] = tuple(module.weight.shape)
@@ -233,7 +233,11 @@ def check_prefix(model: ParityModel) -> None:
 def check_preempted(model: ParityModel) -> None:
     names = [None, *model.adapters]
     crowd = [(str(n), model.prompt(n)[:3], names[n % len(names)]) for n in range(6)]
-    rig, answers = model.run([model.request(*each, max_tokens=24) for each in crowd], num_blocks=15, prefix_cache=False)
+    for blocks in (15, 12, 10):  # windows free blocks behind them
+        requests = [model.request(*each, max_tokens=24) for each in crowd]
+        rig, answers = model.run(requests, num_blocks=blocks, prefix_cache=False)
+        if rig.engine.stats().preemptions:
+            break
     assert rig.engine.stats().preemptions > 0
     for name, prompt, adapter in crowd:
         model.expect(answers[name], prompt, adapter)
