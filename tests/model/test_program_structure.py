@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
+from typing import get_args, get_type_hints
 
 import pytest
 
-from truffula.kernels.program import Attention, Embed, Linear, Logits, Norm, Program, Rope
+from truffula.kernels.program import Attention, Embed, Epilogue, Linear, Logits, Norm, Op, Program, Rope, WeightId
 from truffula.kernels.validate import validate
 from truffula.model.architectures import ARCHITECTURES
 from truffula.model.decoder import build_program
@@ -23,6 +24,18 @@ def program(model_type: str, tie: Tie = Tie.TIED, **overrides: object) -> Progra
     return build_program(spec, WeightNames.canonical(spec), TyingDecision(tie, f"{tie.value} by hand"))
 
 
+def weights_of(part: Op | Epilogue) -> list[int]:
+    """The weights that an op, or its epilogue, reads: the fields whose type is WeightId, as often as they occur."""
+    found: list[int] = []
+    for name, hint in get_type_hints(type(part), include_extras=True).items():
+        value = getattr(part, name)
+        if isinstance(value, Epilogue):
+            found += weights_of(value)
+        elif value is not None and WeightId in (hint, *get_args(hint)):
+            found.append(value)
+    return found
+
+
 @pytest.mark.parametrize("tie", list(Tie))
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_every_program_is_valid(model_type: str, tie: Tie) -> None:
@@ -30,12 +43,7 @@ def test_every_program_is_valid(model_type: str, tie: Tie) -> None:
     validate(made)
     assert made.notes == (f"{tie.value} by hand",)
     # Every weight that is declared is used, and every one once per use.
-    used = Counter(
-        weight
-        for op in made.ops
-        for field in ("table", "weight", "bias", "kv_b", "correction", "rate", "dt_bias")
-        if isinstance(weight := getattr(op, field, None), int) and not (field == "table" and not isinstance(op, Embed))
-    ) + Counter(op.epilogue.bias for op in made.ops if isinstance(op, Linear) and op.epilogue.bias is not None)
+    used = Counter(weight for op in made.ops for weight in weights_of(op))
     assert set(used) == {decl.id for decl in made.weights}
     assert all(count == (2 if len(made.weights[weight].uses) == 2 else 1) for weight, count in used.items())
 

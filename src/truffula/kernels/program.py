@@ -25,6 +25,7 @@ from truffula.kernels.weight_decl import BufferDtype as BufferDtype
 from truffula.kernels.weight_decl import RowOrder as RowOrder
 from truffula.kernels.weight_decl import Transform as Transform
 from truffula.kernels.weight_decl import WeightDecl as WeightDecl
+from truffula.kernels.weight_decl import WeightId as WeightId
 from truffula.kernels.weight_decl import WeightPart as WeightPart
 
 Rows = Literal["T", "R"]
@@ -145,7 +146,7 @@ class Epilogue:
     ``residual``. With ``glu_limit`` c the gate is at most c and the up within ±c; ``glu_offset`` is added to the up.
     """
 
-    bias: int | None = None
+    bias: WeightId | None = None
     clip: float | None = None
     activation: Activation | None = None
     glu: bool = False
@@ -179,7 +180,7 @@ class Op:
 class Embed(Op):
     """``out = (table[ids] * scale) + add``. ``scale`` is first rounded to the table's serving dtype (Gemma)."""
 
-    table: int
+    table: WeightId
     out: Ref
     source: Literal["token", "position"] = "token"
     offset: int = 0
@@ -203,8 +204,8 @@ class Norm(Op):
     out: Ref
     kind: Literal["rms", "layer"]
     eps: float
-    weight: int | None = None
-    bias: int | None = None
+    weight: WeightId | None = None
+    bias: WeightId | None = None
     cast: Literal["first", "last"] = "first"
     groups: int = 1
     gate: Ref | None = None
@@ -217,7 +218,7 @@ class Linear(Op):
     """``out = epilogue(x Wᵀ + Σ_segments scale · (x Aᵀ) Bᵀ)``; ``slices`` are the columns of each site."""
 
     x: Ref
-    weight: int
+    weight: WeightId
     out: Ref
     slices: tuple[SiteSlice, ...] = ()
     epilogue: Epilogue = NO_EPILOGUE
@@ -238,7 +239,7 @@ class Pointwise(Op):
     y: Ref | None = None
     activation: Activation | None = None
     params: tuple[float, ...] = ()
-    weight: int | None = None
+    weight: WeightId | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +292,7 @@ class Attention(Op):
     scale: float
     window: int | None = None
     softcap: float | None = None
-    sinks: int | None = None
+    sinks: WeightId | None = None
     chunked: bool = False
     alibi: tuple[float, ...] = ()
     alibi_rounded: bool = False
@@ -311,7 +312,7 @@ class Mla(Op):
     q: Ref
     latent: Ref
     out: Ref
-    kv_b: int
+    kv_b: WeightId
     group: int
     plane: int
     heads: int
@@ -344,8 +345,8 @@ class GatedDelta(Op):
     beta: Ref
     out: Ref
     state: int
-    rate: int
-    dt_bias: int
+    rate: WeightId
+    dt_bias: WeightId
     heads: int
     key_heads: int
     dim_k: int
@@ -366,9 +367,9 @@ class CausalConv(Op):
 
     x: Ref
     out: Ref
-    weight: int
+    weight: WeightId
     state: int
-    bias: int | None = None
+    bias: WeightId | None = None
     activation: Activation | None = None
 
 
@@ -390,7 +391,7 @@ class Route(Op):
     out: Ref
     k: int
     score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
-    correction: int | None = None
+    correction: WeightId | None = None
     groups: int = 1
     topk_groups: int = 1
     group_score: Literal["max", "top2"] = "top2"
@@ -413,7 +414,7 @@ class ExpertLinear(Op):
 
     x: Ref
     routes: Ref
-    weight: int
+    weight: WeightId
     out: Ref
     combine: Literal["none", "sum", "weighted"] = "none"
     slices: tuple[SiteSlice, ...] = ()
@@ -439,9 +440,9 @@ class Mamba2(Op):
     dt: Ref
     out: Ref
     state: int
-    rate: int
-    dt_bias: int
-    skip: int
+    rate: WeightId
+    dt_bias: WeightId
+    skip: WeightId
     heads: int
     head_dim: int
     groups: int
@@ -462,9 +463,9 @@ class Logits(Op):
     """``out = softcap(scale * (x Wᵀ + bias + adapters))`` in float32 over R rows."""
 
     x: Ref
-    weight: int
+    weight: WeightId
     out: Ref
-    bias: int | None = None
+    bias: WeightId | None = None
     scale: float = 1.0
     softcap: float | None = None
     site: int | None = None

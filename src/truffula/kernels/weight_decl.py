@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+WeightId = Annotated[int, "weight"]
+"""Position of a weight in ``Program.weights``. Fields of ops with this type are the weights that an op reads."""
 BufferDtype = Literal["model", "float32"]
 Transform = Literal[
     "none", "plus_one", "minus_exp", "transpose", "conv", "columns", "even_columns", "odd_columns", "alternating"

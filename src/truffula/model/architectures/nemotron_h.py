@@ -11,7 +11,7 @@ from truffula.model.parts.attention import AttentionSpec
 from truffula.model.parts.mamba2 import Mamba2Spec
 from truffula.model.parts.mlp import MlpSpec
 from truffula.model.rows import NormSpec
-from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, Part
+from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, Part, body_prefixes
 
 NAMES = ModuleNames(
     embed="embeddings",
@@ -24,7 +24,7 @@ NAMES = ModuleNames(
     up="mixer.up_proj",
     gate_up=None,
     down="mixer.down_proj",
-    prefixes=(("backbone.", "lm_head"), ("model.", "lm_head")),
+    prefixes=body_prefixes("backbone.", "model."),
     unused=("mtp.",),
 )
 _PATTERN = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
