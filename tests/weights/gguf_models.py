@@ -32,8 +32,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"norms": PLAIN, "permuted": True},
     "qwen2": {"norms": PLAIN, "biases": True},
     "qwen3": {"norms": PLAIN | HEAD_NORMS},
-    "qwen2moe": {"norms": PLAIN, "biases": True, "experts": 5, "shared": 32},
-    "qwen3moe": {"norms": PLAIN | HEAD_NORMS, "experts": 5},
+    "qwen2moe": {"norms": PLAIN, "biases": True},
+    "qwen3moe": {"norms": PLAIN | HEAD_NORMS},
     "gemma2": {"norms": SANDWICH, "shifted": True},
     "gemma3": {"norms": SANDWICH | HEAD_NORMS, "shifted": True},
 }
@@ -92,18 +92,31 @@ def write_tiny_gguf(
     width: int = WIDTH,
     **changed: Any,
 ) -> TinyGguf:
-    """Write a tiny model. ``changed`` replaces metadata keys of the architecture (``__`` for a dot); None drops one."""
+    """Write a tiny model. ``changed`` replaces metadata keys of the architecture (``__`` for a dot); None drops one.
+
+    It has experts where ``expert_count`` is given (Mixtral, where the architecture is llama), of the widths given.
+    """
     family = FAMILIES[architecture]
+    metadata = metadata_of(architecture, hidden, width)
+    for key, value in changed.items():
+        name = f"{architecture}.{key.replace('__', '.')}"
+        metadata = {k: v for k, v in metadata.items() if k != name} | ({} if value is None else {name: value})
+    experts = metadata.get(f"{architecture}.expert_count")
+    # With larger weights, seven layers of experts amplify rounding: transformers in float32 is then 4e-4 from itself in
+    # float64.
+    scale = np.float32(0.25 if experts else 1)
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
     stored: dict[str, np.ndarray] = {}
 
     def put(theirs: str, ours: str, shape: tuple[int, ...], heads: int = 0) -> None:
-        made = rng.standard_normal(shape).astype(np.float32).astype(dtype if len(shape) > 1 else np.float32)
+        made = rng.standard_normal(shape).astype(np.float32) * scale
+        made = made.astype(dtype if len(shape) > 1 else np.float32)
         if ours.endswith("norm.weight"):
             made = (rng.integers(-64, 64, shape) / 64).astype(np.float32)
         shifted = family.get("shifted") and ours.endswith("norm.weight")
-        tensors[ours] = made
+        # The converter stores this matrix of one row as a vector.
+        tensors[ours] = made[np.newaxis] if ours.endswith("shared_expert_gate.weight") else made
         if heads and family.get("permuted"):
             made = interleave(made, heads)
         stored[theirs] = made + np.float32(1) if shifted else made
@@ -121,11 +134,11 @@ def write_tiny_gguf(
         "ffn_up": ("mlp.up_proj", INNER, hidden, 0),
         "ffn_down": ("mlp.down_proj", hidden, INNER, 0),
     }
-    if experts := family.get("experts", 0):
+    if experts:
         linears = {name: made for name, made in linears.items() if name.startswith("attn")}
     for layer in range(LAYERS):
         if experts:
-            _put_experts(put, layer, experts, hidden, family.get("shared", 0))
+            _put_experts(put, layer, architecture, metadata)
         for theirs, ours in family["norms"].items():
             size = width if "self_attn" in ours else hidden
             put(f"blk.{layer}.{theirs}.weight", f"model.layers.{layer}.{ours}.weight", (size,))
@@ -133,19 +146,24 @@ def write_tiny_gguf(
             put(f"blk.{layer}.{theirs}.weight", f"model.layers.{layer}.{ours}.weight", (rows, columns), heads)
             if family.get("biases") and theirs in {"attn_q", "attn_k", "attn_v"}:
                 put(f"blk.{layer}.{theirs}.bias", f"model.layers.{layer}.{ours}.bias", (rows,), heads)
-    metadata = metadata_of(architecture, hidden, width)
-    for key, value in changed.items():
-        name = f"{architecture}.{key.replace('__', '.')}"
-        metadata = {k: v for k, v in metadata.items() if k != name} | ({} if value is None else {name: value})
     return TinyGguf(write_gguf(path, metadata, stored), tensors, stored, metadata)
 
 
-def _put_experts(put: Any, layer: int, experts: int, hidden: int, shared: int) -> None:
-    block, module = f"blk.{layer}.ffn_", f"model.layers.{layer}.mlp."
+def _put_experts(put: Any, layer: int, architecture: str, metadata: dict[str, Any]) -> None:
+    def of(key: str, default: int = 0) -> int:
+        return int(metadata.get(f"{architecture}.{key}", default))
+
+    hidden, experts, shared = of("embedding_length"), of("expert_count"), of("expert_shared_feed_forward_length")
+    inner = of("expert_feed_forward_length", of("feed_forward_length"))
+    mixtral = architecture == "llama"
+    block, module = f"blk.{layer}.ffn_", f"model.layers.{layer}.{'block_sparse_moe' if mixtral else 'mlp'}."
     put(f"{block}gate_inp.weight", f"{module}gate.weight", (experts, hidden))
-    for name, shape in (("gate", (32, hidden)), ("up", (32, hidden)), ("down", (hidden, 32))):
-        put(f"{block}{name}_exps.weight", f"{module}experts.{name}_proj.weight", (experts, *shape))
+    for name, old in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+        ours = old if mixtral else f"{name}_proj"
+        shape = (hidden, inner) if name == "down" else (inner, hidden)
+        put(f"{block}{name}_exps.weight", f"{module}experts.{ours}.weight", (experts, *shape))
         if shared:
+            shape = (hidden, shared) if name == "down" else (shared, hidden)
             put(f"{block}{name}_shexp.weight", f"{module}shared_expert.{name}_proj.weight", shape)
     if shared:
         put(f"{block}gate_inp_shexp.weight", f"{module}shared_expert_gate.weight", (hidden,))

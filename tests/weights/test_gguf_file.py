@@ -15,6 +15,7 @@ from gguf_models import (
     FAMILIES,
     HEADS,
     HIDDEN,
+    INNER,
     KV_HEADS,
     LAYERS,
     VOCAB,
@@ -29,6 +30,7 @@ from hypothesis import strategies as st
 
 from truffula.errors import CheckpointError, TruffulaError, UnsupportedModel
 from truffula.kernels.mapped import release_pages
+from truffula.model.load import plan_model
 from truffula.model.read import read_config
 from truffula.weights.gguf import GgufCheckpoint
 from truffula.weights.gguf_header import OTHER_TYPES
@@ -100,17 +102,37 @@ def from_transformers(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    return {name: value.numpy() for name, value in model.state_dict().items()}, model.config.to_dict()
+    config = model.config.to_dict()
+    # Keys that the class stores under another name: num_experts as num_local_experts.
+    config |= {key: config[name] for key, name in model.config.attribute_map.items() if name in config}
+    return {name: value.numpy() for name, value in model.state_dict().items()}, config
 
 
-# transformers takes a head's width, and gemma's scale, from the class's default: files are made to agree with it.
+# transformers takes the widths of heads and experts, and gemma's scale, from the class's default: files are made to
+# agree with it. It takes Mixtral's files (of the architecture llama) for Llama's: they have their own test.
 AGREED = {
     "llama": {},
     "qwen2": {"hidden": 64},
     "qwen3": {"width": 128},
+    "qwen2moe": {"hidden": 64, "expert_feed_forward_length": 1408, "expert_shared_feed_forward_length": 5632},
+    "qwen3moe": {"expert_feed_forward_length": 768},
     "gemma2": {"width": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3": {"width": 256},
 }
+
+
+def as_transformers_stacks(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``tensors`` with the experts of a layer as transformers has them: gate above up in one, names without .weight."""
+    found = {}
+    for name, values in tensors.items():
+        stem = name.removesuffix("gate_proj.weight")
+        if ".experts." not in name:
+            found[name] = values
+        elif name.endswith("down_proj.weight"):
+            found[name.removesuffix(".weight")] = values
+        elif stem != name:
+            found[f"{stem}gate_up_proj"] = np.concatenate([values, tensors[f"{stem}up_proj.weight"]], 1)
+    return found
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -120,14 +142,32 @@ def test_tensors_and_config_are_those_of_transformers(tmp_path: Path, architectu
     checkpoint = open_checkpoint(tiny.path)
     tensors, config = from_transformers(tiny.path)
     tied = set() if head else {"lm_head.weight"}
-    assert checkpoint.tensors.keys() == tensors.keys() - tied
-    for name in checkpoint.tensors:
-        assert same_bits(checkpoint.read(name), tensors[name]), name
+    read = as_transformers_stacks({name: checkpoint.read(name) for name in checkpoint.tensors})
+    assert read.keys() == tensors.keys() - tied
+    for name, values in read.items():
+        assert same_bits(values, tensors[name]), name
     differing = {key: (value, config.get(key)) for key, value in checkpoint.config.items() if config.get(key) != value}
     # transformers keeps the float32 spelling of a number, and forgets which class it built
     assert differing.pop("rms_norm_eps")[1] == pytest.approx(1e-6, rel=1e-6)
     differing.pop("architectures")
     assert differing == {}
+
+
+def test_a_llama_file_with_experts_is_mixtral(tmp_path: Path) -> None:
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf", "llama", expert_count=5, expert_used_count=2)
+    checkpoint = open_checkpoint(tiny.path)
+    assert checkpoint.warnings == ()
+    assert checkpoint.tensors.keys() == tiny.tensors.keys()
+    for name, wanted in tiny.tensors.items():
+        assert same_bits(checkpoint.read(name), wanted), name
+    keys = ("model_type", "num_local_experts", "num_experts_per_tok", "intermediate_size")
+    assert [checkpoint.config[key] for key in keys] == ["mixtral", 5, 2, INNER]
+    assert plan_model(checkpoint).size.model_type == "mixtral"
+    for key, value in (("expert_count", 4), ("expert_used_count", None), ("expert_weights_scale", 2.0)):
+        pairs = {k: v for k, v in {**tiny.metadata, f"llama.{key}": value}.items() if v is not None}
+        with pytest.raises(TruffulaError, match=f"llama.{key}") as caught:
+            open_checkpoint(write_gguf(tmp_path / "x.gguf", pairs, tiny.stored))
+        assert caught.value.param == f"llama.{key}"
 
 
 @pytest.mark.parametrize("kind", [2, 3, 6, 7, 8], ids=lambda kind: FORMATS[kind].name)

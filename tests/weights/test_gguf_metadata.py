@@ -179,6 +179,13 @@ CHANGES: dict[str, Any] = {
     "swiglu_clamp_exp": 7.0,
     "hidden_activation": "relu",
     "expert_count": 8,
+    "expert_used_count": 3,
+    "expert_feed_forward_length": 16,
+    "expert_shared_feed_forward_length": 16,
+    "expert_weights_scale": 2.5,
+    "expert_weights_norm": True,
+    "expert_gating_func": 2,
+    "expert_group_count": 2,
     "pooling_type": 3,
     "nextn_predict_layers": 1,
     "leading_dense_block_count": 1,
@@ -193,6 +200,8 @@ CHANGES: dict[str, Any] = {
 }
 READ = {
     "llama": {"attention.sliding_window"},
+    "qwen2moe": {"expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length"},
+    "qwen3moe": {"expert_used_count", "expert_feed_forward_length"},
     "gemma2": {
         "attn_logit_softcapping",
         "final_logit_softcapping",
@@ -250,11 +259,26 @@ HARMLESS: dict[str, Any] = {
 }
 
 
+def experts_of(architecture: str) -> bool:
+    return architecture.endswith("moe")
+
+
+@pytest.mark.parametrize("architecture", [*filter(experts_of, FAMILIES)])
+@pytest.mark.parametrize("key", ["expert_count", "expert_used_count"])
+@pytest.mark.parametrize("value", [0, None])
+def test_a_file_with_experts_says_how_many(tmp_path: Path, architecture: str, key: str, value: int | None) -> None:
+    with pytest.raises(CheckpointError, match=f"{architecture}.{key} is") as caught:
+        checkpoint_of(tmp_path, architecture, {key: value})
+    assert caught.value.param == f"{architecture}.{key}"
+
+
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_harmless_keys_are_not_spoken_of(tmp_path: Path, architecture: str) -> None:
     before = checkpoint_of(tmp_path, architecture, {})
     more = {} if architecture.startswith("gemma") else {"attention.sliding_window": 0}
-    checkpoint = checkpoint_of(tmp_path, architecture, HARMLESS | more)
+    # A count of 0 says that a file is dense: one with experts must state how many.
+    keys = {key: value for key, value in HARMLESS.items() if not (experts_of(architecture) and "expert" in key)}
+    checkpoint = checkpoint_of(tmp_path, architecture, keys | more)
     assert checkpoint.config == before.config
     assert checkpoint.warnings == before.warnings == ()
 

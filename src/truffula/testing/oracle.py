@@ -190,8 +190,10 @@ def _complete(config: Any, path: Path) -> tuple[str, ...]:
             f"{config.model_type}; the two cannot be compared.",
             param=str(path),
         )
-    theirs = {"head_dim": config.hidden_size // config.num_attention_heads, **config.to_dict()}
-    missing = [key for key, value in read.items() if key != "architectures" and not _equal(theirs.get(key), value)]
+    # Attributes, not ``to_dict``: a class may store a key under another name (num_experts as num_local_experts).
+    default = {"head_dim": config.hidden_size // config.num_attention_heads}
+    theirs = {key: getattr(config, key, default.get(key)) for key in read}
+    missing = [key for key, value in read.items() if key != "architectures" and not _equal(theirs[key], value)]
     for key in missing:
         setattr(config, key, read[key])
     if not missing:

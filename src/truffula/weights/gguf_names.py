@@ -184,8 +184,25 @@ def _llama(hparams: HParams, config: dict[str, Any]) -> None:
         config["mlp_bias"] = True
 
 
+def _experts(hparams: HParams) -> int:
+    """The number of experts, which the file's routers must have too: a dense file may state one by mistake."""
+    count, name = hparams.count("expert_count"), hparams.name("expert_count")
+    router = hparams.header.tensors.get("blk.0.ffn_gate_inp.weight")
+    if router is None:
+        raise UnsupportedModel(
+            f"{name} is {count}, in a file without blk.0.ffn_gate_inp.weight, the router of the first layer; supported "
+            "are models with experts in every layer.",
+            param=name,
+        )
+    if router.shape[0] != count:
+        raise CheckpointError(
+            f"{name} is {count}, and the router blk.0.ffn_gate_inp.weight has {router.shape[0]} rows.", param=name
+        )
+    return count
+
+
 def _mixtral(hparams: HParams, config: dict[str, Any]) -> None:
-    config["num_local_experts"] = hparams.count("expert_count")
+    config["num_local_experts"] = _experts(hparams)
     config["num_experts_per_tok"] = hparams.count("expert_used_count")
 
 
@@ -198,7 +215,7 @@ def _qwen2_moe(hparams: HParams, config: dict[str, Any]) -> None:
 
 def _qwen3_moe(hparams: HParams, config: dict[str, Any]) -> None:
     """llama.cpp divides the weights of the chosen experts by their sum: the format has no key for it here."""
-    config["num_experts"] = hparams.count("expert_count")
+    config["num_experts"] = _experts(hparams)
     config["num_experts_per_tok"] = hparams.count("expert_used_count")
     config["moe_intermediate_size"] = hparams.count("expert_feed_forward_length")
     config["norm_topk_prob"] = True
