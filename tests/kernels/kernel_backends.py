@@ -80,7 +80,17 @@ SAMPLERS: Mapping[str, Callable[[int, int], AnySampler]] = MappingProxyType(
 )
 
 on_every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
-on_every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
-on_every_table = pytest.mark.parametrize("isa", ISAS)
+# The tables between the best and the portable one run in the slow suite.
+BETWEEN = frozenset(ISAS[1:-1])
+on_every_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(backend, id=name, marks=[pytest.mark.slow] * (name.removeprefix("cpu-") in BETWEEN))
+        for name, backend in BACKENDS.items()
+    ],
+)
+on_every_table = pytest.mark.parametrize(
+    "isa", [pytest.param(isa, id=isa, marks=[pytest.mark.slow] * (isa in BETWEEN)) for isa in ISAS]
+)
 on_the_best = pytest.mark.parametrize("backend", BEST.values(), ids=BEST.keys())
 needs_native = pytest.mark.skipif(not ISAS, reason="truffula was installed without its native kernels")

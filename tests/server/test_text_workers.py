@@ -153,7 +153,10 @@ def test_many_chats_and_schemas_of_one_client_at_once_are_served(tmp_path):
         assert asyncio.run(main(live.url)) == [200] * 48
 
 
-@pytest.mark.parametrize("bomb", ["quotient of large integers", "many expressions, then loops", "multiplied text"])
+SLOW_BOMBS = [pytest.param(name, marks=pytest.mark.slow) for name in ("quotient of large integers", "multiplied text")]
+
+
+@pytest.mark.parametrize("bomb", ["many expressions, then loops", *SLOW_BOMBS])
 def test_a_hostile_template_ends_its_chats_and_nothing_else(tmp_path, bomb):
     with serving(with_template(tmp_path / "model", BOMBS[bomb])) as live:
         for _ in range(2):
@@ -189,6 +192,7 @@ def test_a_tokenizer_that_panics_when_it_is_read_ends_the_start(tmp_path):
     assert "tokenizer.json cannot be read" in ended.stderr and "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_server_whose_template_is_running(tmp_path):
     """The template computes without end; the text worker's limits are far away, and the drain is short."""
     model = with_template(tmp_path / "model", BOMBS["nested loops"])
