@@ -27,7 +27,7 @@ from truffula.service.prompts import check_fits
 from truffula.types import ChoiceTotals, Completion, GenerateRequest, TextDelta
 
 T = TypeVar("T")
-FOLD_DELTAS = 64
+FOLD_DELTAS = 8
 """Deltas of an answer that is not streamed, which are looked at together."""
 # One wake of the event loop: new deltas of one prompt or more, with the prompt's index.
 Batch = list[tuple[int, list[TextDelta]]]
