@@ -48,7 +48,7 @@ BOTTOM = {
 NATIVE = sorted((SRC / "kernels" / "cpu" / "native").iterdir())
 TORCH_HOMES = ("kernels/reference/", "kernels/triton/", "model/fallback/", "testing/")
 LONG_FILE, LONG_FUNCTION = 600, 100
-MOST_LINES = 60_000
+MOST_LINES = 55_000
 """Lines of Python in the wheel. The goal is 23,000: lower this number when the sum falls, never raise it."""
 PUBLIC = {
     "LLM": "llm",
