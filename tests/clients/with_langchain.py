@@ -51,10 +51,10 @@ def tools(**more: object) -> None:
 
 
 def errors(**more: object) -> None:
-    unknown = ChatOpenAI(model="nobody", **SHORT, **more)
+    unknown = ChatOpenAI(model="missing", **SHORT, **more)
     wrong = ChatOpenAI(model=BASE, **{**SHORT, "temperature": -1}, **more)
-    raises(openai.NotFoundError, lambda: unknown.invoke("a"), "nobody")
-    raises(openai.NotFoundError, lambda: list(unknown.stream("a")), "nobody")
+    raises(openai.NotFoundError, lambda: unknown.invoke("a"), "missing")
+    raises(openai.NotFoundError, lambda: list(unknown.stream("a")), "missing")
     raises(openai.BadRequestError, lambda: wrong.invoke("a"), "temperature")
     raises(openai.BadRequestError, lambda: list(wrong.stream("a")), "temperature")
 

@@ -60,7 +60,7 @@ def responses(prefix: str, expected: str) -> None:
 def errors(prefix: str) -> None:
     for stream in (False, True):
         ask = lambda stream=stream, **more: list(litellm.completion(stream=stream, **{**SHORT, **more}))
-        raises(litellm.NotFoundError, lambda ask=ask: ask(model=prefix + "nobody"), "nobody")
+        raises(litellm.NotFoundError, lambda ask=ask: ask(model=prefix + "missing"), "missing")
         raises(litellm.BadRequestError, lambda ask=ask: ask(model=prefix + BASE, temperature=-1), "temperature")
 
 

@@ -57,7 +57,7 @@ def tools() -> None:
 
 def errors() -> None:
     for chat in (True, False):
-        raises(openai.NotFoundError, lambda chat=chat: llm("nobody", is_chat_model=chat).complete("a"), "nobody")
+        raises(openai.NotFoundError, lambda chat=chat: llm("missing", is_chat_model=chat).complete("a"), "missing")
         wrong = llm(BASE, additional_kwargs={"top_p": 3}, is_chat_model=chat)
         raises(openai.BadRequestError, lambda wrong=wrong: wrong.complete("a"), "top_p")
         raises(openai.BadRequestError, lambda wrong=wrong: list(wrong.stream_complete("a")), "top_p")

@@ -74,4 +74,4 @@ def generations() -> None:
 
 likelihoods()
 generations()
-raises(requests.HTTPError, lambda: ask(completions("nobody"), "loglikelihood", TEXTS[:1]), "404")
+raises(requests.HTTPError, lambda: ask(completions("missing"), "loglikelihood", TEXTS[:1]), "404")

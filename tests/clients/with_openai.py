@@ -79,10 +79,10 @@ def responses() -> None:
 def errors() -> None:
     for stream in (False, True):
         create = lambda stream=stream, **more: CLIENT.chat.completions.create(stream=stream, **{**SHORT, **more})
-        raises(openai.NotFoundError, lambda create=create: create(model="nobody"), "nobody")
+        raises(openai.NotFoundError, lambda create=create: create(model="missing"), "missing")
         raises(openai.BadRequestError, lambda create=create: create(model=BASE, temperature=-1), "temperature")
         raises(openai.BadRequestError, lambda create=create: create(model=BASE, max_tokens=10**6), "max_tokens")
-    raises(openai.NotFoundError, lambda: CLIENT.responses.create(model="nobody", input="a"), "nobody")
+    raises(openai.NotFoundError, lambda: CLIENT.responses.create(model="missing", input="a"), "missing")
 
 
 async def concurrent() -> None:

@@ -55,6 +55,12 @@ class ParityModel:
     def settings(self) -> EngineSettings:
         return self.loaded.settings
 
+    @property
+    def rope_by_length(self) -> bool:
+        """Whether all tokens are rotated by the length so far: then one pass is not what each token was drawn from."""
+        rope = getattr(_oracle(self.folder, None, False).config.get_text_config(), "rope_parameters", None) or {}
+        return rope.get("rope_type") in ("longrope", "dynamic")
+
     def prompt(self, number: int) -> list[int]:
         vocab_size = self.plan.interface.vocab_size
         return np.random.default_rng(number).integers(5, vocab_size, LENGTHS[number % 3]).tolist()
@@ -73,10 +79,13 @@ class ParityModel:
         return rig, answers
 
     def expect(self, answer: Answer, prompt: list[int], adapter: str | None = None) -> None:
-        """The answer's tokens are the best ones by transformers (and peft), and so are their logprobs."""
+        """The answer's tokens are the best ones by transformers (and peft)."""
         assert answer.code is None, answer.final
         ids = answer.token_ids
-        theirs = self.transformers([*prompt, *ids[:-1]], adapter)[len(prompt) - 1 :]
+        if self.rope_by_length:
+            theirs = np.stack([self.transformers([*prompt, *ids[:at]], adapter)[-1] for at in range(len(ids))])
+        else:
+            theirs = self.transformers([*prompt, *ids[:-1]], adapter)[len(prompt) - 1 :]
         below = theirs.max(1) - theirs[range(len(ids)), ids]
         assert len(ids) > 0 and below.max() < NEAR_TIE, f"token {int(below.argmax())} of {ids}: {below.max():.2g} below"
 
@@ -99,7 +108,8 @@ def _oracle(folder: Path, adapter: Path | None, tied: bool) -> Any:
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
     causal = type(config) in AutoModelForCausalLM._model_mapping
     auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-    model = auto.from_pretrained(folder, config=config, dtype="float32").eval()
+    # The faster form of experts refuses rows that are no multiples of 16 bytes.
+    model = auto.from_pretrained(folder, config=config, dtype="float32", experts_implementation="eager").eval()
     if adapter is not None:
         from peft import PeftModel
 
@@ -166,7 +176,7 @@ def _linears(folder: Path) -> dict[str, tuple[int, int]]:
     rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
     patterns = [pattern.removesuffix("$").removesuffix(".weight") for rule in rules for pattern in rule.source_patterns]
     converted = {pattern.rpartition(".")[2] for pattern in patterns}
-    if model.config.model_type in ("mamba", "mamba2", "falcon_mamba", "falcon_h1"):
+    if model.config.model_type in ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"):
         converted.add("out_proj")  # peft refuses it in these: their kernels pass by the module
     for name, module in model.named_modules():
         if module is model.get_output_embeddings() or name.rpartition(".")[2] in converted:

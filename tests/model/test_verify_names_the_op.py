@@ -169,5 +169,8 @@ def test_in_bfloat16_the_order_of_roundings_is_transformers_own(tmp_path: Path, 
     errors = {row.op: row.error for row in report.rows}
     assert errors["embed"] == 0.0
     assert errors["layers.0.before_mixer"] == 0.0
-    assert errors.get("layers.0.rope", 0.0) < 0.02  # StableLM's cannot be observed
+    if model_type == "stablelm":  # its attention module does not show q and k after the rotation
+        assert "layers.0.rope" not in errors
+    else:
+        assert errors["layers.0.rope"] < 0.02
     assert report.ok

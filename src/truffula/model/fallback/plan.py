@@ -64,6 +64,8 @@ class TransformersModel:
     @property
     def implementation(self) -> Implementation:
         by = f"transformers' {self.class_name} computes {self.skeleton.model_type}"
+        if not self.trace.linears:
+            by += " (without adapters, which are refused)"
         if self.serial:
             return Implementation("serial", f"{by}, one sequence at a time: {self.serial}")
         return Implementation("fallback", f"{by}, with paged attention")

@@ -29,7 +29,7 @@ def probe_paged(executable: PagedExecutable, dtype: torch.dtype) -> None:
     """Compare two packed sequences, and their next tokens, with each alone; and with an adapter on the first.
 
     Raises:
-        PackingFails: Log-probabilities differ, or the adapter changes rows of the other sequence.
+        PackingFails: Log-probabilities differ, or the adapter does not change its own rows, or changes others.
     """
     limit = TOLERANCE[dtype]
     texts = _texts(executable, min(executable.capacity.max_tokens, executable.capacity.block_size))
@@ -50,6 +50,8 @@ def probe_paged(executable: PagedExecutable, dtype: torch.dtype) -> None:
         differs = max(float(np.abs(alone[:-1] - before).max(initial=0)), float(np.abs(alone[-1:] - after).max()))
         if not differs <= limit:
             raise PackingFails(f"two packed sequences differ from each alone by {differs:.1g} in log-probability")
+    if mixed is not None and np.array_equal(mixed[0], first[0]):
+        raise PackingFails("an adapter does not change the sequence that it acts on")
     if mixed is not None and len(texts) > 1 and not float(np.abs(mixed[1] - first[1]).max()) <= limit:
         raise PackingFails("an adapter of one sequence changes another sequence")
 

@@ -101,10 +101,11 @@ def _traced(skeleton: Skeleton, device: str) -> Trace:
         recorder, linears, cache = _run(skeleton, attention, device)
         layers = {type(layer).__name__ for layer in getattr(cache.made, "layers", [])}
         problem = _problem(skeleton, recorder.calls, layers)
-    except Exception:  # noqa: BLE001  (of code that expects a mask: a reason, not a failure)
+    except Exception as error:  # noqa: BLE001  (of code that expects a mask: a reason, not a failure)
         attention = None
         recorder, linears, cache = _run(skeleton, attention, device)
-        problem = "its code computes with the attention mask, which a packed batch does not have"
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        problem = f"its code fails without an attention mask, which a packed batch does not have ({why})"
     if any("Indexed" in type(layer).__name__ for layer in getattr(cache.made, "layers", [])):
         linears = {}  # with adapters, models with a sparse index decode other tokens than in peft: they get no sites
     longer = _run(skeleton, attention, device, tokens=2 * _TOKENS)[2]
