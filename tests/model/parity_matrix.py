@@ -63,9 +63,8 @@ def rows() -> list[Row]:
     """All rows: the native ones first."""
     names = ["test_architecture_parity", *sorted(path.stem for path in HERE.glob("parity_cases_*.py"))]
     cases = {(case[0], case[1]): case[2] for name in names for case in importlib.import_module(name).CASES}
-    del cases[
-        "qwen3_5_text", "linear attention alone, long convolution"
-    ]  # the engine refuses a model without a KV cache
+    # The engine refuses a model without a KV cache.
+    del cases["qwen3_5_text", "linear attention alone, long convolution"]
     made = [Row(*key, "native", _writer(key[0], overrides)) for key, overrides in cases.items()]
     others = {name: served for name, served in SERVED.items() if name not in ARCHITECTURES}
     return made + [Row(name, "", served, _small_writer(name)) for name, served in others.items()]
