@@ -6,6 +6,7 @@ page once. Anonymous memory is the part that no file is behind.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +25,17 @@ class Resident:
 
 
 def resident(pid: int, model: Path) -> Resident:
-    """Sums over ``pid`` and its descendants. ``model`` is a file, or a folder whose files are the model's.
+    """Sums over ``pid`` and its living descendants. ``model`` is a file, or a folder whose files are the model's.
 
     Raises:
         ConfigError: The system does not report it (only Linux does), or not to this user.
     """
     process = psutil.Process(pid)
     try:
-        family = [process, *process.children(recursive=True)]
-        maps = [mapped for one in family for mapped in one.memory_maps(grouped=False)]
+        maps = process.memory_maps(grouped=False)
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, and holds nothing
+                maps += child.memory_maps(grouped=False)
     except (psutil.Error, AttributeError) as error:
         raise ConfigError(f"Memory can't be measured: {error}. It needs Linux's /proc/PID/smaps.") from error
     of_model = [mapped.pss for mapped in maps if Path(mapped.path).is_relative_to(model.resolve())]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,13 @@ def test_metrics_without_kv_blocks_are_refused() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what processes hold in /proc")
+def test_a_child_that_has_ended_holds_no_memory(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.read() == b""  # closed at its end; it is not waited for yet
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert resident(os.getpid(), tmp_path).pss > 0
+
+
 def test_memory_of_this_process_grows_by_what_it_touches(tmp_path: Path) -> None:
     model = tmp_path / "my model"
     model.mkdir()
