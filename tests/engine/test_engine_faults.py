@@ -269,6 +269,15 @@ def test_a_model_too_long_for_the_executable_is_refused_at_the_start():
         ModelRunner(HashModel(capacity_of(limits()), 97), limits(max_model_len=1000))
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_state_rows_that_suffice_for_no_sequence_are_refused_at_the_start(depth):
+    enough = limits(num_states=depth + 2)
+    few = limits(num_states=depth + 1)
+    ModelRunner(HashModel(capacity_of(enough), 97, depth=depth), enough)
+    with pytest.raises(ConfigError, match=f"num_states is {depth + 1}; .* alone needs {depth + 2}"):
+        ModelRunner(HashModel(capacity_of(few), 97, depth=depth), few)
+
+
 def test_clock_is_the_engines_only_clock():
     rig = Rig()
     rig.add(request("r", PROMPT, max_tokens=2, ignore_eos=True))

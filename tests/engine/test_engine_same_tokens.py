@@ -60,8 +60,8 @@ def engines(draw):
         num_blocks=draw(st.integers(2 + 56 // size, 2 + 256 // size)),
         prefix_cache=draw(st.booleans()), patience=draw(st.sampled_from([1, 16])),
         kv_windows=draw(st.sampled_from([(None,), (None,), (None, 7), (3,), (20, 5)])),
-        # Of a model with states: from barely enough for one request to snapshots of all.
-        num_states=draw(st.sampled_from([0, 0, 4, 6, 11, 100])),
+        # Of a model with states: from barely enough for one request (at any depth) to snapshots of all.
+        num_states=draw(st.sampled_from([0, 0, 5, 6, 11, 100])),
     )  # fmt: skip
 
 

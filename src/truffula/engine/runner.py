@@ -25,7 +25,7 @@ class ModelRunner:
         self._executable = executable
         self._block_size = limits.block_size
         self._by_length = limits.rope_regime is not None
-        _require_capacity(executable.inputs, limits)
+        _require_capacity(executable.inputs, limits, executable.depth)
         self._masks = MaskWriter()
         self._numbers = np.arange(max(limits.step_tokens, limits.step_logit_rows), dtype=np.int32)
         # For each of the executable's inputs, the block tables that were last written, by row.
@@ -99,7 +99,7 @@ class ModelRunner:
                 inputs.block_tables[group, n, : len(table)] = table
 
 
-def _require_capacity(inputs: StepInputs, limits: EngineLimits) -> None:
+def _require_capacity(inputs: StepInputs, limits: EngineLimits, depth: int) -> None:
     groups, sequences, blocks = inputs.block_tables.shape
     if groups != len(limits.kv_windows):
         raise ConfigError(
@@ -107,6 +107,12 @@ def _require_capacity(inputs: StepInputs, limits: EngineLimits) -> None:
         )
     if limits.num_states and not len(inputs.state_in):
         raise ConfigError(f"num_states is {limits.num_states}; the executable has no state rows.", param="num_states")
+    rows = 1 + limits.kv_layout(depth).state_rows
+    if limits.num_states and limits.num_states < rows:
+        raise ConfigError(
+            f"num_states is {limits.num_states}; with {depth} unfinished steps a sequence alone needs {rows}.",
+            param="num_states",
+        )
     for param, size, least in (
         ("step_tokens", len(inputs.token_ids), limits.step_tokens),
         ("step_logit_rows", len(inputs.logit_rows), limits.step_logit_rows),
