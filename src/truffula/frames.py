@@ -7,6 +7,7 @@ tagged structs: ``engine/wire.py`` defines the engine's.
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import select
 import socket
@@ -189,8 +190,10 @@ class Channel(Generic[F]):
                 return frames
 
     def close(self) -> None:
-        """Close the socket; the peer can still read the sent frames. Idempotent."""
+        """Close the socket, and copies of its descriptor; the peer can still read the sent frames. Idempotent."""
         with self._lock:
+            with contextlib.suppress(OSError):  # the peer or this process has closed it
+                self._sock.shutdown(socket.SHUT_RDWR)
             self._sock.close()
 
     def _push(self) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from truffula.config import EngineConfig
 from truffula.errors import TruffulaError
@@ -30,6 +30,9 @@ from truffula.types import (
     TokenEvent,
     Vocabulary,
 )
+
+if TYPE_CHECKING:
+    import asyncio
 
 Transport = Literal["inline", "process"]
 TRANSPORTS: tuple[Transport, ...] = ("inline", "process")
@@ -68,10 +71,12 @@ class EngineClient(Protocol):
         Empty when the time is up, and immediately when the client is closed. One consumer at a time.
         """
 
-    def listen(self, listener: Callable[[], None] | None) -> bool:
-        """Whether ``listener`` is called from now on, in some thread, when events arrive and none were waiting.
+    def listen(self, listener: Callable[[], None] | None, loop: asyncio.AbstractEventLoop | None = None) -> bool:
+        """Whether ``listener`` is called from now on when events arrive and none were waiting: in the thread of
+        ``loop``, without one in some thread.
 
-        None ends that. False when the engine steps only inside ``events``: a thread must wait there then.
+        None ends that; it is called in the thread of the loop. False when the engine steps only inside ``events``: a
+        thread must wait there then.
         """
 
     def adapters(self, command: AdapterCommand, timeout: float = 300) -> list[AdapterState]:

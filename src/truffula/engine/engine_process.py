@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 from truffula.config import EngineConfig
 from truffula.engine import wire
 from truffula.environment import engine_environment
+from truffula.errors import TruffulaError
 from truffula.frames import Disconnected
 from truffula.types import EngineStats
 
@@ -22,7 +25,10 @@ HEALTH_CHECK_S = 0.5
 
 
 class EngineProcess:
-    """An engine process from its start to its exit. The supervising thread owns it."""
+    """An engine process from its start to its exit. The supervising thread owns it.
+
+    ``reading`` is held while the frames of the channel are received and handled: an event loop may do both as well.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         parent_end, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -42,6 +48,11 @@ class EngineProcess:
         self._unhealthy_since: float | None = None
         self._progress: wire.Starting | None = None
         self._progress_at = self._frame_at = time.monotonic()
+        self.reading = threading.Lock()
+        self.is_shared = False  # an event loop reads the channel
+        self.is_over = False  # no frame follows
+        self.end_reason: TruffulaError | None = None  # what its last frame says
+        self.read_error: Exception | None = None  # why its frames cannot be read any more
         self.ready = False
         self.stats: EngineStats | None = None
         self.step_since: float | None = None
@@ -93,6 +104,14 @@ class EngineProcess:
     def _silent(self, now: float) -> bool:
         return now - self._frame_at > self._config.heartbeat_timeout_s
 
+    def share(self) -> int | None:
+        """A copy of the channel's descriptor, to be watched by an event loop; None when the process is over."""
+        with self.reading:
+            if self.is_over:
+                return None
+            self.is_shared = True
+            return os.dup(self.channel.fileno())
+
     def stop(self) -> None:
         """Ask it to exit."""
         with contextlib.suppress(Disconnected):
@@ -103,7 +122,9 @@ class EngineProcess:
 
     def end(self) -> int:
         """Close the channel, which makes the process exit, or kill it; returns its exit status. No zombie remains."""
-        self.channel.close()
+        with self.reading:
+            self.is_over = True
+            self.channel.close()
         try:
             return self._process.wait(EXIT_GRACE_S)
         except subprocess.TimeoutExpired:

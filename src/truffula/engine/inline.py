@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from truffula.config import EngineConfig
 from truffula.engine.build import build_engine
@@ -28,6 +29,9 @@ from truffula.types import (
     TokenEvent,
     Vocabulary,
 )
+
+if TYPE_CHECKING:
+    import asyncio
 
 LOAD_POLL_S = 0.005
 """How often finished loads are looked for: a condition cannot wait for the loading workers' sockets."""
@@ -73,7 +77,7 @@ class InlineClient:
         self.wait(timeout)
         return self._journal.take(0)
 
-    def listen(self, listener: Callable[[], None] | None) -> bool:
+    def listen(self, listener: Callable[[], None] | None, loop: asyncio.AbstractEventLoop | None = None) -> bool:
         """False: the engine steps only while a thread waits in ``events``."""
         return False
 

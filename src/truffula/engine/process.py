@@ -1,8 +1,12 @@
 """``ProcessClient``: the engine in a process of its own, started, watched and restarted by one supervising thread.
 
     any thread            submit, abort, adapters ──► Channel.post (never blocks; the supervisor flushes what is left)
-    supervising thread    spawn ► Start ► Starting ► Ready ► Events, Stats, AdapterReply ──► Journal, PendingCommands
+    supervising thread    spawn ► Start ► Starting ► Ready
+    it or a loop          Events, Stats, AdapterReply ──► Journal, PendingCommands
     one consumer          events() ◄── Journal
+
+Where an event loop listens, it reads the frames of a ready engine itself; the supervisor reads what the loop has left
+for half a second, so that a loop that is busy does not make the engine look silent.
 
 An engine process ends when its socket closes (it also exits by itself when its device is lost or a step breaks it), or
 when the supervisor kills it because it stayed unhealthy (silent, or stuck in a step) for ``hang_timeout_s``; an
@@ -26,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -33,6 +38,7 @@ from truffula.config import EngineConfig
 from truffula.engine import wire
 from truffula.engine.engine_process import EngineProcess, describe_exit
 from truffula.engine.journal import Journal, PendingCommands
+from truffula.engine.loop_reader import LoopReader
 from truffula.errors import (
     CheckpointChanged,
     EngineDied,
@@ -56,6 +62,9 @@ from truffula.types import (
     Vocabulary,
 )
 
+if TYPE_CHECKING:  # not needed before the engine's process starts
+    import asyncio
+
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 logger = logging.getLogger(__name__)
 
@@ -77,6 +86,7 @@ class ProcessClient:
         self._fatal_error: TruffulaError | None = None
         self._restarts = EngineRestarts()
         self._closing = threading.Event()
+        self._loop_reader: LoopReader | None = None
         self._pinned: dict[str, AdapterCommand] = {}
         self._vocabulary: Vocabulary | None = None
         self._wake_in, self._wake_out = os.pipe()
@@ -134,7 +144,16 @@ class ProcessClient:
     def events(self, timeout: float | None) -> list[TokenEvent]:
         return self._journal.take(timeout)
 
-    def listen(self, listener: Callable[[], None] | None) -> bool:
+    def listen(self, listener: Callable[[], None] | None, loop: asyncio.AbstractEventLoop | None = None) -> bool:
+        with self._lock:
+            before, self._loop_reader = self._loop_reader, None
+            if listener is not None and loop is not None:
+                self._loop_reader = LoopReader(loop, listener, self._receive)
+                listener = self._loop_reader.notify
+                if self._process is not None:
+                    self._loop_reader.attach(self._process)
+        if before is not None:
+            before.detach()
         self._journal.listen(listener)
         return True
 
@@ -278,24 +297,45 @@ class ProcessClient:
         first = self._started.result() if self._started.done() else None
         process.channel.post(wire.Start(self._config, self._logs, first))
         while not self._closing.is_set():
-            waiter.register(process.channel, select.POLLIN | (select.POLLOUT if process.channel.unsent else 0))
+            # Without POLLIN too, poll tells that the process has closed its end.
+            wanted = (0 if process.is_shared else select.POLLIN) | (select.POLLOUT if process.channel.unsent else 0)
+            waiter.register(process.channel, wanted)
             ready = dict(waiter.poll(process.poll_timeout(time.monotonic()) * 1000))
             if self._wake_in in ready:
                 self._drain_wakes()
             if process.channel.fileno() in ready:
                 process.channel.flush()
-                frames = process.channel.receive()
-                if frames is None:
-                    return None
-                for frame in frames:
-                    if isinstance(frame, wire.Died):
-                        return TruffulaError.from_info(frame.error)
-                    self._handle(process, frame)
+            if not self._receive(process):
+                if process.read_error is not None:
+                    raise process.read_error
+                return process.end_reason
             reason = process.kill_reason(time.monotonic())
             if reason is not None:
                 process.kill()
                 return EngineDied(reason)
         return None
+
+    def _receive(self, process: EngineProcess) -> bool:
+        """Handle the frames that have arrived; False at their end. The supervisor or the event loop calls it."""
+        with process.reading:
+            if process.is_over:
+                return False
+            try:
+                frames = process.channel.receive()
+                for frame in frames or ():
+                    if isinstance(frame, wire.Died):
+                        process.end_reason = TruffulaError.from_info(frame.error)
+                        frames = None
+                        break
+                    self._handle(process, frame)
+            except Exception as error:  # noqa: BLE001  the supervisor raises it
+                process.read_error, frames = error, None
+            if frames is not None:
+                return True
+            process.is_over = True
+        with self._lock:
+            self._wake()
+        return False
 
     def _handle(self, process: EngineProcess, frame: wire.FromEngine) -> None:
         process.on_frame(time.monotonic())
@@ -324,6 +364,8 @@ class ProcessClient:
             if self._vocabulary is not None:  # before any request
                 process.channel.post(wire.SetVocabulary(self._vocabulary))
             self._process = process
+            if self._loop_reader is not None:
+                self._loop_reader.attach(process)
             pinned = list(self._pinned.values())
         for command in pinned:
             # No caller waits for these replies; a failed load shows in the list of adapters.

@@ -1,8 +1,8 @@
 """``AsyncService``: the service under an event loop. Servers use the engine through it only.
 
-All events of a step cross to the loop in one call. On the loop they become deltas and wake the streams they belong to.
-The transport's own thread makes that call; for an engine that steps only inside ``events``, a dispatcher thread waits
-there. Nothing here polls.
+All events of a step come to the loop in one call. On the loop they become deltas and wake the streams they belong to.
+The loop reads them from the engine's process; for an engine that steps only inside ``events``, a dispatcher thread
+waits there. Nothing here polls.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class AsyncService:
         if self._loop is not None:
             return
         self._loop = asyncio.get_running_loop()
-        if self._client.listen(self._wake):
+        if self._client.listen(self._take, self._loop):
             return  # a thread between would cost each token a switch more
         self._thread = threading.Thread(target=self._dispatch, name="truffula-events", daemon=True)
         self._thread.start()
@@ -254,15 +254,6 @@ class AsyncService:
             raise EngineDied(self._broken.message)
         if self._loop is None:
             raise RuntimeError("AsyncService.start() comes first")
-
-    def _wake(self) -> None:
-        """Called in a thread of the engine's client when events are waiting."""
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(self._take)
-        except RuntimeError:
-            if not self._loop.is_closed():  # else the server has ended
-                raise
 
     def _take(self) -> None:
         """On the loop: the events that wait."""
