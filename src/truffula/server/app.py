@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
@@ -35,7 +36,7 @@ from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.errors import MethodNotAllowed
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
 from truffula.server.messages_bodies import CountTokensBody, MessagesBody
-from truffula.server.middleware import BodyLimits, HttpRules, RequestScope, rejection
+from truffula.server.middleware import RequestPipeline, rejection
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openapi import RouteSpec
 from truffula.server.response_store import ResponseStore, default_file
@@ -146,19 +147,19 @@ def create_app(
             Route("/api-doc/openapi.json", document),
             Route("/docs", reference),
         ],
-        exception_handlers={TruffulaError: _error, HTTPException: _error},
     )
     app.router.redirect_slashes = False
     app.state.truffula = ServerState(service, config, directory, metrics, defaults=defaults or {})
     app.state.responses = KeptResponses(response_store(config), config.max_open_requests)
-    # The last one added is the outermost.
-    app.add_middleware(BodyLimits, config=config)
-    if config.api_keys:
-        app.add_middleware(KeyCheck, keys=config.api_keys, protect_metrics=config.protect_metrics)
     closed = ["/metrics", "/v1/adapters", *(row.path for row in _ADMIN_ROUTES)]
-    app.add_middleware(WebRules, config=config, closed=closed)
-    app.add_middleware(HttpRules)
-    app.add_middleware(RequestScope, metrics=metrics)
+    app.middleware_stack = RequestPipeline(
+        ExceptionMiddleware(app.router, handlers={TruffulaError: _error, HTTPException: _error}),
+        config,
+        metrics,
+        WebRules(config, closed),
+        KeyCheck(config.api_keys, config.protect_metrics) if config.api_keys else None,
+        [route for route in app.routes if isinstance(route, Route)],
+    )
     return app
 
 

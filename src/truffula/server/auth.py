@@ -9,11 +9,10 @@ from collections.abc import Collection, Sequence
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
 from truffula.config import ServerConfig, is_loopback
 from truffula.server.errors import Forbidden, Unauthorized
-from truffula.server.middleware import rejection
 
 # Probes, scrapers and pages without data of the operator: a browser sends no key for a page it opens.
 OPEN_PATHS = frozenset(
@@ -66,25 +65,22 @@ def _keys_in(scope: Scope) -> list[str]:
 
 
 class KeyCheck:
-    """Answers 401 where keys are on and none of them is given. Every key is compared, whatever the outcome."""
+    """Refuses a request that gives none of the keys. Every key is compared, whatever the outcome."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], protect_metrics: bool) -> None:
-        self.app = app
+    def __init__(self, keys: Sequence[str], protect_metrics: bool) -> None:
         self._protect_metrics = protect_metrics
         self._keys = tuple(key.encode() for key in keys)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_open(scope["method"], scope["path"], self._protect_metrics):
-            await self.app(scope, receive, send)
-            return
+    def error(self, scope: Scope) -> Unauthorized | None:
+        """Why the request is refused. The scope's state gets the tenant of its key."""
+        if is_open(scope["method"], scope["path"], self._protect_metrics):
+            return None
         given = _keys_in(scope)
         if (key := next(filter(self._known, given), None)) is not None:
             scope["state"]["tenant"] = tenant_of(key)
-            await self.app(scope, receive, send)
-            return
+            return None
         what = "The API key is invalid" if given else "An API key is required"
-        error = Unauthorized(f"{what}; send it as 'Authorization: Bearer <key>' or 'x-api-key: <key>'.")
-        await rejection(scope, error)(scope, receive, send)
+        return Unauthorized(f"{what}; send it as 'Authorization: Bearer <key>' or 'x-api-key: <key>'.")
 
     def _known(self, given: str) -> bool:
         sent = given.encode("latin-1")  # the bytes of the header, whatever they spell
@@ -104,43 +100,43 @@ class WebRules:
     counts it as the same origin.
     """
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, closed: Collection[str]) -> None:
-        self.app = app
+    def __init__(self, config: ServerConfig, closed: Collection[str]) -> None:
         self._closed = frozenset(closed)
         self._keyed = bool(config.api_keys)
         self._hosts: frozenset[str] | None = None  # any
         if not self._keyed and "*" not in config.allowed_hosts and is_loopback(config.host):
             self._hosts = frozenset(name.lower() for name in (config.host, *config.allowed_hosts))
-        origins = set(config.cors_origins) - {"none", "auto"}
-        local = None
+        self._origins = set(config.cors_origins) - {"none", "auto"}
+        self._local: str | None = None
         if "auto" in config.cors_origins:
-            origins, local = (origins | {"*"}, None) if self._keyed else (origins, _LOCAL_ORIGIN)
+            self._origins, self._local = (
+                (self._origins | {"*"}, None) if self._keyed else (self._origins, _LOCAL_ORIGIN)
+            )
         self._cors: CORSMiddleware | None = None
-        if origins or local:
+
+    def cors(self, app: ASGIApp) -> CORSMiddleware | None:
+        """``app`` with the headers by which browsers let pages call it; None where no page may."""
+        if self._origins or self._local:
             self._cors = CORSMiddleware(
                 app,
-                allow_origins=sorted(origins),
-                allow_origin_regex=local,
+                allow_origins=sorted(self._origins),
+                allow_origin_regex=self._local,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
                 expose_headers=EXPOSED_HEADERS,
             )
+        return self._cors
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+    def is_closed(self, scope: Scope) -> bool:
+        return scope["path"] in self._closed
+
+    def error(self, scope: Scope) -> Forbidden | None:
+        """Why the request is refused."""
+        closed = self.is_closed(scope)
+        if not closed and scope["path"] in OPEN_PATHS:
+            return None
         headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in (b"origin", b"host")}
-        closed = scope["path"] in self._closed
-        error = None
-        if closed or scope["path"] not in OPEN_PATHS:
-            error = self._violation(headers.get(b"origin"), headers.get(b"host", ""), closed)
-        if error is not None:
-            await rejection(scope, error)(scope, receive, send)
-        elif closed or self._cors is None:
-            await self.app(scope, receive, send)
-        else:
-            await self._cors(scope, receive, send)
+        return self._violation(headers.get(b"origin"), headers.get(b"host", ""), closed)
 
     def _violation(self, origin: str | None, host: str, closed: bool) -> Forbidden | None:
         if self._hosts is not None and not _is_own_host(host, self._hosts):

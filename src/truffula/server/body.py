@@ -197,12 +197,13 @@ def _refuse_constant(name: str) -> None:
     raise MalformedBody(f"The body contains {name}, which is not JSON.")
 
 
-async def raw_body(request: Request) -> bytes:
-    """The request's bytes, said to be JSON. The size limit is the middleware's, which raises while they are read."""
+def raw_body(request: Request) -> bytes:
+    """The request's bytes, said to be JSON."""
     media = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if media and media != "application/json" and not media.endswith("+json"):
         raise UnsupportedMedia(f"Content-Type is {media!r}; send JSON with Content-Type: application/json.")
-    return await request.body()
+    body: bytes = request.state.raw_body
+    return body
 
 
 def validate(model: type[B], value: dict[str, Any], limits: RequestLimits) -> B:
@@ -224,7 +225,7 @@ def validate(model: type[B], value: dict[str, Any], limits: RequestLimits) -> B:
 
 async def read_body(request: Request, model: type[B]) -> B:
     """The request's body as ``model``; keys without effect are noted for the log and the header."""
-    body = validate(model, decode_object(await raw_body(request)), state_of(request).limits)
+    body = validate(model, decode_object(raw_body(request)), state_of(request).limits)
     note_ignored(request, body.unknown())
     return body
 

@@ -1,6 +1,7 @@
-"""Middleware of every request, as plain ASGI: id, log line, metrics, limits, and a reply for unexpected exceptions.
+"""The way of every request to its handler, as plain ASGI: id, log line, metrics, rules, limits, and a reply for
+unexpected exceptions.
 
-Starlette's ``BaseHTTPMiddleware`` is not used: it copies every chunk of a stream through a queue and hides disconnects.
+It is one layer, as each costs a request a coroutine or two.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from truffula.config import ServerConfig
 from truffula.errors import Overloaded, TruffulaError
 from truffula.metrics import Metrics, RequestRecord
+from truffula.server.auth import KeyCheck, WebRules
 from truffula.server.body import as_sent
 from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, dialect_of_request, render
 from truffula.server.sse import ClientGone
@@ -48,21 +53,43 @@ def request_id(given: str | None) -> str:
     return uuid.uuid4().hex
 
 
-class RequestScope:
-    """Outermost: gives each request its ``RequestRecord`` and, when all is sent, one log line and its counts."""
+class RequestPipeline:
+    """All that comes before a request's handler, in one layer, and the log line and the counts after it.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app = app
+    A request is refused by its head, then by ``web`` and ``keys``, then by its body. A handler whose path has no
+    parameters is found in ``handlers``, by method and path; ``others`` is the application of all other paths.
+    """
+
+    def __init__(
+        self,
+        others: ASGIApp,
+        config: ServerConfig,
+        metrics: Metrics,
+        web: WebRules,
+        keys: KeyCheck | None,
+        routes: Sequence[Route],
+    ) -> None:
+        self._others = others
         self._metrics = metrics
+        self._web = web
+        self._keys = keys
+        self._body = BodyLimits(self._handle, config)
+        self._cors = web.cors(self._checked)
+        self._routes = {
+            (method, route.path): route for route in routes if "{" not in route.path for method in route.methods or ()
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            await self._others(scope, receive, send)
             return
         given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), None)
         record = RequestRecord(request_id=request_id(given), method=scope["method"], path=scope["path"])
         scope.setdefault("state", {})["record"] = record
         started = time.monotonic()
+        cors = None if self._web.is_closed(scope) else self._cors
+        from_page = any(name == b"origin" for name, _ in scope["headers"])
+        varies = False  # with the page, as ``cors`` would say
 
         async def with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -72,11 +99,21 @@ class RequestScope:
                     extra.append((b"request-id", record.request_id.encode()))
                 if record.ignored:
                     extra.append((b"x-truffula-ignored", record.ignored.encode("latin-1", "replace")))
+                if varies:
+                    extra.append((b"vary", b"Origin"))
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
 
         try:
-            await self.app(scope, receive, with_id)
+            if (error := head_error(scope)) is not None:
+                await rejection(scope, error, close=True)(scope, receive, with_id)
+            elif (error := self._web.error(scope)) is not None:
+                await rejection(scope, error)(scope, receive, with_id)
+            elif cors is not None and from_page:
+                await cors(scope, receive, with_id)
+            else:
+                varies = cors is not None
+                await self._checked(scope, receive, with_id)
         except ClientGone:
             record.error_code = "client_gone"
         except Exception:
@@ -87,6 +124,26 @@ class RequestScope:
                 await render(error, dialect_of_request(scope), record.request_id)(scope, receive, with_id)
         finally:
             self._ended(record, scope, time.monotonic() - started)
+
+    async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._keys is not None and (error := self._keys.error(scope)) is not None:
+            await rejection(scope, error)(scope, receive, send)
+        elif scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._handle(scope, receive, send)
+        else:
+            await self._body(scope, receive, send)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._routes.get((scope["method"], scope["path"]))
+        if route is None:
+            await self._others(scope, receive, send)
+            return
+        scope["route"] = route
+        try:
+            response = await route.endpoint(Request(scope, receive, send))
+        except TruffulaError as error:
+            response = rejection(scope, error)
+        await response(scope, receive, send)
 
     def _ended(self, record: RequestRecord, scope: Scope, total_s: float) -> None:
         record.total_s = total_s
@@ -128,35 +185,26 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() and c not in ' "' else "?" for c in text[:200])
 
 
-class HttpRules:
-    """Refuses heads whose framing or version could be read in two ways, and closes their connections.
+def head_error(scope: Scope) -> TruffulaError | None:
+    """Why a head is refused whose framing or version could be read in two ways; its connection is closed then.
 
     A head with both Content-Length and Transfer-Encoding may be two requests to one server and one to another (RFC
     9112, 6.1).
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error: TruffulaError | None = None
-        if scope["type"] == "http":
-            names = {name for name, _ in scope["headers"]}
-            if scope["http_version"] not in ("1.0", "1.1"):
-                error = HttpVersion(f"HTTP/{scope['http_version']} is not supported; use HTTP/1.1.")
-            elif {b"content-length", b"transfer-encoding"} <= names:
-                error = MalformedBody("The request has both Content-Length and Transfer-Encoding; send one of them.")
-        if error is None:
-            await self.app(scope, receive, send)
-        else:
-            await rejection(scope, error, close=True)(scope, receive, send)
+    if scope["http_version"] not in ("1.0", "1.1"):
+        return HttpVersion(f"HTTP/{scope['http_version']} is not supported; use HTTP/1.1.")
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+        return MalformedBody("The request has both Content-Length and Transfer-Encoding; send one of them.")
+    return None
 
 
 class BodyLimits:
-    """Reads a body whole before the app sees it, and refuses what exceeds the limits of ``config``.
+    """Reads a body whole before the app sees it, into the scope's state, and refuses what exceeds the limits of
+    ``config``.
 
     429 while ``max_open_requests`` others with a body are open, those whose bodies still arrive included; 413 after
-    ``max_body_bytes``, 408 after ``body_timeout_s``. Probes and other GETs pass: an overloaded server is alive.
+    ``max_body_bytes``, 408 after ``body_timeout_s``. Probes and other GETs do not come here: an overloaded server is
+    alive.
 
     The rest of a body that is too large is read and dropped for a while before the connection closes: closing it now
     would reset it, and most clients would report that instead of reading the answer.
@@ -171,38 +219,21 @@ class BodyLimits:
         self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            await self.app(scope, receive, send)
-            return
         if self._open >= self._config.max_open_requests:
             text = f"{self._open} requests are open, which is this server's limit (--max-open-requests)."
             await rejection(scope, Overloaded(text, retry_after_s=1))(scope, receive, send)
             return
         self._open += 1
         try:
-            await self._with_body(scope, receive, send)
-        finally:
-            self._open -= 1
-
-    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            body = await self._read(dict(scope["headers"]).get(b"content-length", b""), receive)
+            scope["state"]["raw_body"] = await self._read(dict(scope["headers"]).get(b"content-length", b""), receive)
         except SlowBody as error:
             await rejection(scope, error, close=True)(scope, receive, send)
-            return
         except BodyTooLarge as error:
             await self._reject_large(error, scope, receive, send)
-            return
-        whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
-
-        async def replay() -> Message:
-            nonlocal whole
-            if whole is not None:
-                message, whole = whole, None
-                return message
-            return await receive()
-
-        await self.app(scope, replay, send)
+        else:
+            await self.app(scope, receive, send)
+        finally:
+            self._open -= 1
 
     async def _read(self, declared: bytes, receive: Receive) -> bytes:
         """The body. Raises ``BodyTooLarge``, ``SlowBody``, and ``ClientGone`` when the client leaves before its end."""

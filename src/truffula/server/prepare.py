@@ -98,7 +98,7 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
     """
     record_of(request).generates = kind != "count_tokens"
     state = state_of(request)
-    raw = await raw_body(request)
+    raw = raw_body(request)
     stored, made = b"", None
     if len(raw) <= HEAVY_CHARS:
         request.state.body = body = read_value(kind, value := decode_object(raw), state.limits)

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula.errors import InvalidRequest
-from truffula.server.body import note_ignored
+from truffula.server.body import note_ignored, raw_body
 from truffula.server.errors import NoResponse
 from truffula.server.generating import count_prompt, event_stream, frames_of
 from truffula.server.prepare import read_requests
@@ -63,7 +63,7 @@ async def create(request: Request) -> Response:
     writer = ResponseWriter(top, body.tool_set, logprobs=body.wants_logprobs, silent=not streamed)
     row = StoredResponse(
         id=top["id"], tenant=tenant_of(request), created=time.time(), previous=body.previous_response_id,
-        input=_items_of(await request.body()) if stored else b"[]", body=b"{}",
+        input=_items_of(raw_body(request)) if stored else b"[]", body=b"{}",
     )  # fmt: skip
     draft = Draft(request, writer, row)
     if background:

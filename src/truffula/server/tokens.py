@@ -85,7 +85,7 @@ async def tokenizer_info(request: Request) -> Response:
 
 async def _answer(request: Request, kind: Kind) -> Response:
     state = state_of(request)
-    raw = await raw_body(request)
+    raw = raw_body(request)
     core, texts = state.service.texts.core, state.service.texts
     value: dict[str, Any] = {}
     large = len(raw) > HEAVY_CHARS
