@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truffula.server.sse import KEEP_ALIVE, ClientGone, EventStream, frame, unless_gone
+from truffula.server.sse import CONNECTION, KEEP_ALIVE, ClientGone, EventStream, frame, unless_gone
 
 LINE_ENDS = "\n\r\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e😀 data: [DONE]"
 text = st.text(st.one_of(st.sampled_from(LINE_ENDS), st.characters(exclude_categories=["Cs"])))
@@ -28,7 +28,34 @@ async def never():
     await asyncio.Event().wait()
 
 
-def run_stream(frames, receive, keep_alive_s=15.0):
+class Connection:
+    """That of a client that leaves when ``leave`` is called, and reads nothing of what goes past ``send``."""
+
+    def __init__(self, *, gone=False):
+        self.gone, self.written, self._callback = gone, [], None
+
+    def write(self, chunk):
+        self.written.append(chunk)
+        return chunk == KEEP_ALIVE
+
+    def when_gone(self, callback):
+        self._callback = callback
+
+    def leave(self):
+        self.gone = True
+        if self._callback is not None:
+            self._callback()
+
+
+def scope_of(connection):
+    return {"type": "http", "extensions": {CONNECTION: connection}}
+
+
+async def no_more():
+    raise AssertionError("the body was read")
+
+
+def run_stream(frames, connection, keep_alive_s=15.0):
     sent = []
 
     async def send(message):
@@ -36,7 +63,7 @@ def run_stream(frames, receive, keep_alive_s=15.0):
 
     async def go():
         response = EventStream(b"data: 1\n\n", frames, {"x-model-id": "m"}, keep_alive_s)
-        await response({"type": "http"}, receive, send)
+        await response(scope_of(connection), no_more, send)
 
     asyncio.run(go())
     return sent
@@ -46,7 +73,7 @@ def test_a_stream_sends_its_headers_frames_and_end():
     async def frames():
         yield b"data: 2\n\n"
 
-    sent = run_stream(frames(), never)
+    sent = run_stream(frames(), Connection())
     headers = dict(sent[0]["headers"])
     assert headers[b"content-type"] == b"text/event-stream"
     assert headers[b"cache-control"] == b"no-cache"
@@ -57,22 +84,21 @@ def test_a_stream_sends_its_headers_frames_and_end():
 
 
 def test_silence_is_filled_with_comments():
-    seen = asyncio.Event()
+    connection = Connection()
     sent = []
 
     async def send(message):
         sent.append(message)
-        if message.get("body") == KEEP_ALIVE:
-            seen.set()
 
     async def frames():
-        await seen.wait()
+        while not connection.written:
+            await asyncio.sleep(0.001)
         yield b"data: 2\n\n"
 
-    asyncio.run(EventStream(b"data: 1\n\n", frames(), None, keep_alive_s=0.01)({"type": "http"}, never, send))
-    bodies = [m.get("body") for m in sent]
-    assert KEEP_ALIVE in bodies
-    assert bodies.index(KEEP_ALIVE) < bodies.index(b"data: 2\n\n")
+    response = EventStream(b"data: 1\n\n", frames(), None, keep_alive_s=0.01)
+    asyncio.run(response(scope_of(connection), no_more, send))
+    assert connection.written[0] == KEEP_ALIVE
+    assert connection.written[-1] == sent[-2]["body"] == b"data: 2\n\n"
 
 
 def test_a_client_that_leaves_closes_the_frames():
@@ -85,11 +111,8 @@ def test_a_client_that_leaves_closes_the_frames():
         finally:
             closed.append(True)
 
-    async def gone():
-        return {"type": "http.disconnect"}
-
     with pytest.raises(ClientGone):
-        run_stream(frames(), gone)
+        run_stream(frames(), Connection(gone=True))
     assert closed == [True]
 
 
@@ -104,15 +127,10 @@ def test_work_is_cancelled_and_awaited_when_the_client_leaves():
             ended.append(True)
 
     async def go():
-        gone = asyncio.Event()
-
-        async def receive():
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        task = asyncio.ensure_future(unless_gone(receive, work()))
+        connection = Connection()
+        task = asyncio.ensure_future(unless_gone(connection, work()))
         await asyncio.sleep(0)
-        gone.set()
+        connection.leave()
         with pytest.raises(ClientGone):
             await task
         assert len(asyncio.all_tasks()) == 1
@@ -126,7 +144,8 @@ def test_the_frames_are_closed_even_when_nobody_took_one():
         async def quick():
             return 5
 
-        assert await unless_gone(never, quick()) == 5
+        assert await unless_gone(Connection(), quick()) == 5
+        assert await unless_gone(Connection(gone=True), quick()) == 5
 
     asyncio.run(go())
 
@@ -136,16 +155,11 @@ def test_a_cancelled_request_stays_cancelled(gone_too):
     """Whoever cancels the task for another reason sees it cancelled, whether or not the client leaves as well."""
 
     async def go():
-        gone = asyncio.Event()
-
-        async def receive():
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        task = asyncio.ensure_future(unless_gone(receive, never()))
+        connection = Connection()
+        task = asyncio.ensure_future(unless_gone(connection, never()))
         await asyncio.sleep(0)
         if gone_too:
-            gone.set()
+            connection.leave()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

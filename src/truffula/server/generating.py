@@ -18,7 +18,7 @@ from truffula.errors import TruffulaError
 from truffula.metrics import Observer, RequestRecord
 from truffula.server.body import note_left_out
 from truffula.server.errors import Aborted
-from truffula.server.sse import KEEP_ALIVE, EventStream, end_tasks, unless_gone
+from truffula.server.sse import KEEP_ALIVE, EventStream, connection_of, end_tasks, unless_gone
 from truffula.server.state import ServerState, record_of, state_of
 from truffula.service import TextStream, collect
 from truffula.service.choices import choice_error
@@ -169,7 +169,7 @@ async def whole(request: Request, requests: Sequence[GenerateRequest], make: Cal
 
     A client that leaves aborts it. ``make`` runs in a thread when the answer is long.
     """
-    return await unless_gone(request.receive, _fold(request, requests, make))
+    return await unless_gone(connection_of(request.scope), _fold(request, requests, make))
 
 
 async def _fold(request: Request, requests: Sequence[GenerateRequest], make: Callable[[list[Completion]], T]) -> T:
@@ -221,7 +221,7 @@ async def event_stream(
 ) -> EventStream:
     """The response that sends ``frames``; what the first of them raises is raised here."""
     try:
-        first = await unless_gone(request.receive, anext(frames))
+        first = await unless_gone(connection_of(request.scope), anext(frames))
     except BaseException:
         await frames.aclose()
         raise

@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import uuid
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from truffula.errors import TruffulaError
 from truffula.server.errors import HttpVersion, MalformedBody, dialect_of_request, render
-from truffula.server.sse import WRITE_CHUNK
+from truffula.server.sse import CONNECTION
 
 NO_VERSION = "0.0"
 """httptools' version of a head that ended before it was known."""
+
+
+class RequestConnection:
+    """The ``ClientConnection`` of one request. While it has a callback it is one of ``watched``."""
+
+    __slots__ = ("_callback", "_cycle", "_watched")
+
+    def __init__(self, cycle: RequestResponseCycle, watched: dict[RequestConnection, None]) -> None:
+        self._cycle = cycle
+        self._watched = watched
+        self._callback: Callable[[], None] | None = None
+
+    @property
+    def gone(self) -> bool:
+        return self._cycle.disconnected or self._cycle.transport.is_closing()
+
+    def write(self, chunk: bytes) -> bool:
+        cycle = self._cycle
+        ready = cycle.chunked_encoding and not (cycle.flow.write_paused or cycle.disconnected)
+        if ready:
+            cycle.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        return bool(ready)
+
+    def when_gone(self, callback: Callable[[], None] | None) -> None:
+        self._callback = callback
+        if callback is None:
+            self._watched.pop(self, None)
+        else:
+            self._watched[self] = None
+            self._cycle.flow.resume_reading()  # a large body has paused it, and the end would not be seen
+
+    def lost(self) -> None:
+        if self._callback is not None:
+            self._callback()
 
 
 class Http1(HttpToolsProtocol):
@@ -35,19 +71,19 @@ class Http1(HttpToolsProtocol):
             super().data_received(data)
             self._data = b""
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._watched: dict[RequestConnection, None] = {}
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for one in list(self._watched):
+            one.lost()
+
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        cycle = self.cycle
-        if cycle is None or cycle.scope is not self.scope:
-            return
-
-        def write_chunk(chunk: bytes) -> bool:
-            ready = cycle.chunked_encoding and not (cycle.flow.write_paused or cycle.disconnected)
-            if ready:
-                cycle.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-            return bool(ready)
-
-        self.scope["extensions"] = {WRITE_CHUNK: {"write": write_chunk}}
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            self.scope["extensions"] = {CONNECTION: RequestConnection(self.cycle, self._watched)}  # type: ignore[dict-item]
 
     def _should_upgrade(self) -> bool:
         return True  # ``handle_websocket_upgrade`` is called in place of the application

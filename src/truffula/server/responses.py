@@ -28,7 +28,7 @@ from truffula.server.responses_kept import (
     split_frames,
     tenant_of,
 )
-from truffula.server.sse import unless_gone
+from truffula.server.sse import connection_of, unless_gone
 from truffula.server.state import record_of, state_of
 
 MAX_PAGE = 100
@@ -75,7 +75,7 @@ async def create(request: Request) -> Response:
     frames = frames_of(request, read.requests, writer)
     if streamed:
         return await event_stream(request, _saving(kept, draft, frames) if stored else frames)
-    await unless_gone(request.receive, _exhaust(frames))
+    await unless_gone(connection_of(request.scope), _exhaust(frames))
     if writer.error is not None:
         raise writer.error
     if stored:

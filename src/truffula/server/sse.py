@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.responses import Response
@@ -19,10 +19,8 @@ STREAM_HEADERS: tuple[tuple[str, str], ...] = (
     ("cache-control", "no-cache"),
     ("x-accel-buffering", "no"),
 )
-WRITE_CHUNK = "truffula.write_chunk"
-"""The ASGI extension whose ``write(bytes) -> bool`` sends a chunk of a streamed answer, past the middleware. False: it
-was not sent, since the client is slow or has left; ``send`` waits.
-"""
+CONNECTION = "truffula.connection"
+"""The ASGI extension that holds the ``ClientConnection`` of a request."""
 # JSON leaves these as they are, but clients that split text (not bytes) into lines split at them too.
 _LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
 
@@ -51,36 +49,53 @@ def frame_of(payload: bytes) -> bytes:
     return b"data: " + payload + b"\n\n"
 
 
-async def wait_until_gone(receive: Receive) -> None:
-    """Returns when the client has closed the connection; the body must have been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class ClientConnection(Protocol):
+    """The connection of a request, as the server's protocol knows it: past the middleware, and without a task that
+    waits for its end.
+    """
+
+    @property
+    def gone(self) -> bool:
+        """Whether the connection has ended."""
+
+    def write(self, chunk: bytes) -> bool:
+        """Whether a chunk of a streamed answer was sent; to one that is slow or gone it is not."""
+
+    def when_gone(self, callback: Callable[[], None] | None) -> None:
+        """Call ``callback`` when the connection ends; None: no longer."""
 
 
-async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+def connection_of(scope: Scope) -> ClientConnection:
+    connection: ClientConnection = scope["extensions"][CONNECTION]
+    return connection
+
+
+async def unless_gone(connection: ClientConnection, work: Awaitable[T]) -> T:
     """``work``'s result; ``ClientGone``, once ``work`` was cancelled and has ended, when the client leaves first.
 
     ``work`` runs in the calling task: another would cost a small answer as much as its text does.
     """
-    task, gone = asyncio.current_task(), False
+    task, left = asyncio.current_task(), False
     assert task is not None
 
-    async def watch() -> None:
-        nonlocal gone
-        await wait_until_gone(receive)
-        gone = True
+    def leave() -> None:
+        nonlocal left
+        left = True
         task.cancel()
 
-    watching = asyncio.ensure_future(watch())
+    # One that has left already cancels ``work`` where it waits, as one that leaves later.
+    early = asyncio.get_running_loop().call_soon(leave) if connection.gone else None
+    connection.when_gone(leave)
     try:
-        try:
-            return await work
-        finally:
-            await end_tasks(watching)
+        return await work
     except asyncio.CancelledError as error:
-        if gone and task.uncancel() == 0:
+        if left and task.uncancel() == 0:
             raise ClientGone from error
         raise
+    finally:
+        connection.when_gone(None)
+        if early is not None:
+            early.cancel()
 
 
 async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
@@ -114,37 +129,37 @@ class EventStream(Response):
         self.raw_headers = [(k.encode(), v.encode("latin-1")) for k, v in (*STREAM_HEADERS, *(headers or {}).items())]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = connection_of(scope)
         try:
             # A task of its own: to resume the caller's for each token is to pass through the frames of all middleware.
-            write = scope.get("extensions", {}).get(WRITE_CHUNK, {}).get("write")
-            await unless_gone(receive, asyncio.ensure_future(self._send_all(send, write)))
+            await unless_gone(connection, asyncio.ensure_future(self._send_all(send, connection)))
         finally:
             await self._frames.aclose()
 
-    async def _send_all(self, send: Send, write: Callable[[bytes], bool] | None) -> None:
+    async def _send_all(self, send: Send, connection: ClientConnection) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self._first, "more_body": True})
         loop = asyncio.get_running_loop()
         last = loop.time()
+        timer: asyncio.TimerHandle
 
-        async def keep_alive() -> None:
-            nonlocal last
-            while True:
-                await asyncio.sleep(max(0.01, last + self._keep_alive_s - loop.time()))
-                if loop.time() - last >= self._keep_alive_s:
-                    last = loop.time()
-                    await send({"type": "http.response.body", "body": self._keep_alive, "more_body": True})
+        def keep_alive() -> None:
+            nonlocal last, timer
+            if loop.time() - last >= self._keep_alive_s:
+                last = loop.time()
+                connection.write(self._keep_alive)  # one that is slow has bytes to read
+            timer = loop.call_later(max(0.01, last + self._keep_alive_s - loop.time()), keep_alive)
 
-        ticker = asyncio.ensure_future(keep_alive())
+        timer = loop.call_later(self._keep_alive_s, keep_alive)
         try:
             async for chunk in self._frames:
                 last = loop.time()
                 if not chunk:
                     continue  # a chunk without bytes would be the end
-                if write is None or not write(chunk):
+                if not connection.write(chunk):
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except OSError as error:  # what a server of ASGI spec 2.4 raises when the client is gone
             raise ClientGone from error
         finally:
-            await end_tasks(ticker)
+            timer.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
