@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
-def json_value(text: str, **options: Any) -> Any:
-    """The value of a JSON text, as ``json.loads``. What Python's limits forbid is a ``ValueError`` as any other, with
-    words for a client.
+def json_value(text: str, decode: Callable[[str], Any] = json.loads) -> Any:
+    """The value of a JSON text, as ``decode`` reads it. What Python's limits forbid is a ``ValueError`` as any other,
+    with words for a client.
     """
     try:
-        return json.loads(text, **options)
+        return decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:

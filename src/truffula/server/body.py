@@ -159,9 +159,7 @@ def decode_object(raw: bytes) -> dict[str, Any]:
     if not raw:
         raise MalformedBody("The body is empty; expected a JSON object.")
     try:
-        value = json_value(
-            raw.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_refuse_constant
-        )
+        value = json_value(raw.decode(), _DECODER.decode)
         if _SURROGATE.search(raw):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -221,6 +219,9 @@ def validate(model: type[B], value: dict[str, Any], limits: RequestLimits) -> B:
         raise from_validation(error, inside=model.nested or "") from error
     except RecursionError as error:
         raise InvalidRequest("The body is nested too deeply.") from error
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_refuse_constant)
 
 
 async def read_body(request: Request, model: type[B]) -> B:

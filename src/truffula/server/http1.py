@@ -34,6 +34,13 @@ class RequestConnection:
     def gone(self) -> bool:
         return self._cycle.disconnected or self._cycle.transport.is_closing()
 
+    def take_body(self) -> bytes | None:
+        cycle = self._cycle
+        if cycle.more_body or cycle.disconnected:
+            return None
+        body, cycle.body = bytes(cycle.body), bytearray()
+        return body
+
     def write(self, chunk: bytes) -> bool:
         cycle = self._cycle
         ready = cycle.chunked_encoding and not (cycle.flow.write_paused or cycle.disconnected)

@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Sequence
 
 from starlette.requests import Request
@@ -25,7 +25,7 @@ from truffula.metrics import Metrics, RequestRecord
 from truffula.server.auth import KeyCheck, WebRules
 from truffula.server.body import as_sent
 from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, dialect_of_request, render
-from truffula.server.sse import ClientGone
+from truffula.server.sse import ClientGone, connection_of
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("truffula.access")
@@ -50,7 +50,7 @@ def request_id(given: str | None) -> str:
     """The client's id where it is safe in a header and a log line, else a new one."""
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
 
 
 class RequestPipeline:
@@ -225,7 +225,7 @@ class BodyLimits:
             return
         self._open += 1
         try:
-            scope["state"]["raw_body"] = await self._read(dict(scope["headers"]).get(b"content-length", b""), receive)
+            scope["state"]["raw_body"] = await self._read(scope, receive)
         except SlowBody as error:
             await rejection(scope, error, close=True)(scope, receive, send)
         except BodyTooLarge as error:
@@ -235,7 +235,7 @@ class BodyLimits:
         finally:
             self._open -= 1
 
-    async def _read(self, declared: bytes, receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """The body. Raises ``BodyTooLarge``, ``SlowBody``, and ``ClientGone`` when the client leaves before its end."""
         limit, timeout_s = self._config.max_body_bytes, self._config.body_timeout_s
 
@@ -243,6 +243,11 @@ class BodyLimits:
             if size > limit:
                 raise BodyTooLarge(f"The body is larger than {limit} bytes, this server's limit.", limit=limit)
 
+        whole = connection_of(scope).take_body()
+        if whole is not None:
+            require(len(whole))
+            return whole
+        declared = dict(scope["headers"]).get(b"content-length", b"")
         require(int(declared) if declared.isdigit() else 0)
         body = bytearray()
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,7 +30,7 @@ def head(kind: str, prefix: str, body: OpenAIBody, request: Request) -> dict[str
     """What all chunks of one answer share. ``model`` is the name asked for, the base's where none was."""
     state = state_of(request)
     return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "id": f"{prefix}-{secrets.token_hex(16)}",
         "object": kind,
         "created": int(time.time()),
         "model": body.model or state.model_id,

@@ -58,6 +58,9 @@ class ClientConnection(Protocol):
     def gone(self) -> bool:
         """Whether the connection has ended."""
 
+    def take_body(self) -> bytes | None:
+        """The request's body where all of it has arrived and none was received yet, once; None where it has not."""
+
     def write(self, chunk: bytes) -> bool:
         """Whether a chunk of a streamed answer was sent; to one that is slow or gone it is not."""
 

@@ -119,5 +119,5 @@ def state_of(request: Request) -> ServerState:
 
 
 def record_of(request: Request) -> RequestRecord:
-    record: RequestRecord = request.state.record
+    record: RequestRecord = request.scope["state"]["record"]
     return record

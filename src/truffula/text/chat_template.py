@@ -66,7 +66,9 @@ class _Template:
         if len(self._source) > MAX_SOURCE:
             raise TemplateError(f"The chat template has {len(self._source)} characters; the limit is {MAX_SOURCE}.")
         try:
-            return self._environment.from_string(self._source)
+            template = self._environment.from_string(self._source)
+            template.globals = dict(template.globals)  # each rendering copies them, a chain of dicts slowly
+            return template
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(
                 f"The chat template is not valid Jinja, line {error.lineno}: {error.message}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Generator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, TypeVar
 
 from truffula.json_text import json_value
@@ -346,7 +346,7 @@ class OutputReader:
 def json_from(text: str) -> str:
     """The JSON of one value, written in JSON or as a Python literal; "" where the text is neither."""
     try:
-        json_value(text, parse_constant=_refuse)
+        json_value(text, partial(json.loads, parse_constant=_refuse))
         return text.strip(SPACE)
     except ValueError:
         pass
