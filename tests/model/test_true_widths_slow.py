@@ -1,7 +1,7 @@
 """One layer of published models at their true widths, with random weights: it loads and generates, in known memory.
 
-Qwen3.6 has one of each kind of layer. Kimi's layer has 24 of its 384 experts, Qwen's have 128 of 256, and all have fewer
-ids, so that the files stay below 4 GB. About 3 minutes.
+Qwen3.6 has one of each kind of layer. Of the experts Kimi's layer has 24 of 384 and Qwen's have 128 of 256, and all
+have fewer ids, so that the files stay below 4 GB. About 3 minutes.
 """
 
 from __future__ import annotations
