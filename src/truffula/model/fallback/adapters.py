@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -31,8 +32,11 @@ class AdapterHooks:
     """The adapters of a model by slot, and the segments of rows that the next forward pass applies them to.
 
     ``rows`` are for modules that see every token of the pass, ``head_rows`` for the modules ``of_logits``: the output
-    head, and others behind the choice of rows whose logits are computed. ``prepare`` sets both.
+    head, and others behind the choice of rows whose logits are computed. ``prepare`` and ``prepare_one`` set both.
     """
+
+    tokens: int | None
+    num_logits: int | None
 
     def __init__(
         self, model: nn.Module, sites: Sequence[Site], of_logits: Collection[str], layout: AdapterLayout,
@@ -50,6 +54,10 @@ class AdapterHooks:
     def prepare(self, tokens: int, rows: Sequence[Segment], logits: int, head_rows: Sequence[Segment]) -> None:
         """Set the segments of the next pass, over ``tokens`` rows, of which ``logits`` get logits."""
         self.tokens, self.rows, self.num_logits, self.head_rows = tokens, rows, logits, head_rows
+
+    def prepare_one(self, segments: Sequence[Segment]) -> None:
+        """Set the segments of a pass over one sequence: they are of all rows that a module sees, cached ones too."""
+        self.tokens, self.rows, self.num_logits, self.head_rows = None, segments, None, segments
 
     def add(self, image: AdapterImage) -> int:
         """A slot for the adapter. Raises ``KernelError`` for an image of another layout."""
@@ -86,7 +94,9 @@ class AdapterHooks:
                 return None
             x = args[0].reshape(-1) if site.kind == "embed" else args[0].reshape(-1, site.in_features).float()
             y = torch.zeros(len(x), site.out_features, device=x.device)
-            if len(x) != count:  # which rows they are is not known
+            if count is None:
+                segments = [replace(segment, lo=0, hi=len(x)) for segment in segments]
+            elif len(x) != count:  # which rows they are is not known
                 raise KernelError(
                     f"{site.module} saw {len(x)} rows in a pass of {count}: an adapter cannot act there.",
                     param="adapter",

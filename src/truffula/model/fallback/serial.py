@@ -106,8 +106,7 @@ class SerialExecutable(TransformersExecutable):
         before, sequence.computed = sequence.computed, -1
         for lo, hi in pieces:
             kept = rows[(rows >= lo) & (rows < hi)] - lo
-            spans = [[Segment(0, n, segment.ops, segment.weight) for segment in active] for n in (hi - lo, len(kept))]
-            self.hooks.prepare(hi - lo, spans[0], len(kept), spans[1])
+            self.hooks.prepare_one(active)
             cache = self.described.trace.cache
             past = {} if sequence.cache is None else {cache.name: sequence.cache}
             logits, out = self.forward(tokens[lo:hi], kept, use_cache=True, **past)

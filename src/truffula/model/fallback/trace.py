@@ -106,8 +106,6 @@ def _traced(skeleton: Skeleton, device: str) -> Trace:
         recorder, linears, cache = _run(skeleton, attention, device)
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         problem = f"its code fails without an attention mask, which a packed batch does not have ({why})"
-    if any("Indexed" in type(layer).__name__ for layer in getattr(cache.made, "layers", [])):
-        linears = {}  # with adapters, models with a sparse index decode other tokens than in peft: they get no sites
     longer = _run(skeleton, attention, device, tokens=2 * _TOKENS)[2]
     first, second = _numbers(cache.made, set()), _numbers(longer.made, set())
     per_token = -(-(second - first) // _TOKENS)
