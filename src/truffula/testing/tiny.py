@@ -49,6 +49,11 @@ _KIMI_VISION = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pos_emb_height": 2,
     "pos_emb_width": 2,
 }  # fmt: skip
+_VISION = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "num_attention_heads": 2}
+_MUSE = {
+    "vision_config": {**_VISION, "max_position_embeddings": 16, "pos_emb_height": 4, "pos_emb_width": 4},
+    "projector_hidden_size": 8,
+}
 _DELTA = {
     # The norm of a small result of the delta rule would enlarge rounding errors, also transformers'.
     "rms_norm_eps": 1e-2,
@@ -326,8 +331,8 @@ _TEXT_OF: Mapping[str, tuple[str, bool, Mapping[str, Any]]] = {
     "gemma4_unified": ("gemma4_unified_text", True, {}),
     "kimi_k25": ("deepseek_v3", False, {"vision_config": _KIMI_VISION, "projection_hidden_size": 8}),
     "llama4": ("llama4_text", False, {}),
-    "mistral3": ("ministral3", True, {}),
-    "muse_glimmer": ("muse_glimmer_text", False, {}),
+    "mistral3": ("ministral3", True, {"vision_config": {"model_type": "pixtral", **_VISION}}),
+    "muse_glimmer": ("muse_glimmer_text", False, _MUSE),
     "qwen3_5": ("qwen3_5_text", False, {}),
     "qwen3_5_moe": ("qwen3_5_moe_text", False, {}),
 }

@@ -53,7 +53,6 @@ _WITHOUT_EFFECT = ("attn_pdrop", "hidden_size", "is_encoder_decoder", "moe_jitte
 def dbrx(view: ConfigView) -> ModelSpec:
     """Layer norms without biases; the weights of the chosen experts are divided by their norm."""
     view.skip("emb_pdrop", "resid_pdrop")
-    view.must_be("tie_word_embeddings", (False,), "transformers does not support it for this class.")
     attn = _nested(view, "attn_config", _ATTENTION_FIELDS)
     kv_heads, clip = _integer(view, "attn_config.kv_n_heads", attn), attn["clip_qkv"]
     view.must_be("num_key_value_heads", (None, kv_heads), "it is attn_config.kv_n_heads.")
@@ -77,7 +76,7 @@ def _norm(module: str) -> NormSpec:
 def _rope(view: ConfigView, head_dim: int, theta: Any) -> tuple[RopeSpec, tuple[str, ...]]:
     """The rotary table, and notes on it. The base of the trained model is ``attn_config.rope_theta``."""
     if theta is None:
-        raise view.error("attn_config.rope_theta", "it is missing, and transformers needs it.", "null")
+        return read_rope(view, head_dim), ()
     theta = view.number_value("attn_config.rope_theta", theta)
     written = view.mapping("rope_parameters") or view.mapping("rope_scaling") or {}
     stated = written.get("rope_theta", view.raw("rope_theta"))

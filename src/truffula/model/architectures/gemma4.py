@@ -167,10 +167,11 @@ def _layer(
     view: ConfigView, mixer: AttentionSpec, mlp_width: int, inputs: PerLayerInputs | None, experts: MoeSpec | None
 ) -> LayerSpec:
     activation = view.choice("hidden_activation", ACTIVATIONS)
-    mlp: MlpSpec | DenseAndExpertsSpec = MlpSpec(mlp_width, activation)
+    dense = MlpSpec(mlp_width, activation)
+    mlp: MlpSpec | DenseAndExpertsSpec = dense
     if experts is not None:
         mlp = DenseAndExpertsSpec(
-            mlp,
+            dense,
             experts,
             after_mlp=rms_last(view, "post_feedforward_layernorm_1"),
             before_experts=rms_last(view, "pre_feedforward_layernorm_2"),

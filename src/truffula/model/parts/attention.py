@@ -34,7 +34,8 @@ class AttentionSpec:
     ``chunked``: the window is a chunk of positions, see ``program.Attention``. ``sinks`` is the tensor of a logit per
     head, which only counts in the softmax's denominator. ``gated``: the q module has the rows of q and of a gate for
     each head; the result is multiplied by sigmoid(gate). ``gate``: the same with a module of its own, of the part's
-    input, and with ``gate_activation``; with ``gate_per_head`` it has one row per head. ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
+    input, and with ``gate_activation``; with ``gate_per_head`` it has one row per head. ``alibi`` and
+    ``alibi_rounded``: see ``program.Attention``.
     """
 
     heads: int
