@@ -81,9 +81,11 @@ def test_leaving_a_stream_ends_it_within_a_step(live, path, body, sequences):
     assert wait_idle(live).generated_tokens - held.generated <= sequences  # those of the step it stood before
 
 
-def test_leaving_before_an_answer_ends_it_within_a_step(live):
+@pytest.mark.parametrize("padding", [0, pytest.param(66_000, marks=pytest.mark.slow)])  # 2 s: it needs a text worker
+def test_leaving_before_an_answer_ends_it_within_a_step(live, padding):
+    """Of a large body too, whose connection the server has stopped to read meanwhile."""
     wait_idle(live)
-    raw = httpx.Request("POST", f"{live.url}/v1/completions", json=LONG)
+    raw = httpx.Request("POST", f"{live.url}/v1/completions", json={**LONG, "user": "x" * padding})
     lines = ["POST /v1/completions HTTP/1.1", "host: localhost", "content-type: application/json"]
     head = "\r\n".join([*lines, f"content-length: {len(raw.content)}", "", ""])
     with socket.create_connection(("127.0.0.1", raw.url.port)) as connection:
