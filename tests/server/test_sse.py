@@ -32,7 +32,7 @@ class Connection:
     """That of a client that leaves when ``leave`` is called, and reads nothing of what goes past ``send``."""
 
     def __init__(self, *, gone=False):
-        self.gone, self.written, self._callback = gone, [], None
+        self.gone, self.written, self.written_at, self._callback = gone, [], 0.0, None
 
     def write(self, chunk):
         self.written.append(chunk)

@@ -18,7 +18,7 @@ from truffula.errors import TruffulaError
 from truffula.metrics import Observer, RequestRecord
 from truffula.server.body import note_left_out
 from truffula.server.errors import Aborted
-from truffula.server.sse import KEEP_ALIVE, EventStream, connection_of, end_tasks, unless_gone
+from truffula.server.sse import KEEP_ALIVE, ClientConnection, EventStream, connection_of, end_tasks, unless_gone
 from truffula.server.state import ServerState, record_of, state_of
 from truffula.service import TextStream, collect
 from truffula.service.choices import choice_error
@@ -83,10 +83,13 @@ class _Watch:
 
 
 async def run(
-    request: Request, requests: Sequence[GenerateRequest], wake_after: int = 1
+    request: Request,
+    requests: Sequence[GenerateRequest],
+    wake_after: int = 1,
+    sink: Callable[[int, list[TextDelta]], bool] | None = None,
 ) -> AsyncGenerator[Batch, None]:
     """Submits ``requests`` together and yields their deltas, of a choice that has not ended at least ``wake_after`` at
-    a time. Closing it aborts whatever still runs.
+    a time. Those for which ``sink`` is true when they arrive are not yielded. Closing it aborts whatever still runs.
     """
     state, record = state_of(request), record_of(request)
     watch = _Watch(state, record)
@@ -96,6 +99,7 @@ async def run(
         streams = await state.service.open_all(requests)
         for i, one in enumerate(streams):
             one.on_arrival, one.wake_after = partial(watch.arrived, i), wake_after
+            one.sink = None if sink is None else partial(sink, i)
             record.prompt_tokens += one.state.prompt_tokens
         note_left_out(request, dict.fromkeys(name for one in streams for name in one.state.ignored))
         record.validation_s = time.monotonic() - started
@@ -210,7 +214,8 @@ async def stream(
     keep_alive: bytes = KEEP_ALIVE,
 ) -> EventStream:
     """The streamed answer. What fails before the first event is raised, so that it gets its real status."""
-    return await event_stream(request, frames_of(request, requests, writer), headers, keep_alive)
+    frames = frames_of(request, requests, writer, connection_of(request.scope))
+    return await event_stream(request, frames, headers, keep_alive)
 
 
 async def event_stream(
@@ -229,12 +234,30 @@ async def event_stream(
 
 
 async def frames_of(
-    request: Request, requests: Sequence[GenerateRequest], writer: Writer
+    request: Request, requests: Sequence[GenerateRequest], writer: Writer, connection: ClientConnection | None = None
 ) -> AsyncGenerator[bytes, None]:
-    """The frames of ``writer``. An error before the first is raised, a later one is a frame."""
+    """The frames of ``writer``. An error before the first is raised, a later one is a frame.
+
+    With a ``connection``, where they are written anyway, usual ones go there as soon as their deltas arrive: to resume
+    this generator and those around it for each token costs as much as the token's text.
+    """
     begun = False
     texts = state_of(request).service.texts
-    async with aclosing(run(request, requests)) as batches:
+
+    def sink(prompt: int, deltas: list[TextDelta]) -> bool:
+        usual = begun and all(delta.finish_reason is None and entries(delta) <= INLINE_CHARS for delta in deltas)
+        if connection is None or not usual or not connection.writable:
+            return False
+        try:
+            chunk = b"".join([writer.delta(prompt, delta) for delta in deltas])
+        except Exception:  # noqa: BLE001  the caller serves other streams too: this one raises it again below
+            return False
+        if chunk:
+            connection.write(chunk)
+        return True
+
+    one = connection is not None and len(requests) == 1  # of many, deltas may wait in between
+    async with aclosing(run(request, requests, sink=sink if one else None)) as batches:
         try:
             async for batch in batches:
                 out: list[bytes] = []

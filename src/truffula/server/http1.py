@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from http import HTTPStatus
@@ -23,11 +24,12 @@ NO_VERSION = "0.0"
 class RequestConnection:
     """The ``ClientConnection`` of one request. While it has a callback it is one of ``watched``."""
 
-    __slots__ = ("_callback", "_cycle", "_watched")
+    __slots__ = ("_callback", "_cycle", "_watched", "written_at")
 
     def __init__(self, cycle: RequestResponseCycle, watched: dict[RequestConnection, None]) -> None:
         self._cycle = cycle
         self._watched = watched
+        self.written_at = 0.0
         self._callback: Callable[[], None] | None = None
 
     @property
@@ -41,12 +43,17 @@ class RequestConnection:
         body, cycle.body = bytes(cycle.body), bytearray()
         return body
 
-    def write(self, chunk: bytes) -> bool:
+    @property
+    def writable(self) -> bool:
         cycle = self._cycle
-        ready = cycle.chunked_encoding and not (cycle.flow.write_paused or cycle.disconnected)
-        if ready:
-            cycle.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-        return bool(ready)
+        return bool(cycle.chunked_encoding) and not (cycle.flow.write_paused or cycle.disconnected)
+
+    def write(self, chunk: bytes) -> bool:
+        if not self.writable:
+            return False
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        self.written_at = time.monotonic()
+        return True
 
     def when_gone(self, callback: Callable[[], None] | None) -> None:
         self._callback = callback

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -57,6 +58,14 @@ class ClientConnection(Protocol):
     @property
     def gone(self) -> bool:
         """Whether the connection has ended."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether ``write`` would send a chunk."""
+
+    @property
+    def written_at(self) -> float:
+        """When ``write`` sent a chunk last, in seconds of the monotonic clock; 0.0 before."""
 
     def take_body(self) -> bytes | None:
         """The request's body where all of it has arrived and none was received yet, once; None where it has not."""
@@ -143,20 +152,21 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self._first, "more_body": True})
         loop = asyncio.get_running_loop()
-        last = loop.time()
+        last = time.monotonic()
         timer: asyncio.TimerHandle
 
         def keep_alive() -> None:
             nonlocal last, timer
-            if loop.time() - last >= self._keep_alive_s:
-                last = loop.time()
+            last = max(last, connection.written_at)
+            if time.monotonic() - last >= self._keep_alive_s:
+                last = time.monotonic()
                 connection.write(self._keep_alive)  # one that is slow has bytes to read
-            timer = loop.call_later(max(0.01, last + self._keep_alive_s - loop.time()), keep_alive)
+            timer = loop.call_later(max(0.01, last + self._keep_alive_s - time.monotonic()), keep_alive)
 
         timer = loop.call_later(self._keep_alive_s, keep_alive)
         try:
             async for chunk in self._frames:
-                last = loop.time()
+                last = time.monotonic()
                 if not chunk:
                     continue  # a chunk without bytes would be the end
                 if not connection.write(chunk):

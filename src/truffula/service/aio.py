@@ -55,6 +55,8 @@ class TextStream:
         self._begun = False
         self._closed = False
         self.wake_after = 1  # deltas: a consumer that only wants the whole answer need not run for each token
+        # Called with deltas while the consumer waits for them; True: they are consumed, and it need not run.
+        self.sink: Callable[[list[TextDelta]], bool] | None = None
         self.on_arrival: Callable[[list[TextDelta]], None] | None = None  # called with deltas before they are read
 
     def feed(self, deltas: list[TextDelta]) -> None:
@@ -64,6 +66,9 @@ class TextStream:
             self.on_arrival(deltas)
         waiter = self._waiter
         if waiter is None or waiter.done():
+            return
+        if self.sink is not None and not self.state.done and len(self._ready) == len(deltas) and self.sink(deltas):
+            self._ready = []
             return
         if len(self._ready) >= self.wake_after or self.state.done or any(one.finish_reason for one in deltas):
             waiter.set_result(None)
