@@ -85,7 +85,7 @@ def test_kimi_as_its_repositories_write_it() -> None:
         "auto_map": {"AutoConfig": "configuration_deepseek.X"},
     }
     read = read_config(text)
-    assert (read.spec.model_type, read.spec.names.unneeded) == ("kimi_k2", ())
+    assert (read.spec.model_type, read.spec.names.unused) == ("kimi_k2", ())
     nested = {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": text}
     nested |= {"vision_config": {"model_type": "kimi_k25"}, "media_placeholder_token_id": 7, "ignore_index": -100}
     read = read_config(nested)

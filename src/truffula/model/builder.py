@@ -90,8 +90,7 @@ class ProgramBuilder:
     def declare(self, key: str, shape: tuple[int, ...], parts: tuple[WeightPart, ...], *uses: str) -> int:
         """The id of a new weight with the row ``key``."""
         row = self.rows[key]
-        name = row.slices[0].module if len(row.slices) == 1 else (row.fused or row.key)
-        decl = WeightDecl(len(self.weights), row.tensor(name), shape, parts, frozenset(uses), row.dtype)
+        decl = WeightDecl(len(self.weights), row.name, shape, parts, frozenset(uses), row.dtype)
         self.weights.append(decl)
         self.weight_ids[key] = decl.id
         return decl.id

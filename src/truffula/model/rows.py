@@ -110,7 +110,8 @@ class WeightRow:
     input width I (0 for a vector; the taps of a convolution). ``key`` is its name in the decoder. ``transform``:
     see ``program.WeightPart``. The tying decision assigns the tensors of embedding and head.
 
-    A row of kind ``experts`` has such a matrix for each of ``experts`` experts, in one of ``layouts``.
+    A row of kind ``experts`` has such a matrix for each of ``experts`` experts, in one of ``layouts``; a token passes
+    ``chosen`` of them.
     """
 
     key: str
@@ -124,7 +125,13 @@ class WeightRow:
     dtype: BufferDtype = "model"
     stored: tuple[int, ...] = ()
     experts: int = 0
+    chosen: int = 0
     layouts: tuple[ExpertLayout, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The weight's name in the program."""
+        return self.tensor(self.slices[0].module if len(self.slices) == 1 else self.fused or self.key)
 
     @property
     def rows(self) -> int:
@@ -233,18 +240,19 @@ class LayerRows:
 
     def experts(
         self, key: str, parts: Sequence[tuple[str, int]], width: int, count: int, layouts: Sequence[ExpertLayout],
-        biases: Sequence[ExpertLayout] = (),
+        biases: Sequence[ExpertLayout] = (), *, chosen: int,
     ) -> None:  # fmt: skip
         """A matrix ``[O, width]`` of stacked ``parts`` for each of ``count`` experts, in one of ``layouts``; with
-        ``biases``, the forms of their biases, a bias for each. Layouts name tensors relative to the layer."""
+        ``biases``, the forms of their biases, a bias for each. Layouts name tensors relative to the layer. ``chosen``:
+        see ``WeightRow``."""
         slices = tuple(RowSlice(self.prefix + module, rows) for module, rows in parts)
         placed = tuple(self._placed(layout) for layout in layouts)
         self.found.append(WeightRow(self.prefix + key, "experts", slices, width, self.index, experts=count,
-                                    layouts=placed))  # fmt: skip
+                                    chosen=chosen, layouts=placed))  # fmt: skip
         if biases:
             placed = tuple(self._placed(layout) for layout in biases)
             self.found.append(WeightRow(f"{self.prefix}{key}.bias", "experts", slices, 0, self.index, "bias",
-                                        experts=count, layouts=placed))  # fmt: skip
+                                        experts=count, chosen=chosen, layouts=placed))  # fmt: skip
 
     def _placed(self, layout: ExpertLayout) -> ExpertLayout:
         parameter = None if layout.parameter is None else self.prefix + layout.parameter

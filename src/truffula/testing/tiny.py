@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from truffula.model.config_view import load_defaults
+from truffula.model.names import written_tensors
 from truffula.model.read import read_config
 from truffula.model.rows import WeightRow
 from truffula.testing.files import Array, as_dtype, write_safetensors
@@ -337,21 +338,11 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
     Each tensor depends on ``seed`` and its name, so the common tensors of two configs are equal.
     """
     read = read_config(config)
-    spec = read.spec
-    prefix, head = spec.names.prefixes[2 if spec.names.body == "model.language_model." else 0]
     tied = config.get("tie_word_embeddings", read.tie_default)
     tensors = {}
-    for row in spec.rows:
-        if row.experts:
-            for part in row.layouts[0].parts(row):
-                tensors[prefix + part.name] = _random(part.name, row, part.stored, seed, dtype)
-            continue
-        for item in row.slices:
-            if row.kind == "head" and row.param == "weight" and tied:
-                continue
-            module = head if row.kind == "head" else prefix + item.module
-            shape = () if item.module.endswith(_SCALARS) else row.stored_shape(item.rows)
-            tensors[row.tensor(module)] = _random(row.tensor(item.module), row, shape, seed, dtype)
+    for item in written_tensors(read.spec, has_head=not tied):
+        shape = () if item.module_name.endswith(_SCALARS) else item.shape
+        tensors[item.name] = _random(item.module_name, item.row, shape, seed, dtype)
     return tensors
 
 

@@ -183,6 +183,12 @@ def _no_weights(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}.{found}", param=str(folder))
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has any file of weights, in a format that is read or not."""
+    kinds = (".safetensors", ".safetensors.index.json", ".gguf", *_PICKLES)
+    return any(file.name.endswith(kinds) for file in folder.iterdir())
+
+
 def conversion_command(folder: Path) -> str:
     """The shell command that turns a folder of pickled weights into one of safetensors beside it."""
     source, target = str(folder), f"{str(folder).rstrip('/')}-safetensors"

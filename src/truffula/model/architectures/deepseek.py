@@ -100,7 +100,7 @@ def deepseek_v32(view: ConfigView) -> ModelSpec:
         "sequences are not served."
     )
     indexers = tuple(f"layers.{index}.self_attn.indexer." for index in range(layers))
-    names = replace(spec.names, unneeded=(*spec.names.unneeded, *indexers))
+    names = replace(spec.names, unused=(*spec.names.unused, *indexers))
     return replace(spec, max_positions=min(spec.max_positions, longest), names=names, notes=(*spec.notes, note))
 
 
@@ -171,7 +171,7 @@ def _model(
     if moe is not None:
         layers = with_experts(layers, moe, sparse)
     if predicts:
-        names = replace(names, unneeded=predictors(view, len(sparse)))
+        names = replace(names, unused=predictors(view, len(sparse)))
     if rope is None:
         rope = read_rope(view, mixer.rope, more=_ROPE_KEYS)
     return finish_spec(view, layers, (rope,), rms(view, "norm"), names=names)

@@ -81,6 +81,11 @@ class AttentionSpec:
         return self.q_width + self.gate_width + own * self.kv_width
 
     @property
+    def kind(self) -> str:
+        limit = "full" if self.window is None else "chunked" if self.chunked else "sliding"
+        return f"{limit} attention" + (f" of {self.window} tokens" if self.window is not None else "")
+
+    @property
     def kv_widths(self) -> tuple[int, ...]:
         return () if self.kv_layer is not None else (self.kv_width, self.kv_width)
 

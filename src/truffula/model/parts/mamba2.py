@@ -38,6 +38,10 @@ class Mamba2Spec:
         return None
 
     @property
+    def kind(self) -> str:
+        return "Mamba-2"
+
+    @property
     def kv_widths(self) -> tuple[int, ...]:
         return ()
 

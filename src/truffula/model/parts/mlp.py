@@ -31,6 +31,10 @@ class MlpSpec:
         return None
 
     @property
+    def kind(self) -> str:
+        return "gated MLP" if self.gated else "MLP"
+
+    @property
     def kv_widths(self) -> tuple[int, ...]:
         return ()
 

@@ -104,6 +104,11 @@ class MoeSpec:
         return None
 
     @property
+    def kind(self) -> str:
+        shared = "" if self.shared is None else " and a shared one"
+        return f"{self.router.top_k} of {self.router.experts} experts{shared}"
+
+    @property
     def kv_widths(self) -> tuple[int, ...]:
         return ()
 
@@ -128,13 +133,13 @@ class MoeSpec:
             (*names.in_layouts, ExpertLayout((f"{each}{gate}.weight", f"{each}{up}.weight")),
              *_stacked(stacked, "gate_up_proj", module5),
              ExpertLayout((f"{stacked}{gate}.weight", f"{stacked}{up}.weight"))),
-            names.in_biases,
+            names.in_biases, chosen=router.top_k,
         )  # fmt: skip
         rows.experts(
             "experts_out", [(each + down, hidden)], width, router.experts,
             (*names.out_layouts, ExpertLayout((f"{each}{down}.weight",)), *_stacked(stacked, "down_proj", module5),
              ExpertLayout((f"{stacked}{down}.weight",))),
-            names.out_biases,
+            names.out_biases, chosen=router.top_k,
         )  # fmt: skip
         if self.shared is None:
             return
