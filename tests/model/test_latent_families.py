@@ -94,6 +94,18 @@ def test_kimi_as_its_repositories_write_it() -> None:
     assert read.warnings == ()
 
 
+def test_glm_5_2_as_its_repository_writes_it() -> None:
+    """An older name of the layers, and a head_dim that transformers overwrites."""
+    from transformers import AutoConfig
+
+    config = tiny_config("glm_moe_dsa")
+    layers = ["deepseek_sparse_attention"] * config["num_hidden_layers"]
+    written = config | {"layer_types": layers, "head_dim": config["qk_nope_head_dim"]}
+    assert read_config(written).spec == read_config(config).spec
+    theirs = AutoConfig.for_model(**written)
+    assert theirs.head_dim == config["qk_rope_head_dim"] and set(theirs.layer_types) == {"indexed_attention"}
+
+
 @pytest.mark.parametrize(
     ("model_type", "key", "value"),
     [

@@ -62,11 +62,13 @@ def _is_adapter(path: Path) -> bool:
 
 
 def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
+    from truffula.kernels.trim import defer_gc
     from truffula.model.load import plan_model
     from truffula.model.read import read_config
     from truffula.text.ends import describe
 
-    with contextlib.closing(_open(path)) as checkpoint:
+    # A model of many experts is hundreds of thousands of objects.
+    with defer_gc(), contextlib.closing(_open(path)) as checkpoint:
         plan = plan_model(checkpoint)
         if plan.transformers is None:
             uses = read_config(checkpoint.config).key_uses

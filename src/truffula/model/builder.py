@@ -126,13 +126,12 @@ class ProgramBuilder:
         for expert in range(row.experts):
             lo = 0
             for number, item in enumerate(row.slices):
-                module = ModuleSlice(body + item.module.format(e=expert), 0, item.rows, item.rows)
-                site = self.site("linear", row.layer, row.width, item.rows, [module])
+                module, place = ModuleSlice(body + item.module.format(e=expert), 0, item.rows, item.rows), None
                 if stacked is not None:
                     first, step = (number, len(row.slices)) if stacked.alternating else (lo, 1)
                     place = StackedSlice(f"{body}{stacked.parameter}", expert, row.experts, first, step, row.rows,
                                          stacked.columns, stacked.peft_columns)  # fmt: skip
-                    self.sites[site] = replace(self.sites[site], stacked=place)
+                site = self.site("linear", row.layer, row.width, item.rows, [module], place)
                 yield SiteSlice(site, expert * row.rows + lo, expert * row.rows + lo + item.rows)
                 lo += item.rows
 
@@ -142,10 +141,10 @@ class ProgramBuilder:
 
     def site(
         self, kind: Literal["linear", "embed", "head"], layer: int | None, width_in: int, width_out: int,
-        modules: Sequence[ModuleSlice],
+        modules: Sequence[ModuleSlice], stacked: StackedSlice | None = None,
     ) -> int:  # fmt: skip
         """The id of a new site. Tables are sites on each side even when they are one tensor: tying is of the base."""
-        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, tuple(modules)))
+        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, tuple(modules), stacked))
         return len(self.sites) - 1
 
     def module(self, path: str) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.environment import prepare_compute
+from truffula.errors import CheckpointError
 from truffula.model.names import written_tensors
 from truffula.model.plan import FLOATS
-from truffula.model.read import is_native, read_config
+from truffula.model.read import is_native, read_config, require_transformers
 from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
 from truffula.weights.quantised.config import read_scheme
 from truffula.weights.text_files import generation_config, read_json
@@ -29,28 +30,20 @@ class ConfigAlone(Checkpoint):
     class, says that it is tied.
 
     Raises:
-        UnsupportedModel: The config is not supported, or transformers' code computes the model.
+        UnsupportedModel: The config is not supported.
+        MissingDependency: Transformers computes the model, and is not installed.
     """
 
     format = "config.json alone"
 
     def __init__(self, file: Path) -> None:
         self.path, self.files = file.parent, ()
-        self.config = read_json(file)
+        self.config = read_json(file, infinity=True)
         self.generation_config = generation_config(file.parent)
-        if not is_native(self.config):
-            raise UnsupportedModel(
-                f"{file}: model_type is {self.config.get('model_type')!r}, which transformers' code computes; such a "
-                "model is inspected with its weights.",
-                param="model_type",
-            )
-        read = read_config(self.config)
-        flag, _ = read_flag(self.config)
-        dtype = _dtype(self.config)
-        tied = read.tie_default if flag is None else flag
+        shapes, dtype = _native(self.config) if is_native(self.config) else _others(self.config), _dtype(self.config)
         self.tensors = {
-            item.name: TensorInfo(item.name, item.shape, dtype, file, 0, math.prod(item.shape) * _WIDTHS[dtype])
-            for item in written_tensors(read.spec, has_head=not tied)
+            name: TensorInfo(name, shape, dtype, file, 0, math.prod(shape) * _WIDTHS[dtype])
+            for name, shape in shapes.items()
         }
         self.warnings = (f"{file} stands alone: weights, their sizes and tying are what it says they should be.",)
         if read_scheme(self.config) is not None:
@@ -62,6 +55,25 @@ class ConfigAlone(Checkpoint):
     def bytes_of(self, info: TensorInfo) -> Array:
         """The name: two tables that a config describes are not equal."""
         return np.frombuffer(info.name.encode(), np.uint8)
+
+
+def _native(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors by name."""
+    read, (flag, _) = read_config(config), read_flag(config)
+    tied = read.tie_default if flag is None else flag
+    return {item.name: item.shape for item in written_tensors(read.spec, has_head=not tied)}
+
+
+def _others(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The same of a model that transformers' code computes: its parameters and buffers, as it names them."""
+    require_transformers(config)
+    prepare_compute()
+    from truffula.model.fallback.skeleton import make_skeleton
+
+    skeleton = make_skeleton(config)
+    model = skeleton.built()
+    tied = model.all_tied_weights_keys if skeleton.config.tie_word_embeddings else {}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

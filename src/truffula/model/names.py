@@ -101,7 +101,10 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
             placed = _find_experts(row, prefix, stored)
             missing += [part.name for part in placed if part.name not in stored]
             taken.update(part.name for part in placed)
-            parts[row.key] = tuple(replace(part, name=stored.get(part.name, part.name)) for part in placed)
+            parts[row.key] = tuple(
+                part if stored.get(part.name, part.name) == part.name else replace(part, name=stored[part.name])
+                for part in placed
+            )
             continue
         found = _find(row, prefix, stored)
         if found is None:
@@ -198,7 +201,7 @@ def _split_names(row: WeightRow, prefix: str) -> list[str]:
 
 def _find_experts(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[WeightPart]:
     """The tensors of a row of experts in the layout of which the checkpoint has the most."""
-    forms = [[replace(part, name=prefix + part.name) for part in layout.parts(row)] for layout in row.layouts]
+    forms = [list(layout.parts(row, prefix)) for layout in row.layouts]
     return max(forms, key=lambda parts: sum(part.name in stored for part in parts) / len(parts))
 
 

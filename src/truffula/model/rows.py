@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from truffula.kernels.program import BufferDtype, RowOrder, Transform, WeightPart
@@ -78,11 +79,12 @@ class ExpertLayout:
     parameter: str | None = None
     peft_columns: bool = False
 
-    def parts(self, row: WeightRow) -> Iterator[WeightPart]:
-        """The tensors of ``row``, in this form."""
+    def parts(self, row: WeightRow, prefix: str = "") -> Iterator[WeightPart]:
+        """The tensors of ``row``, in this form, named with ``prefix``."""
         heights = [item.rows for item in row.slices] if len(self.tensors) > 1 else [row.rows]
         lo = 0
-        for name, height in zip(self.tensors, heights, strict=True):
+        for tensor, height in zip(self.tensors, heights, strict=True):
+            name = prefix + tensor
             matrix: tuple[int, ...] = (row.width, height) if self.columns else (height, row.width)
             matrix = matrix if row.width else (height,)
             if "{e}" in name:
@@ -133,7 +135,7 @@ class WeightRow:
         """The weight's name in the program."""
         return self.tensor(self.slices[0].module if len(self.slices) == 1 else self.fused or self.key)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return sum(item.rows for item in self.slices)
 

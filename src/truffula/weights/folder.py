@@ -29,7 +29,7 @@ class FolderCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = read_json(_config_file(path))
+        self.config = read_json(_config_file(path), infinity=True)
         self.generation_config: dict[str, Any] = generation_config(path)
         warnings: list[str] = []
         found = _open_weights(path, warnings)
