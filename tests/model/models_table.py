@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from fallback_types import WITHOUT_ADAPTERS
 from parity_matrix import Row, rows
 
 from truffula.model.architectures import ARCHITECTURES
@@ -27,7 +26,7 @@ def page() -> str:
     lines = [intro, *(_native(name, tested.get(name, [])) for name in sorted(ARCHITECTURES)), _OTHERS]
     for name in sorted(set(tested) - set(natives)):
         served = "whole batches" if tested[name][0].served == "fallback" else "one sequence at a time"
-        lines.append(f"| `{name}` | {served} | {'refused' if name in WITHOUT_ADAPTERS else 'all linear modules'} |")
+        lines.append(f"| `{name}` | {served} |")
     return "\n".join([*lines, ""])
 
 
@@ -76,9 +75,9 @@ in chunks, a prefix from the cache, a preempted sequence (`make parity`). [Tying
 _OTHERS = """
 ## Computed by transformers
 
-Any other causal language model of transformers is tried. These are tested as the native types are, each in its
-class's default form; a check at each start decides anew whether sequences can share a batch
-([how](architecture.md#models-that-transformers-computes)).
+Any other causal language model of transformers is tried, with adapters on its linear modules, input table and head.
+These are tested as the native types are, each in its class's default form; a check at each start decides anew whether
+sequences can share a batch ([how](architecture.md#models-that-transformers-computes)).
 
-| model type | served | adapter sites |
-|---|---|---|"""
+| model type | served |
+|---|---|"""

@@ -60,17 +60,20 @@ CELLS: Mapping[tuple[Flag, str], Cell] = {
 _UNTIED_THERE = {(True, "no head"): RANDOM_HEAD, (True, "equal head"): SEPARATE, (True, "head alone"): RANDOM_TABLE}
 _TEXT_ALONE = "the class of its text part reads only the flag in `text_config`"
 OTHERWISE: Mapping[str, str] = {
+    "dbrx": "its class refuses the flag",
     "kimi_linear": "its class names no tables to tie",
     "llama4": _TEXT_ALONE,
     "nemotron_h": "its class names no tables to tie",
     "qwen3_5": _TEXT_ALONE,
     "qwen3_5_moe": _TEXT_ALONE,
 }
-"""The types that transformers leaves untied although the flag at the top of config.json is true, and why."""
+"""The types that transformers refuses or leaves untied where the flag at the top of config.json is true, and why."""
 
 
 def theirs(model_type: str, flag: Flag, files: str, class_default: bool) -> str:
     """The answer of transformers, where the flag is written at the top."""
+    if model_type == "dbrx" and flag:
+        return REFUSED
     if model_type in OTHERWISE and (flag, files) in _UNTIED_THERE:
         return _UNTIED_THERE[flag, files]
     cell = CELLS[flag, files]
@@ -121,7 +124,7 @@ class TinyModel:
         names = WeightNames.canonical(read.spec)
         embed, head = names.embed, names.head
         tables = {"no head": body.pop(embed), "different head": body.pop(head)}
-        return cls(config, bool(read.tie_default), embed, head, tables, body)
+        return cls(config, read.tie_default, embed, head, tables, body)
 
     def write(self, folder: Path, files: str, flag: Flag, text_flag: Flag = None) -> Path:
         """The model with these files, and these flags at the top and in text_config."""
@@ -161,7 +164,7 @@ def _row(model_type: str) -> str:
     }
     notes = [text for text, is_there in between.items() if is_there]
     if model_type in OTHERWISE:
-        notes.append(f"transformers ignores a true at the top: {OTHERWISE[model_type]}")
+        notes.append(f"transformers ties nothing where the flag is true: {OTHERWISE[model_type]}")
     default = "true" if read.tie_default else "false"
     return f"| `{model_type}` | {default} | `{names.embed}` | `{names.head}` | {'; '.join(notes)} |"
 

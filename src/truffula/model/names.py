@@ -79,7 +79,8 @@ def written_tensors(spec: ModelSpec, *, has_head: bool) -> Iterator[WrittenTenso
 
 def written_names(spec: ModelSpec) -> tuple[str, str]:
     """The prefix of the body's names in files of transformers, and the module of the head."""
-    return spec.names.prefixes[2 if spec.names.body == "model.language_model." else 0]
+    nested = spec.names.body == "model.language_model." and len(spec.names.prefixes) > 2
+    return spec.names.prefixes[2 if nested else 0]
 
 
 def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
