@@ -65,6 +65,7 @@ MODEL_TYPES = (
     "kimi_k25",
     "kimi_linear",
     "lfm2",
+    "lfm2_moe",
     "llama",
     "llama4",
     "llama4_text",
@@ -128,6 +129,7 @@ LEGACY_OF = {
     "gpt_neox": ("rotary_emb_base", "rotary_pct"),
     "kimi_linear": ("first_k_dense_replace", "linear_attn_config"),
     "lfm2": ("block_ff_dim", "tie_embedding"),
+    "lfm2_moe": ("tie_embedding",),
     "nemotron_h": (
         *("hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers", "mamba_n_groups"),
         *("mamba_d_conv", "mamba_expand", "mamba_dt_min", "mamba_dt_max", "mamba_dt_limit", "mamba_dt_init_floor"),

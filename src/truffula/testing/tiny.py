@@ -127,6 +127,13 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         "block_multiple_of": 8,
         "block_ffn_dim_multiplier": 1.1,
     },
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "num_dense_layers": 1,
+    },
     "gemma4_text": {
         "head_dim": 10,
         "global_head_dim": 16,

@@ -23,7 +23,7 @@ from truffula.model.architectures.glm import glm, glm4
 from truffula.model.architectures.gpt import gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj
 from truffula.model.architectures.gpt_oss import gpt_oss
 from truffula.model.architectures.kimi_linear import kimi_linear
-from truffula.model.architectures.lfm2 import lfm2
+from truffula.model.architectures.lfm2 import lfm2, lfm2_moe
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
 from truffula.model.architectures.llama4 import llama4, llama4_text
 from truffula.model.architectures.mamba_hybrid import bamba, granitemoehybrid
@@ -97,6 +97,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "kimi_k25": kimi_k25,
         "kimi_linear": kimi_linear,
         "lfm2": lfm2,
+        "lfm2_moe": lfm2_moe,
         "glm4_moe": glm4_moe,
         "gpt_oss": gpt_oss,
         "granitemoe": granitemoe,
