@@ -36,6 +36,7 @@ MODEL_TYPES = (
     "exaone4",
     "exaone_moe",
     "falcon",
+    "falcon_h1",
     "gemma",
     "gemma2",
     "gemma3",

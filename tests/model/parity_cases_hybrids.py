@@ -22,5 +22,14 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
      [FULL, MOE, MAMBA, MLP, MOE], **EXPERTS, "moe_latent_size": 18, "n_routed_experts": 8, "n_group": 4,
      "topk_group": 2, "routed_scaling_factor": 2.5, "mlp_bias": True, "n_shared_experts": 2}),
     ("nemotron_h", "experts, weights as they are, another activation", {"hybrid_override_pattern": "*EM", **EXPERTS,
-     "norm_topk_prob": False, "mlp_hidden_act": "silu", "num_key_value_heads": 1, "tie_word_embeddings": True}),
+     "norm_topk_prob": False, "mlp_hidden_act": "silu", "num_key_value_heads": 1}),
+    ("falcon_h1", "plain", {}),
+    ("falcon_h1", "a norm after the gate, biases, one kv head, tied", {"mamba_rms_norm": True, "attention_bias": True,
+     "mamba_norm_before_gate": False, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True,
+     "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ("falcon_h1", "a norm before the gate, limited steps, no bias of the convolution", {"mamba_rms_norm": True,
+     "time_step_limit": [0.3, 0.9], "mamba_conv_bias": False, "mamba_d_conv": 2, "mamba_n_groups": 1}),
+    ("falcon_h1", "no multipliers, width by expansion", {"mamba_d_ssm": None, "mamba_expand": 1, "mlp_multipliers":
+     None, "ssm_multipliers": None, "key_multiplier": 1.0, "attention_in_multiplier": 1.0, "head_dim": 8,
+     "attention_out_multiplier": 1.0, "ssm_in_multiplier": 1.0, "ssm_out_multiplier": 1.0, "rope_theta": 1e11}),
 ]  # fmt: skip

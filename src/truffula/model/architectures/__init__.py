@@ -26,7 +26,7 @@ from truffula.model.architectures.kimi_linear import kimi_linear
 from truffula.model.architectures.lfm2 import lfm2, lfm2_moe
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
 from truffula.model.architectures.llama4 import llama4, llama4_text
-from truffula.model.architectures.mamba_hybrid import bamba, granitemoehybrid
+from truffula.model.architectures.mamba_hybrid import bamba, falcon_h1, granitemoehybrid
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
 from truffula.model.architectures.nemotron_h import nemotron_h
@@ -71,6 +71,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "ernie4_5_moe": ernie4_5_moe,
         "exaone4": exaone4,
         "falcon": falcon,
+        "falcon_h1": falcon_h1,
         "exaone_moe": exaone_moe,
         "gemma": gemma,
         "gemma2": gemma2,

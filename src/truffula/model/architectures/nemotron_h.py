@@ -100,6 +100,7 @@ def _experts(view: ConfigView, bias: bool, activation: Activation) -> MoeSpec:
 
 
 def _mamba2(view: ConfigView, eps: float) -> Mamba2Spec:
+    bias = view.flag("use_bias")
     heads, groups = view.integer("mamba_num_heads"), view.integer(_written(view, "mamba_n_groups", "n_groups"))
     if heads % groups:
         raise view.error("n_groups", f"it does not divide the {heads} heads.", groups)
@@ -109,9 +110,10 @@ def _mamba2(view: ConfigView, eps: float) -> Mamba2Spec:
         groups=groups,
         state_size=view.integer("ssm_state_size"),
         taps=view.integer(_written(view, "mamba_d_conv", "conv_kernel"), minimum=2),
-        eps=eps,
+        norm=NormSpec("mixer.norm", eps),
         activation=view.choice("mamba_hidden_act", ACTIVATIONS),
-        bias=view.flag("use_bias"),
+        in_bias=bias,
+        out_bias=bias,
         conv_bias=view.flag(_written(view, "mamba_conv_bias", "use_conv_bias")),
         # Only transformers' form for whole prompts has this bound, and not that for one token.
         dt_limit=(view.number(_written(view, "mamba_dt_min", "time_step_min")), math.inf),
