@@ -63,6 +63,7 @@ MODEL_TYPES = (
     "helium",
     "hunyuan_v1_dense",
     "hunyuan_v1_moe",
+    "jamba",
     "kimi_k25",
     "kimi_linear",
     "lfm2",

@@ -38,7 +38,7 @@ def chosen(op: Route, logits: np.ndarray, correction: np.ndarray | None) -> tupl
         order = np.argsort(-preference, kind="stable")[: op.k]
         found = scores[order]
         if op.norm is not None:
-            found = found / max((found**op.norm).sum() ** (1 / op.norm), op.floor)
+            found = found / max((found**op.norm).sum() ** (1 / op.norm) + op.plus, op.floor)
         experts.append(order)
         weights.append(found * op.scale)
     return np.array(experts), np.array(weights)
@@ -53,6 +53,7 @@ ROUTES = {
     "sigmoid corrected groups": {"k": 3, "score": "sigmoid", "groups": 3, "topk_groups": 2, "norm": 1.0,
                                  "correction": True},
     "sigmoid": {"k": 1, "score": "sigmoid"},
+    "sigmoid, a number added": {"k": 3, "score": "sigmoid", "norm": 1.0, "plus": 0.3},
     "all": {"k": 12, "norm": 1.0},
 }  # fmt: skip
 

@@ -32,4 +32,10 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("falcon_h1", "no multipliers, width by expansion", {"mamba_d_ssm": None, "mamba_expand": 1, "mlp_multipliers":
      None, "ssm_multipliers": None, "key_multiplier": 1.0, "attention_in_multiplier": 1.0, "head_dim": 8,
      "attention_out_multiplier": 1.0, "ssm_in_multiplier": 1.0, "ssm_out_multiplier": 1.0, "rope_theta": 1e11}),
+    ("jamba", "plain", {}),
+    ("jamba", "biases, a rank that is given, one kv head, experts in all layers, tied", {"mamba_proj_bias": True,
+     "mamba_dt_rank": 5, "num_key_value_heads": 1, "expert_layer_period": 1, "expert_layer_offset": 0,
+     "num_experts_per_tok": 1, "mamba_conv_bias": False, "mamba_d_conv": 2, "tie_word_embeddings": True}),
+    ("jamba", "no experts, wide states, hidden not a multiple of a vector", {"num_experts": 1, "mamba_d_state": 20,
+     "hidden_size": 40, "mamba_expand": 3, "intermediate_size": 37, "attn_layer_offset": 0}),
 ]  # fmt: skip

@@ -144,6 +144,14 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         "ssm_in_multiplier": 0.8,
         "ssm_out_multiplier": 1.4,
     },
+    "jamba": {
+        "head_dim": 10,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "num_experts": 5,
+        "mamba_d_state": 6,
+        "rms_norm_eps": 1e-2,
+    },
     "lfm2_moe": {
         "layer_types": ["conv", "full_attention", "conv"],
         "num_experts": 6,

@@ -22,6 +22,7 @@ from truffula.model.architectures.gemma4 import gemma4, gemma4_text
 from truffula.model.architectures.glm import glm, glm4
 from truffula.model.architectures.gpt import gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj
 from truffula.model.architectures.gpt_oss import gpt_oss
+from truffula.model.architectures.jamba import jamba
 from truffula.model.architectures.kimi_linear import kimi_linear
 from truffula.model.architectures.lfm2 import lfm2, lfm2_moe
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
@@ -94,6 +95,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "granitemoehybrid": granitemoehybrid,
         "helium": helium,
         "hunyuan_v1_dense": hunyuan_v1_dense,
+        "jamba": jamba,
         "kimi_k2": deepseek_v3,
         "kimi_k25": kimi_k25,
         "kimi_linear": kimi_linear,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 
 from truffula.model.architectures import softmax_moe
 from truffula.model.architectures.pieces import (
@@ -88,7 +89,7 @@ def falcon_h1(view: ConfigView) -> ModelSpec:
     """Attention and Mamba-2 read the same norm; multipliers of what nearly each module reads or returns."""
     sizes, bias = read_sizes(view), view.flag("attention_bias")
     view.skip("num_logits_to_keep")
-    factor = lambda key: view.number(key, positive=False)
+    factor = partial(view.number, positive=False)
     gate_scale, down = view.numbers("mlp_multipliers", 2) or (1.0, 1.0)
     heads = attention(sizes, qkv_bias=bias, out_bias=bias, key_scale=factor("key_multiplier"))
     feed_forward = mlp(view, sizes, bias=view.flag("mlp_bias"), gate_scale=gate_scale)
@@ -162,9 +163,7 @@ def read_mamba2(view: ConfigView, sizes: Sizes, width: int | None = None) -> Mam
     width = width or expand * sizes.hidden
     head_dim = width // heads if view.raw("mamba_d_head") == "auto" else view.integer("mamba_d_head")
     if head_dim * heads != width:
-        raise view.error(
-            "mamba_n_heads", f"with heads of {head_dim} it does not make the width, {width}.", heads
-        )
+        raise view.error("mamba_n_heads", f"with heads of {head_dim} it does not make the width, {width}.", heads)
     groups = view.integer("mamba_n_groups")
     if heads % groups:
         raise view.error("mamba_n_groups", f"it does not divide the {heads} heads.", groups)

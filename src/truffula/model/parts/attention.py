@@ -30,11 +30,11 @@ class AttentionSpec:
     ``k_norm`` act per head, or over all heads with ``norm_over`` width; before the rotation, or after it with
     ``norm_rotated``. ``v_norm`` acts per head. ``keys_as_values``: v is k before its norm. ``kv_layer`` is the layer
     whose keys and values are attended to; then this one has none. ``clip`` bounds q, k and v before all that.
-    ``key_scale`` multiplies k before the rotation, ``position_scale`` q last. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
-    ``chunked``: the window is a chunk of positions, see ``program.Attention``. ``sinks`` is the tensor of a logit per
-    head, which only counts in the softmax's denominator. ``gated``: the q module has the rows of q and of a gate for
-    each head; the result is multiplied by sigmoid(gate). ``gate``: the same with a module of its own, of the part's
-    input. ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
+    ``key_scale`` multiplies k before the rotation, ``position_scale`` q last. ``scale`` multiplies q·k, ``softcap`` c
+    makes scores c * tanh(s / c). ``chunked``: the window is a chunk of positions, see ``program.Attention``. ``sinks``
+    is the tensor of a logit per head, which only counts in the softmax's denominator. ``gated``: the q module has the
+    rows of q and of a gate for each head; the result is multiplied by sigmoid(gate). ``gate``: the same with a module
+    of its own, of the part's input. ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
     """
 
     heads: int

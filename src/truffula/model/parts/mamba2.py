@@ -60,8 +60,8 @@ class Mamba2Spec:
         return f"{self.module}.out_proj"
 
     def rows(self, rows: LayerRows) -> None:
-        at, hidden = f"{self.module}.", rows.hidden
-        rows.linear("mamba_in", [(at + "in_proj", self.width + self.conv_width + self.heads)], hidden, bias=self.in_bias)
+        at, hidden, inner = f"{self.module}.", rows.hidden, self.width + self.conv_width + self.heads
+        rows.linear("mamba_in", [(at + "in_proj", inner)], hidden, bias=self.in_bias)
         rows.conv("mamba_conv", [(at + "conv1d", self.conv_width)], self.taps, bias=self.conv_bias)
         rows.vector("mamba_rate", at + "A_log", self.heads, transform="minus_exp")
         rows.vector("mamba_dt_bias", at + "dt_bias", self.heads)

@@ -89,9 +89,9 @@ class MoeSpec:
     """The sum of each row's chosen experts, down(activation(gate x) * up x), and of the shared expert.
 
     ``width`` is F of an expert. Without ``gated`` an expert is down(activation(up x)). ``latent``: the experts read
-    latent_in(x), of that width, and latent_out of their sum counts; both with a bias if ``latent_bias``. ``limit`` and ``offset`` are the ``glu_limit`` and ``glu_offset`` of the experts'
-    ``program.Epilogue``. ``weigh`` input: x is multiplied by the expert's weight, instead of the result; one
-    expert per row.
+    latent_in(x), of that width, and latent_out of their sum counts; both with a bias if ``latent_bias``. ``limit`` and
+    ``offset`` are the ``glu_limit`` and ``glu_offset`` of the experts' ``program.Epilogue``. ``weigh`` input: x is
+    multiplied by the expert's weight, instead of the result; one expert per row.
     """
 
     router: RouterSpec
