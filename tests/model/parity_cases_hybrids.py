@@ -1,14 +1,10 @@
-"""Parity cases of hybrids with experts, and of layers with attention and Mamba-2 beside each other."""
+"""Parity cases of hybrids: LFM2 with experts, attention and Mamba-2 beside each other, and Mamba."""
 
 from __future__ import annotations
 
 from typing import Any
 
-CONV, FULL, MAMBA, MOE, MLP = "conv", "full_attention", "linear_attention", "moe", "mlp"
-EXPERTS = {
-    "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
-    "moe_shared_expert_intermediate_size": 28,
-}  # fmt: skip
+CONV, FULL = "conv", "full_attention"
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("lfm2_moe", "plain", {}),
     ("lfm2_moe", "no correction, weights as they are, scaled, one kv head, untied", {"use_expert_bias": False,
@@ -17,12 +13,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
      "num_experts_per_tok": 1, "conv_bias": True, "conv_L_cache": 2, "layer_types": [CONV, CONV, FULL]}),
     ("lfm2_moe", "own head width, hidden not a multiple of a vector", {"hidden_size": 40, "head_dim": 12,
      "intermediate_size": 37, "moe_intermediate_size": 19, "vocab_size": 97}),
-    ("nemotron_h", "experts", {"hybrid_override_pattern": "ME*E", **EXPERTS}),
-    ("nemotron_h", "narrow experts, groups, biases", {"hybrid_override_pattern": None, "layers_block_type":
-     [FULL, MOE, MAMBA, MLP, MOE], **EXPERTS, "moe_latent_size": 18, "n_routed_experts": 8, "n_group": 4,
-     "topk_group": 2, "routed_scaling_factor": 2.5, "mlp_bias": True, "n_shared_experts": 2}),
-    ("nemotron_h", "experts, weights as they are, another activation", {"hybrid_override_pattern": "*EM", **EXPERTS,
-     "norm_topk_prob": False, "mlp_hidden_act": "silu", "num_key_value_heads": 1}),
     ("falcon_h1", "plain", {}),
     ("falcon_h1", "a norm after the gate, biases, one kv head, tied", {"mamba_rms_norm": True, "attention_bias": True,
      "mamba_norm_before_gate": False, "mlp_bias": True, "mamba_proj_bias": True, "projectors_bias": True,

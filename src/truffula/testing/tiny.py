@@ -203,7 +203,11 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "olmo2": {},
     "olmo3": {"sliding_window": 7, "num_hidden_layers": 5},
     "nemotron_h": {
-        "hybrid_override_pattern": "M-*M",
+        "hybrid_override_pattern": "ME*-M",
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "moe_shared_expert_intermediate_size": 28,
         "head_dim": 10,
         "mamba_num_heads": 4,
         "mamba_head_dim": 6,
