@@ -71,7 +71,9 @@ void add_program(Executable& e) {
   }
   const int32_t table = add_matrix(e, kVocab, 64, kBF16, false), qkv = add_matrix(e, 128, 64, kQ8_0, true);
   const int32_t o = add_matrix(e, 64, 64, kBF16, true), head = add_matrix(e, kVocab, 64, kF32, true);
-  e.add(RopeRowsOp{std::vector<float>(8, 0.01f), 1.0f, {3, 0, 16}});
+  RopeRowsOp rope_rows;
+  rope_rows.inv_freq.assign(8, 0.01f), rope_rows.out = {3, 0, 16};
+  e.add(rope_rows);
   EmbedOp embed;
   embed.table = table, embed.out = {0, 0, 64};
   e.add(embed);
@@ -82,7 +84,11 @@ void add_program(Executable& e) {
   product.x = {1, 0, 64}, product.out = {2, 0, 128}, product.weight = qkv;
   e.add(product);
   e.add(RopeOp{{2, 0, 96}, {3, 0, 16}, 6, 16, 0, 16, 0});
-  e.add(AttentionOp{{2, 0, 64}, {2, 64, 32}, {2, 96, 32}, {4, 0, 64}, 0, 4, 2, 16, 16, {0, 1}, 0, 0.25f, 0.0f, kAbsent});
+  AttentionOp attention;
+  attention.q = {2, 0, 64}, attention.k = {2, 64, 32}, attention.v = {2, 96, 32}, attention.out = {4, 0, 64};
+  attention.heads = 4, attention.kv_heads = 2, attention.dim_k = attention.dim_v = 16, attention.planes = {0, 1};
+  attention.scale = 0.25f;
+  e.add(attention);
   LinearOp output;
   output.x = {4, 0, 64}, output.out = {0, 0, 64}, output.residual = {0, 0, 64}, output.weight = o;
   e.add(output);
@@ -107,7 +113,8 @@ struct Inputs {
 
   StepArrays arrays() const {
     return {token_ids.data(), position.data(), rope_pos.data(), rope_length.data(), slots.data(), tables.data(),
-            q_start.data(), kv_len.data(), seg.data(), seg_r.data(), weight.data(), logit_rows.data()};
+            q_start.data(), kv_len.data(), seg.data(), seg_r.data(), weight.data(), logit_rows.data(), nullptr, nullptr,
+            nullptr};
   }
 
   // A step of sequences with `rows` rows after `contexts` keys; the first two have an adapter each.
