@@ -117,7 +117,7 @@ def test_a_stacked_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok"),
         ("lfm2_moe", {"layer_types": None}, "layer_types"),
         ("lfm2_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok"),
-        ("nemotron_h", {"hybrid_override_pattern": "ME*", "n_group": 3}, "n_group"),
+        ("nemotron_h", {"n_group": 4}, "n_group"),
         ("jamba", {"expert_layer_offset": 2}, "expert_layer_offset"),
         ("falcon_h1", {"ssm_multipliers": [1.0]}, "ssm_multipliers"),
         ("falcon_h1", {"mamba_d_head": 5}, "mamba_n_heads"),
