@@ -50,7 +50,8 @@ void take_groups(const RouteOp& op, const float* values, RouteScratch& choice) {
 }
 
 // One row of a Route op without a sparse mixer.
-void choose(const RouteOp& op, const float* logits, const float* correction, RouteScratch& choice, float* out) {
+void choose(const RouteOp& op, const float* logits, const float* correction, const float* expert_scale,
+            RouteScratch& choice, float* out) {
   const int32_t count = op.logits.width;
   float* scores = choice.scores.data();
   std::fill(choice.taken.begin(), choice.taken.end(), uint8_t{0});
@@ -76,6 +77,8 @@ void choose(const RouteOp& op, const float* logits, const float* correction, Rou
     for (int32_t j = 0; j < op.k; ++j) out[op.k + j] /= by;
   }
   for (int32_t j = 0; j < op.k; ++j) out[op.k + j] *= op.scale;
+  if (expert_scale)
+    for (int32_t j = 0; j < op.k; ++j) out[op.k + j] *= expert_scale[static_cast<int32_t>(out[j])];
 }
 
 // See program.Route: each weight is a softmax over the experts that are left and near the best of them.
@@ -111,12 +114,13 @@ void Executable::reserve_routes(const RouteOp& op) {
 void Executable::run_op(const RouteOp& op, const Stage& stage, int32_t chunk, ThreadState& state) {
   const auto mine = span_of(counts_.T, chunk, chunks_of(stage));
   const Rows logits = rows(op.logits), out = rows(op.out);
-  const float* correction = op.correction == kAbsent ? nullptr : weight(op.correction).memory.floats();
+  const auto numbers = [&](int32_t id) { return id == kAbsent ? nullptr : weight(id).memory.floats(); };
+  const float *correction = numbers(op.correction), *expert_scale = numbers(op.expert_scale);
   for (int32_t t = mine.lo; t < mine.hi; ++t) {
     const float* from = logits.data + t * logits.stride;
     float* to = out.data + t * out.stride;
     if (op.score == kSparsemixer) mix_sparsely(op, from, state.route, to);
-    else choose(op, from, correction, state.route, to);
+    else choose(op, from, correction, expert_scale, state.route, to);
   }
 }
 
