@@ -507,6 +507,7 @@ def test_a_file_below_an_allowed_folder_that_is_a_link_out_of_it_is_refused(make
     assert error is not None and (error.code, error.param) == (AdapterError.code, "adapter_model.safetensors")
 
 
+@pytest.mark.slow  # five seconds of computing, as in test_loading_while_running
 def test_a_hostile_pattern_ends_its_load_with_an_error_and_the_worker_lives(make: Make, tmp_path: Path) -> None:
     loader = make()
     pid = begun(loader)
