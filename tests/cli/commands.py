@@ -13,7 +13,7 @@ from truffula.cli.app import app
 
 @cache
 def every_command() -> tuple[tuple[tuple[str, ...], Any], ...]:
-    """(words after ``truffula``, the command) of the root, the groups and all commands in them; making them takes long."""
+    """(words after ``truffula``, the command) of the root, the groups and all commands: slow to make, so made once."""
     return tuple(_below(typer.main.get_command(app), ()))
 
 
