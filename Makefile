@@ -59,7 +59,8 @@ test: $(VENV)/.dev   ## the test suite (< 5 minutes on two cores; JOBS=2)
 	@$(TESTING) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev   ## real clients in their own environments, kills, floods, the real model
-	@$(TESTING) $(BIN)/python -m pytest -m slow --timeout=1200 $(ARGS)
+	@$(TESTING) $(BIN)/python -m pytest -m "slow and not alone" -n $(JOBS) --dist loadfile --timeout=1200 $(ARGS)
+	@$(TESTING) $(BIN)/python -m pytest -m "slow and alone" --timeout=1200 $(ARGS)
 
 # An environment of its own, so that what the tests need elsewhere is not there. pytest's settings are its own, too.
 smoke:           ## what a user without torch has: installed apart, then commands, server, adapters, dialects

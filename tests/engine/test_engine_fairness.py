@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rig import Rig, limits, request
 
 from truffula.engine.plan import StepPlan
+from truffula.engine.scheduler import MOST_ADMITTED
 from truffula.types import AdapterCommand, AdapterRef
 
 
@@ -62,6 +63,17 @@ def test_a_long_prompt_stalls_no_running_stream():
         assert steps == list(range(steps[0], steps[0] + 80))
     # It had what the three streams left: thirteen tokens a step while they ran.
     assert rig.answers["long"].steps[0] <= 2 + -(-900 // 13)
+
+
+def test_a_step_admits_few_long_prompts_that_are_cached():
+    # Each costs no more than a token to compute, but the keys of all its blocks are made and looked up.
+    rig = Rig(limits(max_model_len=4096, step_tokens=256, step_logit_rows=64, max_running=64, num_blocks=3000))
+    prompt = [5] * 4000
+    rig.run([request("first", prompt, max_tokens=1)])
+    served = watch(rig)
+    rig.run([request(f"r{i}", prompt, max_tokens=1, ignore_eos=True) for i in range(32)])
+    assert max(map(len, served.values())) == -(-MOST_ADMITTED // len(prompt))
+    assert all(answer.finish_reason == "length" for answer in rig.answers.values())
 
 
 def test_a_flood_of_prompts_for_one_adapter_delays_another_by_a_few_steps():

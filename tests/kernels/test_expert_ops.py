@@ -21,7 +21,9 @@ def float32_input(case: OneOp, value: np.ndarray) -> Ref:
     return case.input(value, case.buffer(value.shape[1], dtype="float32"))
 
 
-def chosen(op: Route, logits: np.ndarray, correction: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def chosen(
+    op: Route, logits: np.ndarray, correction: np.ndarray | None, expert_scale: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Experts and weights [T, k] by the words of ``Route``, row by row."""
     experts, weights = [], []
     for row in logits:
@@ -40,7 +42,7 @@ def chosen(op: Route, logits: np.ndarray, correction: np.ndarray | None) -> tupl
         if op.norm is not None:
             found = found / max((found**op.norm).sum() ** (1 / op.norm), op.floor)
         experts.append(order)
-        weights.append(found * op.scale)
+        weights.append(found * op.scale * (1.0 if expert_scale is None else expert_scale[order]))
     return np.array(experts), np.array(weights)
 
 
@@ -53,6 +55,7 @@ ROUTES = {
     "sigmoid corrected groups": {"k": 3, "score": "sigmoid", "groups": 3, "topk_groups": 2, "norm": 1.0,
                                  "correction": True},
     "sigmoid": {"k": 1, "score": "sigmoid"},
+    "softmax normalised, scaled by expert": {"k": 3, "norm": 1.0, "scale": 1.5, "expert_scale": True},
     "all": {"k": 12, "norm": 1.0},
 }  # fmt: skip
 
@@ -66,9 +69,11 @@ def test_choices(backend, name):
     correction = exact(rng.standard_normal(12), "float32") if fields.pop("correction", False) else None
     case = OneOp("float32", 17)
     weight = None if correction is None else case.weight(correction, "vector")
+    scale = exact(rng.standard_normal(12), "float32") if fields.pop("expert_scale", False) else None
+    scales = None if scale is None else case.weight(scale, "vector")
     x, out = float32_input(case, logits), case.buffer(2 * fields["k"], dtype="float32")
-    op = Route(name="r", logits=x, out=out, correction=weight, **fields)
-    experts, weights = chosen(op, logits, correction)
+    op = Route(name="r", logits=x, out=out, correction=weight, expert_scale=scales, **fields)
+    experts, weights = chosen(op, logits, correction, scale)
     found = case.run(backend, op)
     np.testing.assert_array_equal(found[:, : op.k], experts)
     close(found[:, op.k :], weights, "float32")
@@ -142,13 +147,28 @@ def test_products(backend, rows, experts, k, shape, combine, own, glu, dtype, ad
 
 
 @on_every_backend
-@pytest.mark.parametrize("kind", ["mul", "sigmoid_mul"])
-def test_one_column_for_all(backend, kind):
+@pytest.mark.parametrize("columns", [1, 3, 14])
+@pytest.mark.parametrize("kind", ["mul", "sigmoid_mul", "softplus"])
+def test_a_column_for_several(backend, kind, columns):
     rng = np.random.default_rng(0)
-    x, y = exact(rng.standard_normal((5, 21)), "float32"), exact(rng.standard_normal((5, 1)), "float32")
+    x, y = exact(rng.standard_normal((5, 42)), "float32"), exact(rng.standard_normal((5, columns)), "float32")
     case = OneOp("float32", 5)
-    op = Pointwise(name="p", kind=kind, x=case.input(x), y=case.input(y), out=case.buffer(21))
-    close(case.run(backend, op), x * (y if kind == "mul" else 1 / (1 + np.exp(-y))), "float32")
+    op = Pointwise(name="p", kind="mul" if kind == "softplus" else kind, x=case.input(x), y=case.input(y),
+                   activation="softplus" if kind == "softplus" else None, out=case.buffer(42))  # fmt: skip
+    factor = {"mul": y, "sigmoid_mul": 1 / (1 + np.exp(-y)), "softplus": np.log1p(np.exp(y))}[kind]
+    close(case.run(backend, op), x * np.repeat(factor, 42 // columns, 1), "float32")
+
+
+@on_every_backend
+def test_a_residual_in_other_columns_of_the_results_buffer(backend):
+    case = OneOp("float32", 3)
+    both = case.input(np.arange(24.0).reshape(3, 8))
+    routes, x = float32_input(case, np.array([[0.0, 1.0]] * 3)), case.input(np.ones((3, 2)))
+    w = case.weight(np.full((1, 4, 2), 0.25), "matmul")
+    residual, out = Ref(both.buffer, 0, 4), Ref(both.buffer, 4, 4)
+    op = ExpertLinear(name="e", x=x, routes=routes, weight=w, out=out, combine="sum",
+                      epilogue=Epilogue(residual=residual))  # fmt: skip
+    np.testing.assert_array_equal(case.run(backend, op), np.arange(24.0).reshape(3, 8)[:, :4] + 0.5)
 
 
 def test_a_step_of_one_row_reads_chosen_experts_alone():

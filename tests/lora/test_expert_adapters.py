@@ -19,7 +19,8 @@ from truffula.testing.tiny import tiny_config, tiny_tensors, write_tiny_checkpoi
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # peft: of parameters
 TOLERANCE = 1e-4
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-# Parameters that peft adapts, beside q_proj, for each family.
+SHARED = r".*(q_proj|shared_experts\.(gate_proj|up_proj|down_proj))"
+# Parameters that peft adapts, beside q_proj or the modules given, for each family.
 STACKED: dict[str, list[dict[str, Any]]] = {
     "qwen3_moe": [
         {"target_parameters": EXPERTS},
@@ -28,12 +29,23 @@ STACKED: dict[str, list[dict[str, Any]]] = {
     ],
     "mixtral": [{"target_parameters": [*EXPERTS, "mlp.gate.weight"]}],
     "gpt_oss": [{"target_parameters": EXPERTS}, {"target_parameters": ["mlp.experts.down_proj"]}],
+    "dbrx": [{"target_modules": ["Wqkv", "out_proj", "router.layer"]}],
+    "gemma4_text": [
+        {"target_parameters": EXPERTS},
+        {"target_parameters": EXPERTS[1:], "target_modules": ["router.proj", "mlp.down_proj"]},
+    ],
+    "kimi_linear": [{"target_modules": SHARED}, {"target_modules": SHARED, "target_parameters": EXPERTS}],
+    "laguna": [{"target_parameters": EXPERTS, "target_modules": ["g_proj", "o_proj"]}],
     "granitemoe": [{"target_parameters": [*EXPERTS, "block_sparse_moe.router.weight"]}],
+}
+BASES: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 9}
 }
 
 
 def served_base(folder: Path, model_type: str, backend: Backend, **fields: Any) -> Served:
-    return Served(write_tiny_checkpoint(folder / "model", tiny_config(model_type, **fields), seed=5), backend)
+    config = tiny_config(model_type, **BASES.get(model_type, {}), **fields)
+    return Served(write_tiny_checkpoint(folder / "model", config, seed=5), backend)
 
 
 def saved_by_peft(base: Path, folder: Path, fields: dict[str, Any]) -> Path:
@@ -44,7 +56,7 @@ def saved_by_peft(base: Path, folder: Path, fields: dict[str, Any]) -> Path:
 
     torch.manual_seed(len(str(folder)))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, experts_implementation="eager")
-    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], task_type="CAUSAL_LM", **fields)
+    config = LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **fields})
     adapted = get_peft_model(model, config)
     for name, tensor in adapted.named_parameters():
         if ".lora_" in name:

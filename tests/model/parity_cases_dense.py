@@ -10,6 +10,7 @@ LLAMA3_OF_32 = LLAMA3 | {"original_max_position_embeddings": 32}
 BETA = {"rope_theta": 1e4, "original_max_position_embeddings": 5, "llama_4_scaling_beta": 0.5}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 KINDS = [FULL, SLIDING] * 2 + [FULL]
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 9}
 WINDOW5 = {"use_sliding_window": True, "sliding_window": 5}
 ONE_KV = {"num_key_value_heads": 1}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
@@ -50,6 +51,12 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma4_text", "other ropes", {"num_hidden_layers": 3, "layer_types": KINDS[2:], "num_kv_shared_layers": 0,
         "rope_parameters": {FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 7e3},
                             SLIDING: {"rope_type": "linear", "factor": 2.0, "rope_theta": 2e3}}}),
+    ("gemma4_text", "experts", {**GEMMA4_EXPERTS}),
+    ("gemma4_text", "all experts, no inputs of layers, keys as values, wide, untied", {
+        **UNTIED, **GEMMA4_EXPERTS, "top_k_experts": 5, "attention_k_eq_v": True, "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": True, "hidden_size_per_layer_input": 0}),
+    ("gemma4_text", "one expert, one kv head", {
+        **ONE_KV, **GEMMA4_EXPERTS, "num_experts": 1, "top_k_experts": 1, "hidden_activation": "silu"}),
     ("gemma4_unified_text", "plain", {}),
     ("gemma4_unified_text", "shared layers, keys as values, window shorter", {
         "attention_k_eq_v": True, "num_kv_shared_layers": 1, "sliding_window": 3,
@@ -73,6 +80,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("ministral3", "plain", {}),
     ("ministral3", "window, tied, default rope", {**TIED, "sliding_window": 6, "rope_parameters": BETA}),
     ("ministral3", "one kv head", {**ONE_KV, "hidden_size": 30}),
+    ("muse_glimmer", "plain", {}),
+    ("muse_glimmer", "tied, biases, one kv head", {**TIED, **ONE_KV, "attention_bias": True, "qk_scale_factor": 1.7}),
+    ("muse_glimmer", "rotated and windowed layers apart, large eps", {
+        "layer_types": KINDS, "layer_rope_theta": [5e3, 0, 0, 5e3, 5e3], "rope_parameters": {"rope_theta": 5e3},
+        "post_norm_eps": 0.1, "rms_norm_eps": 0.01, "output_multiplier": 0.4, "final_logit_softcapping": 1.5}),
     ("nemotron", "plain", {}),
     ("nemotron", "tied, biases, all rotated", {
         **TIED, "attention_bias": True, "mlp_bias": True, "partial_rotary_factor": 1.0}),

@@ -39,6 +39,10 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("kimi_k25", "yarn, tied", {"rope_scaling": MSCALE, "tie_word_embeddings": True}),
     ("mistral4", "queries scaled by position", {"rope_parameters": MISTRAL}),
     ("mistral4", "dense first, groups, no query rank", {**NO_Q_RANK, **GROUPS, "first_k_dense_replace": 1}),
+    ("mistral3", "mistral4, untied", {
+        "text_type": "mistral4", "rope_parameters": MISTRAL, "tie_word_embeddings": False}),
+    ("mistral3", "mistral4, tied, dense first", {
+        **NO_Q_RANK, "text_type": "mistral4", "first_k_dense_replace": 1, "tie_word_embeddings": True}),
     ("youtu", "tied", {}),
     ("youtu", "untied, no query rank", {**NO_Q_RANK, "tie_word_embeddings": False}),
 ]  # fmt: skip

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+LAGUNA_YARN = {
+    "full_attention": {
+        "rope_type": "yarn", "rope_theta": 5e4, "partial_rotary_factor": 0.6, "factor": 4.0,
+        "original_max_position_embeddings": 16, "beta_fast": 8.0, "beta_slow": 1.0, "attention_factor": 1.2},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 2e3},
+}  # fmt: skip
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("mixtral", "plain", {}),
     ("mixtral", "all experts chosen, window", {"num_experts_per_tok": 5, "sliding_window": 6}),
@@ -59,6 +65,22 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("exaone_moe", "plain", {}),
     ("exaone_moe", "groups, full layers, a dense layer between", {
         "n_group": 3, "topk_group": 2, "sliding_window_pattern": 1, "mlp_layer_types": ["sparse", "dense", "sparse"]}),
+    ("dbrx", "plain", {}),
+    ("dbrx", "clipped, one kv head, another norm of the weights", {
+        "attn_config": {"kv_n_heads": 1, "rope_theta": 5e3, "clip_qkv": 0.7},
+        "ffn_config": {"ffn_hidden_size": 9, "moe_num_experts": 5, "moe_top_k": 3,
+                       "moe_normalize_expert_weights": 2.0}}),
+    ("dbrx", "weights as they are, gelu, all experts", {
+        "ffn_config": {"ffn_hidden_size": 12, "moe_num_experts": 3, "moe_top_k": 3,
+                       "moe_normalize_expert_weights": None, "ffn_act_fn": {"name": "gelu"}}}),
+    ("laguna", "plain", {}),
+    ("laguna", "a gate per column, softcap, one kv head, biases, tied", {
+        "gating": "per-element", "moe_router_logit_softcapping": 0.7, "num_key_value_heads": 1,
+        "attention_bias": True, "tie_word_embeddings": True, "moe_routed_scaling_factor": 2.5}),
+    ("laguna", "the class's ropes and heads, dense layers", {
+        "rope_parameters": None, "layer_types": None, "num_attention_heads_per_layer": None, "head_dim": 12,
+        "mlp_layer_types": ["sparse", "dense", "dense"]}),
+    ("laguna", "yarn in full layers", {"rope_parameters": LAGUNA_YARN}),
     ("llama4_text", "chunks shorter than the prompt", {}),
     ("llama4_text", "dense layers, no norms, one kv head", {
         "interleave_moe_layer_step": 2, "use_qk_norm": False, "num_key_value_heads": 1,

@@ -1,6 +1,7 @@
 """One layer of published models at their true widths, with random weights: it loads and generates, in known memory.
 
-Kimi's layer has 24 of its 384 experts and both have fewer ids, so that the files stay below 4 GB. About 2 minutes.
+Qwen3.6 has one of each kind of layer. Of the experts Kimi's layer has 24 of 384 and Qwen's have 128 of 256, and all
+have fewer ids, so that the files stay below 4 GB. About 3 minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from truffula.model.read import read_config
 pytestmark = [pytest.mark.slow, needs_native, pytest.mark.timeout(1200)]
 BLOCK = 1 << 20
 
-# As in the repositories' config.json, but the number of layers, of ids and of Kimi's experts.
+# As in the repositories' config.json, but the number of layers, of ids and of experts.
 GLM_FLASH: dict[str, Any] = {
     "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"], "hidden_size": 2048,
     "intermediate_size": 10240, "moe_intermediate_size": 1536, "num_attention_heads": 20, "num_key_value_heads": 20,
@@ -45,6 +46,20 @@ KIMI_TEXT: dict[str, Any] = {
 }  # fmt: skip
 KIMI = {
     "model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"], "text_config": KIMI_TEXT,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN_TEXT: dict[str, Any] = {
+    "model_type": "qwen3_5_moe_text", "hidden_size": 2048, "num_hidden_layers": 2, "head_dim": 256,
+    "layer_types": ["linear_attention", "full_attention"], "num_attention_heads": 16, "num_key_value_heads": 2,
+    "attn_output_gate": True, "linear_conv_kernel_dim": 4, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "moe_intermediate_size": 512, "num_experts": 128,
+    "num_experts_per_tok": 8, "shared_expert_intermediate_size": 512, "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-6, "vocab_size": 32768, "tie_word_embeddings": False, "eos_token_id": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+                        "mrope_interleaved": True, "mrope_section": [11, 11, 10]},
+}  # fmt: skip
+QWEN = {
+    "model_type": "qwen3_5_moe", "architectures": ["Qwen3_5MoeForConditionalGeneration"], "text_config": QWEN_TEXT,
     "tie_word_embeddings": False,
 }  # fmt: skip
 
@@ -83,11 +98,20 @@ def write_random(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("config", [GLM_FLASH, KIMI], ids=["GLM-4.7-Flash", "Kimi-K2.5"])
-def test_one_layer_of_true_widths_loads_and_generates(tmp_path: Path, config: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("config", "kv_widths"),
+    [
+        pytest.param(GLM_FLASH, [(512 + 64,)], id="GLM-4.7-Flash"),
+        pytest.param(KIMI, [(512 + 64,)], id="Kimi-K2.5"),
+        pytest.param(QWEN, [(), (2 * 256, 2 * 256)], id="Qwen3.6-35B-A3B"),
+    ],
+)
+def test_one_layer_of_true_widths_loads_and_generates(
+    tmp_path: Path, config: dict[str, Any], kv_widths: list[tuple[int, ...]]
+) -> None:
     folder = write_random(tmp_path / "model", config)
     nbytes = (folder / "model.safetensors").stat().st_size
-    assert [layer.mixer.kv_widths for layer in read_config(config).spec.layers] == [(512 + 64,)]
+    assert [layer.mixer.kv_widths for layer in read_config(config).spec.layers] == kv_widths
     llm = LLM(str(folder), dtype="bfloat16", memory_bytes=nbytes + (1 << 30), max_model_len=512, step_tokens=64)
     try:
         params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)

@@ -47,13 +47,13 @@ struct Pointwise {
 
 Case pointwise_case(int32_t number) {
   Numbers numbers{static_cast<uint32_t>(300 + number), number % 3 == 2};
-  const int32_t width = kSizes[number % 9], rows = 1 + number % 4, which = number % 15;  // seven activations, then kinds
+  const int32_t width = kSizes[number % 9], rows = 1 + number % 4, which = number % 17;  // nine activations, then kinds
   const auto made = std::make_shared<Pointwise>(
       Pointwise{RowArray::random(numbers, rows, width), RowArray::random(numbers, rows, width), {0.7f, 0.9f, 0.5f, -1e-6f}, {0, 3, 8, 1 << 20}, {}});
   for (size_t i = 0; i < made->x.memory->size() / 4; ++i)  // activations are interesting up to 12, exp up to 100
     if (made->x.memory->floats()[i] != kMark) made->x.memory->floats()[i] *= number % 2 ? 12.0f : 100.0f;
-  made->call = {made->x.rows(), made->y.rows(), {}, which < 7 ? kAct : which - 6, which < 7 ? which : 0, width,
-                numbers.below(2), made->params.data(), made->positions.data(), number % 2};
+  made->call = {made->x.rows(), made->y.rows(), {}, which < 9 ? kAct : which - 8, which < 9 ? which : 0, width,
+                numbers.below(2), made->params.data(), made->positions.data(), number % 3 == 0 ? 1 : number % 3 == 1 ? 3 : width};
   return {numbers.wild, [made, rows, width](const Kernels& table) {
     const RowArray out(rows, width);
     PointwiseCall now = made->call;

@@ -26,6 +26,7 @@ import psutil
 import pytest
 from live_server import until, write_model
 
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 GAP_S, HEALTH_S, TRIES, IDLE_S = 0.05, 0.1, 4, 3.0
 HERE = Path(__file__).parent
 TALK = [{"role": "user", "content": "a"}]
@@ -123,7 +124,6 @@ def post(port, path, body):
         connection.getresponse().read()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BODIES)
 def test_a_large_body_delays_no_other_stream(watched, name):
     path, value, count = BODIES[name]
@@ -170,7 +170,6 @@ def hold_slow_connections(port, count):
         yield
 
 
-@pytest.mark.slow
 def test_5000_connections_that_send_slowly_disturb_no_stream(watched):
     """They are bounded, and cost little memory; a stream is as fast as before."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -43,6 +43,8 @@ from truffula.types import MAX_STATS_NAMES, EngineRequest, FinishReason, Request
 
 MAX_REFUSALS = 8
 """Admissions that may be refused in a step before no more are tried: bounds the cost of a full engine."""
+MOST_ADMITTED = 1 << 14
+"""Tokens of admitted sequences after which a step admits no more: the keys of their blocks are made and looked up."""
 LONG_STEPS = 2
 """A prompt that fills more steps than these is long: it leaves half of its adapter's turn to the prompts behind it."""
 
@@ -415,6 +417,8 @@ class Scheduler:
             return False
         if len(self._running) >= self._limits.most_running or not self._running.has_free_slot() or budget.rows < 1:
             return False
+        if budget.admitted >= MOST_ADMITTED:
+            return False
         return self._reserved_for is not None or not (budget.preempted or budget.refusals >= MAX_REFUSALS)
 
     def _try_admit(self, sequence: Sequence, allowance: int, budget: StepBudget, now: float) -> int:
@@ -429,6 +433,7 @@ class Scheduler:
             budget.refusals += 1
             return 0
         self._waiting.remove(sequence)
+        budget.admitted += sequence.num_tokens
         sequence.refused_steps = 0
         if sequence.admitted_at is None:
             sequence.admitted_at = now

@@ -16,6 +16,8 @@ class StepBudget:
         self.counts: dict[Sequence, int] = {}
         self.preempted = False
         self.refusals = 0
+        self.admitted = 0
+        """Tokens of the sequences admitted so far."""
 
     def grant(self, sequence: Sequence, count: int) -> int:
         """Raise a grant to ``count`` tokens; returns how many tokens that added."""

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from truffula.engine import wire
@@ -29,6 +30,10 @@ from truffula.types import EngineStats, TokenEvent
 HEARTBEAT_S = 0.4
 STATS_S = 0.1
 """The least time between two collections of statistics while the engine is busy."""
+INTAKE_BYTES = 64 << 10
+"""Encoded requests that are taken in between two steps: 2 MB at once would delay every stream's next token."""
+CHOICE_BYTES = 256
+"""How many of these a choice of a prompt counts for."""
 EXIT_OK, EXIT_ERROR, EXIT_WIRE = 0, 70, 71
 
 
@@ -85,6 +90,7 @@ class Worker:
         self._channel = channel
         self._heartbeat = Heartbeat(channel)
         self._replies: list[tuple[int, Reply]] = []  # of commands; those without a caller share ticket 0
+        self._inbox: deque[wire.ToEngine | wire.RequestGroup] = deque()  # received and not yet passed to the engine
 
     def run(self) -> int:
         """Build the engine that the first frame describes, then serve it. Returns the exit status."""
@@ -115,7 +121,7 @@ class Worker:
             frames = self._channel.receive()
         return frames or []
 
-    def _serve(self, start: wire.Start, frames: Sequence[wire.ToEngine]) -> int:
+    def _serve(self, start: wire.Start, frames: list[wire.ToEngine]) -> int:
         if start.logs is not None:
             setup_logs(start.logs)
         engine, info = build_engine(
@@ -127,26 +133,16 @@ class Worker:
             self._heartbeat.send()
             self._channel.send(wire.Ready(info))
             trim_memory()  # while the parent handles Ready
-            if self._handle_all(engine, frames):
-                self._work(engine)
+            self._work(engine, frames)
         finally:
             close_engine(engine)
         return EXIT_OK
 
-    def _work(self, engine: Engine) -> None:
-        """Step the engine until Stop or the end of the socket."""
+    def _work(self, engine: Engine, frames: list[wire.ToEngine] | None) -> None:
+        """Step the engine until Stop or the end of the socket; ``frames`` have been received already."""
         busy = False
         stats_at = time.monotonic()
-        while True:
-            timeout = engine.poll_timeout()
-            if timeout is None and busy:
-                self._heartbeat.stats = engine.stats()
-                self._heartbeat.send()  # an idle engine's numbers are exact
-            busy = timeout is not None
-            engine.wait(FILES_CHECK_S if timeout is None else min(timeout, FILES_CHECK_S), self._channel.fileno())
-            frames = self._channel.receive()
-            if frames is None or not self._handle_all(engine, frames):
-                return
+        while frames is not None and self._take_in(engine, frames):
             self._heartbeat.step_since = time.monotonic()
             events = engine.step()
             self._heartbeat.step_since = None
@@ -156,6 +152,13 @@ class Worker:
             if time.monotonic() - stats_at >= STATS_S:
                 stats_at = time.monotonic()
                 self._heartbeat.stats = engine.stats()
+            timeout = 0.0 if self._inbox else engine.poll_timeout()
+            if timeout is None and busy:
+                self._heartbeat.stats = engine.stats()
+                self._heartbeat.send()  # an idle engine's numbers are exact
+            busy = timeout is not None
+            engine.wait(FILES_CHECK_S if timeout is None else min(timeout, FILES_CHECK_S), self._channel.fileno())
+            frames = self._channel.receive()
 
     def _send_events(self, events: list[TokenEvent]) -> list[str]:
         """Send the events of a step. Returns the requests to abort: those whose event no frame can carry fail."""
@@ -176,15 +179,20 @@ class Worker:
             wire.Events([TokenEvent(request_id=one, finish_reason="error", error=info) for one in request_ids])
         )
 
-    def _handle_all(self, engine: Engine, frames: Sequence[wire.ToEngine]) -> bool:
-        """Pass the frames to the engine; False on Stop."""
+    def _take_in(self, engine: Engine, frames: Sequence[wire.ToEngine]) -> bool:
+        """Pass the frames to the engine in order, requests up to ``INTAKE_BYTES``; False on Stop."""
         for frame in frames:
-            match frame:
+            if isinstance(frame, wire.Stop):
+                return False
+            self._inbox.extend(frame.groups if isinstance(frame, wire.Submit) else [frame])
+        left = INTAKE_BYTES
+        while self._inbox and left > 0:
+            match self._inbox.popleft():
+                case wire.RequestGroup() as group:
+                    left -= len(group.body) + CHOICE_BYTES * len(group.choices)
+                    self._submit(engine, group)
                 case wire.SetVocabulary(vocabulary):
                     engine.set_vocabulary(vocabulary)
-                case wire.Submit(groups):
-                    for group in groups:
-                        self._submit(engine, group)
                 case wire.Abort(request_ids):
                     for request_id in request_ids:
                         engine.abort(request_id)
@@ -192,8 +200,6 @@ class Worker:
                     self._replies.append((ticket, engine.command(command)))
                 case wire.Control(ticket, action):
                     self._replies.append((ticket, engine.control(action)))
-                case wire.Stop():
-                    return False
                 case wire.Start():
                     raise WireError("The Start frame was sent twice.")
         return True

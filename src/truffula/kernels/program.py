@@ -29,7 +29,7 @@ from truffula.kernels.weight_decl import WeightId as WeightId
 from truffula.kernels.weight_decl import WeightPart as WeightPart
 
 Rows = Literal["T", "R"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "sigmoid"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "sigmoid", "softplus"]
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class Pointwise(Op):
     times the one number of ``weight`` · ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y) ·
     ``position_scale``: x * (1 + b * ln(1 + floor((p + o) / n))) with the row's position p and params (b, n, o) ·
     ``xielu``: its activation, whose numbers are ``weight``: alpha_p, alpha_n, beta and eps as checkpoints store them.
-    ``y`` of the two products may be one column, for all columns of x."""
+    A column of the products' ``y`` may be for several columns of x, one after the other: as many for each."""
 
     kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul", "position_scale", "xielu"]
     x: Ref
@@ -381,7 +381,8 @@ class Route(Op):
     logits are chosen; with ``correction`` [E], those with the best score + correction. With ``groups`` > 1 only experts
     of the best ``topk_groups`` groups (equal runs of experts) are chosen from; a group counts as its best expert
     (``max``) or its two best (``top2``). The weights are the chosen scores, divided by max(their ``norm``-norm,
-    ``floor``) unless ``norm`` is None, times ``scale``. Equal values: the lower number first.
+    ``floor``) unless ``norm`` is None, times ``scale`` and the expert's number of ``expert_scale`` [E]. Equal values:
+    the lower number first.
 
     ``sparsemixer``: expert after expert, the one with the best logit m among those left; its weight is its softmax
     among those left whose logit s is near: (m - s) / max(abs(s), m) <= 2 * ``jitter``, s of the logits.
@@ -398,6 +399,7 @@ class Route(Op):
     norm: float | None = None
     floor: float = 1e-20
     scale: float = 1.0
+    expert_scale: WeightId | None = None
     jitter: float = 0.0
 
 

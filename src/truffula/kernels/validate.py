@@ -205,8 +205,8 @@ def _pointwise(op: Pointwise, check: _Check) -> None:
     rows = check.read("x", op.x)
     needs = f"kind {op.kind!r} {'does not take' if op.y else 'needs'} a second operand."
     check.require("y", (op.y is not None) == (op.kind in ("add", "mul", "sigmoid_mul")), needs)
-    one = op.y is not None and op.y.width == 1 and op.kind != "add"
-    check.read("y", op.y, rows, 1 if one else op.x.width)
+    shared = op.y is not None and op.kind != "add" and op.y.width > 0 and op.x.width % op.y.width == 0
+    check.read("y", op.y, rows, None if shared else op.x.width)
     only = f"must be set exactly for kind 'act'; the kind is {op.kind!r}."
     check.require("activation", op.kind == "mul" or (op.activation is not None) == (op.kind == "act"), only)
     count = {"scale": 1, "clip": 1, "softcap": 1, "position_scale": 3}.get(op.kind, 0)
@@ -309,6 +309,9 @@ def _route(op: Route, check: _Check) -> None:
     check.require("k", 1 <= op.k <= of_each * op.topk_groups, f"{op.k} of {of_each * op.topk_groups} experts.")
     check.require("group_score", groups == 1 or op.group_score == "max" or of_each >= 2, "a group has one expert.")
     check.vector("correction", op.correction, experts)
+    check.vector("expert_scale", op.expert_scale, experts)
+    mixes = op.score == "sparsemixer" and (op.correction, op.expert_scale) != (None, None)
+    check.require("score", not mixes, "sparsemixer takes neither a correction nor an expert_scale.")
     check.write("out", op.out, "T", 2 * op.k)
     for field, ref in (("logits", op.logits), ("out", op.out)):
         check.require(field, check.program.buffers[ref.buffer].dtype == "float32", "must be float32.")

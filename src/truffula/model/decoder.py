@@ -73,7 +73,9 @@ def _write_embedding(build: ProgramBuilder, table: int) -> Ref:
         build.ops.append(Embed(name="positions", table=build.weight("positions"), out=positions, source="position",
                                offset=spec.position_offset))  # fmt: skip
     module = build.module(names.embed)
-    site = build.site("embed", None, spec.vocab_size, width, [ModuleSlice(module, 0, width, width)])
+    site = None
+    if spec.embed_adapters:
+        site = build.site("embed", None, spec.vocab_size, width, [ModuleSlice(module, 0, width, width)])
     projected, norm = spec.embed_width is not None, spec.embed_norm
     rows = build.buffer("embedded", width) if projected else hidden
     # Some classes scale the output of the module, or add to it.

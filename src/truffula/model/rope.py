@@ -112,10 +112,15 @@ def rope_parameter(view: ConfigView, key: str) -> float:
 
 
 def read_rope_by_layer_type(
-    view: ConfigView, head_dim: int | Mapping[str, int], *, theta_keys: Mapping[str, tuple[str, float]]
+    view: ConfigView,
+    head_dim: int | Mapping[str, int],
+    *,
+    theta_keys: Mapping[str, tuple[str, float]],
+    partial: Mapping[str, float] | None = None,
 ) -> dict[str, RopeSpec]:
     """One table per layer type (Gemma 3): ``theta_keys`` give the old key and the default of each type's base;
-    ``head_dim`` is the width of a head, or that of each type.
+    ``head_dim`` is the width of a head, or that of each type. ``partial``: a part of a head may be rotated, by default
+    this one.
 
     A flat old ``rope_scaling`` applies to full layers only; sliding layers are not scaled.
     """
@@ -133,7 +138,10 @@ def read_rope_by_layer_type(
         if nested and values and values.get("truncate") is False:
             raise view.error(f"{where}.truncate", "transformers reads it only outside the nesting.", False)
         width = head_dim if isinstance(head_dim, int) else head_dim[layer_type]
-        tables[layer_type] = _table(view, values or {}, where, _theta(view, key, default), width)
+        values = values or {}
+        if partial is not None:
+            values = {"partial_rotary_factor": partial[layer_type], **values}
+        tables[layer_type] = _table(view, values, where, _theta(view, key, default), width, partial=partial is not None)
     return tables
 
 

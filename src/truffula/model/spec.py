@@ -165,8 +165,9 @@ class ModelSpec:
     """A decoder-only language model. ``max_positions`` is the maximum length of a sequence.
 
     ``position_offset``: learned positions are added to the input rows, and position p is row p + offset of their table;
-    None: no such table. ``embed_norm`` comes after that. ``embed_width``: the width of embedding and head where it is
-    not that of the stream; two projections lie between.
+    None: no such table. ``embed_norm`` comes after that; it is within the module of the embedding where that has no
+    ``embed_adapters``: they would act after it, which is not supported. ``embed_width``: the width of embedding and
+    head where it is not that of the stream; two projections lie between.
     ``embed_scale`` multiplies the input rows (rounded to the table's dtype first), never the head; ``logit_scale``
     multiplies logits, then ``logit_softcap``. ``per_layer``: inputs of the layers' third parts.
     ``notes`` are for the operator.
@@ -181,6 +182,7 @@ class ModelSpec:
     max_positions: int
     position_offset: int | None = None
     embed_norm: NormSpec | None = None
+    embed_adapters: bool = True
     embed_width: int | None = None
     embed_scale: float | None = None
     per_layer: PerLayerInputs | None = None

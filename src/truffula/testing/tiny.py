@@ -49,6 +49,11 @@ _KIMI_VISION = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pos_emb_height": 2,
     "pos_emb_width": 2,
 }  # fmt: skip
+_VISION = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "num_attention_heads": 2}
+_MUSE = {
+    "vision_config": {**_VISION, "max_position_embeddings": 16, "pos_emb_height": 4, "pos_emb_width": 4},
+    "projector_hidden_size": 8,
+}
 _DELTA = {
     # The norm of a small result of the delta rule would enlarge rounding errors, also transformers'.
     "rms_norm_eps": 1e-2,
@@ -127,7 +132,9 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         "block_multiple_of": 8,
         "block_ffn_dim_multiplier": 1.1,
     },
+    # Scores of normed q and k are not scaled: with a small epsilon they are so large that float32 rounds visibly.
     "gemma4_text": {
+        "rms_norm_eps": 0.5,
         "head_dim": 10,
         "global_head_dim": 16,
         "sliding_window": 7,
@@ -143,6 +150,12 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         "sliding_window": 7,
         "layer_types": [_SLIDING, _SLIDING, _FULL],
     },
+    "dbrx": {
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 5e3, "clip_qkv": 2.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e3},
+        "ffn_config": {"ffn_hidden_size": 17, "moe_num_experts": 5, "moe_top_k": 2},
+    },
     "glm": {"head_dim": 12},
     "glm4": {"head_dim": 12},
     "granite": {
@@ -152,6 +165,20 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         "residual_multiplier": 0.3,
     },
     "helium": {"head_dim": 8},
+    "laguna": {
+        "head_dim": 10,
+        "sliding_window": 7,
+        "layer_types": [_FULL, _SLIDING, _SLIDING],
+        "num_attention_heads_per_layer": [4, 6, 2],
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 9,
+        "shared_expert_intermediate_size": 11,
+        "rope_parameters": {
+            _FULL: {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.6},
+            _SLIDING: {"rope_type": "default", "rope_theta": 2e3},
+        },
+    },
     "hunyuan_v1_dense": {"head_dim": 10},
     "llama": {},
     "mixtral": {"sliding_window": None, "num_local_experts": 5, "num_experts_per_tok": 2},
@@ -166,6 +193,7 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 10},
     "starcoder2": {"sliding_window": 7},
+    "muse_glimmer_text": {"head_dim": 10, "sliding_window": 7, "num_hidden_layers": 5},
     "nemotron": {"head_dim": 12},
     "olmo": {},
     "olmo2": {},
@@ -303,16 +331,21 @@ _TEXT_OF: Mapping[str, tuple[str, bool, Mapping[str, Any]]] = {
     "gemma4_unified": ("gemma4_unified_text", True, {}),
     "kimi_k25": ("deepseek_v3", False, {"vision_config": _KIMI_VISION, "projection_hidden_size": 8}),
     "llama4": ("llama4_text", False, {}),
-    "mistral3": ("ministral3", True, {}),
+    "mistral3": ("ministral3", True, {"vision_config": {"model_type": "pixtral", **_VISION}}),
+    "muse_glimmer": ("muse_glimmer_text", False, _MUSE),
     "qwen3_5": ("qwen3_5_text", False, {}),
     "qwen3_5_moe": ("qwen3_5_moe_text", False, {}),
 }
 
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
-    """A config.json of a tiny model, changed by ``overrides``; for multimodal types nested, without image encoder."""
+    """A config.json of a tiny model, changed by ``overrides``; for multimodal types nested, without image encoder.
+
+    Of a multimodal type whose text part may have several types, ``text_type`` is the one.
+    """
     if model_type in _TEXT_OF:
         text_type, tied, more = _TEXT_OF[model_type]
+        text_type = overrides.pop("text_type", text_type)
         text = tiny_config(text_type, **overrides)
         return {
             "model_type": model_type,
@@ -338,7 +371,8 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
     """
     read = read_config(config)
     spec = read.spec
-    prefix, head = spec.names.prefixes[2 if spec.names.body == "model.language_model." else 0]
+    nested = spec.names.body == "model.language_model." and len(spec.names.prefixes) > 2
+    prefix, head = spec.names.prefixes[2 if nested else 0]
     tied = config.get("tie_word_embeddings", read.tie_default)
     tensors = {}
     for row in spec.rows:

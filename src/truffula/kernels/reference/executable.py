@@ -325,7 +325,8 @@ class ReferenceExecutable(SynchronousExecutable):
         self._buffers.put(op.out, out)
 
     def _route(self, op: Route, _: _Step) -> None:
-        self._buffers.put(op.out, ops.route(op, self._buffers.get(op.logits), self._vector(op.correction)))
+        vectors = self._vector(op.correction), self._vector(op.expert_scale)
+        self._buffers.put(op.out, ops.route(op, self._buffers.get(op.logits), *vectors))
 
     def _expert_linear(self, op: ExpertLinear, step: _Step) -> None:
         weight, bias, dtype = self._weights[op.weight], self._vector(op.epilogue.bias), self._buffers.dtype(op.out)

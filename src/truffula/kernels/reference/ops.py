@@ -14,7 +14,7 @@ from truffula.kernels.program import Activation, Epilogue, Norm, Pointwise, Rope
 
 def activation(x: Tensor, kind: Activation) -> Tensor:
     """silu: x·sigmoid(x) · gelu: x·Φ(x) · gelu_tanh: its tanh form · relu · relu2: relu(x)² ·
-    quick_gelu: x·sigmoid(1.702 x) · sigmoid."""
+    quick_gelu: x·sigmoid(1.702 x) · sigmoid · softplus."""
     match kind:
         case "silu":
             return F.silu(x)
@@ -26,6 +26,8 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
             return F.relu(x)
         case "sigmoid":
             return torch.sigmoid(x)
+        case "softplus":
+            return F.softplus(x)
         case "relu2":
             return F.relu(x).square()
         case "quick_gelu":
@@ -84,6 +86,8 @@ def pointwise(
 ) -> Tensor:
     """See ``Pointwise``; float32 inside. ``positions`` are those of token rows."""
     values = x.float()
+    if y is not None and y.shape != x.shape:
+        y = y.repeat_interleave(x.shape[1] // y.shape[1], 1)
     match op.kind:
         case "act":
             assert op.activation is not None
@@ -154,7 +158,7 @@ def rope_(op: Rope, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         part.copy_(values)
 
 
-def route(op: Route, logits: Tensor, correction: Tensor | None) -> Tensor:
+def route(op: Route, logits: Tensor, correction: Tensor | None, expert_scale: Tensor | None = None) -> Tensor:
     """float32 ``[T, 2k]``: the chosen experts' numbers, then their weights; see ``Route``."""
     if op.score == "sparsemixer":
         return _sparsemixer(op, logits)
@@ -169,7 +173,10 @@ def route(op: Route, logits: Tensor, correction: Tensor | None) -> Tensor:
     weights = scores.gather(1, experts)
     if op.norm is not None:
         weights = weights / weights.norm(op.norm, -1, keepdim=True).clamp_min(op.floor)
-    return torch.cat([experts.float(), weights * op.scale], 1)
+    weights = weights * op.scale
+    if expert_scale is not None:
+        weights = weights * expert_scale[experts]
+    return torch.cat([experts.float(), weights], 1)
 
 
 def _first(values: Tensor, count: int) -> Tensor:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from truffula.model.architectures.alibi import bloom, falcon, mpt
 from truffula.model.architectures.cohere import cohere, cohere2, cohere2_moe
+from truffula.model.architectures.dbrx import dbrx
 from truffula.model.architectures.deepseek import (
     deepseek_v2,
     deepseek_v3,
@@ -23,12 +24,14 @@ from truffula.model.architectures.glm import glm, glm4
 from truffula.model.architectures.gpt import gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj
 from truffula.model.architectures.gpt_oss import gpt_oss
 from truffula.model.architectures.kimi_linear import kimi_linear
+from truffula.model.architectures.laguna import laguna
 from truffula.model.architectures.lfm2 import lfm2
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
 from truffula.model.architectures.llama4 import llama4, llama4_text
 from truffula.model.architectures.mamba_hybrid import bamba, granitemoehybrid
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
+from truffula.model.architectures.muse_glimmer import muse_glimmer
 from truffula.model.architectures.nemotron_h import nemotron_h
 from truffula.model.architectures.olmo import olmo, olmo2, olmo3
 from truffula.model.architectures.olmo_hybrid import olmo_hybrid
@@ -63,6 +66,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "cohere2": cohere2,
         "cohere2_moe": cohere2_moe,
         "cwm": cwm,
+        "dbrx": dbrx,
         "deepseek_v2": deepseek_v2,
         "deepseek_v3": deepseek_v3,
         "deepseek_v32": deepseek_v32,
@@ -96,6 +100,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "kimi_k2": deepseek_v3,
         "kimi_k25": kimi_k25,
         "kimi_linear": kimi_linear,
+        "laguna": laguna,
         "lfm2": lfm2,
         "glm4_moe": glm4_moe,
         "gpt_oss": gpt_oss,
@@ -113,6 +118,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "mistral4": mistral4,
         "mixtral": mixtral,
         "mpt": mpt,
+        "muse_glimmer": muse_glimmer,
         "nemotron": nemotron,
         "nemotron_h": nemotron_h,
         "olmo": olmo,

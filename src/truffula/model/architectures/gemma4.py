@@ -1,4 +1,5 @@
-"""Gemma 4 (text): heads of two widths, layers that share keys and values, inputs for each layer, scaled layers."""
+"""Gemma 4 (text): heads of two widths, layers that share keys and values, inputs for each layer, scaled layers, experts
+beside the MLP."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from truffula.model.architectures.moe_pieces import MOST_EXPERTS, read_top_k
 from truffula.model.architectures.pieces import (
     ACTIVATIONS,
     Sizes,
@@ -18,10 +20,12 @@ from truffula.model.architectures.pieces import (
 )
 from truffula.model.config_view import ConfigView
 from truffula.model.parts.attention import AttentionSpec
+from truffula.model.parts.dense_and_experts import DenseAndExpertsSpec
 from truffula.model.parts.mlp import MlpSpec
+from truffula.model.parts.moe import MoeNames, MoeSpec, RouterSpec
 from truffula.model.parts.per_layer import PerLayerInputs, PerLayerSpec
 from truffula.model.rope import read_rope_by_layer_type
-from truffula.model.rows import NormSpec
+from truffula.model.rows import ExpertLayout, NormSpec
 from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, body_prefixes
 
 ORDER = ("sliding_attention", "full_attention")
@@ -29,6 +33,15 @@ THETAS = {"sliding_attention": ("rope_theta", 1e4), "full_attention": ("rope_the
 # Of layers that use another layer's keys and values; transformers does not load them.
 SHARED = tuple(f"self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm"))
 PARTS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.", "vision_embedder.")
+EXPERT_NAMES = MoeNames(
+    block="",
+    block5="",
+    router="router.proj",
+    router5="router.proj",
+    expert_scale="router.per_expert_scale",
+    in_layouts=(ExpertLayout(("experts.gate_up_proj",), parameter="experts.gate_up_proj"),),
+    out_layouts=(ExpertLayout(("experts.down_proj",), parameter="experts.down_proj"),),
+)
 TEXT_NAMES = ModuleNames(buffers=SHARED)
 SKIP = tuple(f"{root}{part}" for part in PARTS for root in ("", "model."))
 PREFIXES = body_prefixes("model.", "", "model.language_model.")
@@ -47,8 +60,6 @@ def gemma4(view: ConfigView) -> ModelSpec:
 def gemma4_text(view: ConfigView, names: ModuleNames = TEXT_NAMES) -> ModelSpec:
     """Five windowed layers per full layer; the last layers use the keys and values of the last one of their type."""
     unified = view.model_type == "gemma4_unified_text"
-    if not unified:
-        view.must_be("enable_moe_block", (False,), "its experts are not supported yet.")
     view.must_be("use_bidirectional_attention", (None, "vision"), "text that attends both ways is not supported.")
     sizes = read_sizes(view)
     kinds = layer_types(view, sizes.layers, lambda layer: (layer + 1) % 6 == 0 or layer == sizes.layers - 1)
@@ -62,6 +73,7 @@ def gemma4_text(view: ConfigView, names: ModuleNames = TEXT_NAMES) -> ModelSpec:
     heads = {kind: widths[kind].head_dim for kind in ORDER}
     tables = read_rope_by_layer_type(view, heads, theta_keys=THETAS)
     inputs = None if unified else _inputs(view, sizes)
+    experts = None if unified else _experts(view)
     last = {kind: index for index, kind in enumerate(kinds[:first])}
     layers = []
     for index, window in enumerate(windows(view, sizes.layers, view.integer("sliding_window"), kinds)):
@@ -69,7 +81,7 @@ def gemma4_text(view: ConfigView, names: ModuleNames = TEXT_NAMES) -> ModelSpec:
         source = last[kind] if index >= first else None
         mixer = _attention(view, widths[kind], window, ORDER.index(kind), source)
         double = view.flag("use_double_wide_mlp") and source is not None
-        layers.append(_layer(view, mixer, sizes.mlp * (2 if double else 1), inputs))
+        layers.append(_layer(view, mixer, sizes.mlp * (2 if double else 1), inputs, experts))
     return finish_spec(
         view,
         layers,
@@ -139,11 +151,37 @@ def _inputs(view: ConfigView, sizes: Sizes) -> PerLayerInputs | None:
     return PerLayerInputs(ids, sizes.layers, width, rms_last(view, "per_layer_projection_norm"))
 
 
-def _layer(view: ConfigView, mixer: AttentionSpec, mlp_width: int, inputs: PerLayerInputs | None) -> LayerSpec:
+def _experts(view: ConfigView) -> MoeSpec | None:
+    if not view.flag("enable_moe_block"):
+        view.skip("num_experts", "top_k_experts", "moe_intermediate_size")
+        return None
+    experts = view.integer("num_experts")
+    if experts > MOST_EXPERTS:
+        raise view.error("num_experts", f"at most {MOST_EXPERTS} experts are served.", experts)
+    router = RouterSpec(experts, read_top_k(view, "top_k_experts", experts), norm=1.0, expert_scale=True)
     activation = view.choice("hidden_activation", ACTIVATIONS)
+    return MoeSpec(router, view.integer("moe_intermediate_size"), activation, names=EXPERT_NAMES)
+
+
+def _layer(
+    view: ConfigView, mixer: AttentionSpec, mlp_width: int, inputs: PerLayerInputs | None, experts: MoeSpec | None
+) -> LayerSpec:
+    activation = view.choice("hidden_activation", ACTIVATIONS)
+    dense = MlpSpec(mlp_width, activation)
+    mlp: MlpSpec | DenseAndExpertsSpec = dense
+    if experts is not None:
+        mlp = DenseAndExpertsSpec(
+            dense,
+            experts,
+            after_mlp=rms_last(view, "post_feedforward_layernorm_1"),
+            before_experts=rms_last(view, "pre_feedforward_layernorm_2"),
+            after_experts=rms_last(view, "post_feedforward_layernorm_2"),
+            router_norm=rms_last(view, "router.norm"),
+            router_scale="router.scale",
+        )
     return LayerSpec(
         mixer=mixer,
-        mlp=MlpSpec(mlp_width, activation),
+        mlp=mlp,
         before_mixer=rms_last(view, "input_layernorm"),
         after_mixer=rms_last(view, "post_attention_layernorm"),
         before_mlp=rms_last(view, "pre_feedforward_layernorm"),

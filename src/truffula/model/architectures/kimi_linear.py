@@ -30,7 +30,14 @@ _EXPERT_KEYS = (
     "routed_scaling_factor", "moe_intermediate_size",
 )  # fmt: skip
 _LATENT_EPS = 1e-6
-_MOE_NAMES = MoeNames(block="block_sparse_moe", gate="w1", up="w3", down="w2", shared="block_sparse_moe.shared_experts")
+_MOE_NAMES = MoeNames(
+    block="block_sparse_moe",
+    gate="w1",
+    up="w3",
+    down="w2",
+    shared="block_sparse_moe.shared_experts",
+    shared5="mlp.shared_experts",
+)
 
 
 def kimi_linear(view: ConfigView) -> ModelSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from truffula.model.architectures.deepseek import mistral4
 from truffula.model.architectures.pieces import attention, finish_spec, llama_model, mlp, pre_norm, read_sizes, rms
 from truffula.model.architectures.pieces import windows as layer_windows
 from truffula.model.config_view import ConfigView
@@ -37,9 +38,10 @@ def ministral3(view: ConfigView, names: ModuleNames = LLAMA_NAMES) -> ModelSpec:
 
 
 def mistral3(view: ConfigView) -> ModelSpec:
-    """The text part of the multimodal class: text_config is a mistral or a ministral3 config."""
+    """The text part of the multimodal class: text_config is a mistral, a ministral3 or a mistral4 config."""
     view.skip("vision_config", "image_token_index", "image_token_id", "projector_hidden_act", "vision_feature_layer")
     view.skip("multimodal_projector_bias", "spatial_merge_size")
     view.must_be("is_encoder_decoder", (False,), "only decoder-only models are supported.")
-    text = view.nested("text_config", "mistral", "ministral3")
-    return (mistral if text.model_type == "mistral" else ministral3)(text, MULTIMODAL_NAMES)
+    readers = {"mistral": mistral, "ministral3": ministral3, "mistral4": mistral4}
+    text = view.nested("text_config", *readers)
+    return readers[text.model_type](text, MULTIMODAL_NAMES)

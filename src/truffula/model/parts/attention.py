@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import Attention, Epilogue, Pointwise, Ref, Rope, RowOrder
+from truffula.kernels.program import Activation, Attention, Epilogue, Pointwise, Ref, Rope, RowOrder
 from truffula.model.rows import LayerRows, NormSpec, RowPart
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class AttentionSpec:
     ``chunked``: the window is a chunk of positions, see ``program.Attention``. ``sinks`` is the tensor of a logit per
     head, which only counts in the softmax's denominator. ``gated``: the q module has the rows of q and of a gate for
     each head; the result is multiplied by sigmoid(gate). ``gate``: the same with a module of its own, of the part's
-    input. ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
+    input, and with ``gate_activation``; with ``gate_per_head`` it has one row per head. ``alibi`` and
+    ``alibi_rounded``: see ``program.Attention``.
     """
 
     heads: int
@@ -58,6 +59,8 @@ class AttentionSpec:
     sinks: str | None = None
     gated: bool = False
     gate: str | None = None
+    gate_activation: Activation = "sigmoid"
+    gate_per_head: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     alibi: tuple[float, ...] = ()
@@ -110,7 +113,7 @@ class AttentionSpec:
         if self.sinks is not None:
             rows.vector("sinks", self.sinks, self.heads)
         if self.gate is not None:
-            rows.linear("gate", [(self.gate, self.q_width)], rows.hidden)
+            rows.linear("gate", [(self.gate, self.heads if self.gate_per_head else self.q_width)], rows.hidden)
         rows.linear("out", [(names.out, rows.hidden)], self.q_width, bias=self.out_bias)
 
     def write(self, build: LayerBuilder, x: Ref) -> None:
@@ -146,10 +149,11 @@ class AttentionSpec:
                                alibi_rounded=self.alibi_rounded,
                                sinks=build.weight("sinks") if self.sinks is not None else None))  # fmt: skip
         if self.gate is not None:
-            gate = build.buffer("gate", self.q_width)
+            gate = build.buffer("gate", self.heads if self.gate_per_head else self.q_width)
             build.linear("gate", x, gate, build.probe(self.gate, "out"))
         if not whole:
-            build.append(Pointwise(name="gated", probe=probe, kind="sigmoid_mul", x=attended, y=gate, out=attended))
+            build.append(Pointwise(name="gated", probe=probe, kind="mul", activation=self.gate_activation, x=attended,
+                                   y=gate, out=attended))  # fmt: skip
         build.output("out", attended)
 
     def _groups(self, heads: int) -> int:

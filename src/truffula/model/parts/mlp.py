@@ -55,6 +55,10 @@ class MlpSpec:
         rows.linear("mlp_out", [(names.down, rows.hidden)], self.width, bias=self.out_bias)
 
     def write(self, build: LayerBuilder, x: Ref) -> None:
+        build.output("mlp_out", self.inner(build, x))
+
+    def inner(self, build: LayerBuilder, x: Ref) -> Ref:
+        """Append the operations up to the last linear, whose input is returned."""
         inner = build.buffer("mlp", self.width)
         probe = build.probe(build.names.down, "in")
         if self.activation == "xielu":
@@ -63,4 +67,4 @@ class MlpSpec:
             build.append(Pointwise(name="xielu", probe=probe, kind="xielu", x=inner, out=inner, weight=weight))
         else:
             build.linear("mlp_in", x, inner, probe, Epilogue(activation=self.activation, glu=self.gated))
-        build.output("mlp_out", inner)
+        return inner

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from truffula.kernels.program import Activation, Epilogue, Pointwise, Ref, Route
-from truffula.model.rows import ExpertLayout, LayerRows
+from truffula.model.rows import ExpertLayout, LayerRows, RowPart
 
 if TYPE_CHECKING:
     from truffula.model.builder import LayerBuilder
@@ -18,6 +18,7 @@ class RouterSpec:
     """How ``top_k`` of ``experts`` are chosen and weighted; the other fields are those of ``program.Route``.
 
     ``bias``: the router's linear has one. ``correction``: a vector [E] counts for the choice, not for the weights.
+    ``expert_scale``: a vector [E] multiplies the weights. ``softcap`` c makes logits c * tanh(l / c).
     """
 
     experts: int
@@ -32,6 +33,8 @@ class RouterSpec:
     floor: float = 1e-20
     scale: float = 1.0
     jitter: float = 0.0
+    expert_scale: bool = False
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,12 @@ class MoeNames:
     """Modules and tensors relative to the layer, as checkpoints name them. An expert is ``<experts>.<number>``.
 
     ``block`` and ``block5`` are the module of the whole part in checkpoints and in transformers 5, which differ in some
-    families; so are ``router`` and ``router5``. ``in_layouts`` and ``out_layouts`` are forms of the experts' matrices
-    besides those that every family has (``MoeSpec.rows``); the first is the one that transformers writes.
+    families; so are ``router`` and ``router5``. An empty ``block``: router and experts are modules of the layer.
+    ``in_layouts`` and ``out_layouts`` are forms of the experts' matrices besides those that every family has
+    (``MoeSpec.rows``); the first is the one that transformers writes.
     ``correction_shape``: see ``WeightRow.stored``.
-    ``shared`` and ``shared_gate`` are modules of the layer, ``shared_in`` those of gate and up, or of both together.
+    ``shared`` and ``shared_gate`` are modules of the layer, ``shared_in`` those of gate and up, or of both together;
+    ``shared5`` is ``shared`` in transformers 5, where that differs.
     """
 
     block: str = "mlp"
@@ -62,6 +67,7 @@ class MoeNames:
     router5: str = "gate"
     correction: str = "gate.e_score_correction_bias"
     correction_shape: tuple[int, ...] = ()
+    expert_scale: str = ""
     experts: str = "experts"
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -71,6 +77,7 @@ class MoeNames:
     in_biases: tuple[ExpertLayout, ...] = ()
     out_biases: tuple[ExpertLayout, ...] = ()
     shared: str = "mlp.shared_expert"
+    shared5: str | None = None
     shared_in: tuple[str, ...] = ("gate_proj", "up_proj")
     shared_down: str = "down_proj"
     shared_gate: str = "mlp.shared_expert_gate"
@@ -78,7 +85,18 @@ class MoeNames:
     @property
     def router_names(self) -> tuple[str, str]:
         """The router in checkpoints and in transformers 5."""
-        return f"{self.block}.{self.router}", f"{self.block5}.{self.router5}"
+        return f"{_under(self.block)}{self.router}", f"{_under(self.block5)}{self.router5}"
+
+    @property
+    def experts5(self) -> str:
+        """The module of all experts in transformers 5."""
+        return f"{_under(self.block5)}experts"
+
+    def shared_part(self, name: str, rows: int) -> RowPart:
+        """The part of a weight that is the module ``name`` of the shared expert."""
+        if self.shared5 is None:
+            return f"{self.shared}.{name}", rows
+        return f"{self.shared}.{name}", rows, None, f"{self.shared5}.{name}"
 
 
 @dataclass(frozen=True)
@@ -115,13 +133,15 @@ class MoeSpec:
 
     def rows(self, rows: LayerRows) -> None:
         names, router, hidden, width = self.names, self.router, rows.hidden, self.width
-        at = names.block + "."
+        at = _under(names.block)
         module, alias = names.router_names
         rows.linear("router", [(module, router.experts)], hidden, bias=router.bias,
                     alias=None if alias == module else alias)  # fmt: skip
         if router.correction:
             rows.vector("correction", at + names.correction, router.experts, stored=names.correction_shape)
-        each, stacked, module5 = f"{at}{names.experts}.{{e}}.", f"{at}{names.experts}.", f"{names.block5}.experts."
+        if router.expert_scale:
+            rows.vector("expert_scale", at + names.expert_scale, router.experts)
+        each, stacked, module5 = f"{at}{names.experts}.{{e}}.", f"{at}{names.experts}.", f"{names.experts5}."
         gate, up, down = names.gate, names.up, names.down
         rows.experts(
             "experts_in", [(each + gate, width), (each + up, width)], hidden, router.experts,
@@ -138,25 +158,32 @@ class MoeSpec:
         )  # fmt: skip
         if self.shared is None:
             return
-        shared = f"{names.shared}."
-        each_in = 2 * self.shared.width // len(names.shared_in)
-        rows.linear("shared_in", [(shared + name, each_in) for name in names.shared_in], hidden, bias=self.shared.bias)
+        each_in, bias = 2 * self.shared.width // len(names.shared_in), self.shared.bias
+        rows.linear("shared_in", [names.shared_part(name, each_in) for name in names.shared_in], hidden, bias=bias)
         if self.shared.gated:
             rows.linear("shared_gate", [(names.shared_gate, 1)], hidden)
-        rows.linear("shared_out", [(shared + names.shared_down, hidden)], self.shared.width, bias=self.shared.bias)
+        rows.linear("shared_out", [names.shared_part(names.shared_down, hidden)], self.shared.width, bias=bias)
 
     def write(self, build: LayerBuilder, x: Ref) -> None:
-        names, router = self.names, self.router
-        glu, module5 = Epilogue(activation=self.activation, glu=True), f"{names.block5}."
+        build.add(self.branch(build, x, x))
+
+    def branch(self, build: LayerBuilder, x: Ref, router_x: Ref) -> Ref:
+        """Append the operations but for the sum with the residual stream; return the result. The router reads
+        ``router_x``."""
+        names, router, glu = self.names, self.router, Epilogue(activation=self.activation, glu=True)
         limited = replace(glu, glu_limit=self.limit, glu_offset=self.offset)
         logits = build.buffer("router_logits", router.experts, dtype="float32")
-        build.linear("router", x, logits, None, compute="float32")
+        build.linear("router", router_x, logits, None, compute="float32")
+        if router.softcap is not None:
+            build.append(Pointwise(name="router_softcap", kind="softcap", x=logits, out=logits,
+                                   params=(router.softcap,)))  # fmt: skip
         routes = build.buffer("routes", 2 * router.top_k, dtype="float32")
         correction = build.weight("correction") if router.correction else None
+        expert_scale = build.weight("expert_scale") if router.expert_scale else None
         build.append(Route(name="route", logits=logits, out=routes, k=router.top_k, score=router.score,
                            correction=correction, groups=router.groups, topk_groups=router.topk_groups,
                            group_score=router.group_score, norm=router.norm, floor=router.floor, scale=router.scale,
-                           jitter=router.jitter))  # fmt: skip
+                           expert_scale=expert_scale, jitter=router.jitter))  # fmt: skip
         branch = build.buffer("branch", build.spec.hidden)
         inner, taken = build.buffer("experts", router.top_k * self.width), x
         if self.weigh == "input":
@@ -164,7 +191,7 @@ class MoeSpec:
             build.append(Pointwise(name="weigh", kind="mul", x=x, y=weight, out=taken))
         build.experts("experts_in", taken, routes, inner, None, limited)
         if self.weigh == "output":
-            probe = build.probe(module5 + "experts", "out")
+            probe = build.probe(names.experts5, "out")
             build.experts("experts_out", inner, routes, branch, probe, combine="weighted")
         else:
             build.experts("experts_out", inner, routes, branch, None, combine="sum")
@@ -177,7 +204,11 @@ class MoeSpec:
                 build.append(Pointwise(name="shared_gated", kind="sigmoid_mul", x=inner, y=gate, out=inner))
             build.linear("shared_out", inner, branch, None,
                          Epilogue(scale=self.shared.scale, residual=branch))  # fmt: skip
-        build.add(branch)
+        return branch
+
+
+def _under(block: str) -> str:
+    return f"{block}." if block else ""
 
 
 def _stacked(prefix: str, name: str, module: str) -> tuple[ExpertLayout, ExpertLayout]:

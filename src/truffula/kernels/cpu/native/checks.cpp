@@ -13,7 +13,7 @@ void require(bool holds, const char* why) {
 
 bool absent_or(const Ref& ref, int32_t width) { return ref.buffer == kAbsent || ref.width == width; }
 
-bool is_activation(int32_t kind) { return kind >= kNone && kind <= kSigmoidActivation; }
+bool is_activation(int32_t kind) { return kind >= kNone && kind <= kSoftplus; }
 
 }  // namespace
 
@@ -94,9 +94,10 @@ void Executable::check(const PointwiseOp& op) const {
   require(op.kind != kPositionScale || !has_logit_rows(op.out), "pointwise: rows without tokens have no position");
   require(two == (op.y.buffer != kAbsent), "pointwise: y");
   require_same_rows(op.out, {&op.x, &op.y});
-  const bool column = two && op.kind != kAdd && op.y.width == 1;
-  require(op.x.width == op.out.width && (column || absent_or(op.y, op.out.width)), "pointwise: width");
-  if (column) require_disjoint(op.out, {&op.y}, "pointwise: y lies where out is written");
+  const bool shared = two && op.kind != kAdd && op.y.width != op.x.width;
+  require(op.x.width == op.out.width && (!shared || (op.y.width > 0 && op.x.width % op.y.width == 0)), "pointwise: width");
+  require(shared || absent_or(op.y, op.out.width), "pointwise: width");
+  if (shared) require_disjoint(op.out, {&op.y}, "pointwise: y lies where out is written");
   require_disjoint_or_equal(op.out, {&op.x, &op.y}, "pointwise: x or y lies partly where out is written");
 }
 
@@ -153,6 +154,7 @@ void Executable::check(const RouteOp& op) const {
   require(groups == 1 || op.group_score == kMaxOfGroup || each >= 2, "route: a group has one expert");
   require(k > 0 && k <= each * op.topk_groups && op.out.width == 2 * k, "route: k");
   require_vector(op.correction, experts, "route: correction");
+  require_vector(op.expert_scale, experts, "route: expert_scale");
   require_disjoint(op.out, {&op.logits}, "route: logits lie where out is written");
 }
 
@@ -162,6 +164,7 @@ void Executable::check(const ExpertLinearOp& op) const {
   require_same_rows(op.out, {&op.x, &op.routes, &op.residual});
   require(op.routes.width >= 2 && op.routes.width % 2 == 0 && op.routes.width <= 2 * kMaxExperts, "experts: routes");
   const int64_t k = op.k(), width = op.glu ? w.order.half : w.outputs;
+  require(capacity_.max_tokens * k <= INT32_MAX, "experts: more than 2^31 pairs of a row and an expert");
   require(w.panels && (op.x.width == w.inputs || op.x.width == k * w.inputs), "experts: weight");
   require(op.glu == (w.order.half > 0), "experts: gate and up panels");
   require(op.out.width == (op.combine == kNoSum ? k * width : width), "experts: width");

@@ -37,7 +37,7 @@ constexpr int32_t kXRows = 16;
 static constexpr int64_t padded_rows(int64_t rows) { return (rows + kXRows - 1) / kXRows * kXRows; }
 
 enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5, kQuickGelu = 6,
-                           kSigmoidActivation = 7 };
+                           kSigmoidActivation = 7, kSoftplus = 8 };
 
 enum PointwiseKind : int32_t {
   kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5, kMul = 6, kPositionScale = 7, kXielu = 8
@@ -131,7 +131,7 @@ struct PointwiseCall {
   int32_t kind, activation, width, round_out;
   const float* params;        // of kXielu: alpha_p, alpha_n, beta, eps as stored
   const int32_t* positions;   // of token rows
-  int32_t y_column;  // y is one column, for all columns of x
+  int32_t share;  // a column of y is for so many columns of x, one after the other
 };
 
 struct RopeCall {

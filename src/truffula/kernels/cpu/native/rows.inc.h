@@ -62,6 +62,15 @@ static V xielu(V x, const float* numbers) {
   return where_negative(zero() - x, above, below);
 }
 
+// y of columns i to i + n, where each is for `share` columns.
+static V shared_columns(const float* y, int32_t share, int32_t i, int32_t n) {
+  const int32_t last = (n < kLanes ? n : kLanes) - 1;
+  if (i / share == (i + last) / share) return set1(y[i / share]);
+  float lanes[kLanes] = {};
+  for (int32_t j = 0; j <= last; ++j) lanes[j] = y[(i + j) / share];
+  return load_n(lanes, kLanes);
+}
+
 static void pointwise(const PointwiseCall* c, int32_t row_lo, int32_t row_hi) {
   for (int32_t t = row_lo; t < row_hi; ++t) {
     float param = c->params ? c->params[0] : 0.0f;
@@ -92,7 +101,7 @@ static void pointwise(const PointwiseCall* c, int32_t row_lo, int32_t row_hi) {
           break;
         default: {
           const float* y = c->y.data + t * c->y.stride;
-          const V b = c->y_column ? set1(*y) : load_n(y + i, n);
+          const V b = c->share == 1 ? load_n(y + i, n) : shared_columns(y, c->share, i, n);
           a = a * (c->kind != kMul ? vsigmoid(b) : c->activation ? activated(b, c->activation) : b);
         }
       }

@@ -270,7 +270,7 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
 void Executable::run_op(const PointwiseOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
   const float* params = op.weight != kAbsent ? weight(op.weight).memory.floats() : op.params.data();
   const PointwiseCall call{rows(op.x), rows(op.y), rows(op.out), op.kind, op.activation, op.x.width,
-                           rounded(op.out), params, in_.position, op.y.width == 1 && op.x.width > 1};
+                           rounded(op.out), params, in_.position, op.y.width > 0 ? op.x.width / op.y.width : 1};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->pointwise(&call, mine.lo, mine.hi);
 }

@@ -343,6 +343,8 @@ TF_INLINE V activated(V x, int32_t kind) {
       const V y = vmax(zero(), x);
       return y * y;
     }
+    case kSoftplus:
+      return vsoftplus(x);
     case kSigmoidActivation:
       return vsigmoid(x);
     default:
