@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import parity_cases_delta
 import parity_cases_dense
+import parity_cases_hybrids
 import parity_cases_mla
 import parity_cases_moe
 import parity_cases_older
@@ -140,6 +141,7 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
         *spread(parity_cases_moe.CASES, set()),
         *spread(parity_cases_state.CASES, set()),
         *spread(parity_cases_delta.CASES, set()),
+        *spread(parity_cases_hybrids.CASES, set()),
     ],
 )  # the slow ones: 25 s
 def test_parity_with_transformers(
