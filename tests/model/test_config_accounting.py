@@ -252,15 +252,16 @@ FAST = {
     "mistral3",
     "qwen2_moe",
 }
+READ_ALONE = sorted(set(ARCHITECTURES) - {"gemma3", "llama4"})
 WRONG: list[Any] = [[], {}, "x", "", -1, 0, 1, True, None, 1.5, 1e308, 10**30, 10**400, [1], [None], {"a": 1}]
 
 
-def spread(model_types: list[str]) -> list[Any]:
-    """The others, 40 s, in the slow suite."""
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in model_types]
+def spread(model_types: list[str], fast: set[str]) -> list[Any]:
+    """The others, 50 s in all, in the slow suite."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in model_types]
 
 
-@pytest.mark.parametrize("model_type", spread(sorted(set(ARCHITECTURES) - {"gemma3", "llama4"})))
+@pytest.mark.parametrize("model_type", spread(READ_ALONE, FAST))
 def test_a_wrong_value_of_any_key_is_an_error_of_ours(model_type: str) -> None:
     """Whatever JSON a file holds, it is read or refused: no other exception, and no array of its size."""
     config = tiny_config(model_type=model_type)
@@ -268,6 +269,11 @@ def test_a_wrong_value_of_any_key_is_an_error_of_ours(model_type: str) -> None:
         for value in WRONG:
             with contextlib.suppress(TruffulaError):
                 read_config({**config, key: value})
+
+
+@pytest.mark.parametrize("model_type", spread(READ_ALONE, {"llama", "gemma3_text"}))
+def test_a_wrong_value_of_a_rope_is_an_error_of_ours(model_type: str) -> None:
+    config = tiny_config(model_type=model_type)
     for kind, key, where in product(("linear", "llama3", "yarn", "factors"), ROPE_KEYS, ("scaling", "parameters")):
         for value in WRONG:
             rope: dict[str, Any] = {**ROPE, "rope_type": kind, key: value}
