@@ -119,5 +119,5 @@ def state_of(request: Request) -> ServerState:
 
 
 def record_of(request: Request) -> RequestRecord:
-    record: RequestRecord = request.scope["state"]["record"]
+    record: RequestRecord = request.state.record
     return record
