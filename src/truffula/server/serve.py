@@ -62,9 +62,7 @@ BACKLOG = 2048
 """Connections that the kernel queues until they are accepted."""
 MAX_PROMPT_SCORES = 2**17
 """Of one prompt. All streams wait while the scores of a prompt are decoded: 40 ms at this number."""
-YOUNG_OBJECTS = 5000
-"""A collection of young objects comes when so many were made. Those of a request are freed without it."""
-FULL_COLLECTIONS = 150
+FULL_COLLECTIONS = 1000
 """A collection of all objects, during which every stream waits, comes with so many of the younger ones."""
 SWITCH_INTERVAL_S = 0.001
 """How long a thread that works on a text may keep the event loop from running; Python's default is 5 ms."""
@@ -353,7 +351,7 @@ def run_server(resolved: Resolved, listening: socket.socket, handle: EngineHandl
         return app
 
     server.loading.load = load_and_freeze
-    gc.set_threshold(YOUNG_OBJECTS, gc.get_threshold()[1], FULL_COLLECTIONS)
+    gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTIONS)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         server.run(sockets=[listening])
