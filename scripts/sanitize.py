@@ -87,9 +87,10 @@ def library(name: str) -> str:
 
 
 def run_tests(source: str, chosen: list[str], env: dict[str, str], names: tuple[str, ...] = TESTS) -> None:
-    """The op tests that ``chosen`` picks, on the module beside ``source``."""
+    """The op tests that ``chosen`` picks, on the module beside ``source``: of all ``TESTS``, on every table."""
     paths = [f"tests/kernels/{name}.py" for name in names]
-    arguments = ["-p", "no:cacheprovider", "--timeout=1200", *paths, *chosen]
+    slow = ["-m", "slow or not slow"] if names == TESTS else []  # the tables between the best and the portable one
+    arguments = ["-p", "no:cacheprovider", "--timeout=1200", *paths, *slow, *chosen]
     code = f"{FRONT.format(source=source)}\nimport pytest\nsys.exit(pytest.main({arguments!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
 

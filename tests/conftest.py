@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -23,6 +24,17 @@ def backends() -> str:
     why = why_unavailable()
     native = f"not cpu: {why}" if why else f"cpu ({', '.join(instruction_sets())})"
     return f"backends: reference, {native}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection() -> None:
+    """What is imported and collected stays: a million objects, which each garbage collection would go through."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
 def misbehaving_hub() -> Iterator[str]:
     """Its address while the context lasts."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

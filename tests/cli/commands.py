@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import typer.main
@@ -10,12 +11,16 @@ import typer.main
 from truffula.cli.app import app
 
 
-def every_command(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(words after ``truffula``, the command) of the root, the groups and all commands in them."""
-    group = typer.main.get_command(app) if group is None else group
+@cache
+def every_command() -> tuple[tuple[tuple[str, ...], Any], ...]:
+    """(words after ``truffula``, the command) of the root, the groups and all commands: slow to make, so made once."""
+    return tuple(_below(typer.main.get_command(app), ()))
+
+
+def _below(group: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     yield path, group
     for name, command in getattr(group, "commands", {}).items():
-        yield from every_command(command, (*path, name))
+        yield from _below(command, (*path, name))
 
 
 def flags_of(*path: str) -> set[str]:

@@ -102,7 +102,7 @@ def test_ps_of_another_server_says_so(tmp_path: Path) -> None:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as other:
-        thread = threading.Thread(target=other.serve_forever)
+        thread = threading.Thread(target=other.serve_forever, args=(0.01,))
         thread.start()
         try:
             done = here("ps", "--port", str(other.server_port))

@@ -60,7 +60,7 @@ def hold_company(data, lim, crowd) -> None:
             check(req, answer)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data(), engines())
 def test_any_company_any_budget_any_memory(data, lim):
     crowd = [data.draw(constrained(f"c{i}")) for i in range(data.draw(st.integers(1, 4)))]

@@ -137,4 +137,4 @@ class TestEngineAtLength(EngineMachine.TestCase):
 
 
 TestEngine = EngineMachine.TestCase
-TestEngine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestEngine.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)

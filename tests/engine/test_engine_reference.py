@@ -108,8 +108,8 @@ FAMILIES = {
 }
 
 
-# In the slow suite: bamba, and these on the reference, which takes a second for each test of them.
-SLOW = {"lfm2", "qwen3_5"}
+# In the slow suite: bamba, and these on the reference, which takes most of a second for each test of them.
+SLOW = {"lfm2", "qwen3_5", "mistral", "gemma3-short", "gemma3-long"}
 PARAMS = [
     pytest.param(
         (b, f), marks=[pytest.mark.slow] * (f == "bamba" or (b == "reference" and f in SLOW)), id=f"{b}-{f}"

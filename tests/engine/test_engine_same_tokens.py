@@ -74,7 +74,7 @@ def assert_same(got, expected) -> None:
     assert got.prompt_logprobs == expected.prompt_logprobs
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(crowds(), engines(), st.data())
 def test_any_company_any_budget_any_memory(crowd, lim, data):
     hold_company(crowd, lim, data)

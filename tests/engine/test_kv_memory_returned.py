@@ -51,7 +51,7 @@ assert run("a", count) == first, "what is computed in memory that was returned i
 
 
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("prefix", ["cached", "free"])
+@pytest.mark.parametrize("prefix", ["cached", pytest.param("free", marks=pytest.mark.slow)])
 def test_kv_memory_is_returned_when_adapters_need_its_bytes(backend: str, prefix: str, tmp_path: Path):
     config = tiny_llama_config(
         hidden_size=64, head_dim=128, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=4,

@@ -13,6 +13,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,19 @@ NATIVE = sorted((SRC / "kernels" / "cpu" / "native").iterdir())
 SOURCES = sorted(SRC.rglob("*.py"))
 
 
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Each file is parsed and walked once for all lists."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trees_are_let_go() -> Iterator[None]:
+    """The rest of the suite need not carry a million nodes through each garbage collection."""
+    yield
+    nodes_of.cache_clear()
+
+
 def comments(path: Path) -> Iterator[tuple[int, str]]:
     """Comments and docstrings of a Python file, comments of a C++ file, with their lines."""
     text = path.read_text()
@@ -69,27 +83,30 @@ def comments(path: Path) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.lineno, " ".join(node.value.value.split())
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *NATIVE], ids=lambda path: path.relative_to(SRC).as_posix())
-def test_comments_are_in_plain_words(path: Path) -> None:
-    found = [f"{path.name}:{line}: {match[0]!r} in {text[max(0, match.start() - 60) : match.end() + 60]!r}"
-             for line, text in comments(path) for match in COMMENT_WORDS.finditer(text)]  # fmt: skip
+def test_comments_are_in_plain_words() -> None:
+    found = [f"{path.relative_to(SRC)}:{line}: {match[0]!r} in {text[max(0, match.start() - 60) : match.end() + 60]!r}"
+             for path in [*SOURCES, *NATIVE] for line, text in comments(path)
+             for match in COMMENT_WORDS.finditer(text)]  # fmt: skip
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(SRC).as_posix())
-def test_names_are_in_plain_words(path: Path) -> None:
-    names = {(1, path.stem)}
-    for node in ast.walk(ast.parse(path.read_text())):
+def names(path: Path) -> Iterator[tuple[int, str]]:
+    yield 1, path.stem
+    for node in nodes_of(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add((node.lineno, node.name))
+            yield node.lineno, node.name
         elif isinstance(node, ast.arg):
-            names.add((node.lineno, node.arg))
-    found = [f"{path.name}:{line}: {name}" for line, name in sorted(names) if name.strip("_").lower() in NAMES]
+            yield node.lineno, node.arg
+
+
+def test_names_are_in_plain_words() -> None:
+    found = [f"{path.relative_to(SRC)}:{line}: {name}" for path in SOURCES for line, name in names(path)
+             if name.strip("_").lower() in NAMES]  # fmt: skip
     assert not found, "\n".join(found)
 
 
@@ -97,33 +114,27 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
     """Every string literal of a file that may reach a user, with its line: not docstrings, which developers read, but
     the docstrings of commands, which are their help.
     """
-    tree = ast.parse(path.read_text())
     commands = path.parent.name == "cli"
-    for node in ast.walk(tree):
+    comments = set()
+    for node in nodes_of(path):  # a statement comes before what it holds
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            node.value.value = ""  # a docstring, or a string used as a comment
+            comments.add(id(node.value))  # a docstring, or a string used as a comment
         if isinstance(node, ast.FunctionDef) and commands and node.decorator_list and (text := ast.get_docstring(node)):
             yield node.lineno, text
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in comments:
             yield node.lineno, node.value
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_messages_are_in_plain_words(path: Path) -> None:
-    found = [f"{path.name}:{line}: {match[0]!r} in {text[:120]!r}" for line, text in texts(path)
-             if (match := WORDS.search(text))]  # fmt: skip
+def test_messages_are_in_plain_words() -> None:
+    found = [f"{path.relative_to(ROOT)}:{line}: {match[0]!r} in {text[:120]!r}" for path in FILES
+             for line, text in texts(path) if (match := WORDS.search(text))]  # fmt: skip
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_pages_are_in_plain_words(path: Path) -> None:
-    lines = enumerate(path.read_text().splitlines(), 1)
-    found = [
-        f"{path.name}:{number}: {match[0]!r} in {line[:120]!r}"
-        for number, line in lines
-        if (match := WORDS.search(line))
-    ]
+def test_pages_are_in_plain_words() -> None:
+    found = [f"{page.relative_to(ROOT)}:{number}: {match[0]!r} in {line[:120]!r}" for page in PAGES
+             for number, line in enumerate(page.read_text().splitlines(), 1)
+             if (match := WORDS.search(line))]  # fmt: skip
     assert not found, "\n".join(found)
 
 

@@ -79,18 +79,17 @@ SAMPLERS: Mapping[str, Callable[[int, int], AnySampler]] = MappingProxyType(
     {"numpy": Sampler, **{f"cpu-{isa}": partial(NativeSampler, isa) for isa in ISAS}}
 )
 
-on_every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 # The tables between the best and the portable one run in the slow suite.
 BETWEEN = frozenset(ISAS[1:-1])
-on_every_backend = pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param(backend, id=name, marks=[pytest.mark.slow] * (name.removeprefix("cpu-") in BETWEEN))
-        for name, backend in BACKENDS.items()
-    ],
-)
-on_every_table = pytest.mark.parametrize(
-    "isa", [pytest.param(isa, id=isa, marks=[pytest.mark.slow] * (isa in BETWEEN)) for isa in ISAS]
-)
+
+
+def _each(made: Mapping[str, Any]) -> list[Any]:
+    marks = {name: [pytest.mark.slow] * (name.removeprefix("cpu-") in BETWEEN) for name in made}
+    return [pytest.param(value, id=name, marks=marks[name]) for name, value in made.items()]
+
+
+on_every_sampler = pytest.mark.parametrize("sampler", _each(SAMPLERS))
+on_every_backend = pytest.mark.parametrize("backend", _each(BACKENDS))
+on_every_table = pytest.mark.parametrize("isa", _each(dict(zip(ISAS, ISAS, strict=True))))
 on_the_best = pytest.mark.parametrize("backend", BEST.values(), ids=BEST.keys())
 needs_native = pytest.mark.skipif(not ISAS, reason="truffula was installed without its native kernels")

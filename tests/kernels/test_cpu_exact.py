@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_backends import ISAS, needs_native
+from kernel_backends import BETWEEN, ISAS, needs_native, on_every_table
 from llama_program import Shape, llama_program
 
 from truffula.kernels.backend import Executable
@@ -81,8 +81,12 @@ def load(isa: str, dtype: str, shape: Shape, threads: int = 2) -> Model:
 
 @pytest.fixture(
     scope="module",
-    params=[(isa, dtype, shape) for isa in ISAS for dtype in ("float32", "bfloat16") for shape in (PLAIN, NARROW)],
-    ids=lambda p: f"{p[0]}-{p[1]}-{'narrow' if p[2].window else 'plain'}",
+    params=[
+        pytest.param((isa, dtype, shape), id=f"{isa}-{dtype}-{name}", marks=[pytest.mark.slow] * (isa in BETWEEN))
+        for isa in ISAS
+        for dtype in ("float32", "bfloat16")
+        for shape, name in ((PLAIN, "plain"), (NARROW, "narrow"))
+    ],
 )
 def case(request):
     return request.param
@@ -179,7 +183,7 @@ def test_long_contexts_cut_anywhere(model, size):
         same(model.whole(ids, slot, cuts=sorted({cut for cut in cuts if 0 < cut < size})), wanted)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@on_every_table
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_windows_wider_than_a_partition(isa, dtype):
     """Where a partition begins follows from positions alone, not from the first key that a chunk sees."""

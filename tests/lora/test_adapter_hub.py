@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,15 +20,18 @@ OLD, NEW = "a" * 40, "b" * 40
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Files = dict[str, bytes]
 
-CALL = """
-import sys
+CALLS = """
+import json, sys
 from pathlib import Path
 from truffula.errors import TruffulaError
 from truffula.lora.hub import download
-try:
-    print(download("org/x", None, cache_dir=Path(sys.argv[1]), offline=sys.argv[2] == "offline", max_file_bytes=64))
-except TruffulaError as error:
-    print(error.code, error.param, error.message)
+for line in sys.stdin:
+    cache, how = json.loads(line)
+    try:
+        found = str(download("org/x", None, cache_dir=Path(cache), offline=how == "offline", max_file_bytes=64))
+    except TruffulaError as error:
+        found = f"{error.code} {error.param} {error.message}"
+    print(json.dumps(found), flush=True)
 """
 
 
@@ -73,10 +76,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    made = Hub({CONFIG: b"{}", TENSORS: b"old"}, {CONFIG: b"{}", TENSORS: b"new" * 1000})
-    thread = threading.Thread(target=made.serve_forever)
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
+    made = Hub({}, {})
+    thread = threading.Thread(target=made.serve_forever, args=(0.01,))
     thread.start()
     yield made
     made.shutdown()
@@ -84,29 +87,52 @@ def hub() -> Iterator[Hub]:
     made.server_close()
 
 
-def download(hub: Hub, cache: Path, how: str = "online") -> str:
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1"}
+@pytest.fixture
+def hub(server: Hub) -> Hub:
+    server.commits = {OLD: {CONFIG: b"{}", TENSORS: b"old"}, NEW: {CONFIG: b"{}", TENSORS: b"new" * 1000}}
+    server.asked = []
+    return server
+
+
+Download = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def download(server: Hub) -> Iterator[Download]:
+    """``download(cache, how)`` in another process, one for the module: the Hub's address is read at its import."""
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
     for name in ("HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         env.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, "-c", CALL, str(cache), how], env=env, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    with subprocess.Popen(
+        [sys.executable, "-c", CALLS], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        asked, answers = process.stdin, process.stdout
+
+        def call(cache: Path, how: str = "online") -> str:
+            print(json.dumps([str(cache), how]), file=asked, flush=True)
+            found: str = json.loads(answers.readline())
+            return found
+
+        yield call
+        asked.close()
+        assert process.wait(60) == 0
 
 
-def test_what_was_checked_is_what_is_fetched_and_found_again_offline(hub: Hub, tmp_path: Path) -> None:
+def test_what_was_checked_is_what_is_fetched_and_found_again_offline(
+    hub: Hub, download: Download, tmp_path: Path
+) -> None:
     hub.commits[OLD]["chat_template.jinja"] = b"{{ messages }}"
-    folder = download(hub, tmp_path)
+    folder = download(tmp_path)
     assert (Path(folder) / TENSORS).read_bytes() == b"old"
     assert (Path(folder) / "chat_template.jinja").read_bytes() == b"{{ messages }}"
-    assert download(hub, tmp_path, "offline") == folder
+    assert download(tmp_path, "offline") == folder
 
 
 @pytest.mark.parametrize(("name", "nbytes"), [(TENSORS, 65), (CONFIG, 65), (CONFIG, MAX_CONFIG_BYTES + 1)])
-def test_a_file_too_large_is_not_fetched(hub: Hub, tmp_path: Path, name: str, nbytes: int) -> None:
+def test_a_file_too_large_is_not_fetched(hub: Hub, download: Download, tmp_path: Path, name: str, nbytes: int) -> None:
     hub.commits[OLD][name] = b" " * nbytes
-    assert download(hub, tmp_path).startswith(f"adapter_invalid {name} ")
+    assert download(tmp_path).startswith(f"adapter_invalid {name} ")
     assert hub.asked == []
 
 
@@ -121,10 +147,10 @@ def test_a_file_too_large_is_not_fetched(hub: Hub, tmp_path: Path, name: str, nb
     ids=["a pickle", "MLX", "a model", "a subfolder"],
 )
 def test_a_repository_without_an_adapter_says_what_it_holds(
-    hub: Hub, tmp_path: Path, listed: list[str], words: list[str]
+    hub: Hub, download: Download, tmp_path: Path, listed: list[str], words: list[str]
 ) -> None:
     hub.commits[OLD] = dict.fromkeys(listed, b"x")
-    said = download(hub, tmp_path)
+    said = download(tmp_path)
     assert said.startswith("adapter_invalid ") and "org/x is not a PEFT adapter" in said
     assert [word for word in words if word not in said] == []
     assert hub.asked == []

@@ -125,7 +125,7 @@ def filled(value: Any, root: str) -> Any:
     return {filled(key, root): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
-@pytest.mark.parametrize("base", [TEXT, NEW])
+@pytest.mark.parametrize("base", [TEXT, pytest.param(NEW, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("root", [NEW, OLD, TEXT, "model.text_model."])
 @pytest.mark.parametrize("asked", ASKED)
 def test_a_configuration_means_what_peft_reads_on_its_class(tmp_path: Path, asked: str, root: str, base: str) -> None:

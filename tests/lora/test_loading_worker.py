@@ -59,6 +59,24 @@ def make(tmp_path: Path) -> Iterator[Make]:
     assert list((tmp_path / "staging").iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def for_the_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LoadingWorker, Path]]:
+    """A loader with one worker for all tests that do not end it: most of a test would be the start of its own."""
+    root = tmp_path_factory.mktemp("staging")
+    made = LoadingWorker(Setup(sites=llama_sites(), model="tiny-base"), max_workers=1, staging_roots=[root])
+    yield made, root
+    made.close()
+    assert list(root.iterdir()) == []
+
+
+@pytest.fixture
+def loader(for_the_file: tuple[LoadingWorker, Path]) -> Iterator[LoadingWorker]:
+    made, root = for_the_file
+    yield made
+    for image in root.glob("*/*-*"):
+        image.unlink()  # the loads of a test leave them to whoever maps them
+
+
 def ref(folder: Path, kind: Any = "local", **fields: Any) -> AdapterRef:
     return AdapterRef(name=folder.name, kind=kind, locator=str(folder), **fields)
 
@@ -108,8 +126,7 @@ def stop(loader: LoadingWorker) -> int:
     return pid
 
 
-def test_an_adapter_is_validated_and_written_in_another_process(make: Make, tmp_path: Path) -> None:
-    loader = make()
+def test_an_adapter_is_validated_and_written_in_another_process(loader: LoadingWorker, tmp_path: Path) -> None:
     ticket = loader.start(adapter(tmp_path / "a"))
     result = one(loader)
     assert (
@@ -167,15 +184,13 @@ def test_workers_begin_with_the_first_load_and_end_when_idle(make: Make, tmp_pat
     Path(result.image_path).unlink()
 
 
-def test_a_refusal_comes_back_as_it_was_raised(make: Make, tmp_path: Path) -> None:
-    loader = make()
+def test_a_refusal_comes_back_as_it_was_raised(loader: LoadingWorker, tmp_path: Path) -> None:
     loader.start(ref(write_tiny_adapter(tmp_path / "a", llama_sites(), use_dora=True)))
     error = one(loader).error
     assert error is not None and (error.code, error.param) == (AdapterError.code, "use_dora")
 
 
-def test_a_refusal_names_a_file_whose_name_is_no_text(make: Make, tmp_path: Path) -> None:
-    loader = make()
+def test_a_refusal_names_a_file_whose_name_is_no_text(loader: LoadingWorker, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / os.fsdecode(b"\xff.gguf")).touch()
     loader.start(ref(tmp_path / "a"))
@@ -435,14 +450,15 @@ def test_a_folder_that_changes_while_it_is_read_is_not_served(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("swapped", ["folder", "adapter_model.safetensors", "adapter_config.json", "parent"])
-def test_a_link_put_in_place_after_the_lookup_is_not_followed(make: Make, tmp_path: Path, swapped: str) -> None:
+def test_a_link_put_in_place_after_the_lookup_is_not_followed(
+    loader: LoadingWorker, tmp_path: Path, swapped: str
+) -> None:
     """The worker is frozen when the load is asked for, so the swap comes between look-up and open."""
     write_tiny_adapter(tmp_path / "outside" / "x", llama_sites(), seed=5)
     write_tiny_adapter(tmp_path / "served" / "real" / "x", llama_sites())
     (tmp_path / "served" / "x").symlink_to(Path("real") / "x")  # a link that stays inside is followed
     directory = AdapterDirectory(adapter_dir=tmp_path / "served")
     found = directory.resolve("x")
-    loader = make(max_workers=1)
     assert found is not None
     loader.start(found)
     assert one(loader).error is None
@@ -459,7 +475,7 @@ def test_a_link_put_in_place_after_the_lookup_is_not_followed(make: Make, tmp_pa
     assert str(tmp_path) not in error.message
 
 
-def test_a_link_inside_the_adapter_folder_is_followed(make: Make, tmp_path: Path) -> None:
+def test_a_link_inside_the_adapter_folder_is_followed(loader: LoadingWorker, tmp_path: Path) -> None:
     """To a folder, to a file, by a relative and by an absolute path."""
     write_tiny_adapter(tmp_path / "served" / "v1", llama_sites())
     mixed = tmp_path / "served" / "mixed"
@@ -468,7 +484,6 @@ def test_a_link_inside_the_adapter_folder_is_followed(make: Make, tmp_path: Path
     (mixed / "adapter_model.safetensors").symlink_to(tmp_path / "served" / "v1" / "adapter_model.safetensors")
     (tmp_path / "served" / "latest").symlink_to("mixed")
     directory = AdapterDirectory(adapter_dir=tmp_path / "served")
-    loader = make(max_workers=1)
     for name in ("mixed", "latest"):
         found = directory.resolve(name)
         assert found is not None
@@ -494,19 +509,21 @@ def test_an_adapter_in_the_hubs_cache_is_served_offline(make: Make, tmp_path: Pa
     assert error is not None and "offline" in error.message and str(tmp_path) not in error.message
 
 
-def test_a_file_below_an_allowed_folder_that_is_a_link_out_of_it_is_refused(make: Make, tmp_path: Path) -> None:
+def test_a_file_below_an_allowed_folder_that_is_a_link_out_of_it_is_refused(
+    loader: LoadingWorker, tmp_path: Path
+) -> None:
     write_tiny_adapter(tmp_path / "outside", llama_sites())
     folder = write_tiny_adapter(tmp_path / "allowed" / "x", llama_sites())
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.safetensors").symlink_to(tmp_path / "outside" / "adapter_model.safetensors")
     found = AdapterDirectory(allow_local=(tmp_path / "allowed",)).resolve(str(folder), "local")
     assert found is not None
-    loader = make()
     loader.start(found)
     error = one(loader).error
     assert error is not None and (error.code, error.param) == (AdapterError.code, "adapter_model.safetensors")
 
 
+@pytest.mark.slow  # five seconds of computing, as in test_loading_while_running
 def test_a_hostile_pattern_ends_its_load_with_an_error_and_the_worker_lives(make: Make, tmp_path: Path) -> None:
     loader = make()
     pid = begun(loader)

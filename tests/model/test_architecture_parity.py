@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import parity_cases_delta
 import parity_cases_dense
+import parity_cases_hybrids
 import parity_cases_mla
 import parity_cases_moe
 import parity_cases_older
 import parity_cases_state
 import pytest
-from kernel_backends import on_the_best
+from kernel_backends import BEST, on_the_best
 
 from truffula.kernels.backend import Backend
 from truffula.model.load import ModelPlan, WeightReader, plan_model
@@ -93,11 +94,16 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def spread(cases: list[tuple[str, str, dict[str, Any]]]) -> list[Any]:
-    """Parameter sets of which only the first of each type runs in the fast suite."""
+Cases = list[tuple[str, str, dict[str, Any]]]
+
+
+def spread(cases: Cases, fast: set[str]) -> list[Any]:
+    """Parameter sets on the best backends. Of the rows behind a type's first, the fast suite runs those on ``fast``."""
     made, seen = [], set()
     for case in cases:
-        made.append(pytest.param(*case, id=f"{case[0]}: {case[1]}", marks=[pytest.mark.slow] * (case[0] in seen)))
+        for name, backend in BEST.items():
+            marks = [pytest.mark.slow] * (case[0] in seen and name not in fast)
+            made.append(pytest.param(*case, backend, id=f"{case[0]}: {case[1]}-{name}", marks=marks))
         seen.add(case[0])
     return made
 
@@ -125,19 +131,19 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
     return plan
 
 
-@on_the_best
 @pytest.mark.parametrize(
-    ("model_type", "name", "overrides"),
+    ("model_type", "name", "overrides", "backend"),
     [
-        *(pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in CASES),
-        *spread(parity_cases_dense.CASES),
-        *spread(parity_cases_mla.CASES),
-        *spread(parity_cases_older.CASES),
-        *spread(parity_cases_moe.CASES),
-        *spread(parity_cases_state.CASES),
-        *spread(parity_cases_delta.CASES),
+        *spread(CASES, set(list(BEST)[-1:])),
+        *spread(parity_cases_dense.CASES, set()),
+        *spread(parity_cases_mla.CASES, set()),
+        *spread(parity_cases_older.CASES, set()),
+        *spread(parity_cases_moe.CASES, set()),
+        *spread(parity_cases_state.CASES, set()),
+        *spread(parity_cases_delta.CASES, set()),
+        *spread(parity_cases_hybrids.CASES, set()),
     ],
-)  # the slow ones: 20 s
+)  # the slow ones: 25 s
 def test_parity_with_transformers(
     tmp_path: Path, model_type: str, name: str, overrides: dict[str, Any], backend: Backend
 ) -> None:

@@ -16,7 +16,7 @@ def cached(live, key, **extra):
 
 @pytest.fixture
 def keyed(model_folder):
-    with serving(model_folder, api_keys=("key-one", "key-two")) as found:
+    with serving(model_folder, backend="auto", api_keys=("key-one", "key-two")) as found:
         yield found
 
 
@@ -30,7 +30,7 @@ def test_keys_never_share_blocks(keyed):
 
 
 def test_keys_share_where_the_operator_says_so(model_folder):
-    with serving(model_folder, api_keys=("key-one", "key-two"), salt_by_api_key=False) as live:
+    with serving(model_folder, backend="auto", api_keys=("key-one", "key-two"), salt_by_api_key=False) as live:
         assert cached(live, "key-one") == 0
         assert cached(live, "key-two") > 0
         assert cached(live, "key-two", cache_salt="x") == 0

@@ -161,7 +161,7 @@ Answer = tuple[str, str, list[tuple[str, Any]], tuple[int, int, int]]
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with serving(write_scripted_model(tmp_path_factory.mktemp("scripted"), SCRIPTS)) as live:
+    with serving(write_scripted_model(tmp_path_factory.mktemp("scripted"), SCRIPTS), backend="auto") as live:
         yield live
 
 

@@ -289,5 +289,5 @@ def test_a_field_of_another_server_never_passes_wherever_it_stands(dialect, name
     assert caught.value.param == place
     assert caught.value.message.startswith(f"{place} ")
     meant = dialect.path_of(name)
-    words = f"name the adapter in {meant}" if name == "model" and path else f"use {meant}"
+    words = f"name the adapter in {dialect.adapter}" if written == "model" and path else f"use {meant}"
     assert name in UNSUPPORTED or meant is None or words in caught.value.message

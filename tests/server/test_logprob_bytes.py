@@ -57,7 +57,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         extra=chain(steps),
         **shape,
     )
-    with serving(folder, max_model_len=64) as live:
+    with serving(folder, backend="auto", max_model_len=64) as live:
         yield live
 
 
@@ -169,7 +169,7 @@ def test_alternatives_that_look_alike_have_an_entry_each(tmp_path: Path) -> None
         tie_word_embeddings=False,
         extra=extra,
     )
-    with serving(folder, max_model_len=64) as live:
+    with serving(folder, backend="auto", max_model_len=64) as live:
         top = live.completion(prompt="x", max_tokens=1, logprobs=4)["choices"][0]["logprobs"]["top_logprobs"][0]
         native = live.native("x", max_new_tokens=1, details=True, top_n_tokens=4)["details"]["top_tokens"][0]
     assert list(top) == ["a", "", f"token_id:{others[1]}", f"token_id:{others[2]}"]

@@ -45,7 +45,7 @@ THOUGHTS = ("reasoning_content", "reasoning")
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = write_scripted_model(tmp_path_factory.mktemp("scripted"), SCRIPTS)
-    with serving(folder) as live:
+    with serving(folder, backend="auto") as live:
         yield live
 
 

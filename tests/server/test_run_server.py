@@ -109,10 +109,10 @@ def test_sampling_defaults_of_the_model_by_option_only(tmp_path):
     def answers(live, **more):
         return {live.completion(**{**body, "temperature": None, **more})["choices"][0]["text"] for _ in range(5)}
 
-    with serving(model, generation_defaults=True) as live:
+    with serving(model, backend="auto", generation_defaults=True) as live:
         assert len(answers(live)) == 1
         assert len(answers(live, top_k=0)) > 1
-    with serving(model) as live:
+    with serving(model, backend="auto") as live:
         assert len(answers(live)) > 1
 
 

@@ -47,9 +47,16 @@ SPECIAL = ("harmony", "kimi_k2", "deepseek_v3", "deepseek_v3_1")
 """The markers of these are special tokens in all models, and mean what they mean in reasoning too."""
 TEXT = ("deepseek_v3_2", "deepseek_v4")
 """The markers of these are text."""
+# With markers that are text, each syntax once in the fast suite.
+SYNTAXES = {TOOL_FORMATS[name].syntax: name for name in reversed(FORMATS) if name not in SPECIAL}
 by_format = pytest.mark.parametrize(
     ("name", "special"),
-    [(name, True) for name in FORMATS if name not in TEXT] + [(name, False) for name in FORMATS if name not in SPECIAL],
+    [(name, True) for name in FORMATS if name not in TEXT]
+    + [
+        pytest.param(name, False, marks=[pytest.mark.slow] * (name not in (*TEXT, *SYNTAXES.values())))
+        for name in FORMATS
+        if name not in SPECIAL
+    ],
 )
 MARK = re.compile(r"<[^<>\s\"=]+>|\[[A-Z_/]+\]")
 

@@ -29,6 +29,15 @@ HARD: dict[str, Any] = {
     "kind": "a",
 }
 by_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+FORMATS = {(model.tools, model.reasoning): model.name for model in reversed(MODELS)}
+# Properties of a format: of the models that share one, only the first is in the fast suite.
+by_format = pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(model, id=model.name, marks=[pytest.mark.slow] * (model.name not in FORMATS.values()))
+        for model in MODELS
+    ],
+)
 
 
 def example_of(model: Model, arguments: dict[str, Any]) -> tuple[str, str, Answer]:
@@ -105,7 +114,7 @@ arguments_strategy = st.fixed_dictionaries(
 AMBIGUOUS = re.compile(r"</(parameter|arg_value)>\s*(<|</)(parameter|function|tool_call|arg_key|seed|invoke|/)")
 
 
-@by_model
+@by_format
 @settings(max_examples=20, deadline=None)
 @given(arguments=arguments_strategy, data=st.data())
 def test_any_arguments_in_any_pieces(model: Model, arguments: dict[str, Any], data: st.DataObject) -> None:
@@ -124,7 +133,7 @@ def test_any_arguments_in_any_pieces(model: Model, arguments: dict[str, Any], da
     assert same(parse(format_of(model), pieces, prompt), expected)
 
 
-@by_model
+@by_format
 def test_an_answer_that_is_cut_loses_nothing(model: Model) -> None:
     """An incomplete call is text as a whole, or, in a stream, what was sent of it remains a call."""
     prompt, answer, _ = example_of(model, HARD)
@@ -168,7 +177,7 @@ def pieces_of(model: Model) -> list[str]:
     return [text for text in [*found, *plain, *extra, *(harmony if extra else [])] if isinstance(text, str) and text]
 
 
-@by_model
+@by_format
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_no_answer_is_lost_or_fails(model: Model, data: st.DataObject) -> None:

@@ -163,7 +163,7 @@ def test_a_new_time_of_the_same_content_ends_nothing(start: Start, model: Path, 
     client = start(transport, model=model)
     expected = run(client, [ask("a", [3, 4, 5])])["a"].token_ids
     touch(model)
-    noticed = time.monotonic() + 2.5  # a running engine looks at its files once a second
+    noticed = time.monotonic() + 1.5  # a running engine looks at its files once a second
     for number in itertools.count():
         assert run(client, [ask(f"r{number}", [3, 4, 5])])[f"r{number}"].token_ids == expected
         if time.monotonic() > noticed:

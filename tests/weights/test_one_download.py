@@ -166,7 +166,12 @@ def test_a_file_that_was_cut_is_fetched_again(tmp_path: Path, index: SlowIndex) 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open of Linux")
 @pytest.mark.parametrize(
     ("number", "how"),
-    [(signal.SIGINT, "main"), (signal.SIGINT, "thread"), (signal.SIGTERM, "thread"), (signal.SIGKILL, "main")],
+    [
+        (signal.SIGINT, "main"),
+        pytest.param(signal.SIGINT, "thread", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "thread", marks=pytest.mark.slow),
+        (signal.SIGKILL, "main"),
+    ],
 )
 def test_an_interrupted_fetch_ends_pip_and_leaves_nothing(
     number: signal.Signals, how: str, tmp_path: Path, index: SlowIndex
@@ -191,7 +196,7 @@ def test_an_interrupted_fetch_ends_pip_and_leaves_nothing(
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open of Linux")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_server_that_is_ended_while_it_downloads_ends_pip(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

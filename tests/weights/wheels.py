@@ -107,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
 def serving(made: Path) -> Iterator[SlowIndex]:
     """An index that serves one wheel while the context lasts."""
     server = SlowIndex(made)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield server

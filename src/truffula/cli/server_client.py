@@ -43,8 +43,9 @@ class ServerClient:
         self._has_key = bool(keys)
         headers = {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
         timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S)
+        secure = self.url.lower().startswith("https:")  # else reading the certificates would only take time
         with self._named_errors():
-            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, verify=secure)
 
     def __enter__(self) -> Self:
         return self

@@ -197,13 +197,18 @@ class ProgramBuilder:
 
 @dataclass(frozen=True)
 class LayerBuilder:
-    """Writes the part ``part`` (mixer or mlp) of layer ``index``. Keys and modules are relative to the layer."""
+    """Writes the part ``part`` (mixer or mlp) of layer ``index``. Keys and modules are relative to the layer.
+
+    ``after`` is the norm of the part's result, ``scale`` multiplies it. ``last`` False: another result is added to the
+    stream before the next part reads it.
+    """
 
     program: ProgramBuilder
     index: int
     part: str
     after: NormSpec | None
     scale: float
+    last: bool = True
 
     @property
     def spec(self) -> ModelSpec:
@@ -299,7 +304,7 @@ class LayerBuilder:
 
     def output(self, key: str, x: Ref) -> None:
         """Append the last linear of the part; its result is added to the residual stream."""
-        after = self.program.stream_after(self.index, self.part)
+        after = self._stream_after()
         if self.after is None or self.norms_stream:
             probe = after if self.after is None else self.probe(self.after.module, "in")
             self.linear(key, x, self.hidden, probe, Epilogue(scale=self.scale, residual=self.hidden))
@@ -312,7 +317,7 @@ class LayerBuilder:
 
     def add(self, branch: Ref) -> None:
         """Append the norm after the part, if any, and the sum with the residual stream."""
-        after = self.program.stream_after(self.index, self.part)
+        after = self._stream_after()
         norm = None if self.norms_stream else self.after
         if norm is not None and self.scale == 1.0:
             key = f"{self.prefix}after_{self.part}"
@@ -325,6 +330,9 @@ class LayerBuilder:
             self.append(Pointwise(name=f"{name}.scale", kind="scale", x=branch, out=branch, params=(self.scale,)))
         self.append(Pointwise(name=f"{name}.add", probe=after, kind="add", x=self.hidden, y=branch, out=self.hidden))
         self._norm_stream()
+
+    def _stream_after(self) -> Probe | None:
+        return self.program.stream_after(self.index, self.part) if self.last else None
 
     def _norm_stream(self) -> None:
         if self.after is not None and self.norms_stream:
