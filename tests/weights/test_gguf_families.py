@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from gguf_models import FAMILIES as USUAL
 from gguf_models import VOCABULARY, interleave
 from gguf_writer import write_gguf
 from kernel_backends import BEST
@@ -23,6 +24,7 @@ from truffula.model.read import read_config
 from truffula.testing.files import Array
 from truffula.testing.programs import Driver, capacity_for
 from truffula.testing.tiny import tiny_config, tiny_tensors, write_tiny_checkpoint
+from truffula.weights.gguf_families import FAMILIES
 from truffula.weights.open import open_checkpoint
 
 IDS = [7, 31, 12, 55, 40, 9, 23, 18, 50, 4, 36, 27]
@@ -157,6 +159,10 @@ def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path: Path, case: Any) ->
     assert not checkpoint.warnings
     assert plan_model(checkpoint).spec == plan_model(open_checkpoint(plain)).spec
     np.testing.assert_array_equal(logits(file), logits(plain))
+
+
+def test_every_family_that_is_read_has_a_tiny_model() -> None:
+    assert {*USUAL, *(case[0] for case in CASES)} == set(FAMILIES)
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
