@@ -20,6 +20,7 @@ from kernel_backends import BEST
 
 from truffula.errors import UnsupportedModel
 from truffula.model.load import WeightReader, plan_model
+from truffula.model.parts.attention import AttentionSpec
 from truffula.model.read import read_config
 from truffula.testing.files import Array
 from truffula.testing.programs import Driver, capacity_for
@@ -55,6 +56,9 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], bool]] = [
      {"rope.dimension_count": 4, "expert_feed_forward_length": 24, "expert_shared_count": 2, "nextn_predict_layers": 0,
       "leading_dense_block_count": 1, "expert_gating_func": 2, "expert_weights_scale": 1.8, "expert_weights_norm": True,
       "expert_group_count": 1, "expert_group_used_count": 1}, False),
+    ("lfm2", "lfm2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+     {"attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 3, "vocab_size": VOCAB, "feed_forward_length": 40},
+     False),
     ("gpt-oss", "gpt_oss", {"rope_parameters": {**YARN, "truncate": False}},
      {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128}, False),
 ]  # fmt: skip
@@ -63,7 +67,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], bool]] = [
 def metadata(architecture: str, config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """What the converter's base class writes of a config, and ``more``."""
     spec = read_config(config).spec
-    mixer: Any = spec.layers[0].mixer
+    mixer: Any = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec))
     pairs = {
         "context_length": config["max_position_embeddings"],
         "embedding_length": spec.hidden,
@@ -135,6 +139,8 @@ def write_pair(
         )  # as the converter maps it
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
+        if ".shortconv.conv." in found:
+            array = array[:, 0]
         if permuted and (match := re.search(r"\.attn_([qk])\.", found)):
             array = interleave(array, mixer.heads if match[1] == "q" else mixer.kv_heads)
         stored[f"{found}.weight" if found.endswith("attn_sinks") else found] = np.ascontiguousarray(array)

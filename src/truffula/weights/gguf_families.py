@@ -85,13 +85,29 @@ _GLM4_MOE_BLOCK = {
     "nextn.shared_head_norm": "shared_head.norm",
 }
 _GPT_OSS_BLOCK = {**_SEED_BLOCK, **_EXPERTS_BLOCK, "ffn_gate_inp": "mlp.router"}
+_LFM2_BLOCK = {
+    "attn_norm": "operator_norm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+}
 _LAYER_NORM = ("attention.layer_norm_epsilon", "layer_norm_eps")
 
 
 @dataclass(frozen=True)
 class Family:
     """The mapping of one GGUF architecture to a model type. ``permuted``: rows of q and k are interleaved; ``shifted``:
-    norms hold 1 + weight. ``whole`` are names that are not those of a module's weight and bias, with that ending.
+    norms hold 1 + weight. ``whole`` are names that do not follow from ``block``, of layers without their prefix.
     ``default_theta`` None: the file must contain ``rope.freq_base``. ``eps`` is the key of the norms' epsilon, here and
     in config.json. ``partial``: a part of each head may be rotated.
     """
@@ -303,6 +319,19 @@ def _glm4_moe(hparams: HParams, config: dict[str, Any]) -> None:
     }
 
 
+def _lfm2(hparams: HParams, config: dict[str, Any]) -> None:
+    """Layers without KV heads have a convolution. The width of the MLP is the adjusted one."""
+    each, layers, name = hparams.get("attention.head_count_kv"), config["num_hidden_layers"], "attention.head_count_kv"
+    if not isinstance(each, list) or len(each) != layers or any(type(count) is not int for count in each):
+        raise CheckpointError(
+            f"{hparams.name(name)} is {each!r}; expected {layers} integers.", param=hparams.name(name)
+        )
+    config["layer_types"] = ["full_attention" if count else "conv" for count in each]
+    config["block_auto_adjust_ff_dim"] = False
+    config["conv_L_cache"] = hparams.count("shortconv.l_cache")
+    _qwen2(hparams, config)
+
+
 def _gpt_oss(hparams: HParams, config: dict[str, Any]) -> None:
     """The borders of its yarn are not rounded, for which the format has no key."""
     config["sliding_window"] = hparams.count("attention.sliding_window")
@@ -331,6 +360,8 @@ FAMILIES: Mapping[str, Family] = {
                       whole={"attn_sinks.weight": "self_attn.sinks"}),
     "granite": Family("granite", "GraniteForCausalLM", _LLAMA_BLOCK, _granite, permuted=True),
     "granitemoe": Family("granitemoe", "GraniteMoeForCausalLM", _GRANITE_MOE_BLOCK, _granite_moe, permuted=True),
+    "lfm2": Family("lfm2", "Lfm2ForCausalLM", _LFM2_BLOCK, _lfm2, eps=("attention.layer_norm_rms_epsilon", "norm_eps"),
+                   whole={"token_embd_norm.weight": "model.embedding_norm.weight"}),
     "olmo2": Family("olmo2", "Olmo2ForCausalLM", _OLMO2_BLOCK, _olmo2),
     "olmoe": Family("olmoe", "OlmoeForCausalLM", _QWEN3_MOE_BLOCK, _olmoe),
     "seed_oss": Family("seed_oss", "SeedOssForCausalLM", _SEED_BLOCK, _seed_oss),

@@ -52,7 +52,7 @@ def rename(family: Family, name: str) -> str | None:
     match = re.fullmatch(r"blk\.(0|[1-9]\d*)\.([a-z0-9_.]+)", stem)
     if match is None:
         top = _TOP.get(stem)
-        return f"{top}.{kind}" if top else None
+        return family.whole.get(name) or (f"{top}.{kind}" if top else None)
     layer, whole, part = f"model.layers.{match[1]}.", family.whole.get(f"{match[2]}.{kind}"), family.block.get(match[2])
     if whole is not None:
         return layer + whole
@@ -76,7 +76,7 @@ def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: l
         "intermediate_size": hparams.count("feed_forward_length"),
         "num_hidden_layers": _layers(hparams, len(header.tensors)),
         "num_attention_heads": heads,
-        "num_key_value_heads": hparams.count("attention.head_count_kv", heads),
+        "num_key_value_heads": _kv_heads(hparams, heads),
         "head_dim": width,
         "max_position_embeddings": hparams.count("context_length"),
         eps_name: hparams.real(eps),
@@ -112,6 +112,18 @@ def _head_dim(hparams: HParams, hidden: int, heads: int, *, partial: bool) -> in
         if found != width:
             raise UnsupportedModel(f"{name} is {found}, for heads {width} wide: {why}.", param=name)
     return width
+
+
+def _kv_heads(hparams: HParams, heads: int) -> int:
+    """The number of KV heads. A list with one number per layer has zeros for layers without attention."""
+    each = hparams.get("attention.head_count_kv")
+    if isinstance(each, list) and 0 in each and any(each):
+        found = set(each) - {0}
+        name = hparams.name("attention.head_count_kv")
+        if len(found) > 1 or not all(type(count) is int and count > 0 for count in found):
+            raise UnsupportedModel(f"{name} differs from layer to layer: {each[:8]}.", param=name)
+        return int(found.pop())
+    return hparams.count("attention.head_count_kv", heads)
 
 
 def _vocab_size(hparams: HParams) -> int:
