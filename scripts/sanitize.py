@@ -25,8 +25,12 @@ TESTS = (
     "test_cpu_exact",
     "test_cpu_quantised",
     "test_cpu_tables",
+    "test_expert_ops",
+    "test_latent_attention",
+    "test_states",
+    "test_gated_delta",
 )
-BRIEF_TESTS = ("test_row_ops", "test_linear_adapters", "test_paged_attention", "test_logits_op")
+BRIEF_TESTS = tuple(name for name in TESTS if not name.startswith("test_cpu"))
 # Without an editable install's own import hook, which would go past the copy.
 FRONT = """
 import runpy, sys

@@ -17,7 +17,7 @@ from fuzz_formats import Gguf, Obj, Safetensors, as_tree
 from fuzz_mutations import Case
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights"))
-from quantised_files import Fixture, as_model
+from quantised_files import Fixture, as_model, gpt_oss_model
 
 from truffula.errors import CheckpointError, TruffulaError
 from truffula.kernels.adapters import LowRank
@@ -97,7 +97,8 @@ def checkpoint(path: Path) -> None:
         assert array.shape == info.shape
         first_non_finite(array)
         blocks = opened.blocks(name)
-        assert blocks is None or blocks.shape == info.shape
+        swapped = (*info.shape[:-2], *info.shape[:-3:-1])  # blocks of stacked experts run along their inputs
+        assert blocks is None or blocks.shape in (info.shape, swapped)
     try:
         load_tokenizer(read_texts(opened.path).tokenizer)
     except CheckpointError as error:
@@ -207,22 +208,19 @@ def _folder_seeds() -> list[Case]:
     return seeds
 
 
+# One of each layout, and of each form of scales and zeros.
+_LAYOUTS = (
+    *("gptq-4-act-order", "gptq-3", "gptq-8", "auto-round-v2", "awq-gemm", "awq-gemv", "hqq-3-axis-0", "hqq-4"),
+    *("ct-int4-asymmetric", "ct-int4-channel", "ct-int8-asymmetric", "ct-fp8-block", "ct-mxfp4", "ct-nvfp4"),
+    *("fp8-block", "fp8-ue8m0", "modelopt-mxfp8", "modelopt-nvfp4", "bnb-nf4-double", "bnb-int8"),
+)
+
+
 def _quantised_seeds() -> list[Case]:
-    """Models whose linear modules are those of a fixture: one of each kind of layout."""
-    seeds = []
-    for name in (
-        "gptq-4-act-order",
-        "gptq-3",
-        "awq-gemv",
-        "ct-int4-asymmetric",
-        "ct-nvfp4",
-        "fp8-block",
-        "bnb-nf4-double",
-        "hqq-3-axis-0",
-    ):
-        config, tensors = as_model(Fixture(name), num_hidden_layers=1)
-        seeds.append(Case({"config.json": as_tree(config), "model.safetensors": _stored(tensors)}))
-    return seeds
+    """Models whose linear modules, and one whose experts, are those of a fixture."""
+    models = [as_model(Fixture(name), num_hidden_layers=1) for name in _LAYOUTS]
+    models.append(gpt_oss_model(num_hidden_layers=1))
+    return [Case({"config.json": as_tree(config), "model.safetensors": _stored(tensors)}) for config, tensors in models]
 
 
 _TOKENS = ["<a>", "<b>", "<c>", "\u2581", "a", "b", "ab", "\u2581a", "<0x41>"]

@@ -159,6 +159,18 @@ def test_a_column_for_several(backend, kind, columns):
     close(case.run(backend, op), x * np.repeat(factor, 42 // columns, 1), "float32")
 
 
+@on_every_backend
+def test_a_residual_in_other_columns_of_the_results_buffer(backend):
+    case = OneOp("float32", 3)
+    both = case.input(np.arange(24.0).reshape(3, 8))
+    routes, x = float32_input(case, np.array([[0.0, 1.0]] * 3)), case.input(np.ones((3, 2)))
+    w = case.weight(np.full((1, 4, 2), 0.25), "matmul")
+    residual, out = Ref(both.buffer, 0, 4), Ref(both.buffer, 4, 4)
+    op = ExpertLinear(name="e", x=x, routes=routes, weight=w, out=out, combine="sum",
+                      epilogue=Epilogue(residual=residual))  # fmt: skip
+    np.testing.assert_array_equal(case.run(backend, op), np.arange(24.0).reshape(3, 8)[:, :4] + 0.5)
+
+
 def test_a_step_of_one_row_reads_chosen_experts_alone():
     """A NaN in another expert's matrix would spoil any product that reads it."""
     for backend in BEST.values():

@@ -46,9 +46,6 @@ _SERIAL = (
 SERVED: dict[str, str] = {**dict.fromkeys(_PACKED.split(), "fallback"), **dict.fromkeys(_SERIAL.split(), "serial")}
 """How each type of transformers is served that can be built tiny, where truffula has no architecture for it."""
 
-WITHOUT_ADAPTERS = frozenset({"axk2", "dots3_note_text", "hy_v4"})
-"""Types with a sparse index, on which adapters are refused: tokens would differ from peft's, for an unknown cause."""
-
 
 def small_config(model_type: str, **overrides: Any) -> Any:
     """A configuration of a tiny model: the class's own with small sizes for the fields that it has."""

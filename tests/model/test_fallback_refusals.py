@@ -20,6 +20,8 @@ from truffula.errors import (
     TyingError,
     UnsupportedModel,
 )
+from truffula.model.fallback.skeleton import make_skeleton
+from truffula.model.fallback.trace import trace
 from truffula.model.load import plan_model
 from truffula.testing.files import write_safetensors
 from truffula.weights.open import open_checkpoint
@@ -159,3 +161,15 @@ def test_a_model_that_mixes_packed_sequences_is_served_serially(tmp_path):
         assert "differ from each alone" in model.plan.implementation.reason
         assert not model.settings.limits.prefix_cache
         assert model.settings.info.implementation == "serial"
+
+
+@pytest.mark.parametrize("layers", [10**5, 10**30])
+def test_more_layers_than_any_model_has_are_refused_before_they_are_made(original, tmp_path, layers):
+    refused(
+        changed(original, tmp_path, num_hidden_layers=layers), UnsupportedModel, "num_hidden_layers is 1000", "4096"
+    )
+
+
+def test_the_window_of_a_mask_is_found_behind_any_position():
+    config = small_config("vaultgemma", sliding_window=200_000, max_position_embeddings=400_000)
+    assert {call.window for call in trace(make_skeleton(config.to_dict())).calls} == {None, 200_000}

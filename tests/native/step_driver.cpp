@@ -1,6 +1,7 @@
 // Runs steps of a small program without Python: prefill, long contexts in partitions, adapters, a quantised product,
-// sampling. Checks that nothing is allocated after the largest step, and that equal steps give equal bits, whatever ran
-// between and with any number of threads. Thread sanitizer checks the accesses of the threads.
+// experts, latent attention, sequence states, sampling. Checks that nothing is allocated after the largest step, and by
+// worker threads never (they cannot pass an exception on); and that equal steps give equal bits, whatever ran between
+// and with any number of threads. Thread sanitizer checks the accesses of the threads.
 #include <array>
 #include <atomic>
 #include <cstdio>
@@ -16,10 +17,16 @@
 
 namespace {
 
-std::atomic<long> allocations{0};
+std::atomic<long> allocations{0}, allocations_of_workers{0};
+thread_local bool is_main = false;
+
+void count_one() {
+  allocations.fetch_add(1);
+  if (!is_main) allocations_of_workers.fetch_add(1);
+}
 
 void* counted(std::size_t bytes) {
-  allocations.fetch_add(1);
+  count_one();
   return std::malloc(bytes ? bytes : 1);
 }
 
@@ -31,7 +38,7 @@ void* operator new(std::size_t bytes) {
 }
 void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return counted(bytes); }
 void* operator new(std::size_t bytes, std::align_val_t align) {
-  allocations.fetch_add(1);
+  count_one();
   const auto to = static_cast<std::size_t>(align);
   if (void* made = std::aligned_alloc(to, (bytes + to - 1) / to * to)) return made;
   throw std::bad_alloc();
@@ -46,7 +53,11 @@ namespace truffula {
 namespace {
 
 constexpr int32_t kTokens = 32, kSeqs = 4, kLogitRows = 8, kBlocks = 192, kSize = 16, kTable = 48, kVocab = 512;
-constexpr Capacity kCapacity{kTokens, kSeqs, kLogitRows, 4, kBlocks, kSize, kTable};
+constexpr Capacity kCapacity{kTokens, kSeqs, kLogitRows, 4, kBlocks, kSize, kTable, kSeqs + 1};
+// Stacked experts of 64 inputs, of gate and up for 32; latent heads.
+constexpr int32_t kExperts = 8, kChosen = 2, kInner = 32;
+constexpr LatentOrder kLatent{2, 16, 16};
+constexpr int32_t kLatentRank = 24, kRotated = 8;
 
 std::vector<float> random_floats(int64_t count, uint32_t seed) {
   std::vector<float> made(static_cast<size_t>(count));
@@ -61,13 +72,93 @@ int32_t add_matrix(Executable& e, int64_t outputs, int64_t inputs, int32_t forma
   return id;
 }
 
-// A program with every op. The table and ops 3 and 6 take adapters.
+int32_t add_vector(Executable& e, int64_t count, float by) {
+  std::vector<float> values = random_floats(count, 77);
+  for (float& number : values) number = by * (0.5f + number);
+  return e.add_vector(values.data(), count);
+}
+
+// An op that multiplies `x` by a new matrix and, where `add` is set, adds the result to `out`.
+LinearOp linear(Executable& e, const Ref& x, const Ref& out, bool add) {
+  LinearOp op;
+  op.x = x, op.out = out, op.weight = add_matrix(e, out.width, x.width, kBF16, true);
+  if (add) op.residual = out;
+  return op;
+}
+
+constexpr std::array<int64_t, 11> kStrides{64, 64, 128, 16, 64, 96, 64, 64, 64, 64, kVocab};
+constexpr bool logit_rows(size_t buffer) { return buffer >= kStrides.size() - 2; }
+
+// Experts: of each row two of eight, with gates and ups, in the first of which adapters act.
+void add_experts(Executable& e) {
+  const Ref x{0, 0, 64}, logits{5, 0, kExperts}, routes{6, 0, 2 * kChosen}, inner{7, 0, kChosen * kInner};
+  const int32_t in = e.add_matrix(2 * kInner, 64, kBF16, true, kInner, kExperts), out = e.add_matrix(64, kInner, kQ8_0, true, 0, kExperts);
+  for (int32_t expert = 0; expert < kExperts; ++expert) {
+    const std::vector<float> values = random_floats(2 * kInner * 64, static_cast<uint32_t>(expert) + 50);
+    e.fill_matrix(in, {values.data(), Stored::kFloat32, 64}, 2 * kInner, 0, expert);
+    e.fill_matrix(out, {values.data(), Stored::kFloat32, kInner}, 64, 0, expert);
+  }
+  e.add(linear(e, x, logits, false));
+  RouteOp route;
+  route.logits = logits, route.out = routes, route.k = kChosen, route.correction = add_vector(e, kExperts, 0.1f);
+  route.groups = 2, route.topk_groups = 1, route.group_score = kTopTwo, route.norm = 1.0f;
+  e.add(route);
+  ExpertLinearOp experts;
+  experts.x = x, experts.routes = routes, experts.out = inner, experts.weight = in, experts.glu = true;
+  experts.activation = kSilu;
+  e.add(experts);
+  experts = {};
+  experts.x = inner, experts.routes = routes, experts.out = experts.residual = x, experts.weight = out;
+  experts.combine = kWeightedSum;
+  e.add(experts);
+  route.score = kSparsemixer, route.groups = 1, route.correction = kAbsent, route.jitter = 0.01f;  // not used
+  route.out = {6, 2 * kChosen, 2 * kChosen};
+  e.add(route);
+}
+
+void add_latent(Executable& e) {
+  const int32_t kv_b = e.add_latent_matrix(kLatent, kLatentRank, kBF16);
+  const std::vector<float> values = random_floats(kLatent.outputs() * kLatentRank, 9);
+  e.fill_matrix(kv_b, {values.data(), Stored::kFloat32, kLatentRank}, kLatent.outputs(), 0);
+  MlaOp op;
+  op.heads = kLatent.heads, op.nope = kLatent.keys, op.rope = kRotated, op.dim_v = kLatent.values, op.rank = kLatentRank;
+  op.q = {5, 0, op.heads * (op.nope + op.rope)}, op.latent = {5, op.q.width, op.width()};
+  op.out = {6, 0, op.heads * op.dim_v}, op.kv_b = kv_b, op.plane = 2, op.scale = 0.2f;
+  e.add(linear(e, {0, 0, 64}, {5, 0, op.q.width + op.width()}, false));
+  e.add(op);
+  e.add(linear(e, op.out, {0, 0, 64}, true));
+}
+
+// A causal convolution, a Mamba-2 scan of its result, and a gated delta rule over that.
+void add_states(Executable& e) {
+  constexpr int32_t heads = 4, width = 16, size = 8;
+  e.add_state(2 * 64);
+  e.add_state(heads * width * size);
+  e.add_state(heads * size * width);
+  CausalConvOp conv;
+  conv.x = {0, 0, 64}, conv.out = {6, 0, 64}, conv.weight = add_vector(e, 3 * 64, 1.0f), conv.state = 0, conv.activation = kSilu;
+  e.add(conv);
+  e.add(linear(e, {0, 0, 64}, {5, 0, 60}, false));
+  Mamba2Op scan;
+  scan.x = conv.out, scan.b = {5, 0, size}, scan.c = {5, size, size}, scan.dt = {5, 2 * size, heads}, scan.out = {7, 0, 64};
+  scan.heads = heads, scan.head_dim = width, scan.groups = 1, scan.state_size = size, scan.state = 1;
+  scan.rate = add_vector(e, heads, -1.0f), scan.dt_bias = scan.skip = add_vector(e, heads, 1.0f), scan.dt_limit = {0.0f, 9.0f};
+  e.add(scan);
+  GatedDeltaOp delta;
+  delta.q = {5, 20, 2 * size}, delta.k = {5, 36, 2 * size}, delta.v = scan.out, delta.decay = {5, 52, heads}, delta.beta = {5, 56, heads};
+  delta.out = {8, 0, 64}, delta.state = 2, delta.rate = scan.rate, delta.dt_bias = scan.dt_bias, delta.heads = heads;
+  delta.key_heads = 2, delta.dim_k = size, delta.dim_v = width, delta.scale = 0.3f, delta.eps = 1e-6f;
+  e.add(delta);
+  e.add(linear(e, delta.out, {0, 0, 64}, true));
+}
+
+// A program with every op. The table and ops 3, 6, 9 (its first two experts, of one with gate and up apart) and 13 take
+// adapters.
 void add_program(Executable& e) {
   int64_t at = 0;
-  const int64_t strides[] = {64, 64, 128, 16, 64, 64, kVocab};
-  for (int b = 0; b < 7; ++b) {
-    e.add_buffer({at, strides[b], b >= 5, false});
-    at += strides[b] * (b >= 5 ? kLogitRows : kTokens);
+  for (size_t b = 0; b < kStrides.size(); ++b) {
+    e.add_buffer({at, kStrides[b], logit_rows(b), false});
+    at += kStrides[b] * (logit_rows(b) ? kLogitRows : kTokens);
   }
   const int32_t table = add_matrix(e, kVocab, 64, kBF16, false), qkv = add_matrix(e, 128, 64, kQ8_0, true);
   const int32_t o = add_matrix(e, 64, 64, kBF16, true), head = add_matrix(e, kVocab, 64, kF32, true);
@@ -92,20 +183,27 @@ void add_program(Executable& e) {
   LinearOp output;
   output.x = {4, 0, 64}, output.out = {0, 0, 64}, output.residual = {0, 0, 64}, output.weight = o;
   e.add(output);
-  e.add(TakeRowsOp{{0, 0, 64}, {5, 0, 64}});
+  add_experts(e);
+  add_latent(e);
+  add_states(e);
+  e.add(TakeRowsOp{{0, 0, 64}, {9, 0, 64}});
   LinearOp logits;
-  logits.x = {5, 0, 64}, logits.out = {6, 0, kVocab}, logits.weight = head;
+  logits.x = {9, 0, 64}, logits.out = {10, 0, kVocab}, logits.weight = head;
   e.add(logits);
 }
 
-constexpr int64_t kArena = (64 + 64 + 128 + 16 + 64) * kTokens + (64 + kVocab) * kLogitRows;
+constexpr int64_t arena_floats() {
+  int64_t floats = 0;
+  for (size_t b = 0; b < kStrides.size(); ++b) floats += kStrides[b] * (logit_rows(b) ? kLogitRows : kTokens);
+  return floats;
+}
 
 // The arrays of StepInputs (kernels/inputs.py).
 struct Inputs {
   std::array<int32_t, kTokens> token_ids{}, position{}, rope_pos{}, rope_length{}, slots{}, logit_rows{};
   std::array<int32_t, kSeqs * kTable> tables{};
   std::array<int32_t, kSeqs + 1> q_start{};
-  std::array<int32_t, kSeqs> kv_len{};
+  std::array<int32_t, kSeqs> kv_len{}, state_in{}, state_out{};
   std::array<int32_t, 12> seg{};
   std::array<int32_t, 8> seg_r{};
   std::array<float, 4> weight{1, 1, 1, 1};
@@ -113,17 +211,18 @@ struct Inputs {
 
   StepArrays arrays() const {
     return {token_ids.data(), position.data(), rope_pos.data(), rope_length.data(), slots.data(), tables.data(),
-            q_start.data(), kv_len.data(), seg.data(), seg_r.data(), weight.data(), logit_rows.data(), nullptr, nullptr,
-            nullptr};
+            q_start.data(), kv_len.data(), seg.data(), seg_r.data(), weight.data(), logit_rows.data(), q_start.data(), state_in.data(),
+            state_out.data()};  // a span is a whole sequence
   }
 
   // A step of sequences with `rows` rows after `contexts` keys; the first two have an adapter each.
   void fill(const std::array<int32_t, kSeqs>& rows, const std::array<int32_t, kSeqs>& contexts, int32_t slot) {
-    counts = {0, kSeqs, kSeqs, 2};
+    counts = {0, kSeqs, kSeqs, 2, kSeqs};
     for (int32_t n = 0; n < kSeqs; ++n) {
       const auto s = static_cast<size_t>(n);
       q_start[s] = counts.T;
       kv_len[s] = contexts[s] + rows[s];
+      state_out[s] = n + 1;  // from zeros, so that equal steps are equal
       for (int32_t b = 0; b < kTable; ++b) tables[s * kTable + static_cast<size_t>(b)] = n * kTable + b;
       for (int32_t i = 0; i < rows[s]; ++i, ++counts.T) {
         const auto t = static_cast<size_t>(counts.T);
@@ -142,25 +241,42 @@ struct Inputs {
   }
 };
 
-// Adds an adapter at the table and at ops 3 and 6, packed as by kernels/cpu/pack.py; `image` owns its bytes.
-int32_t add_adapter(Executable& e, int64_t rank, Memory& image) {
+// Where adapters act: {op, first output, outputs, expert, inputs}.
+constexpr std::array<std::array<int64_t, 5>, 7> kSites{{{1, 0, 64, 0, kVocab},
+                                                        {3, 0, 128, 0, 64},
+                                                        {6, 0, 64, 0, 64},
+                                                        {9, 0, kInner, 0, 64},
+                                                        {9, kInner, kInner, 0, 64},
+                                                        {9, 0, 2 * kInner, 1, 64},
+                                                        {13, 0, kLatent.heads * (kLatent.keys + kLatent.values), 0, kLatentRank}}};
+
+// Adds an adapter at the first `sites` of them and at the last, packed as by kernels/cpu/pack.py; `image` owns its bytes.
+int32_t add_adapter(Executable& e, int64_t rank, size_t sites, Memory& image) {
   const int64_t place = 64 * 4 * 64 * 8;  // bytes, for any tensor of these
-  image = Memory(static_cast<size_t>(6 * place));
+  image = Memory(static_cast<size_t>(16 * place));
   std::vector<PartRow> rows;
   int64_t at = 0;
-  const auto add = [&](int64_t outputs, int64_t inputs, bool table) {
+  const auto add = [&](int64_t outputs, int64_t inputs, bool table, int64_t latent) {
     const std::vector<float> values = random_floats(outputs * inputs, static_cast<uint32_t>(at) + 5);
     const PanelOrder order{outputs, 0};
-    const int64_t bytes = table ? outputs * inputs * 4 : order.panels() * panel_bytes(kF32, inputs);
-    if (table) std::memcpy(image.data() + at, values.data(), static_cast<size_t>(bytes));
+    const int64_t bytes = latent ? latent : table ? outputs * inputs * 4 : order.panels() * panel_bytes(kF32, inputs);
+    if (latent)  // any numbers, in whatever order
+      for (int64_t at_byte = 0; at_byte < bytes; at_byte += 64) std::memcpy(image.data() + at + at_byte, values.data(), 64);
+    else if (table) std::memcpy(image.data() + at, values.data(), static_cast<size_t>(bytes));
     else pack_rows({values.data(), Stored::kFloat32, inputs}, 0, outputs, image.data() + at, kF32, 0, order);
     const TensorColumns made{0, at, bytes, {outputs, inputs, 0}};
     at += place;
     return made;
   };
-  for (const auto& [site, inputs, outputs] : {std::array<int64_t, 3>{0, kVocab, 64}, {1, 64, 128}, {2, 64, 64}}) {
-    const TensorColumns a = add(rank, inputs, site == 0);
-    rows.push_back({site, 0, 0.5, a, add(outputs, rank, false)});
+  const auto panels = [](int64_t outputs, int64_t inputs) { return LatentOrder::panels_of(outputs) * panel_bytes(kF32, inputs); };
+  for (size_t i = 0; i < kSites.size(); ++i) {
+    if (i >= sites && i + 1 < kSites.size()) continue;
+    const auto& [op, first, outputs, expert, inputs] = kSites[i];
+    const bool latent = i + 1 == kSites.size();
+    const int64_t a_bytes = latent ? panels(rank, inputs) + panels(inputs, rank) : 0;
+    const int64_t b_bytes = latent ? kLatent.heads * (panels(rank, kLatent.keys) + panels(kLatent.values, rank)) : 0;
+    const TensorColumns a = add(rank, inputs, i == 0, a_bytes);
+    rows.push_back({static_cast<int64_t>(i), 0, 0.5, a, add(outputs, rank, false, b_bytes)});
   }
   std::vector<int64_t> table(rows.size() * kPartColumns);
   std::memcpy(table.data(), rows.data(), rows.size() * sizeof(PartRow));
@@ -218,13 +334,12 @@ long drive(const char* table, int threads, int rounds, uint64_t& hash) {
   Executable e(table, threads, kCapacity, kBF16, 1, false);
   add_program(e);
   Inputs inputs;
-  e.add_site(0, 1, 0, 64);
-  e.add_site(1, 3, 0, 128);
-  e.add_site(2, 6, 0, 64);
-  e.seal(inputs.arrays(), kArena, 6, kVocab);
+  for (size_t i = 0; i < kSites.size(); ++i)
+    e.add_site(static_cast<int32_t>(i), static_cast<int32_t>(kSites[i][0]), kSites[i][1], kSites[i][2], kSites[i][3]);
+  e.seal(inputs.arrays(), arena_floats(), kStrides.size() - 1, kVocab);
   Memory images[2];
-  const int32_t slot = add_adapter(e, 8, images[0]);
-  add_adapter(e, 24, images[1]);
+  const int32_t slot = add_adapter(e, 8, kSites.size(), images[0]);
+  add_adapter(e, 24, 4, images[1]);  // of the first expert its gate alone
   Sampling sampling(e);
   const std::array<int32_t, kSeqs> kinds[][2] = {
       {{1, 1, 1, 1}, {600, 700, 30, 520}}, {{20, 1, 4, 1}, {0, 700, 600, 530}}, {{1, 8, 1, 1}, {17, 0, 640, 700}}};
@@ -239,7 +354,7 @@ long drive(const char* table, int threads, int rounds, uint64_t& hash) {
     // From the second step of each kind on, all keys have been written and results must not change.
     if (round >= 6 && std::memcmp(&now, &first[kind], sizeof now) != 0) return -1;
   }
-  const long made = allocations.load() - before;
+  const long made = allocations.load() - before + allocations_of_workers.load();
   hash = 14695981039346656037u;
   const auto* bytes = reinterpret_cast<const unsigned char*>(first.data());
   for (size_t at = 0; at < first.size() * sizeof first[0]; ++at) hash = (hash ^ bytes[at]) * 1099511628211u;
@@ -250,6 +365,7 @@ long drive(const char* table, int threads, int rounds, uint64_t& hash) {
 }  // namespace truffula
 
 int main(int count, char** arguments) {
+  is_main = true;
   const int rounds = count > 1 ? std::atoi(arguments[1]) : 300;
   const char* table = count > 2 ? arguments[2] : "portable";
   uint64_t hashes[3] = {};

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from truffula.testing.files import Array, write_safetensors
-from truffula.testing.tiny import tiny_llama_config, tiny_tensors
+from truffula.testing.tiny import tiny_config, tiny_llama_config, tiny_tensors
 from truffula.weights.safetensors import SafetensorsFile
 
 FIXTURES = Path(__file__).parent / "quantised"
@@ -65,6 +65,19 @@ def as_model(fixture: Fixture, *, head: bool = False, **config: Any) -> tuple[di
     if head and "lm_head.weight" not in tensors and not any(key.startswith("lm_head") for key in tensors):
         tensors |= {f"lm_head{suffix}": value for suffix, value in fixture.module("tall").items()}
     return {**config, "quantization_config": fixture.config}, tensors
+
+
+def gpt_oss_model(**config: Any) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The config and tensors of a gpt_oss whose experts are the fixture's, in MXFP4."""
+    fixture = Fixture("mxfp4-experts")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 3, "num_experts_per_tok": 2}
+    made = tiny_config("gpt_oss", **sizes, **config)
+    tensors = tiny_tensors(made, dtype="bfloat16")
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        del tensors[name]
+        source = fixture.module("square" if "down" in name else "tall")
+        tensors |= {f"{name}{suffix}": value for suffix, value in source.items()}
+    return {**made, "quantization_config": fixture.config}, tensors
 
 
 def digest(values: Array) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from quantised_files import LINEAR, MODEL, Fixture, as_model, digest, write_folder
+from quantised_files import LINEAR, MODEL, Fixture, as_model, digest, gpt_oss_model, write_folder
 
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.kernels.cpu import CpuBackend
@@ -20,7 +20,6 @@ from truffula.testing.files import Array
 from truffula.testing.oracle import Oracle
 from truffula.testing.parity import verify_model
 from truffula.testing.programs import Part, fill_step
-from truffula.testing.tiny import tiny_config, tiny_tensors
 from truffula.weights.open import open_checkpoint
 from truffula.weights.safetensors import DTYPES
 from truffula.weights.tying import Tie
@@ -126,6 +125,44 @@ def test_symmetric_groups_are_packed_without_minimums_unless_the_file_contradict
     assert np.abs(logits - exact).max() < 0.2 * exact.std()
 
 
+@pytest.mark.parametrize("zero", [128, 100])
+def test_integers_that_do_not_fit_eight_signed_bits_are_not_packed(tmp_path: Path, zero: int) -> None:
+    fixture = Fixture("gptq-8")
+    fixture.config["sym"] = True
+    stored = zero - 1 + (zero - 1 << 8) + (zero - 1 << 16) + (zero - 1 << 24)
+    for name in fixture.tensors:
+        if name.endswith("qzeros"):
+            fixture.tensors[name] = np.full_like(fixture.tensors[name], stored)
+    opened = open_checkpoint(write_folder(tmp_path, {**MODEL, "quantization_config": fixture.config}, fixture.tensors))
+    blocks, values = opened.blocks("tall.weight"), opened.read("tall.weight").astype(np.float32)
+    assert (blocks is None) is (zero == 100)
+    if blocks is not None:
+        np.testing.assert_allclose(blocks.dequantise(), values, atol=np.abs(values).max() * 2**-8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "missing"), [({"symmetric": False}, "weight_zero_point"), ({"actorder": "group"}, "weight_g_idx")]
+)
+@pytest.mark.parametrize("name", ["ct-int4-group", "ct-int8"])
+def test_tensors_that_the_config_groups_speak_of_must_be_there(
+    tmp_path: Path, name: str, changed: dict[str, Any], missing: str
+) -> None:
+    fixture = Fixture(name)
+    fixture.config["config_groups"]["group_0"]["weights"] |= changed
+    path = write_folder(tmp_path, {**MODEL, "quantization_config": fixture.config}, fixture.tensors)
+    if (name, missing) == ("ct-int8", "weight_g_idx"):
+        return open_checkpoint(path).close()  # one group per row
+    with pytest.raises(CheckpointError, match=f"{missing} in .* is missing"):
+        open_checkpoint(path)
+
+
+def test_zeros_of_floats_that_are_zero_change_nothing(tmp_path: Path) -> None:
+    fixture = Fixture("ct-fp8-channel")
+    fixture.tensors["tall.weight_zero_point"] = np.zeros((128, 1), np.int8)
+    path = write_folder(tmp_path, {**MODEL, "quantization_config": fixture.config}, fixture.tensors)
+    assert digest(open_checkpoint(path).read("tall.weight")) == fixture.expected["tall"][1]
+
+
 def test_groups_out_of_order_are_served_by_their_values(tmp_path: Path) -> None:
     config, tensors = as_model(Fixture("gptq-4-act-order"))
     config["quantization_config"]["desc_act"] = False
@@ -227,6 +264,29 @@ def _put(suffix: str, change: Callable[[Array], Array]) -> Callable[[Tensors], N
     return lambda tensors: tensors.update({f"{PATH}{suffix}": change(tensors[f"{PATH}{suffix}"].copy())})
 
 
+def _add(suffix: str, value: Array) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({f"{PATH}{suffix}": value})
+
+
+def _narrow(packed: str, scales: str) -> Callable[[Tensors], None]:
+    """Three groups and a half, with scales for three."""
+
+    def changed(tensors: Tensors) -> None:
+        _put(packed, lambda a: a[:, :-4])(tensors)
+        _put(scales, lambda a: a[:, :-1])(tensors)
+
+    return changed
+
+
+def _state(**values: int) -> Callable[[Tensors], None]:
+    """Overwrites numbers in the JSON of bitsandbytes."""
+
+    def changed(array: Array) -> Array:
+        return np.frombuffer(json.dumps({**json.loads(array.tobytes()), **values}).encode(), np.uint8)
+
+    return _put(".weight.quant_state.bitsandbytes__nf4", changed)
+
+
 def _nan(array: Array) -> Array:
     array.reshape(-1)[-1] = np.nan
     return array
@@ -275,6 +335,30 @@ def _far(array: Array) -> Array:
         ("hqq-4", _put(".packing", lambda a: a + 1), r"up_proj.packing .* says '5cju`v9'"),
         ("hqq-4", _put(".W_q", lambda a: a[:-1]), r"up_proj.W_q .* bytes; 512 rows of 16 in 4bit_u8"),
         ("modelopt-nvfp4", _drop(".weight_scale_2"), r"up_proj.weight_scale_2 in .* is missing"),
+        ("gptq-4-act-order", _drop(".g_idx"), r"up_proj.g_idx in .* is missing: desc_act is true"),
+        ("awq-gemv", _put(".scales", lambda a: a[:, :1]), r"up_proj.scales .*shape \[128, 1\].* need \[128, 8\]"),
+        (
+            "ct-int4-channel",
+            _put(".weight_packed", lambda a: a[:, :0]),
+            r"up_proj.weight_packed .* has 0 words per row",
+        ),
+        ("ct-nvfp4", _narrow(".weight_packed", ".weight_scale"), r"up_proj.weight_scale .* need \[128, 4\]"),
+        ("modelopt-nvfp4", _narrow(".weight", ".weight_scale"), r"up_proj.weight_scale .* need \[128, 4\]"),
+        ("bnb-nf4", _state(blocksize=2**31 - 1), r"__nf4 .* is not the JSON .* <= 65536 - at `\$.blocksize`"),
+        ("bnb-nf4-double", _state(nested_blocksize=2**31 - 1), r"at `\$.nested_blocksize`"),
+        (
+            "bnb-int8",
+            _put(".weight_format", lambda a: np.full(9, 2, np.uint8)),
+            r"weight_format .* reordered for a GPU",
+        ),
+        ("fp8-block", _add(".weight_scale", np.ones(1, np.float32)), r"up_proj.weight_scale in .* is not supported in"),
+        (
+            "modelopt-mxfp8",
+            _add(".weight_scale_2", np.ones(1, np.float32)),
+            r"weight_scale_2 in .* is not supported in",
+        ),
+        ("ct-int8", _add(".weight_global_scale", np.ones(1, np.float32)), r"weight_global_scale .* not supported in"),
+        ("ct-fp8-channel", _add(".weight_zero_point", np.ones((128, 1), np.int8)), r"weight_zero_point .* is not zero"),
         ("fp8-tensor", _put(".weight", lambda a: np.full(a.shape, 0x7F, np.uint8).view(a.dtype)), r"holds 8192 NaN"),
     ],
 )
@@ -328,6 +412,15 @@ def test_a_config_in_a_file_of_its_own_is_read(tmp_path: Path, file: str, name: 
     assert np.array_equal(logits, wanted)
 
 
+def test_a_key_beside_the_quantisation_of_a_side_file_is_refused_by_name(tmp_path: Path) -> None:
+    fixture = Fixture("modelopt-nvfp4")
+    path = write_folder(tmp_path, MODEL, fixture.tensors)
+    written = {"quantization": {"quant_algo": "NVFP4"}, "rotation": {"kind": "hadamard"}}
+    (path / "hf_quant_config.json").write_text(json.dumps(written))
+    with pytest.raises(UnsupportedModel, match=r"rotation is .*this key is not supported"):
+        open_checkpoint(path)
+
+
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 
@@ -351,11 +444,16 @@ CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
             r"version is \"gemv_fast\"; supported are gemm, gemv",
         ),
         ({"quant_method": "awq", "bits": 8}, r"bits is 8; only 4"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 0}, r"group_size is 0"),
+        ({"quant_method": "auto-round", "bits": 4, "group_size": 0, "packing_format": "auto_round:awq"}, r"size is 0"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, r"fmt is \"e5m2\""),
         (CT | {"format": "marlin-24"}, r"format is \"marlin-24\""),
         (CT | {"sparsity_config": {"format": "sparse-24-bitmask"}}, r"sparsity_config is .*only dense"),
         (CT | {"transform_config": {"config_groups": {"a": {}}}}, r"transform_config is .*only dense"),
+        (CT | {"transform_config": {"format": "dense", "config_groups": {"a": {}}}}, r"transform_config is"),
+        (CT | {"config_groups": {"g": {"weights": {"block_structure": "9" * 5000 + "x1"}}}}, r"two positive integers"),
+        (CT | {"config_groups": {"g": {"weights": {"actorder": "up"}}}}, r"actorder is \"up\"; supported are group"),
         (CT | {"config_groups": {"g": {"weights": {"num_bits": 9}}}}, r"config_groups.g.weights.num_bits is 9"),
         (CT | {"config_groups": {"g": {"weights": {"zeta": 9}}}}, r"config_groups.g.weights.zeta is 9; this key"),
         (CT | {"config_groups": {"g": {"output_activations": {"num_bits": 8}}}}, r"output_activations"),
@@ -408,15 +506,7 @@ def test_verify_compares_with_transformers_on_the_dequantised_values(tmp_path: P
 
 
 def test_experts_of_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
-    fixture = Fixture("mxfp4-experts")
-    config = tiny_config("gpt_oss", hidden_size=64, intermediate_size=64, num_local_experts=3, num_experts_per_tok=2)
-    tensors = tiny_tensors(config, dtype="bfloat16")
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        del tensors[name]
-        tensors |= {
-            f"{name}{key}": value for key, value in fixture.module("square" if "down" in name else "tall").items()
-        }
-    config |= {"quantization_config": fixture.config}
+    config, tensors = gpt_oss_model()
     path = write_folder(tmp_path / "m", config, tensors)
     _, logits = run(path)
     _, wanted = run(plain_copy(path, config, tmp_path / "plain"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -31,22 +32,32 @@ class AdapterHooks:
     """The adapters of a model by slot, and the segments of rows that the next forward pass applies them to.
 
     ``rows`` are for modules that see every token of the pass, ``head_rows`` for the modules ``of_logits``: the output
-    head, and others behind the choice of rows whose logits are computed.
+    head, and others behind the choice of rows whose logits are computed. ``prepare`` and ``prepare_one`` set both.
     """
+
+    tokens: int | None
+    num_logits: int | None
 
     def __init__(
         self, model: nn.Module, sites: Sequence[Site], of_logits: Collection[str], layout: AdapterLayout,
         device: torch.device,
     ) -> None:  # fmt: skip
         self.layout = layout
-        self.rows: Sequence[Segment] = ()
-        self.head_rows: Sequence[Segment] = ()
+        self.prepare(0, (), 0, ())
         self._of_logits = of_logits
         self._device = device
         self._slots: dict[int, dict[tuple[int, int], OpAdapter]] = {}
         modules = dict(model.named_modules())
         for site in sites:
             modules[site.module].register_forward_hook(self._hook(site))
+
+    def prepare(self, tokens: int, rows: Sequence[Segment], logits: int, head_rows: Sequence[Segment]) -> None:
+        """Set the segments of the next pass, over ``tokens`` rows, of which ``logits`` get logits."""
+        self.tokens, self.rows, self.num_logits, self.head_rows = tokens, rows, logits, head_rows
+
+    def prepare_one(self, segments: Sequence[Segment]) -> None:
+        """Set the segments of a pass over one sequence: they are of all rows that a module sees, cached ones too."""
+        self.tokens, self.rows, self.num_logits, self.head_rows = None, segments, None, segments
 
     def add(self, image: AdapterImage) -> int:
         """A slot for the adapter. Raises ``KernelError`` for an image of another layout."""
@@ -61,7 +72,7 @@ class AdapterHooks:
 
     def clear(self) -> None:
         self._slots.clear()
-        self.rows = self.head_rows = ()
+        self.prepare(0, (), 0, ())
 
     def segments(self, inputs: StepInputs, spans: Array) -> list[Segment]:
         """The segments of a step; ``spans`` are their rows, ``seg`` or ``seg_r``."""
@@ -76,14 +87,20 @@ class AdapterHooks:
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def add_deltas(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            segments = self.head_rows if site.module in self._of_logits else self.rows
+            behind = site.module in self._of_logits
+            segments, count = (self.head_rows, self.num_logits) if behind else (self.rows, self.tokens)
             key = site.id, 0
             if not any(key in segment.ops for segment in segments):
                 return None
             x = args[0].reshape(-1) if site.kind == "embed" else args[0].reshape(-1, site.in_features).float()
             y = torch.zeros(len(x), site.out_features, device=x.device)
-            if (last := max(segment.hi for segment in segments)) > len(x):
-                raise KernelError(f"{site.module} saw {len(x)} rows where an adapter acts on {last}.")
+            if count is None:
+                segments = [replace(segment, lo=0, hi=len(x)) for segment in segments]
+            elif len(x) != count:  # which rows they are is not known
+                raise KernelError(
+                    f"{site.module} saw {len(x)} rows in a pass of {count}: an adapter cannot act there.",
+                    param="adapter",
+                )
             add_deltas_(y, x, key, segments)
             # A table that scales its rows (Gemma) scales an adapter's as well, as in PEFT.
             scale = getattr(module, "embed_scale", 1.0) if site.kind == "embed" else 1.0

@@ -54,6 +54,7 @@ class SerialExecutable(TransformersExecutable):
 
     def set_sequence(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
         super().set_sequence(slot, prompt_ids, completion_ids, sampling)
+        self._owners = {block: owner for block, owner in self._owners.items() if owner != slot}
         self._sequences[slot] = _Sequence([*prompt_ids.tolist(), *completion_ids.tolist()])
 
     @torch.inference_mode()
@@ -105,8 +106,7 @@ class SerialExecutable(TransformersExecutable):
         before, sequence.computed = sequence.computed, -1
         for lo, hi in pieces:
             kept = rows[(rows >= lo) & (rows < hi)] - lo
-            self.hooks.rows = [Segment(0, hi - lo, segment.ops, segment.weight) for segment in active]
-            self.hooks.head_rows = [Segment(0, len(kept), segment.ops, segment.weight) for segment in active]
+            self.hooks.prepare_one(active)
             cache = self.described.trace.cache
             past = {} if sequence.cache is None else {cache.name: sequence.cache}
             logits, out = self.forward(tokens[lo:hi], kept, use_cache=True, **past)

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.auto_factory import _get_model_class
 
 from truffula.errors import UnsupportedModel
+from truffula.model.architectures.pieces import MOST_LAYERS
 from truffula.model.config_view import KeyUse, shown
 
 # Of the file, not of the model: the checkpoint layer dequantises, and code from repositories is never run.
@@ -133,6 +134,7 @@ def make_skeleton(given: Mapping[str, Any]) -> Skeleton:
             param="model_type",
             value=repr(model_type),
         )
+    _refuse_many_layers(given)
     config_class = CONFIG_MAPPING[model_type]
     values = {key: value for key, value in given.items() if key not in _NOT_PASSED}
     try:
@@ -167,6 +169,16 @@ def make_skeleton(given: Mapping[str, Any]) -> Skeleton:
             value=model_type,
         ) from error
     return skeleton
+
+
+def _refuse_many_layers(values: Mapping[str, Any]) -> None:
+    """Raise for more layers than are served: transformers' classes make a list or a module for each, at any depth."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _refuse_many_layers(value)
+        elif str(key).endswith(("layer", "layers")) and isinstance(value, int) and value > MOST_LAYERS:
+            why = f"config.json: {key} is {shown(value)}; at most {MOST_LAYERS} layers are served."
+            raise UnsupportedModel(why, param=key, value=shown(value))
 
 
 def remote_code(given: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ _CACHES = ("cache", "past_key_values", "cache_params", "state", "mems")
 _TRACED = "truffula_traced"
 _TOKENS = 37  # unlike any width, so that an axis of tokens is recognised
 _KEPT = 5  # of them, the rows whose logits are computed
-_QUERY = 2**17  # the position whose visible keys tell the window
+_QUERY = 2**17, 2**24  # between these lies the position whose visible keys tell the window: behind the longest sequence
 _PAGED_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 # Arguments of attention functions that are served, or that change nothing.
 _SERVED = {"scaling", "sliding_window", "softcap", "s_aux", "dropout", "position_ids", "use_cache", "is_causal"} | {
@@ -106,8 +106,6 @@ def _traced(skeleton: Skeleton, device: str) -> Trace:
         recorder, linears, cache = _run(skeleton, attention, device)
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         problem = f"its code fails without an attention mask, which a packed batch does not have ({why})"
-    if any("Indexed" in type(layer).__name__ for layer in getattr(cache.made, "layers", [])):
-        linears = {}  # with adapters, models with a sparse index decode other tokens than in peft: they get no sites
     longer = _run(skeleton, attention, device, tokens=2 * _TOKENS)[2]
     first, second = _numbers(cache.made, set()), _numbers(longer.made, set())
     per_token = -(-(second - first) // _TOKENS)
@@ -118,8 +116,9 @@ def _traced(skeleton: Skeleton, device: str) -> Trace:
 class _Recorder:
     """The attention function and the mask function of a traced pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_positions: int) -> None:
         self.calls: list[AttentionCall] = []
+        self._query = min(max(_QUERY[0], max_positions), _QUERY[1])
 
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any
@@ -143,9 +142,8 @@ class _Recorder:
         self.calls.append(AttentionCall(*widths, window, problem, later))
         return query.new_empty(query.shape[0], tokens, query.shape[1], value.shape[3]), None
 
-    @staticmethod
-    def mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> _Visible:
-        return _Visible.of(mask_function)
+    def mask(self, *_: Any, mask_function: Callable[..., Any], **__: Any) -> _Visible:
+        return _Visible.of(mask_function, self._query)
 
 
 @dataclass(frozen=True)
@@ -157,19 +155,21 @@ class _Visible:
     problem: str
 
     @classmethod
-    def of(cls, mask_function: Callable[..., Any]) -> _Visible:
+    def of(cls, mask_function: Callable[..., Any], last: int) -> _Visible:
+        """Of the query at position ``last``, compared with the one before."""
         with torch.device("cpu"):
-            keys = torch.arange(_QUERY + 2)
+            keys = torch.arange(last + 2)
 
-            def seen_from(query: int) -> list[int]:
+            def seen_from(query: int) -> tuple[int, int, int]:
+                """The first and last keys that the query sees, and how many."""
                 mask = torch.as_tensor(mask_function(0, 0, torch.tensor(query), keys))
-                return mask.expand(len(keys)).nonzero()[:, 0].tolist()
+                seen = mask.expand(len(keys)).nonzero()[:, 0]
+                return (int(seen[0]), int(seen[-1]), len(seen)) if len(seen) else (0, -1, 0)
 
-            seen, before = seen_from(_QUERY), seen_from(_QUERY - 1)
-        first = seen[0] if seen else 0
-        window = None if first == 0 else _QUERY - first + 1
-        regular = seen == list(range(first, _QUERY + 1)) and before[:1] == [max(0, first - 1)]
-        later = bool(seen) and seen[-1] > _QUERY
+            (first, latest, count), before = seen_from(last), seen_from(last - 1)
+        window = None if first == 0 else last - first + 1
+        regular = latest == last and count == last - first + 1 and before[2] > 0 and before[0] == max(0, first - 1)
+        later = latest > last
         return cls(window, later, "" if regular else "its mask is neither causal nor a sliding window")
 
 
@@ -177,7 +177,7 @@ def _run(
     skeleton: Skeleton, attention: str | None, device: str, tokens: int = _TOKENS
 ) -> tuple[_Recorder, Mapping[str, bool], Cache]:
     """One pass: the recorded calls, ``Trace.linears``, and the cache with the name of its argument."""
-    recorder = _Recorder()
+    recorder = _Recorder(skeleton.max_positions)
     AttentionInterface.register(_TRACED, recorder.attention)
     AttentionMaskInterface.register(_TRACED, recorder.mask)
     model = skeleton.built(attention=attention)

@@ -35,5 +35,5 @@ def read_auto_round(keys: Keys) -> Scheme:
     if packing not in _AWQ:
         return as_gptq("auto-round", keys, overridden=overridden, less_one=packing in _GPTQ)
     keys.must_be("bits", (4,), "AWQ's layout has 4 bits.")
-    size = keys.integer("group_size", 128, minimum=-1)
+    size = keys.group_size("group_size", 128)
     return Awq(method="auto-round", group_size=None if overridden else size)

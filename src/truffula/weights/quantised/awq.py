@@ -67,7 +67,7 @@ class Awq(Scheme):
         size = inputs if self.group_size in (None, -1) else self.group_size
         assert size is not None
         groups, dtype = -(-inputs // size), parts.floats(SCALES)
-        parts.require(SCALES, (outputs, scales[1] if scales[1] >= groups and scales[1] % 8 == 0 else -(-groups // 8)))
+        parts.require(SCALES, (outputs, 8 * max(-(-groups // 8), scales[1] // 8)))
         parts.require(QZEROS, (outputs, scales[1] // 8))
 
         def terms(lo: int, hi: int) -> Terms:
@@ -102,7 +102,7 @@ def read_awq(keys: Keys) -> Awq:
     bits = keys.integer("bits", keys.integer("w_bit", 4))
     if bits != 4:
         raise keys.error("bits", "only 4 is supported.")
-    size = keys.integer("group_size", keys.integer("q_group_size", 128, minimum=-1), minimum=-1)
+    size = keys.group_size("group_size", keys.group_size("q_group_size", 128))
     layouts = ("gemm", "gemv")
     layout = keys.choice("version", layouts, keys.choice("format", layouts, "gemm"))
     keys.must_be("zero_point", (True,), "weights without zero points are not supported.")

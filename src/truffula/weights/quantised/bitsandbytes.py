@@ -28,6 +28,7 @@ STATES = {
 _DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
 _RECIPROCAL = np.float32(7.874015718698502e-3)  # of 127, as the library has it
 _Count = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+_BlockSize = Annotated[int, msgspec.Meta(ge=1, le=2**16)]  # the library has up to 4096
 _NOTE = "the checkpoint was made for activations in int8 beside outliers; here they are not rounded."
 
 
@@ -35,10 +36,10 @@ class _State(msgspec.Struct, forbid_unknown_fields=True):
     """``quant_state``: what is not a tensor."""
 
     quant_type: str
-    blocksize: _Count
+    blocksize: _BlockSize
     dtype: str
     shape: list[_Count]
-    nested_blocksize: _Count | None = None
+    nested_blocksize: _BlockSize | None = None
     nested_dtype: str | None = None
     nested_offset: float | None = None
 
@@ -60,7 +61,7 @@ def _int8(parts: Parts) -> Logical:
     outputs, inputs = parts.need(WEIGHT, "I8", ndim=2).shape
     parts.need(SCB, *FLOATS)
     parts.require(SCB, (outputs,), (outputs, 1))
-    if FORMAT in parts and parts.need(FORMAT).nbytes <= 8 and parts.read(FORMAT).any():
+    if FORMAT in parts and (parts.need(FORMAT).nbytes > 8 or parts.read(FORMAT).any()):
         raise parts.error(FORMAT, "says that the weight is reordered for a GPU; only rows in order are supported.")
 
     def compute(lo: int, hi: int) -> Array:

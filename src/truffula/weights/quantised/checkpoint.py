@@ -33,6 +33,7 @@ class QuantisedCheckpoint(Checkpoint):
                 tensors |= {info.name: info for info in parts.infos.values()}
                 continue
             logical = scheme.open(parts)
+            parts.finish()
             if 0 in logical.shape:
                 raise parts.error(
                     next(iter(parts.infos)), f"is part of a weight {list(logical.shape)}, which is empty."

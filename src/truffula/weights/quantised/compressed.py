@@ -19,9 +19,8 @@ Source: compressed-tensors, ``compressors/`` and ``quantization/lifecycle/forwar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -49,16 +48,22 @@ _FORMS = (
     *("dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision"),
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
 )
+_REORDERED, _IN_ORDER = ("group", "dynamic"), ("weight", "static")
+"""Orders in which weights are quantised, after which groups are those of ``weight_g_idx``, and runs of inputs."""
 _UNUSED = (*ACTIVATION_SUFFIXES, *CACHE_SUFFIXES, ".input_global_scale", ".output_zero_point")
 
 
 @dataclass(frozen=True)
 class Width:
-    """``weights`` of one group. ``group`` and ``block`` are None where the strategy has none."""
+    """``weights`` of one group. ``group`` and ``block`` are None where the strategy has none. ``symmetric``: there are
+    no zero points; ``reordered``: groups are not runs of inputs.
+    """
 
     bits: int
     group: int | None
     block: tuple[int, int] | None
+    symmetric: bool
+    reordered: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +120,19 @@ class CompressedTensors(Scheme):
         """Bits, inputs and group size: those of the configured widths that explain the module's shapes."""
         scales = parts.infos[SCALE].shape
         groups = scales[-1] if len(scales) == 2 else 1
-        found = set()
+        fitting, found = [], set()
         for width in self.widths:
             inputs = groups * width.group if width.group else self._inputs(parts, words, width.bits)
-            if -(-inputs * width.bits // 32) == words:
+            if inputs > 0 and -(-inputs * width.bits // 32) == words:
+                fitting.append(width)
                 found.add((width.bits, inputs, width.group or inputs))
         if len(found) != 1:
             said = ", ".join(f"{width.bits} bits in groups of {width.group or 'a row'}" for width in self.widths)
             why = "fit none" if not found else "fit more than one"
             raise parts.error(PACKED, f"has {words} words per row and {groups} scales, which {why} of: {said}.")
+        _need_zeros(parts, fitting)
+        if groups > 1 and all(width.reordered for width in fitting):
+            parts.need(G_IDX)
         return found.pop()
 
     @staticmethod
@@ -138,6 +147,7 @@ class CompressedTensors(Scheme):
         if ZERO in parts:
             parts.need(ZERO, "I8")
             parts.require(ZERO, parts.infos[SCALE].shape)
+        _need_zeros(parts, [width for width in self.widths if width.bits == 8])
 
         def terms(lo: int, hi: int) -> Terms:
             zeros = scale_rows(parts, ZERO, lo, hi, block) if ZERO in parts else None
@@ -150,7 +160,16 @@ class CompressedTensors(Scheme):
         info = parts.need(SCALE, *FLOATS, *EXPONENTS)
         exponents = info.dtype in EXPONENTS
         dtype, block = (BFLOAT16 if exponents else FLOATS[info.dtype]), self._grid(parts, (shape[0], shape[1]))
-        compute = scaled(parts, SCALE, block, dtype, float8_rows(parts, WEIGHT))
+        values = float8_rows(parts, WEIGHT)
+        if ZERO in parts:
+            parts.need(ZERO)
+
+        def rows(lo: int, hi: int) -> Array:
+            if ZERO in parts and parts.read(ZERO).astype(np.float32).any():
+                raise parts.error(ZERO, "is not zero, which is not supported beside floats.")
+            return values(lo, hi)
+
+        compute = scaled(parts, SCALE, block, dtype, rows)
         kind = "MXFP8" if exponents else "FP8"
         return Logical(f"{parts.module}.weight", (shape[0], shape[1]), dtype, kind, compute)
 
@@ -161,12 +180,18 @@ class CompressedTensors(Scheme):
         return grid(parts, SCALE, shape, next(iter(fitting or blocks), None))
 
 
+def _need_zeros(parts: Parts, fitting: Sequence[Width]) -> None:
+    """Raise when a module that can only have zero points has none."""
+    if fitting and not any(width.symmetric for width in fitting):
+        parts.need(ZERO)
+
+
 def _floats4(parts: Parts) -> Logical:
     """NVFP4 or MXFP4."""
     outputs, half = parts.infos[PACKED].shape
     info = parts.need(SCALE, "F8_E4M3", *EXPONENTS, ndim=2)
     exponents, size = info.dtype in EXPONENTS, 32 if info.dtype in EXPONENTS else 16
-    parts.require(SCALE, (outputs, 2 * half // size))
+    parts.require(SCALE, (outputs, -(-2 * half // size)))
     if not exponents:
         parts.need(GLOBAL, "F32")
         parts.require(GLOBAL, (1,))
@@ -219,10 +244,12 @@ def _group_index(parts: Parts, groups: int) -> Array | None:
 def read_compressed(keys: Keys) -> CompressedTensors:
     """The scheme of a ``quantization_config`` with ``quant_method`` compressed-tensors."""
     keys.choice("format", _FORMS, "dense")
-    for key in ("sparsity_config", "transform_config", "moe_sparsity_config"):
+    for key in ("sparsity_config", "moe_sparsity_config"):
         config = keys.mapping(key)
-        if config and config.get("format") != "dense" and not (key == "transform_config" and not _any(config)):
-            raise keys.error(key, "only dense weights without transforms are supported.")
+        if config and config.get("format") != "dense":
+            raise keys.error(key, "only dense weights are supported.")
+    if any((keys.mapping("transform_config") or {}).values()):
+        raise keys.error("transform_config", "only dense weights without transforms are supported.")
     keys.names("ignore")
     cache = keys.raw("kv_cache_scheme")
     keys.skip("global_compression_ratio", "quantization_status", "run_compressed", "version", "dequantize")
@@ -236,10 +263,6 @@ def read_compressed(keys: Keys) -> CompressedTensors:
         activations |= rounded
     notes = (*([ACTIVATIONS] if activations else []), *([CACHE] if cache else []))
     return CompressedTensors(widths=tuple(dict.fromkeys(widths)), notes=notes)
-
-
-def _any(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("config_groups"))
 
 
 def _read_group(groups: Keys, name: str) -> tuple[Width | None, bool]:
@@ -269,7 +292,7 @@ def _read_weights(weights: Keys) -> Width:
     strategy = weights.choice("strategy", ("tensor", "channel", "group", "block", "tensor_group"), default)
     block = weights.raw("block_structure")
     if isinstance(block, str):  # "128x128", as older versions wrote it
-        block = [int(item) if item.isdecimal() else 0 for item in block.split("x")]
+        block = [int(item) if item.isdecimal() and len(item) < 10 else 0 for item in block.split("x")]
     if block is not None and not (
         isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n < 2**31 for n in block)
     ):
@@ -277,9 +300,13 @@ def _read_weights(weights: Keys) -> Width:
     if strategy == "block" and block is None:
         raise weights.error("block_structure", "a strategy of blocks needs it.")
     weights.must_be("dynamic", (False,), "weights are quantised in the file.")
-    weights.skip("symmetric", "observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype")
+    symmetric, order = weights.flag("symmetric", True), weights.raw("actorder", False)
+    if order not in (True, False, *_REORDERED, *_IN_ORDER):
+        raise weights.error("actorder", f"supported are {', '.join((*_REORDERED, *_IN_ORDER))}.")
+    weights.skip("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
     weights.finish()
     group = size if strategy in ("group", "tensor_group") and isinstance(size, int) and size > 0 else None
     if strategy in ("group", "tensor_group") and group is None:
         raise weights.error("group_size", "a strategy of groups needs a positive one.")
-    return Width(bits, group, (block[0], block[1]) if block is not None else None)
+    square = (block[0], block[1]) if block is not None else None
+    return Width(bits, group, square, symmetric, order in (True, *_REORDERED))

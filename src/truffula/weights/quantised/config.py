@@ -81,7 +81,7 @@ def with_side_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
             values = read_json(folder / name)
             inner = values.get("quantization")
             if method == "modelopt" and isinstance(inner, Mapping):
-                values = {**inner, "producer": values.get("producer")}
+                values = {**{key: value for key, value in values.items() if key != "quantization"}, **inner}
             return {**config, "quantization_config": {"quant_method": method, **values}}
     return config
 

@@ -76,7 +76,7 @@ class ModelOpt(Float8):
             return super().open(parts)
         outputs, half = info.shape
         parts.need(".weight_scale", "F8_E4M3", ndim=2)
-        parts.require(".weight_scale", (outputs, 2 * half // 16))
+        parts.require(".weight_scale", (outputs, -(-2 * half // 16)))
         parts.need(".weight_scale_2", "F32")
         parts.require(".weight_scale_2", (), (1,))
 

@@ -87,6 +87,8 @@ class Gptq(Scheme):
             parts.need(G_IDX, "I32")
             parts.require(G_IDX, (inputs,))
             return 0
+        if self.act_order and groups > 1:
+            raise parts.error(G_IDX, "is missing: desc_act is true, so the groups are not runs of inputs.")
         size = self.group_size or -(-inputs // max(1, groups))
         size = inputs if size < 0 else size
         if -(-inputs // max(1, size)) != groups:
@@ -114,11 +116,9 @@ def _group_index(parts: Parts, groups: int) -> Array:
 
 def _width(keys: Keys, *, overridden: bool) -> tuple[int | None, int | None]:
     """Bits and group size as configured; None where modules differ."""
-    bits, size = keys.integer("bits"), keys.integer("group_size", 128, minimum=-1)
+    bits, size = keys.integer("bits"), keys.group_size("group_size", 128)
     if bits not in BITS:
         raise keys.error("bits", f"supported are {', '.join(map(str, BITS))}.")
-    if size == 0:
-        raise keys.error("group_size", "it must be positive, or -1 for one group.")
     return (None, None) if overridden else (bits, size)
 
 

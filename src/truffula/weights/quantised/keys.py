@@ -40,6 +40,13 @@ class Keys:
             raise self.error(key, f"it must be an integer of at least {minimum}.")
         return value
 
+    def group_size(self, key: str, default: int) -> int:
+        """The number of inputs that share a scale, or -1 for all of a row."""
+        size = self.integer(key, default, minimum=-1)
+        if size == 0:
+            raise self.error(key, "it must be positive, or -1 for one group.")
+        return size
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.raw(key, default)
         if not isinstance(value, bool):

@@ -93,6 +93,7 @@ class Parts:
 
     def __init__(self, opened: Checkpoint, module: str, infos: Mapping[str, TensorInfo]) -> None:
         self.opened, self.module, self.infos = opened, module, infos
+        self._needed: set[str] = set()
 
     def __contains__(self, suffix: str) -> bool:
         return suffix in self.infos
@@ -104,6 +105,7 @@ class Parts:
 
     def need(self, suffix: str, *dtypes: str, ndim: int | None = None) -> TensorInfo:
         """The stored tensor, which must be of one of ``dtypes``."""
+        self._needed.add(suffix)
         info = self.infos.get(suffix)
         if info is None:
             others = ", ".join(f"{self.module}{found}" for found in self.infos)
@@ -124,6 +126,13 @@ class Parts:
     def floats(self, suffix: str) -> np.dtype[Any]:
         """The dtype of a tensor that must hold floats of 16 or 32 bits."""
         return FLOATS[self.need(suffix, *FLOATS).dtype]
+
+    def finish(self) -> None:
+        """Raise for the first tensor that was not needed: it may change the values of the weight."""
+        for suffix in self.infos:
+            if suffix not in self._needed:
+                others = ", ".join(f"{self.module}{found}" for found in self.infos if found in self._needed)
+                raise self.error(suffix, f"is not supported in a quantised module that is made of {others}.")
 
     def read(self, suffix: str) -> Array:
         return self.opened.read(self.infos[suffix].name)

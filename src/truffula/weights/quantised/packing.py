@@ -19,6 +19,7 @@ from truffula.weights.quantised.logical import Logical
 BLOCK = 32
 _MIDDLE = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0}
 """What a block's numbers are stored with: value = scale * (number - middle)."""
+_RANGES = {"Q4_0": (0, 15), "Q4_1": (0, 15), "Q5_0": (0, 31), "Q8_0": (-128, 127)}
 Terms = tuple[Array, Array | None, Array, int | Array]
 """Quants ``[n, inputs]``, zeros and scales ``[n, groups]``, and the size of a group (or the group of each input)."""
 
@@ -83,7 +84,8 @@ def pack(kind: str, quants: Array, zeros: Array | None, scales: Array, groups: i
         if zeros is not None and (zeros != zero).any():
             return None
         numbers += np.int16(_MIDDLE[kind] - zero)
-    if kind != "Q8_0" and (numbers.min() < 0 or numbers.max() > (31 if kind == "Q5_0" else 15)):
+    lowest, highest = _RANGES[kind]
+    if numbers.min() < lowest or numbers.max() > highest:
         return None
     head = np.stack([np.take(part, of_block, 1) for part in parts], -1).view(np.uint8)
     return np.concatenate([head, _packed(kind, numbers.reshape(rows, -1, BLOCK))], -1)

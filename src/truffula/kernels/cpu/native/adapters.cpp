@@ -188,12 +188,14 @@ void Executable::plan_adapters() {
       active_adapters_.push_back({&adapter, &op, lo, hi, chunk, in_.seg_weight[g], at});
       if (!op.of_expert.empty()) {  // its products with A are computed where they are used
         int64_t widest = 0;
+        size_t most_of_one = 0;
         for (const int32_t one : op.of_expert)
           if (one != kAbsent) {
             widest = std::max(widest, adapter.ops[static_cast<size_t>(one)].h_width);
-            most_expands = std::max(most_expands, (active_adapters_.size() - static_cast<size_t>(from)) * adapter.ops[static_cast<size_t>(one)].expands.size());
+            most_of_one = std::max(most_of_one, adapter.ops[static_cast<size_t>(one)].expands.size());
           }
         of_experts += widest;
+        expands += most_of_one;
         continue;
       }
       at += (hi - lo) * op.h_width;

@@ -164,6 +164,7 @@ void Executable::check(const ExpertLinearOp& op) const {
   require_same_rows(op.out, {&op.x, &op.routes, &op.residual});
   require(op.routes.width >= 2 && op.routes.width % 2 == 0 && op.routes.width <= 2 * kMaxExperts, "experts: routes");
   const int64_t k = op.k(), width = op.glu ? w.order.half : w.outputs;
+  require(capacity_.max_tokens * k <= INT32_MAX, "experts: more than 2^31 pairs of a row and an expert");
   require(w.panels && (op.x.width == w.inputs || op.x.width == k * w.inputs), "experts: weight");
   require(op.glu == (w.order.half > 0), "experts: gate and up panels");
   require(op.out.width == (op.combine == kNoSum ? k * width : width), "experts: width");

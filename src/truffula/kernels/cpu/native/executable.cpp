@@ -171,6 +171,7 @@ void Executable::add(Op op) {
   require(!sealed_, "the program is sealed");
   check_op(op);
   if (auto* linear = std::get_if<LinearOp>(&op)) linear->packed_bias = packed_bias(linear->bias, linear->weight);
+  if (const auto* route = std::get_if<RouteOp>(&op)) reserve_routes(*route);
   if (auto* experts = std::get_if<ExpertLinearOp>(&op)) {
     experts->packed_bias = packed_bias(experts->bias, experts->weight);
     reserve_experts(*experts);

@@ -43,6 +43,12 @@ struct StepCounts {
 // Throws std::invalid_argument when a number is out of range or products of two of them overflow.
 void check_capacity(const Capacity& capacity);
 
+// Room for the choice of one row's experts: per expert, and per group of them.
+struct RouteScratch {
+  std::vector<float> scores, preference, group_scores;
+  std::vector<uint8_t> taken, left_out;
+};
+
 // Not thread-safe. Built in this order: buffers, weights, states, ops, sites; then `seal`. Every argument is checked: a method
 // that throws std::invalid_argument has changed nothing.
 class Executable {
@@ -126,6 +132,7 @@ class Executable {
   // Scratch memory and counters of one thread.
   struct alignas(128) ThreadState {
     std::vector<float> attention, delta;
+    RouteScratch route;
     std::vector<Delta> deltas;
     size_t deltas_op = SIZE_MAX;  // the op in this step that `deltas` are of
     // Of a block of an expert's rows: x, x converted, results, and products with A.
@@ -199,6 +206,7 @@ class Executable {
   std::vector<float> packed_bias(int32_t bias, int32_t matrix) const;
   // experts.cpp
   int32_t x_rows(const ExpertLinearOp& op) const { return op.x.width == weight(op.weight).inputs ? 1 : op.k(); }
+  void reserve_routes(const RouteOp& op);
   void reserve_experts(const ExpertLinearOp& op);
   int32_t expert_chunks(const ExpertLinearOp& op, const Stage& stage) const;
   void group_by_expert(const ExpertLinearOp& op);

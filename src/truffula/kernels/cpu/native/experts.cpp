@@ -22,12 +22,6 @@ int32_t largest(const float* values, const uint8_t* taken, int32_t count) {
   return best;
 }
 
-// Room for one row's choice, reused from row to row.
-struct Choice {
-  std::vector<float> scores, preference;
-  std::vector<uint8_t> taken;
-};
-
 void softmax(const float* x, const uint8_t* left_out, int32_t count, float* out) {
   float most = kMinusInfinity, sum = 0.0f;
   for (int32_t i = 0; i < count; ++i)
@@ -37,26 +31,27 @@ void softmax(const float* x, const uint8_t* left_out, int32_t count, float* out)
 }
 
 // Takes the experts of all but the best groups.
-void take_groups(const RouteOp& op, const float* values, Choice& choice) {
+void take_groups(const RouteOp& op, const float* values, RouteScratch& choice) {
   const int32_t each = op.logits.width / op.groups;
-  std::vector<float> best(static_cast<size_t>(op.groups));
+  float* best = choice.group_scores.data();
+  uint8_t* kept = choice.left_out.data();
   for (int32_t g = 0; g < op.groups; ++g) {
     float first = kMinusInfinity, second = kMinusInfinity;
     for (int32_t i = g * each; i < (g + 1) * each; ++i) {
       second = std::max(second, std::min(first, values[i]));
       first = std::max(first, values[i]);
     }
-    best[static_cast<size_t>(g)] = op.group_score == kTopTwo ? first + second : first;
+    best[g] = op.group_score == kTopTwo ? first + second : first;
   }
-  std::vector<uint8_t> kept(static_cast<size_t>(op.groups), 0);
-  for (int32_t i = 0; i < op.topk_groups; ++i) kept[static_cast<size_t>(largest(best.data(), kept.data(), op.groups))] = 1;
+  std::fill_n(kept, op.groups, uint8_t{0});
+  for (int32_t i = 0; i < op.topk_groups; ++i) kept[largest(best, kept, op.groups)] = 1;
   for (int32_t g = 0; g < op.groups; ++g)
-    if (!kept[static_cast<size_t>(g)]) std::fill_n(choice.taken.begin() + g * each, each, uint8_t{1});
+    if (!kept[g]) std::fill_n(choice.taken.begin() + g * each, each, uint8_t{1});
 }
 
 // One row of a Route op without a sparse mixer.
-void choose(const RouteOp& op, const float* logits, const float* correction, const float* expert_scale, Choice& choice,
-            float* out) {
+void choose(const RouteOp& op, const float* logits, const float* correction, const float* expert_scale,
+            RouteScratch& choice, float* out) {
   const int32_t count = op.logits.width;
   float* scores = choice.scores.data();
   std::fill(choice.taken.begin(), choice.taken.end(), uint8_t{0});
@@ -87,18 +82,17 @@ void choose(const RouteOp& op, const float* logits, const float* correction, con
 }
 
 // See program.Route: each weight is a softmax over the experts that are left and near the best of them.
-void mix_sparsely(const RouteOp& op, const float* logits, Choice& choice, float* out) {
+void mix_sparsely(const RouteOp& op, const float* logits, RouteScratch& choice, float* out) {
   const int32_t count = op.logits.width;
   std::fill(choice.taken.begin(), choice.taken.end(), uint8_t{0});
-  std::vector<uint8_t> left_out(static_cast<size_t>(count));
   for (int32_t j = 0; j < op.k; ++j) {
     const int32_t expert = largest(logits, choice.taken.data(), count);
     const float most = logits[expert];
     for (int32_t i = 0; i < count; ++i) {
       const bool far = (most - logits[i]) / std::max(std::fabs(logits[i]), most) > 2.0f * op.jitter;
-      left_out[static_cast<size_t>(i)] = choice.taken[static_cast<size_t>(i)] || far;
+      choice.left_out[static_cast<size_t>(i)] = choice.taken[static_cast<size_t>(i)] || far;
     }
-    softmax(logits, left_out.data(), count, choice.scores.data());
+    softmax(logits, choice.left_out.data(), count, choice.scores.data());
     out[j] = static_cast<float>(expert);
     out[op.k + j] = choice.scores[static_cast<size_t>(expert)];
     choice.taken[static_cast<size_t>(expert)] = 1;
@@ -107,18 +101,26 @@ void mix_sparsely(const RouteOp& op, const float* logits, Choice& choice, float*
 
 }  // namespace
 
-void Executable::run_op(const RouteOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
+// Room for one row's choice in each thread.
+void Executable::reserve_routes(const RouteOp& op) {
+  const auto experts = static_cast<size_t>(op.logits.width);
+  for (ThreadState& state : thread_states_)
+    if (RouteScratch& room = state.route; room.scores.size() < experts) {
+      room.scores.resize(experts), room.preference.resize(experts), room.group_scores.resize(experts);
+      room.taken.resize(experts), room.left_out.resize(experts);
+    }
+}
+
+void Executable::run_op(const RouteOp& op, const Stage& stage, int32_t chunk, ThreadState& state) {
   const auto mine = span_of(counts_.T, chunk, chunks_of(stage));
   const Rows logits = rows(op.logits), out = rows(op.out);
   const auto numbers = [&](int32_t id) { return id == kAbsent ? nullptr : weight(id).memory.floats(); };
   const float *correction = numbers(op.correction), *expert_scale = numbers(op.expert_scale);
-  const auto count = static_cast<size_t>(op.logits.width);
-  Choice choice{std::vector<float>(count), std::vector<float>(count), std::vector<uint8_t>(count)};
   for (int32_t t = mine.lo; t < mine.hi; ++t) {
     const float* from = logits.data + t * logits.stride;
     float* to = out.data + t * out.stride;
-    if (op.score == kSparsemixer) mix_sparsely(op, from, choice, to);
-    else choose(op, from, correction, expert_scale, choice, to);
+    if (op.score == kSparsemixer) mix_sparsely(op, from, state.route, to);
+    else choose(op, from, correction, expert_scale, state.route, to);
   }
 }
 
@@ -200,7 +202,7 @@ void Executable::run_op(const ExpertLinearOp& op, const Stage& stage, int32_t ch
   for (int32_t t = 0; t < counts_.T; ++t) {
     float* to = out.data + t * out.stride;
     if (!residual.data) std::fill(to + lo, to + hi, 0.0f);
-    else if (op.residual.buffer != op.out.buffer)
+    else if (residual.data != out.data)
       std::copy(residual.data + t * residual.stride + lo, residual.data + t * residual.stride + hi, to + lo);
   }
   for (int32_t expert : used_experts_) multiply_expert(op, stage.op, expert, units.lo, units.hi, state);

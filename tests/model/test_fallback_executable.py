@@ -1,0 +1,70 @@
+"""The executables of models that transformers computes, step by step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from fallback_types import small_config, write_small
+
+from truffula.errors import KernelError
+from truffula.kernels.adapters import AdapterLayout, Place, low_rank, make_image
+from truffula.kernels.inputs import Capacity, SequenceSampling, StepInputs
+from truffula.kernels.program import ModuleSlice, Site
+from truffula.kernels.reference import ReferenceBackend
+from truffula.model.fallback.adapters import AdapterHooks
+from truffula.model.fallback.backend import TransformersBackend
+from truffula.model.load import WeightReader, plan_model
+from truffula.testing.programs import Part, fill_step
+from truffula.weights.open import open_checkpoint
+
+CAPACITY = Capacity(
+    max_tokens=16, max_seqs=2, max_logit_rows=16, max_segments=1, num_blocks=6, block_size=4, max_blocks_per_seq=3
+)
+
+
+def test_a_sequence_keeps_its_cache_when_blocks_of_its_slots_former_sequence_are_taken(tmp_path):
+    opened = open_checkpoint(write_small(tmp_path, small_config("mamba", num_hidden_layers=1)))
+    plan = plan_model(opened)
+    backend = TransformersBackend(plan.transformers, ReferenceBackend())
+    executable = backend.load(plan.program, "float32", WeightReader(opened, plan), CAPACITY)
+    passes = []
+    executable.model.register_forward_hook(lambda *_: passes.append(1))
+
+    def start(slot: int, *ids: int) -> None:
+        executable.set_sequence(slot, np.array(ids, np.int32), np.zeros(0, np.int32), SequenceSampling())
+
+    def step(*parts: Part) -> int:
+        passes.clear()
+        fill_step(executable.inputs, list(parts), CAPACITY.block_size)
+        executable.run()
+        return len(passes)
+
+    start(0, 5, 6, 7)
+    assert step(Part((5, 6, 7), 0, (1,))) == 1
+    start(0, 8, 9)  # the former sequence has ended; its block goes to the next in another slot
+    assert step(Part((8, 9), 0, (2,))) == 1
+    start(1, 3)
+    assert step(Part((10,), 2, (2,)), Part((3,), 0, (1,))) == 2
+    assert step(Part((11,), 3, (2,)), Part((4,), 1, (1,))) == 2
+    executable.close()
+
+
+def test_an_adapter_on_a_module_that_sees_other_rows_is_an_error():
+    """An expert, say, which gets some of the rows: whose they are is not known."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
+    site = Site(0, "linear", 0, 4, 4, (ModuleSlice("0", 0, 4, 4),))
+    layout = AdapterLayout("float32", (Place("0", 0, 4, 4),))
+    hooks = AdapterHooks(model, [site], (), layout, torch.device("cpu"))
+    part = low_rank(0, np.ones((1, 4), np.float32), np.ones((4, 1), np.float32), 1.0)
+    inputs = StepInputs.allocate(CAPACITY, 1)
+    inputs.G, inputs.seg[0] = 1, (0, 2, hooks.add(make_image(layout, [part], generation="a")))
+    inputs.seg_weight[0] = 1.0
+    segments, x = hooks.segments(inputs, inputs.seg[:, :2]), torch.ones(5, 4)
+    hooks.prepare(5, segments, 0, [])
+    assert (model(x) - x @ model[0].weight.T).detach().round().tolist() == [[4.0] * 4] * 2 + [[0.0] * 4] * 3
+    hooks.prepare(6, segments, 0, [])
+    with pytest.raises(KernelError, match="0 saw 5 rows in a pass of 6"):
+        model(x)
+    hooks.prepare_one(segments)  # all rows are of one sequence: kv_b_proj of latent attention sees its cached ones too
+    assert (model(x) - x @ model[0].weight.T).detach().round().tolist() == [[4.0] * 4] * 5
