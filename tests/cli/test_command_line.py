@@ -106,6 +106,29 @@ def test_inspect_a_model_tells_tying_and_every_key(model: Path) -> None:
     assert {row["key"] for row in found["config"]} == set(written)
     assert found["tying"] in ("tied", "separate") and found["tying_reason"]
     assert found["weights_bytes"] == sum(kind["bytes"] for kind in found["stored"].values())
+    parts = [value for key, value in found.items() if key.startswith("weights_of_")]
+    assert sum(parts) == found["weights_bytes"] == 4 * found["parameters"]
+
+
+def test_inspect_a_config_alone_tells_what_it_tells_of_the_model(tmp_path: Path) -> None:
+    """The file, or a folder without weights; but not a folder whose weights cannot be read."""
+    config = tiny_config("qwen3_5_moe") | {"dtype": "float32"}
+    whole = write_tiny_checkpoint(tmp_path / "model", config)
+    (tmp_path / "alone").mkdir()
+    file = tmp_path / "alone" / "config.json"
+    file.write_text((whole / "config.json").read_text())
+    expected = json.loads(here("inspect", str(whole), "--json").stdout)
+    for source in (file, file.parent):
+        found = json.loads(here("inspect", str(source), "--json").stdout)
+        differing = {key for key in expected if found[key] != expected[key]}
+        assert differing == {"path", "format", "warnings"} and "stands alone" in found["warnings"][0]
+    assert found["layer_kinds"] == "3 × gated delta rule, 4 × 3 of 6 experts and a shared one, 1 × full attention"
+    assert (found["positions"], found["chat_template"]) == ("rope default, base 10000; 4 columns", "no tokenizer")
+    # Layers of linear attention: 4 heads of 6 x 10 in float32, and 3 rows of 2 x 12 + 40 columns of the convolution.
+    assert found["state_bytes"] == 3 * (4 * 6 * 10 * 4 + 3 * 64 * 2)
+    assert "mlp.experts.*.gate_proj" in found["adapter_modules"]
+    (file.parent / "pytorch_model.bin").write_bytes(b"")
+    assert "pickled weights" in here("inspect", str(file.parent)).stderr
 
 
 def test_inspect_tells_what_kv_costs_per_token_and_per_sequence(tmp_path: Path, model: Path) -> None:

@@ -40,7 +40,7 @@ def chosen(
         order = np.argsort(-preference, kind="stable")[: op.k]
         found = scores[order]
         if op.norm is not None:
-            found = found / max((found**op.norm).sum() ** (1 / op.norm), op.floor)
+            found = found / max((found**op.norm).sum() ** (1 / op.norm) + op.plus, op.floor)
         experts.append(order)
         weights.append(found * op.scale * (1.0 if expert_scale is None else expert_scale[order]))
     return np.array(experts), np.array(weights)
@@ -55,6 +55,7 @@ ROUTES = {
     "sigmoid corrected groups": {"k": 3, "score": "sigmoid", "groups": 3, "topk_groups": 2, "norm": 1.0,
                                  "correction": True},
     "sigmoid": {"k": 1, "score": "sigmoid"},
+    "sigmoid, a number added": {"k": 3, "score": "sigmoid", "norm": 1.0, "plus": 0.3},
     "softmax normalised, scaled by expert": {"k": 3, "norm": 1.0, "scale": 1.5, "expert_scale": True},
     "all": {"k": 12, "norm": 1.0},
 }  # fmt: skip

@@ -76,9 +76,11 @@ def test_the_native_backend_rejects_spans_out_of_range(change, message):
 @quick
 @given(
     st.sampled_from(["float32", "bfloat16"]), sequences, st.sampled_from([(1, 1, 1), (4, 2, 5), (6, 3, 16), (2, 1, 7)]),
-    st.sampled_from([3, 16, 40]), st.sampled_from([(0.0, math.inf), (0.3, 0.9)]), st.booleans(), st.integers(0, 99),
+    st.sampled_from([3, 16, 40]), st.sampled_from([(0.0, math.inf), (0.3, 0.9)]), st.booleans(), st.booleans(),
+    st.integers(0, 99),
 )  # fmt: skip
-def test_mamba2(backend, dtype, lengths, shape, size, limit, in_place, seed):
+def test_mamba2(backend, dtype, lengths, shape, size, limit, each, in_place, seed):
+    """``each`` column of a state has a rate of its own, or all of a head have one."""
     heads, groups, width = shape
     rng = np.random.default_rng(seed)
     rows = sum(map(sum, lengths))
@@ -93,12 +95,13 @@ def test_mamba2(backend, dtype, lengths, shape, size, limit, in_place, seed):
             (heads,),
         )
     )
-    rate = exact(-np.exp(rng.standard_normal(heads)), dtype)
+    rate = exact(-np.exp(rng.standard_normal((heads, size if each else 1))), dtype)
     case = OneOp(dtype, rows, states=[RecurrentState(0, 0, heads * width * size)])
     op = Mamba2(
         name="scan", x=case.input(x), b=case.input(b), c=case.input(c), dt=case.input(dt), state=0,
-        out=case.buffer(heads * width), rate=case.weight(rate, "vector"), dt_bias=case.weight(dt_bias, "vector"),
-        skip=case.weight(skip, "vector"), heads=heads, head_dim=width, groups=groups, state_size=size, dt_limit=limit,
+        out=case.buffer(heads * width), rate=case.weight(rate.ravel(), "vector"),
+        dt_bias=case.weight(dt_bias, "vector"), skip=case.weight(skip, "vector"), heads=heads, head_dim=width,
+        groups=groups, state_size=size, dt_limit=limit,
     )  # fmt: skip
     found = case.run(backend, op, lambda inputs: fill_spans(inputs, lengths, in_place=in_place))
     wanted, at = np.zeros((rows, heads, width)), 0
@@ -108,7 +111,7 @@ def test_mamba2(backend, dtype, lengths, shape, size, limit, in_place, seed):
             step = np.clip(np.log1p(np.exp(dt[t] + dt_bias)), *limit)
             values, keys, queries = x[t].reshape(heads, width), *(y[t].reshape(groups, size) for y in (b, c))
             keys, queries = (np.repeat(y, heads // groups, 0) for y in (keys, queries))
-            state *= np.exp(rate * step)[:, None, None]
+            state *= np.exp(rate * step[:, None])[:, None]
             state += (step[:, None] * values)[:, :, None] * keys[:, None]
             wanted[t] = (state * queries[:, None]).sum(-1) + skip[:, None] * values
         at += sum(spans)

@@ -1,4 +1,5 @@
-"""Adapters on experts against peft: parameters of all experts, modules of single ones, routers and shared experts."""
+"""Adapters on experts against peft: parameters of all experts, modules of single ones, routers and shared experts; and
+adapters that peft itself does not apply, against their sum with the weights."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from served_base import Served
 
 from truffula.errors import AdapterError
 from truffula.kernels.backend import Backend
+from truffula.model.read import read_config
 from truffula.testing.adapters import PREFIX, write_adapter, write_tiny_adapter
 from truffula.testing.oracle import Oracle
 from truffula.testing.tiny import tiny_config, tiny_tensors, write_tiny_checkpoint
@@ -37,6 +39,9 @@ STACKED: dict[str, list[dict[str, Any]]] = {
     "kimi_linear": [{"target_modules": SHARED}, {"target_modules": SHARED, "target_parameters": EXPERTS}],
     "laguna": [{"target_parameters": EXPERTS, "target_modules": ["g_proj", "o_proj"]}],
     "granitemoe": [{"target_parameters": [*EXPERTS, "block_sparse_moe.router.weight"]}],
+    "lfm2_moe": [{"target_parameters": [*EXPERTS, "feed_forward.gate.weight"]}],
+    "nemotron_h": [{"target_parameters": ["experts.up_proj", "experts.down_proj", "mixer.gate.weight"]}],
+    "jamba": [{"target_parameters": [*EXPERTS, "feed_forward.router.weight"]}],
 }
 BASES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 9}
@@ -123,16 +128,38 @@ def test_one_projection_of_some_experts_is_folded(tmp_path: Path, backend: Backe
     folder = write_tiny_adapter(
         tmp_path / "a", served.program.sites, targets=targets, rank_pattern={r"experts\.2\.up_proj": 7}
     )
+    expect_folded(served, folder, tiny_config("qwen3_moe"))
+
+
+def expect_folded(served: Served, folder: Path, config: dict[str, Any]) -> None:
+    """The adapter does what transformers does with weights to which it was added."""
     (mine,) = served.run([(served.add(folder), ids := served.prompt(0))])
-    tensors, added = tiny_tensors(tiny_config("qwen3_moe"), seed=5), _tensors(folder)
+    tensors, added = tiny_tensors(config, seed=5), _tensors(folder)
+    root, _ = read_config(config).spec.names.prefixes[0]
     for name in added:
         if name.endswith("lora_A.weight"):
-            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            weight = root + name.removeprefix(f"{PREFIX}model.").replace(".lora_A", "")
             a, b = added[name], added[name.replace("lora_A", "lora_B")]
-            tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + 8 / len(a) * (b @ a)
-    folded = write_tiny_checkpoint(tmp_path / "folded", tiny_config("qwen3_moe"), extra=tensors)
+            tensors[weight] = tensors[weight] + 8 / len(a) * (b @ a)
+    folded = write_tiny_checkpoint(folder.parent / "folded", config, extra=tensors)
     theirs = Oracle(folded, tied=False).logits(ids)
     np.testing.assert_allclose(mine, theirs, atol=TOLERANCE)
+    assert np.abs(served.run([(None, ids)])[0] - theirs).max() > 100 * TOLERANCE
+
+
+@on_the_best
+@pytest.mark.slow  # 4 s
+@pytest.mark.parametrize(
+    ("model_type", "targets"),
+    [("jamba", ["dt_proj", "x_proj"]), ("falcon_h1", ["in_proj", "out_proj"]), ("nemotron_h", ["in_proj", "out_proj"])],
+)
+def test_modules_whose_weight_transformers_reads_itself(
+    tmp_path: Path, model_type: str, targets: list[str], backend: Backend
+) -> None:
+    """peft refuses or misses them, but files have them: of merged adapters, of other trainers, of quantised bases."""
+    served = served_base(tmp_path, model_type, backend)
+    folder = write_tiny_adapter(tmp_path / "a", served.program.sites, targets=targets)
+    expect_folded(served, folder, tiny_config(model_type))
 
 
 def test_a_wrong_number_of_parameters_is_refused(tmp_path: Path) -> None:

@@ -20,8 +20,6 @@ _LATENT: dict[str, Any] = {
 }  # fmt: skip
 
 _OF_TYPE: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
-    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_n_groups": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
     "zaya": {"num_experts_per_tok": 1},
     "jetmoe": {"kv_channels": 8, "num_key_value_heads": 2},

@@ -178,6 +178,8 @@ def _linears(folder: Path) -> dict[str, tuple[int, int]]:
     converted = {pattern.rpartition(".")[2] for pattern in patterns}
     if model.config.model_type in ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"):
         converted.add("out_proj")  # peft refuses it in these: their kernels pass by the module
+    if model.config.model_type == "jamba":
+        converted.add("dt_proj")  # transformers multiplies by its weight, past peft: see test_expert_adapters.py
     for name, module in model.named_modules():
         if module is model.get_output_embeddings() or name.rpartition(".")[2] in converted:
             continue

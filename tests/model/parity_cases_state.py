@@ -29,4 +29,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
      ["attention", "mlp", "mamba"], "n_groups": 1, "use_bias": True, "mlp_bias": True}),
     ("nemotron_h", "older keys, longer steps", {"mamba_n_groups": 4, "mamba_d_conv": 2, "mamba_conv_bias": False,
      "time_step_min": 0.4, "num_key_value_heads": 1}),
+    ("nemotron_h", "narrow experts, groups, biases", {"hybrid_override_pattern": None, "layers_block_type":
+     ["full_attention", "moe", "linear_attention", "mlp", "moe"], "moe_latent_size": 18, "n_routed_experts": 8,
+     "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "mlp_bias": True, "n_shared_experts": 2}),
+    ("nemotron_h", "experts, weights as they are, another activation", {"hybrid_override_pattern": "*EM",
+     "norm_topk_prob": False, "mlp_hidden_act": "silu", "num_key_value_heads": 1}),
 ]  # fmt: skip

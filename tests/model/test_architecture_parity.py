@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import parity_cases_delta
 import parity_cases_dense
+import parity_cases_hybrids
 import parity_cases_mla
 import parity_cases_moe
 import parity_cases_older
@@ -136,6 +137,7 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
         *spread(parity_cases_moe.CASES),
         *spread(parity_cases_state.CASES),
         *spread(parity_cases_delta.CASES),
+        *spread(parity_cases_hybrids.CASES),
     ],
 )  # the slow ones: 20 s
 def test_parity_with_transformers(

@@ -12,6 +12,7 @@ import pytest
 from truffula.errors import TruffulaError, UnsupportedModel
 from truffula.model.architectures import ARCHITECTURES
 from truffula.model.config_view import load_defaults
+from truffula.model.parts.parallel import ParallelSpec
 from truffula.model.read import read_config
 from truffula.testing.tiny import tiny_config
 
@@ -27,17 +28,14 @@ def test_the_table_of_defaults_covers_every_architecture() -> None:
     assert set(load_defaults()) == set(ARCHITECTURES) | {"muse_glimmer_text"}
 
 
-# By default it has experts, which are not supported yet.
-WITH_EXPERTS = {"nemotron_h"}
-
-
-@pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - WITH_EXPERTS))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_an_empty_config_is_the_class_default(model_type: str) -> None:
     # The class has no default for these.
     needed: dict[str, dict[str, Any]] = {
         "deepseek_v2": {"num_experts_per_tok": 6},
         "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2},
         "glm4_moe": {"head_dim": 128},
+        "lfm2_moe": {"layer_types": ["conv"] * 31 + ["full_attention"]},
     }
     read = read_config({"model_type": model_type, **needed.get(model_type, {})})
     text = load_defaults()[model_type].fields.get("text_config") or {}
@@ -46,8 +44,11 @@ def test_an_empty_config_is_the_class_default(model_type: str) -> None:
     value = lambda key: fields[defaults.aliases.get(key, key)]
     assert read.warnings == read.spec.notes
     assert read.spec.vocab_size == value("vocab_size")
-    assert len(read.spec.layers) == value("num_hidden_layers")
-    attention = next((layer.mixer for layer in read.spec.layers if layer.mixer and layer.mixer.kv_widths), None)
+    # The layers of Nemotron-H are as many as their kinds.
+    assert len(read.spec.layers) == (4 if model_type == "nemotron_h" else value("num_hidden_layers"))
+    mixers = [layer.mixer for layer in read.spec.layers]
+    parts = [each.part for mixer in mixers if isinstance(mixer, ParallelSpec) for each in mixer.parts]
+    attention = next((part for part in parts or mixers if part and part.kv_widths), None)
     assert attention is None or attention.heads == value("num_attention_heads")
 
 

@@ -115,6 +115,12 @@ def test_a_stacked_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
         ("hunyuan_v1_moe", {"moe_topk": [1, 2, 2]}, "moe_topk"),
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok"),
+        ("lfm2_moe", {"layer_types": None}, "layer_types"),
+        ("lfm2_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok"),
+        ("nemotron_h", {"n_group": 4}, "n_group"),
+        ("jamba", {"expert_layer_offset": 2}, "expert_layer_offset"),
+        ("falcon_h1", {"ssm_multipliers": [1.0]}, "ssm_multipliers"),
+        ("falcon_h1", {"mamba_d_head": 5}, "mamba_n_heads"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(model_type: str, changes: dict[str, object], named: str) -> None:

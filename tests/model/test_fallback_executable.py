@@ -12,6 +12,7 @@ from truffula.kernels.adapters import AdapterLayout, Place, low_rank, make_image
 from truffula.kernels.inputs import Capacity, SequenceSampling, StepInputs
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.kernels.reference import ReferenceBackend
+from truffula.kernels.reference.slots import AdapterSlots
 from truffula.model.fallback.adapters import AdapterHooks
 from truffula.model.fallback.backend import TransformersBackend
 from truffula.model.load import WeightReader, plan_model
@@ -55,12 +56,12 @@ def test_an_adapter_on_a_module_that_sees_other_rows_is_an_error():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
     site = Site(0, "linear", 0, 4, 4, (ModuleSlice("0", 0, 4, 4),))
     layout = AdapterLayout("float32", (Place("0", 0, 4, 4),))
-    hooks = AdapterHooks(model, [site], (), layout, torch.device("cpu"))
+    hooks, adapters = AdapterHooks(model, [site], ()), AdapterSlots(layout, torch.device("cpu"))
     part = low_rank(0, np.ones((1, 4), np.float32), np.ones((4, 1), np.float32), 1.0)
     inputs = StepInputs.allocate(CAPACITY, 1)
-    inputs.G, inputs.seg[0] = 1, (0, 2, hooks.add(make_image(layout, [part], generation="a")))
+    inputs.G, inputs.seg[0] = 1, (0, 2, adapters.add(make_image(layout, [part], generation="a")))
     inputs.seg_weight[0] = 1.0
-    segments, x = hooks.segments(inputs, inputs.seg[:, :2]), torch.ones(5, 4)
+    segments, x = adapters.segments(inputs, inputs.seg[:, :2]), torch.ones(5, 4)
     hooks.prepare(5, segments, 0, [])
     assert (model(x) - x @ model[0].weight.T).detach().round().tolist() == [[4.0] * 4] * 2 + [[0.0] * 4] * 3
     hooks.prepare(6, segments, 0, [])

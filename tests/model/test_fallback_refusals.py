@@ -173,3 +173,16 @@ def test_more_layers_than_any_model_has_are_refused_before_they_are_made(origina
 def test_the_window_of_a_mask_is_found_behind_any_position():
     config = small_config("vaultgemma", sliding_window=200_000, max_position_embeddings=400_000)
     assert {call.window for call in trace(make_skeleton(config.to_dict())).calls} == {None, 200_000}
+
+
+def test_experts_that_are_not_numbered_from_zero_are_an_error(tmp_path):
+    """transformers stacks them in their order: each row would use another expert than the one that it chose."""
+    original = write_small(tmp_path / "a", small_config("flex_olmo", num_hidden_layers=1))
+    name = "model.layers.0.mlp.experts.{}.down_proj.weight"
+    value = open_checkpoint(original).read(name.format(1))
+    folder = changed(original, tmp_path / "b", drop=name.format(1), add={name.format(4): value})
+    refused(folder, CheckpointError, "experts.#.down_proj.weight", "number 1 is not among them")
+    wrong = changed(original, tmp_path / "c", drop=name.format(1), add={name.format(1): value[:, :-1].copy()})
+    with pytest.raises(CheckpointError, match="cannot be converted") as found:
+        plan_model(open_checkpoint(wrong))
+    assert "Traceback" not in str(found.value)

@@ -85,13 +85,25 @@ def test_kimi_as_its_repositories_write_it() -> None:
         "auto_map": {"AutoConfig": "configuration_deepseek.X"},
     }
     read = read_config(text)
-    assert (read.spec.model_type, read.spec.names.unneeded) == ("kimi_k2", ())
+    assert (read.spec.model_type, read.spec.names.unused) == ("kimi_k2", ())
     nested = {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": text}
     nested |= {"vision_config": {"model_type": "kimi_k25"}, "media_placeholder_token_id": 7, "ignore_index": -100}
     read = read_config(nested)
     assert read.spec.model_type == "kimi_k2"
     assert read.spec.names.body == "model.language_model."
     assert read.warnings == ()
+
+
+def test_glm_5_2_as_its_repository_writes_it() -> None:
+    """An older name of the layers, and a head_dim that transformers overwrites."""
+    from transformers import AutoConfig
+
+    config = tiny_config("glm_moe_dsa")
+    layers = ["deepseek_sparse_attention"] * config["num_hidden_layers"]
+    written = config | {"layer_types": layers, "head_dim": config["qk_nope_head_dim"]}
+    assert read_config(written).spec == read_config(config).spec
+    theirs = AutoConfig.for_model(**written)
+    assert theirs.head_dim == config["qk_rope_head_dim"] and set(theirs.layer_types) == {"indexed_attention"}
 
 
 @pytest.mark.parametrize(

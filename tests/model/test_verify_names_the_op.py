@@ -67,9 +67,9 @@ def and_slow(fast: list[str], slow: Collection[str]) -> list[Any]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-# kimi_k2 is no type of transformers, and its class for llama4 has other module names than adapters of it.
+# kimi_k2 is no type of transformers.
 @pytest.mark.parametrize(
-    "model_type", and_slow(["gemma2", "gemma3_text", "mistral"], set(ARCHITECTURES) - {"kimi_k2", "llama4"})
+    "model_type", and_slow(["gemma2", "gemma3_text", "mistral"], set(ARCHITECTURES) - {"kimi_k2"})
 )  # slow: two minutes
 def test_other_shapes_of_layer_pass(tmp_path: Path, model_type: str, backend: str) -> None:
     write_tiny_checkpoint(tmp_path, tiny_config(model_type))

@@ -60,10 +60,35 @@ Case delta_case(int32_t number) {
   }};
 }
 
+Case mamba_case(int32_t number) {
+  Numbers numbers{static_cast<uint32_t>(1500 + number), number % 8 == 7};
+  const int32_t groups = 1 + number % 2, heads = groups * (1 + number % 3), rows = 1 + number % 9;
+  const int32_t width = 1 + number % 5, size = 1 + number % 37, rates = number % 3 ? 1 : size;
+  const RowArray x = RowArray::random(numbers, rows, heads * width), dt = RowArray::random(numbers, rows, heads);
+  const RowArray b = RowArray::random(numbers, rows, groups * size), c = RowArray::random(numbers, rows, groups * size);
+  const RowArray states = RowArray::random(numbers, 3, heads * width * size);
+  const Array rate = numbers.floats(heads * rates), bias = numbers.floats(heads), skip = numbers.floats(heads);
+  for (int32_t i = 0; i < heads * rates; ++i) rate->floats()[i] = -std::abs(rate->floats()[i]);
+  const int32_t round = numbers.below(2);
+  return {numbers.wild, [=](const Kernels& table) {
+    const RowArray out(rows, heads * width), kept = states.copy();
+    Mamba2Call call{x.rows(), b.rows(), c.rows(), dt.rows(), out.rows(), rate->floats(), bias->floats(), skip->floats(),
+                    {}, heads, width, groups, size, rates, round, 0.0f, INFINITY};
+    call.states = {kept.rows().data, kept.apart};
+    for (const StateSpan& span : Spans(rows))
+      for (int32_t head = 0; head < heads; ++head) table.mamba2(&call, &span, head);
+    std::vector<float> all = out.taken();
+    const std::vector<float> more = kept.taken();
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  }};
+}
+
 }  // namespace
 
 std::vector<Op> state_ops() {
-  return {{"convolutions", 148, false, true, conv_case}, {"gated delta rule", 160, false, true, delta_case}};
+  return {{"convolutions", 148, false, true, conv_case}, {"gated delta rule", 160, false, true, delta_case},
+          {"selective state spaces", 148, false, true, mamba_case}};
 }
 
 }  // namespace truffula

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,15 @@ BAD_JSON = {
     "too deep": (b'{"a":' + b"[" * 200_000, "JSON"),
     "a pointer": (b"version https://git-lfs.example/spec/v1\n", "git lfs pull"),
 }
+
+
+def test_infinity_is_a_number_in_config_json_alone(folder: Path) -> None:
+    """Published configs of Mamba-2 have it as the longest step."""
+    write_safetensors(folder / "model.safetensors", {"a": A})
+    (folder / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
+    assert open_checkpoint(folder).config == {"time_step_limit": [0.0, math.inf]}
+    (folder / "generation_config.json").write_text('{"temperature": Infinity}')
+    refused(folder, "Infinity is not a finite number")
 
 
 @pytest.mark.parametrize("case", BAD_JSON)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,24 @@ def test_zeros_of_floats_that_are_zero_change_nothing(tmp_path: Path) -> None:
     fixture.tensors["tall.weight_zero_point"] = np.zeros((128, 1), np.int8)
     path = write_folder(tmp_path, {**MODEL, "quantization_config": fixture.config}, fixture.tensors)
     assert digest(open_checkpoint(path).read("tall.weight")) == fixture.expected["tall"][1]
+
+
+def test_a_few_rows_of_long_groups_take_little_memory(tmp_path: Path) -> None:
+    """HQQ's axis 0 has groups across all rows, so that a row of its view is as long as there are groups."""
+    module = {key: value for key, value in Fixture("hqq-8").module("tall").items() if key != ".compute_dtype"}
+    module |= {".shape": np.array([2048, 1024]), ".group_size": np.array([2]), ".axis": np.array([0])}
+    module |= {".W_q": np.arange(2048 * 1024, dtype=np.uint8).reshape(2, -1)}
+    module |= {name: np.full((1, 1024 * 1024), value, np.float16) for name, value in ((".scale", 0.5), (".zero", 2))}
+    config = {**MODEL, "quantization_config": Fixture("hqq-8").config}
+    opened = open_checkpoint(write_folder(tmp_path, config, {f"x{key}": value for key, value in module.items()}))
+    computed = opened.computed("x.weight")
+    assert computed is not None
+    tracemalloc.start()
+    rows = computed.read(1020, 1028)  # across the border of the view's two rows
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(rows, ((np.arange(8192) % 256 - 2) * 0.5).reshape(8, 1024))
+    assert peak < 1 << 20
 
 
 def test_groups_out_of_order_are_served_by_their_values(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ error of the weights.
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import Counter
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -60,12 +62,13 @@ def _is_adapter(path: Path) -> bool:
 
 
 def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
+    from truffula.kernels.trim import defer_gc
     from truffula.model.load import plan_model
     from truffula.model.read import read_config
     from truffula.text.ends import describe
-    from truffula.weights.open import open_checkpoint
 
-    with contextlib.closing(open_checkpoint(path)) as checkpoint:
+    # A model of many experts is hundreds of thousands of objects.
+    with defer_gc(), contextlib.closing(_open(path)) as checkpoint:
         plan = plan_model(checkpoint)
         if plan.transformers is None:
             uses = read_config(checkpoint.config).key_uses
@@ -74,8 +77,8 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
         kinds: dict[str, list[int]] = {}
         for info in checkpoint.tensors.values():
             kinds.setdefault(info.dtype, []).append(info.nbytes)
-        ends, answers, warnings = _texts(path, plan)
-        facts = {**_facts(path, checkpoint.format, plan), "answers": answers}
+        texts, ends, warnings = _texts(checkpoint.path, plan)
+        facts = {**_facts(path, checkpoint, plan), **texts}
         rounding = _rounding(checkpoint, plan) if rounded else None
     if as_json:
         stored = {kind: {"tensors": len(sizes), "bytes": sum(sizes)} for kind, sizes in kinds.items()}
@@ -88,7 +91,8 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     shown = table("", "", title=str(path))
     for name, value in facts.items():
         label = LABELS.get(name, name.removesuffix("_bytes").replace("_", " "))
-        shown.add_row(label, format_size(value) if name.endswith("_bytes") else str(value))
+        text = f"{value:,}" if name.endswith("parameters") else str(value)
+        shown.add_row(label, format_size(value) if name.endswith("_bytes") else text)
     for index, end in enumerate(ends):
         shown.add_row("" if index else "end tokens", describe([end]))
     console.print(shown)
@@ -110,8 +114,20 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
         warn(text)
 
 
-def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], str, list[str]]:
-    """The end tokens, the format of answers to chats, and the warnings about weights and text files."""
+def _open(path: Path) -> Checkpoint:
+    """A model, or a config.json without weights, in a folder or by itself."""
+    from truffula.model.config_alone import ConfigAlone
+    from truffula.weights.folder import holds_weights
+    from truffula.weights.open import open_checkpoint
+
+    if path.suffix == ".json":
+        return ConfigAlone(path)
+    alone = (path / "config.json").is_file() and not holds_weights(path)
+    return ConfigAlone(path / "config.json") if alone else open_checkpoint(path)
+
+
+def _texts(path: Path, plan: ModelPlan) -> tuple[dict[str, str], list[EndToken], list[str]]:
+    """Facts about chats, the end tokens, and the warnings about weights and text files."""
     from truffula.service.files import load_texts, without_tokenizer
     from truffula.text.ends import EndTokens
     from truffula.text.tool_formats import detect_format
@@ -128,7 +144,8 @@ def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], str, list[str]]
         vocab_size=plan.interface.vocab_size,
     )
     warnings = [*plan.warnings, *without_tokenizer(texts.no_tokenizer), *texts.warnings, *ends.warnings]
-    return ends.all, form.described, warnings
+    templates = ", ".join(sources) or ("none" if texts.tokenizer is not None else "no tokenizer")
+    return {"chat_template": templates, "answers": form.described}, ends.all, warnings
 
 
 def _rounding(checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Any]:
@@ -173,11 +190,16 @@ LABELS = MappingProxyType(
         "format": "file format",
         "stored_dtype": "stored as",
         "served_reason": "  because",
+        "layer_kinds": "  with",
+        "active_parameters": "  of which a token uses",
         "tying": "embedding and head",
         "tying_reason": "  because",
         "saved_by_tying_bytes": "  saved by tying",
         "kv_per_token_bytes": "KV cache per token",
         "kv_windows_bytes": "  and per sequence, in layers with a window",
+        "state_bytes": "state per sequence",
+        "adapter_modules": "  on",
+        **{f"weights_of_{part}_bytes": f"  {part}" for part in ("tables", "experts", "attention", "MLPs", "others")},
         "eos_ids": "end token ids",
         "rank_16_adapter_bytes": "adapter of rank 16",
     }
@@ -192,9 +214,12 @@ def int8_products(plan: ModelPlan) -> str:
     return f"matrix products with {', '.join(formats)} weights; --exact computes on their values" if formats else "none"
 
 
-def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
+def _facts(path: Path, checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Any]:
     """The facts of the report by JSON key; byte counts end in ``_bytes``."""
-    size, interface = plan.size, plan.interface
+    from truffula.model.facts import site_kinds
+    from truffula.weights.quantised.config import read_scheme
+
+    size, interface, scheme = plan.size, plan.interface, read_scheme(checkpoint.config)
     # Bytes per token in bfloat16; layers with a window keep that many tokens.
     per_token = {group.window: 2 * sum(plane.width for plane in group.planes) for group in interface.kv_groups}
     windows = {window: nbytes for window, nbytes in per_token.items() if window is not None}
@@ -203,23 +228,57 @@ def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
         "architecture": size.model_type,
         "served": plan.implementation.kind,
         "served_reason": plan.implementation.reason,
-        "format": format_,
+        "format": checkpoint.format,
         "path": str(path),
         "layers": size.layers,
+        **_structure(checkpoint, plan),
         "hidden_size": size.hidden,
         "vocabulary": interface.vocab_size,
         "longest_sequence": plan.max_model_len,
         "stored_dtype": plan.stored_dtype,
+        "quantisation": scheme.method if scheme is not None else "none",
         "weights_bytes": plan.stored_bytes,
+        **_bytes_by_part(checkpoint, plan),
         "int8": int8_products(plan),
         "tying": plan.tying.tie.name.lower(),
         "tying_reason": plan.tying.reason,
         "saved_by_tying_bytes": plan.saved_bytes,
         "kv_per_token_bytes": per_token.get(None, 0),
         **({"kv_windows_bytes": sum(window * nbytes for window, nbytes in windows.items())} if windows else {}),
+        **({"state_bytes": interface.state_bytes(2)} if interface.states else {}),
         "adapter_sites": len(sites),
+        "adapter_modules": ", ".join(site_kinds(interface)) or "none",
         "rank_16_adapter_bytes": 2 * 16 * sum(site.in_features + site.out_features for site in sites),
     }
+
+
+def _structure(checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Any]:
+    """Layers, positions and parameters. What transformers' code does inside a layer is not known."""
+    from truffula.model.facts import describe_positions, layer_kinds, parameter_counts
+    from truffula.weights.tying import Tie
+
+    if plan.native_spec is None:
+        return {"parameters": sum(math.prod(decl.shape) for decl in plan.program.weights)}
+    total, active = parameter_counts(plan.native_spec, tied=plan.tying.tie is not Tie.SEPARATE)
+    return {
+        "layer_kinds": layer_kinds(plan.native_spec),
+        "positions": describe_positions(plan.native_spec, checkpoint.config),
+        "parameters": total,
+        "active_parameters": active,
+    }
+
+
+def _bytes_by_part(checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, int]:
+    """The bytes of the weights as stored, by the part of the model, largest first."""
+    from truffula.model.facts import part_of_weights
+
+    if plan.native_spec is None:
+        return {}
+    parts, sizes = part_of_weights(plan.native_spec), Counter[str]()
+    for decl in plan.program.weights:
+        names = {part.name for part in decl.parts}
+        sizes[parts[decl.name]] += sum(checkpoint.tensors[name].nbytes for name in names)
+    return {f"weights_of_{part}_bytes": nbytes for part, nbytes in sizes.most_common()}
 
 
 def _adapter(path: Path, base: str | None, *, as_json: bool) -> None:

@@ -380,9 +380,9 @@ class Route(Op):
     ``logits`` and ``out`` are float32. Scores are ``softmax`` or ``sigmoid`` of the logits. The experts with the best
     logits are chosen; with ``correction`` [E], those with the best score + correction. With ``groups`` > 1 only experts
     of the best ``topk_groups`` groups (equal runs of experts) are chosen from; a group counts as its best expert
-    (``max``) or its two best (``top2``). The weights are the chosen scores, divided by max(their ``norm``-norm,
-    ``floor``) unless ``norm`` is None, times ``scale`` and the expert's number of ``expert_scale`` [E]. Equal values:
-    the lower number first.
+    (``max``) or its two best (``top2``). The weights are the chosen scores, divided by max(their ``norm``-norm +
+    ``plus``, ``floor``) unless ``norm`` is None, times ``scale`` and the expert's number of ``expert_scale`` [E]. Equal
+    values: the lower number first.
 
     ``sparsemixer``: expert after expert, the one with the best logit m among those left; its weight is its softmax
     among those left whose logit s is near: (m - s) / max(abs(s), m) <= 2 * ``jitter``, s of the logits.
@@ -397,6 +397,7 @@ class Route(Op):
     topk_groups: int = 1
     group_score: Literal["max", "top2"] = "top2"
     norm: float | None = None
+    plus: float = 0.0
     floor: float = 1e-20
     scale: float = 1.0
     expert_scale: WeightId | None = None
@@ -425,15 +426,15 @@ class ExpertLinear(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba2(Op):
-    """The selective state space of Mamba-2.
+    """The selective state space of Mamba-2 and, with heads that are one column wide, of Mamba.
 
     Per sequence and head a float32 state h ``[head_dim, state_size]``, kept in ``state`` from step to step. For each
     row and head, with dt = softplus(``dt`` + ``dt_bias``) clipped to ``dt_limit``:
 
     h = exp(rate * dt) h + (dt * x) bᵀ  ·  out = h c + skip * x
 
-    ``rate`` (below 0), ``dt_bias`` and ``skip`` are ``[heads]``. Head i uses the b and c of group
-    ``i // (heads / groups)``.
+    ``rate`` (below 0), ``dt_bias`` and ``skip`` are ``[heads]``; or ``rate`` is ``[heads · state_size]``, one for each
+    column of a head's state. Head i uses the b and c of group ``i // (heads / groups)``.
     """
 
     x: Ref

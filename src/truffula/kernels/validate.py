@@ -356,8 +356,10 @@ def _mamba2(op: Mamba2, check: _Check) -> None:
     check.read("b", op.b, "T", op.groups * op.state_size)
     check.read("c", op.c, "T", op.groups * op.state_size)
     check.read("dt", op.dt, "T", op.heads)
-    for field in ("rate", "dt_bias", "skip"):
-        check.vector(field, getattr(op, field), op.heads)
+    check.vector("dt_bias", op.dt_bias, op.heads)
+    check.vector("skip", op.skip, op.heads)
+    one = check.weight("rate", op.rate, "vector", (None,)) == (op.heads,)
+    check.vector("rate", op.rate, op.heads if one else op.heads * op.state_size)
     check.require("dt_limit", 0 <= op.dt_limit[0] < op.dt_limit[1], f"{op.dt_limit} is empty or below 0.")
     check.state("state", op.state, op.heads * op.head_dim * op.state_size)
     check.write("out", op.out, "T", op.x.width)

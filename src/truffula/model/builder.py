@@ -90,8 +90,7 @@ class ProgramBuilder:
     def declare(self, key: str, shape: tuple[int, ...], parts: tuple[WeightPart, ...], *uses: str) -> int:
         """The id of a new weight with the row ``key``."""
         row = self.rows[key]
-        name = row.slices[0].module if len(row.slices) == 1 else (row.fused or row.key)
-        decl = WeightDecl(len(self.weights), row.tensor(name), shape, parts, frozenset(uses), row.dtype)
+        decl = WeightDecl(len(self.weights), row.name, shape, parts, frozenset(uses), row.dtype)
         self.weights.append(decl)
         self.weight_ids[key] = decl.id
         return decl.id
@@ -127,13 +126,12 @@ class ProgramBuilder:
         for expert in range(row.experts):
             lo = 0
             for number, item in enumerate(row.slices):
-                module = ModuleSlice(body + item.module.format(e=expert), 0, item.rows, item.rows)
-                site = self.site("linear", row.layer, row.width, item.rows, [module])
+                module, place = ModuleSlice(body + item.module.format(e=expert), 0, item.rows, item.rows), None
                 if stacked is not None:
                     first, step = (number, len(row.slices)) if stacked.alternating else (lo, 1)
                     place = StackedSlice(f"{body}{stacked.parameter}", expert, row.experts, first, step, row.rows,
                                          stacked.columns, stacked.peft_columns)  # fmt: skip
-                    self.sites[site] = replace(self.sites[site], stacked=place)
+                site = self.site("linear", row.layer, row.width, item.rows, [module], place)
                 yield SiteSlice(site, expert * row.rows + lo, expert * row.rows + lo + item.rows)
                 lo += item.rows
 
@@ -143,10 +141,10 @@ class ProgramBuilder:
 
     def site(
         self, kind: Literal["linear", "embed", "head"], layer: int | None, width_in: int, width_out: int,
-        modules: Sequence[ModuleSlice],
+        modules: Sequence[ModuleSlice], stacked: StackedSlice | None = None,
     ) -> int:  # fmt: skip
         """The id of a new site. Tables are sites on each side even when they are one tensor: tying is of the base."""
-        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, tuple(modules)))
+        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, tuple(modules), stacked))
         return len(self.sites) - 1
 
     def module(self, path: str) -> str:
@@ -199,13 +197,18 @@ class ProgramBuilder:
 
 @dataclass(frozen=True)
 class LayerBuilder:
-    """Writes the part ``part`` (mixer or mlp) of layer ``index``. Keys and modules are relative to the layer."""
+    """Writes the part ``part`` (mixer or mlp) of layer ``index``. Keys and modules are relative to the layer.
+
+    ``after`` is the norm of the part's result, ``scale`` multiplies it. ``last`` False: another result is added to the
+    stream before the next part reads it.
+    """
 
     program: ProgramBuilder
     index: int
     part: str
     after: NormSpec | None
     scale: float
+    last: bool = True
 
     @property
     def spec(self) -> ModelSpec:
@@ -301,7 +304,7 @@ class LayerBuilder:
 
     def output(self, key: str, x: Ref) -> None:
         """Append the last linear of the part; its result is added to the residual stream."""
-        after = self.program.stream_after(self.index, self.part)
+        after = self._stream_after()
         if self.after is None or self.norms_stream:
             probe = after if self.after is None else self.probe(self.after.module, "in")
             self.linear(key, x, self.hidden, probe, Epilogue(scale=self.scale, residual=self.hidden))
@@ -314,7 +317,7 @@ class LayerBuilder:
 
     def add(self, branch: Ref) -> None:
         """Append the norm after the part, if any, and the sum with the residual stream."""
-        after = self.program.stream_after(self.index, self.part)
+        after = self._stream_after()
         norm = None if self.norms_stream else self.after
         if norm is not None and self.scale == 1.0:
             key = f"{self.prefix}after_{self.part}"
@@ -327,6 +330,9 @@ class LayerBuilder:
             self.append(Pointwise(name=f"{name}.scale", kind="scale", x=branch, out=branch, params=(self.scale,)))
         self.append(Pointwise(name=f"{name}.add", probe=after, kind="add", x=self.hidden, y=branch, out=self.hidden))
         self._norm_stream()
+
+    def _stream_after(self) -> Probe | None:
+        return self.program.stream_after(self.index, self.part) if self.last else None
 
     def _norm_stream(self) -> None:
         if self.after is not None and self.norms_stream:

@@ -7,7 +7,7 @@ served, or a tensor that a named rule ignores. Any other name is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from truffula.errors import CheckpointError, some
@@ -49,11 +49,38 @@ class WeightNames:
     @classmethod
     def canonical(cls, spec: ModelSpec, *, has_head: bool = True) -> WeightNames:
         """The names that transformers writes for this spec, for programs without a checkpoint."""
-        prefix, head = spec.names.prefixes[0]
-        names = {name for row in _body_rows(spec) for name in _split_names(row, prefix)}
-        names |= {f"{prefix}{spec.names.embed}.weight", *([f"{head}.weight"] if has_head else [])}
-        names |= {f"{head}.bias"} if spec.head_bias else set()
-        return resolve_names(spec, names)
+        return resolve_names(spec, {item.name for item in written_tensors(spec, has_head=has_head)})
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor as transformers writes it. ``module_name`` is its name as the row knows it, without the prefix."""
+
+    name: str
+    module_name: str
+    row: WeightRow
+    shape: tuple[int, ...]
+
+
+def written_tensors(spec: ModelSpec, *, has_head: bool) -> Iterator[WrittenTensor]:
+    """The tensors of a checkpoint of ``spec``, with the weight of the head or without."""
+    prefix, head = written_names(spec)
+    for row in spec.rows:
+        if row.experts:
+            for part in row.layouts[0].parts(row):
+                yield WrittenTensor(prefix + part.name, part.name, row, part.stored)
+            continue
+        if row.kind == "head" and row.param == "weight" and not has_head:
+            continue
+        for item in row.slices:
+            module = head if row.kind == "head" else prefix + item.module
+            yield WrittenTensor(row.tensor(module), row.tensor(item.module), row, row.stored_shape(item.rows))
+
+
+def written_names(spec: ModelSpec) -> tuple[str, str]:
+    """The prefix of the body's names in files of transformers, and the module of the head."""
+    nested = spec.names.body == "model.language_model." and len(spec.names.prefixes) > 2
+    return spec.names.prefixes[2 if nested else 0]
 
 
 def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
@@ -75,7 +102,10 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
             placed = _find_experts(row, prefix, stored)
             missing += [part.name for part in placed if part.name not in stored]
             taken.update(part.name for part in placed)
-            parts[row.key] = tuple(replace(part, name=stored.get(part.name, part.name)) for part in placed)
+            parts[row.key] = tuple(
+                part if stored.get(part.name, part.name) == part.name else replace(part, name=stored[part.name])
+                for part in placed
+            )
             continue
         found = _find(row, prefix, stored)
         if found is None:
@@ -98,8 +128,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     embed = f"{prefix}{spec.names.embed}.weight"
     heads = [name for name in stored if name.startswith(f"{head}.") and name not in taken]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]
-    unneeded = tuple(prefix + item for item in spec.names.unneeded)
-    without_effect = (*spec.names.skip, *spec.names.unused, *unneeded)
+    without_effect = (*spec.names.skip, *spec.names.unused, *(prefix + item for item in spec.names.unused))
     layers = [prefix + spec.layer_prefix(index) for index in range(len(spec.layers))]
     buffers = {layer + buffer for buffer in spec.names.buffers for layer in layers}
     unused = {name for name in left if name.startswith(without_effect) or IGNORABLE.search(name) or name in buffers}
@@ -173,7 +202,7 @@ def _split_names(row: WeightRow, prefix: str) -> list[str]:
 
 def _find_experts(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[WeightPart]:
     """The tensors of a row of experts in the layout of which the checkpoint has the most."""
-    forms = [[replace(part, name=prefix + part.name) for part in layout.parts(row)] for layout in row.layouts]
+    forms = [list(layout.parts(row, prefix)) for layout in row.layouts]
     return max(forms, key=lambda parts: sum(part.name in stored for part in parts) / len(parts))
 
 

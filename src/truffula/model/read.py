@@ -29,7 +29,7 @@ class ReadConfig:
 
     spec: ModelSpec
     warnings: tuple[str, ...]
-    tie_default: bool | None
+    tie_default: bool
     eos_default: Any
     bos_default: Any
     key_uses: tuple[KeyUse, ...] = ()
@@ -52,7 +52,7 @@ def read_config(config: Mapping[str, Any]) -> ReadConfig:
     return ReadConfig(
         spec=spec,
         warnings=(*warnings, *spec.notes),
-        tie_default=table[model_type].fields.get("tie_word_embeddings"),
+        tie_default=bool(table[model_type].fields.get("tie_word_embeddings")),  # a class without the field ties nothing
         eos_default=text.get("eos_token_id"),
         bos_default=text.get("bos_token_id"),
         key_uses=view.key_uses(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from truffula.kernels.program import BufferDtype, RowOrder, Transform, WeightPart
@@ -78,11 +79,12 @@ class ExpertLayout:
     parameter: str | None = None
     peft_columns: bool = False
 
-    def parts(self, row: WeightRow) -> Iterator[WeightPart]:
-        """The tensors of ``row``, in this form."""
+    def parts(self, row: WeightRow, prefix: str = "") -> Iterator[WeightPart]:
+        """The tensors of ``row``, in this form, named with ``prefix``."""
         heights = [item.rows for item in row.slices] if len(self.tensors) > 1 else [row.rows]
         lo = 0
-        for name, height in zip(self.tensors, heights, strict=True):
+        for tensor, height in zip(self.tensors, heights, strict=True):
+            name = prefix + tensor
             matrix: tuple[int, ...] = (row.width, height) if self.columns else (height, row.width)
             matrix = matrix if row.width else (height,)
             if "{e}" in name:
@@ -110,7 +112,8 @@ class WeightRow:
     input width I (0 for a vector; the taps of a convolution). ``key`` is its name in the decoder. ``transform``:
     see ``program.WeightPart``. The tying decision assigns the tensors of embedding and head.
 
-    A row of kind ``experts`` has such a matrix for each of ``experts`` experts, in one of ``layouts``.
+    A row of kind ``experts`` has such a matrix for each of ``experts`` experts, in one of ``layouts``; a token passes
+    ``chosen`` of them.
     """
 
     key: str
@@ -124,9 +127,15 @@ class WeightRow:
     dtype: BufferDtype = "model"
     stored: tuple[int, ...] = ()
     experts: int = 0
+    chosen: int = 0
     layouts: tuple[ExpertLayout, ...] = ()
 
     @property
+    def name(self) -> str:
+        """The weight's name in the program."""
+        return self.tensor(self.slices[0].module if len(self.slices) == 1 else self.fused or self.key)
+
+    @cached_property
     def rows(self) -> int:
         return sum(item.rows for item in self.slices)
 
@@ -233,18 +242,19 @@ class LayerRows:
 
     def experts(
         self, key: str, parts: Sequence[tuple[str, int]], width: int, count: int, layouts: Sequence[ExpertLayout],
-        biases: Sequence[ExpertLayout] = (),
+        biases: Sequence[ExpertLayout] = (), *, chosen: int,
     ) -> None:  # fmt: skip
         """A matrix ``[O, width]`` of stacked ``parts`` for each of ``count`` experts, in one of ``layouts``; with
-        ``biases``, the forms of their biases, a bias for each. Layouts name tensors relative to the layer."""
+        ``biases``, the forms of their biases, a bias for each. Layouts name tensors relative to the layer. ``chosen``:
+        see ``WeightRow``."""
         slices = tuple(RowSlice(self.prefix + module, rows) for module, rows in parts)
         placed = tuple(self._placed(layout) for layout in layouts)
         self.found.append(WeightRow(self.prefix + key, "experts", slices, width, self.index, experts=count,
-                                    layouts=placed))  # fmt: skip
+                                    chosen=chosen, layouts=placed))  # fmt: skip
         if biases:
             placed = tuple(self._placed(layout) for layout in biases)
             self.found.append(WeightRow(f"{self.prefix}{key}.bias", "experts", slices, 0, self.index, "bias",
-                                        experts=count, layouts=placed))  # fmt: skip
+                                        experts=count, chosen=chosen, layouts=placed))  # fmt: skip
 
     def _placed(self, layout: ExpertLayout) -> ExpertLayout:
         parameter = None if layout.parameter is None else self.prefix + layout.parameter

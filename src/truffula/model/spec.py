@@ -49,6 +49,9 @@ class Part(Protocol):
     def window(self) -> int | None: ...
     @property
     def kv_widths(self) -> tuple[int, ...]: ...
+    @property
+    def kind(self) -> str:
+        """What the part is, in the words of reports: ``sliding attention of 512 tokens``."""
 
     def first_module(self, names: ModuleNames) -> str:
         """The module whose input is the part's input, relative to the layer. Probes are read there."""
@@ -114,8 +117,8 @@ class ModuleNames:
     of other classes that adapters are trained on). ``gate_up_fused``: gate and up are the one module ``gate_up``.
     ``prefixes`` are the prefixes of the body's names in checkpoints,
     most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
-    image encoder; ``unused`` those of parts without effect on generation, such as a head that predicts further tokens;
-    ``unneeded`` the same, named relative to the body.
+    image encoder; ``unused`` those of parts without effect on generation, such as a layer that predicts further tokens,
+    named from the body or from the top.
 
     ``qkv_order``: ``split`` are three modules; the others are the one module ``qkv``, whose rows are all q, all k and
     all v (``flat``), or the q, k and v of each KV head in turn (``grouped``). ``gate_up_fused``: gate and up are the
@@ -154,7 +157,6 @@ class ModuleNames:
     buffers: tuple[str, ...] = ()
     transposed: bool = False
     unused: tuple[str, ...] = ()
-    unneeded: tuple[str, ...] = ()
 
 
 LLAMA_NAMES = ModuleNames()

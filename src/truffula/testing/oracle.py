@@ -161,7 +161,9 @@ class Oracle:
         handles, attention = [], {}
         try:
             for probe, layer in probes:
-                module = self._modules[probe.module]
+                # Of some multimodal types the class for text is loaded, whose modules are those of the text model.
+                names = (probe.module, probe.module.removeprefix("language_model."))
+                module = self._modules[next((name for name in names if name in self._modules), probe.module)]
                 if probe.side == "in" and hasattr(module, "layer_idx"):
                     attention[probe] = f"layer {layer}"
                 elif probe.side == "in":

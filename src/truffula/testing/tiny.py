@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from truffula.model.config_view import load_defaults
+from truffula.model.names import written_tensors
 from truffula.model.read import read_config
 from truffula.model.rows import WeightRow
 from truffula.testing.files import Array, as_dtype, write_safetensors
@@ -132,6 +133,38 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         "block_multiple_of": 8,
         "block_ffn_dim_multiplier": 1.1,
     },
+    "falcon_h1": {
+        "head_dim": 10,
+        "mamba_d_ssm": 24,
+        "mamba_n_heads": 4,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 12,
+        "rms_norm_eps": 1e-2,
+        "embedding_multiplier": 3.0,
+        "lm_head_multiplier": 0.6,
+        "mlp_multipliers": [0.8, 1.3],
+        "key_multiplier": 0.7,
+        "attention_in_multiplier": 0.9,
+        "attention_out_multiplier": 1.2,
+        "ssm_multipliers": [1.1, 0.7, 1.3, 0.8, 0.6],
+        "ssm_in_multiplier": 0.8,
+        "ssm_out_multiplier": 1.4,
+    },
+    "jamba": {
+        "head_dim": 10,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "num_experts": 5,
+        "mamba_d_state": 6,
+        "rms_norm_eps": 1e-2,
+    },
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "num_dense_layers": 1,
+    },
     # Scores of normed q and k are not scaled: with a small epsilon they are so large that float32 rounds visibly.
     "gemma4_text": {
         "rms_norm_eps": 0.5,
@@ -199,7 +232,11 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "olmo2": {},
     "olmo3": {"sliding_window": 7, "num_hidden_layers": 5},
     "nemotron_h": {
-        "hybrid_override_pattern": "M-*M",
+        "hybrid_override_pattern": "ME*-M",
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "moe_shared_expert_intermediate_size": 28,
         "head_dim": 10,
         "mamba_num_heads": 4,
         "mamba_head_dim": 6,
@@ -370,22 +407,11 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
     Each tensor depends on ``seed`` and its name, so the common tensors of two configs are equal.
     """
     read = read_config(config)
-    spec = read.spec
-    nested = spec.names.body == "model.language_model." and len(spec.names.prefixes) > 2
-    prefix, head = spec.names.prefixes[2 if nested else 0]
     tied = config.get("tie_word_embeddings", read.tie_default)
     tensors = {}
-    for row in spec.rows:
-        if row.experts:
-            for part in row.layouts[0].parts(row):
-                tensors[prefix + part.name] = _random(part.name, row, part.stored, seed, dtype)
-            continue
-        for item in row.slices:
-            if row.kind == "head" and row.param == "weight" and tied:
-                continue
-            module = head if row.kind == "head" else prefix + item.module
-            shape = () if item.module.endswith(_SCALARS) else row.stored_shape(item.rows)
-            tensors[row.tensor(module)] = _random(row.tensor(item.module), row, shape, seed, dtype)
+    for item in written_tensors(read.spec, has_head=not tied):
+        shape = () if item.module_name.endswith(_SCALARS) else item.shape
+        tensors[item.name] = _random(item.module_name, item.row, shape, seed, dtype)
     return tensors
 
 

@@ -29,7 +29,7 @@ class FolderCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = read_json(_config_file(path))
+        self.config = read_json(_config_file(path), infinity=True)
         self.generation_config: dict[str, Any] = generation_config(path)
         warnings: list[str] = []
         found = _open_weights(path, warnings)
@@ -181,6 +181,12 @@ def _no_weights(folder: Path) -> CheckpointError:
         return CheckpointError(f"{folder} holds no {SINGLE}; give the path of the file: {folder / gguf[0]}.")
     found = f" It holds {', '.join(others[:5])}; rename the one that is the whole model." if others else ""
     return CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}.{found}", param=str(folder))
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has any file of weights, in a format that is read or not."""
+    kinds = (".safetensors", ".safetensors.index.json", ".gguf", *_PICKLES)
+    return any(file.name.endswith(kinds) for file in folder.iterdir())
 
 
 def conversion_command(folder: Path) -> str:

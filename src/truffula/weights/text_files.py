@@ -73,13 +73,13 @@ def generation_config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
+def read_json(path: Path, *, infinity: bool = False) -> dict[str, Any]:
+    """The JSON object in ``path``. ``infinity``: see ``parse_json``.
 
     Raises ``CheckpointError`` for another kind of value, NaN, infinity, a duplicate key, or a file above 64 MB.
     """
     try:
-        value = parse_json(_read_bytes(path, MAX_JSON_BYTES))
+        value = parse_json(_read_bytes(path, MAX_JSON_BYTES), infinity=infinity)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.", param=str(path)) from error
     if not isinstance(value, dict):
@@ -87,14 +87,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def parse_json(raw: bytes) -> Any:
-    """The JSON value in ``raw``.
+def parse_json(raw: bytes, *, infinity: bool = False) -> Any:
+    """The JSON value in ``raw``; with ``infinity``, ``Infinity`` is a number, as Python writes it.
 
     Raises ``ValueError`` for NaN, infinity, a duplicate key and half a surrogate pair, ``RecursionError``.
     """
 
     def finite(text: str) -> float:
         number = float(text)
+        if infinity and text == "Infinity":
+            return number
         if not math.isfinite(number):
             raise ValueError(f"{text} is not a finite number")
         return number

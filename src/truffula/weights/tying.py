@@ -7,6 +7,7 @@ does not exist, or computes with a random one. ``decide`` is the whole rule as o
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ class TyingDecision:
     warning: str | None = None
 
 
-def read_flag(config: dict[str, Any]) -> tuple[bool | None, list[str]]:
+def read_flag(config: Mapping[str, Any]) -> tuple[bool | None, list[str]]:
     """``tie_word_embeddings`` of a config.json (``tie_embedding`` in older LFM2 files), and warnings about it.
 
     The value is that of the level which owns the head, else of the nested text config. None when it is missing; two

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import count
 
 import numpy as np
 import torch
@@ -37,7 +36,8 @@ from truffula.kernels.program import (
 )
 from truffula.kernels.reference import attention, delta, mla, ops, states
 from truffula.kernels.reference.kv import KvPlanes, LazyTensors
-from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, expert_product, lay_out
+from truffula.kernels.reference.linear import Segment, add_deltas_, base_product, expert_product
+from truffula.kernels.reference.slots import AdapterSlots
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
 from truffula.kernels.synchronous import SynchronousExecutable
@@ -146,7 +146,7 @@ class ReferenceExecutable(SynchronousExecutable):
         self._memory = LazyTensors(device)
         self._planes = KvPlanes(program.kv_groups, capacity, dtype, self._memory)
         self._states = [self._make_state(state) for state in program.states]
-        self._adapters: dict[int, dict[tuple[int, int], OpAdapter]] = {}
+        self._adapters = AdapterSlots(layout, device)
         self._logits: Array = np.zeros((0, program.output.width), np.float32)
         self._taps: dict[int, Array] | None = {} if debug else None
         self._dead = [()] * len(program.ops) if debug else dead_after(program)
@@ -184,19 +184,13 @@ class ReferenceExecutable(SynchronousExecutable):
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def adapter_bytes(self, image: AdapterImage) -> int:
-        """The copy of the image on another device."""
-        return 0 if self._device.type == "cpu" else image.data.size
+        return self._adapters.bytes_of(image)
 
-    @torch.inference_mode()
     def adapter(self, image: AdapterImage) -> int:
-        laid_out = lay_out(image, self.layout, self._device)
-        slot = next(number for number in count() if number not in self._adapters)
-        self._adapters[slot] = laid_out
-        return slot
+        return self._adapters.add(image)
 
     def drop_adapter(self, slot: int) -> None:
-        if self._adapters.pop(slot, None) is None:
-            raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
+        self._adapters.drop(slot)
 
     def _make_state(self, state: RecurrentState) -> Tensor:
         """The rows of a state, of which row 0 is zeroed."""
@@ -233,24 +227,13 @@ class ReferenceExecutable(SynchronousExecutable):
             rope_length=self._long(i.rope_length[: i.T]),
             slots=[self._long(slots[: i.T]) for slots in i.slot_mapping],
             logit_rows=self._long(i.logit_rows[: i.R]),
-            segments=self._segments(i.seg[:, :2]),
-            segments_r=self._segments(i.seg_r),
+            segments=self._adapters.segments(i, i.seg[:, :2]),
+            segments_r=self._adapters.segments(i, i.seg_r),
             spans=states.plan_spans(i, self._device) if self._states else [],
         )
 
     def _long(self, array: Array) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self._device)
-
-    def _segments(self, spans: Array) -> list[Segment]:
-        made = []
-        for g in range(self.inputs.G):
-            lo, hi = int(spans[g, 0]), int(spans[g, 1])
-            slot = int(self.inputs.seg[g, 2])
-            if slot not in self._adapters:
-                raise KernelError(f"segment {g} names adapter slot {slot}, which is empty.", param="seg")
-            if lo < hi:
-                made.append(Segment(lo, hi, self._adapters[slot], float(self.inputs.seg_weight[g])))
-        return made
 
     def _vector(self, weight: int | None) -> Tensor | None:
         return None if weight is None else self._weights[weight].whole

@@ -172,7 +172,7 @@ def route(op: Route, logits: Tensor, correction: Tensor | None, expert_scale: Te
     experts = _first(preference, op.k)
     weights = scores.gather(1, experts)
     if op.norm is not None:
-        weights = weights / weights.norm(op.norm, -1, keepdim=True).clamp_min(op.floor)
+        weights = weights / (weights.norm(op.norm, -1, keepdim=True) + op.plus).clamp_min(op.floor)
     weights = weights * op.scale
     if expert_scale is not None:
         weights = weights * expert_scale[experts]

@@ -79,7 +79,7 @@ def mamba2(
     ``vectors``: rate, dt_bias and skip. ``states`` are read and written.
 
     The outputs of a chunk of tokens are their products with each other, decayed, and with the state before the chunk
-    (Dao and Gu 2024, "Transformers are SSMs").
+    (Dao and Gu 2024, "Transformers are SSMs"). With a rate for each column of a state, token by token.
     """
     rate, dt_bias, skip = vectors
     out = torch.empty(x.shape[0], op.heads, op.head_dim, device=x.device)
@@ -89,6 +89,14 @@ def mamba2(
     steps = F.softplus(dt.float() + dt_bias).clamp(*op.dt_limit)
     for span in spans:
         state = states[span.source].view(-1, op.heads, op.head_dim, op.state_size)
+        if len(rate) != op.heads:
+            rates = rate.view(op.heads, 1, op.state_size)
+            for rows in span.rows.unbind(1):
+                step = steps[rows][..., None, None]
+                state = state * (step * rates).exp() + step * inputs[rows][..., None] * keys[rows][:, :, None]
+                out[rows] = torch.einsum("nhps,nhs->nhp", state, queries[rows]) + skip[:, None] * inputs[rows]
+            states[span.target] = state.flatten(1)
+            continue
         for at in range(0, span.rows.shape[1], _CHUNK):
             rows = span.rows[:, at : at + _CHUNK]
             step = steps[rows]  # [n, q, H]

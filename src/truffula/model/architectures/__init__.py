@@ -23,12 +23,13 @@ from truffula.model.architectures.gemma4 import gemma4, gemma4_text
 from truffula.model.architectures.glm import glm, glm4
 from truffula.model.architectures.gpt import gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj
 from truffula.model.architectures.gpt_oss import gpt_oss
+from truffula.model.architectures.jamba import jamba
 from truffula.model.architectures.kimi_linear import kimi_linear
 from truffula.model.architectures.laguna import laguna
-from truffula.model.architectures.lfm2 import lfm2
+from truffula.model.architectures.lfm2 import lfm2, lfm2_moe
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
 from truffula.model.architectures.llama4 import llama4, llama4_text
-from truffula.model.architectures.mamba_hybrid import bamba, granitemoehybrid
+from truffula.model.architectures.mamba_hybrid import bamba, falcon_h1, granitemoehybrid
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
 from truffula.model.architectures.muse_glimmer import muse_glimmer
@@ -75,6 +76,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "ernie4_5_moe": ernie4_5_moe,
         "exaone4": exaone4,
         "falcon": falcon,
+        "falcon_h1": falcon_h1,
         "exaone_moe": exaone_moe,
         "gemma": gemma,
         "gemma2": gemma2,
@@ -97,11 +99,13 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "granitemoehybrid": granitemoehybrid,
         "helium": helium,
         "hunyuan_v1_dense": hunyuan_v1_dense,
+        "jamba": jamba,
         "kimi_k2": deepseek_v3,
         "kimi_k25": kimi_k25,
         "kimi_linear": kimi_linear,
         "laguna": laguna,
         "lfm2": lfm2,
+        "lfm2_moe": lfm2_moe,
         "glm4_moe": glm4_moe,
         "gpt_oss": gpt_oss,
         "granitemoe": granitemoe,

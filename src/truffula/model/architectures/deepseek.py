@@ -89,18 +89,20 @@ def deepseek_v32(view: ConfigView) -> ModelSpec:
     """
     layers = _layers(view)
     view.must_be("rope_interleave", (None, True), "only true is supported.")
-    view.must_be("layer_types", (None, ["indexed_attention"] * layers), "only indexed_attention is supported.")
+    kinds = ("indexed_attention", "deepseek_sparse_attention")  # two names of one thing
+    view.must_be("layer_types", (None, *([kind] * layers for kind in kinds)), f"only {kinds[0]} is supported.")
+    view.skip("head_dim")  # transformers overwrites it; GLM-5.2 writes qk_nope_head_dim
     view.skip("index_head_dim", "index_n_heads")
     first = dense_first(view, "first_k_dense_replace", layers)
     sparse = _sparse(view, layers, tuple("sparse" if has_experts else "dense" for has_experts in first))
-    spec = _model(view, sparse, _sigmoid_moe(view, sparse), mla(view, interleaved=True))
+    spec = _model(view, sparse, _sigmoid_moe(view, sparse), mla(view, interleaved=True, free_head=True))
     longest = view.integer("index_topk")
     note = (
         f"Attention is to all keys, which is what this model computes up to index_topk = {longest} tokens; longer "
         "sequences are not served."
     )
     indexers = tuple(f"layers.{index}.self_attn.indexer." for index in range(layers))
-    names = replace(spec.names, unneeded=(*spec.names.unneeded, *indexers))
+    names = replace(spec.names, unused=(*spec.names.unused, *indexers))
     return replace(spec, max_positions=min(spec.max_positions, longest), names=names, notes=(*spec.notes, note))
 
 
@@ -171,7 +173,7 @@ def _model(
     if moe is not None:
         layers = with_experts(layers, moe, sparse)
     if predicts:
-        names = replace(names, unneeded=predictors(view, len(sparse)))
+        names = replace(names, unused=predictors(view, len(sparse)))
     if rope is None:
         rope = read_rope(view, mixer.rope, more=_ROPE_KEYS)
     return finish_spec(view, layers, (rope,), rms(view, "norm"), names=names)
@@ -209,16 +211,17 @@ def _moe(view: ConfigView, router: RouterSpec) -> MoeSpec:
     return MoeSpec(router, width, activation, shared=shared_mlp, names=DEEPSEEK_NAMES)
 
 
-def mla(view: ConfigView, *, interleaved: bool, whole_head: bool = False) -> MlaSpec:
+def mla(view: ConfigView, *, interleaved: bool, whole_head: bool = False, free_head: bool = False) -> MlaSpec:
     """The latent attention that all layers share, with rope table 0.
 
-    ``whole_head``: head_dim means the whole width of a head, instead of its rotated part.
+    ``whole_head``: head_dim means the whole width of a head, instead of its rotated part. ``free_head``: it means
+    nothing.
     """
     heads = view.integer("num_attention_heads")
     view.must_be("num_key_value_heads", (None, heads), f"latent attention has a key for each of the {heads} heads.")
     nope, rope = view.integer("qk_nope_head_dim"), view.integer("qk_rope_head_dim")
     view.must_be("qk_head_dim", (None, nope + rope), "it is qk_nope_head_dim + qk_rope_head_dim.")
-    if view.written("head_dim"):  # transformers overwrites it, or fails
+    if view.written("head_dim") and not free_head:  # transformers overwrites it, or fails
         width = nope + rope if whole_head else rope
         view.must_be("head_dim", (None, width), f"in this architecture it is {width}, of qk_rope_head_dim.")
     q_rank, magnitude = view.optional_integer("q_lora_rank"), attention_magnitude(view)

@@ -1,9 +1,11 @@
-"""Mamba-2 in most layers and attention in some: Bamba, Granite 4."""
+"""Mamba-2 in most layers and attention in some: Bamba, Granite 4; both in each layer: Falcon-H1."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
+from functools import partial
 
 from truffula.model.architectures import softmax_moe
 from truffula.model.architectures.pieces import (
@@ -19,7 +21,9 @@ from truffula.model.config_view import ConfigView
 from truffula.model.parts.mamba2 import Mamba2Spec
 from truffula.model.parts.mlp import MlpSpec
 from truffula.model.parts.moe import MoeSpec, RouterSpec, SharedSpec
+from truffula.model.parts.parallel import ParallelSpec, ScaledPart
 from truffula.model.rope import read_rope
+from truffula.model.rows import NormSpec
 from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, Part
 
 BAMBA_NAMES = ModuleNames(
@@ -81,6 +85,47 @@ def granitemoehybrid(view: ConfigView) -> ModelSpec:
     )
 
 
+def falcon_h1(view: ConfigView) -> ModelSpec:
+    """Attention and Mamba-2 read the same norm; multipliers of what nearly each module reads or returns."""
+    sizes, bias = read_sizes(view), view.flag("attention_bias")
+    view.skip("num_logits_to_keep")
+    factor = partial(view.number, positive=False)
+    gate_scale, down = view.numbers("mlp_multipliers", 2) or (1.0, 1.0)
+    heads = attention(sizes, qkv_bias=bias, out_bias=bias, key_scale=factor("key_multiplier"))
+    feed_forward = mlp(view, sizes, bias=view.flag("mlp_bias"), gate_scale=gate_scale)
+    mixer = ParallelSpec((
+        ScaledPart(_falcon_mamba2(view, sizes), factor("ssm_in_multiplier"), factor("ssm_out_multiplier")),
+        ScaledPart(heads, factor("attention_in_multiplier"), factor("attention_out_multiplier")),
+    ))  # fmt: skip
+    layer = LayerSpec(
+        mixer=mixer,
+        mlp=ParallelSpec((ScaledPart(feed_forward, after=down),)),
+        before_mixer=rms(view, "input_layernorm"),
+        before_mlp=rms(view, "pre_ff_layernorm"),
+    )
+    return finish_spec(
+        view,
+        [layer] * sizes.layers,
+        (read_rope(view, sizes.head_dim),),
+        rms(view, "final_layernorm"),
+        embed_scale=factor("embedding_multiplier"),
+        logit_scale=factor("lm_head_multiplier"),
+        names=BAMBA_NAMES,
+    )
+
+
+def _falcon_mamba2(view: ConfigView, sizes: Sizes) -> Mamba2Spec:
+    """Mamba-2 of a width of its own, with a norm or without."""
+    before_gate, normed = view.flag("mamba_norm_before_gate"), view.flag("mamba_rms_norm")
+    return replace(
+        read_mamba2(view, sizes, view.optional_integer("mamba_d_ssm")),
+        out_bias=view.flag("projectors_bias"),
+        norm=NormSpec("mamba.norm", view.number("rms_norm_eps"), cast="last") if normed else None,
+        norm_before_gate=before_gate,
+        scales=view.numbers("ssm_multipliers", 5) or (),
+    )
+
+
 def _granite_mlp(view: ConfigView, sizes: Sizes) -> MlpSpec | MoeSpec:
     """Experts and a shared one; the small models have the shared one alone."""
     experts, top_k = (
@@ -110,15 +155,15 @@ def newer_kind(view: ConfigView, key: str, kind: object, supported: Collection[s
     return found
 
 
-def read_mamba2(view: ConfigView, sizes: Sizes) -> Mamba2Spec:
-    """The Mamba-2 layer of Bamba's configs, and of those that took its keys."""
+def read_mamba2(view: ConfigView, sizes: Sizes, width: int | None = None) -> Mamba2Spec:
+    """The Mamba-2 layer of Bamba's configs, and of those that took its keys; by default mamba_expand x hidden_size
+    wide."""
     view.skip("mamba_chunk_size")  # how transformers divides its sums
-    heads, width = view.integer("mamba_n_heads"), view.integer("mamba_expand") * sizes.hidden
+    heads, bias, expand = view.integer("mamba_n_heads"), view.flag("mamba_proj_bias"), view.integer("mamba_expand")
+    width = width or expand * sizes.hidden
     head_dim = width // heads if view.raw("mamba_d_head") == "auto" else view.integer("mamba_d_head")
     if head_dim * heads != width:
-        raise view.error(
-            "mamba_n_heads", f"with heads of {head_dim} it does not make mamba_expand x hidden_size.", heads
-        )
+        raise view.error("mamba_n_heads", f"with heads of {head_dim} it does not make the width, {width}.", heads)
     groups = view.integer("mamba_n_groups")
     if heads % groups:
         raise view.error("mamba_n_groups", f"it does not divide the {heads} heads.", groups)
@@ -128,9 +173,10 @@ def read_mamba2(view: ConfigView, sizes: Sizes) -> Mamba2Spec:
         groups=groups,
         state_size=view.integer("mamba_d_state"),
         taps=view.integer("mamba_d_conv", minimum=2),
-        eps=view.number("rms_norm_eps"),
+        norm=rms(view, "mamba.norm"),
         activation=view.choice("hidden_act", ACTIVATIONS),
-        bias=view.flag("mamba_proj_bias"),
+        in_bias=bias,
+        out_bias=bias,
         conv_bias=view.flag("mamba_conv_bias"),
         dt_limit=_time_step_limit(view),
     )

@@ -38,7 +38,7 @@ from truffula.model.spec import ModelSpec, ModuleNames
 def glm4_moe(view: ConfigView) -> ModelSpec:
     """A part of each head is rotated; the first layers are dense; ``attention_bias`` is for q, k and v."""
     sizes, moe = read_sizes(view), _moe(view)
-    names = ModuleNames(unneeded=predictors(view, sizes.layers))
+    names = ModuleNames(unused=predictors(view, sizes.layers))
     sparse, qk_norm = dense_first(view, "first_k_dense_replace", sizes.layers), view.flag("use_qk_norm")
     bias, full = view.flag("attention_bias"), [None] * sizes.layers
     return moe_model(view, sizes, full, moe, sparse, names, qkv_bias=bias, qk_norm=qk_norm, partial=True)

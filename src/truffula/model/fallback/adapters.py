@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from truffula.errors import KernelError
-from truffula.kernels.adapters import AdapterImage, AdapterLayout, Place
-from truffula.kernels.inputs import Array, StepInputs
+from truffula.kernels.adapters import AdapterLayout, Place
 from truffula.kernels.program import ModelInterface, Site
-from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, lay_out
+from truffula.kernels.reference.linear import Segment, add_deltas_
 
 
 def layout_of_sites(interface: ModelInterface) -> AdapterLayout:
@@ -29,7 +27,7 @@ def layout_of_sites(interface: ModelInterface) -> AdapterLayout:
 
 
 class AdapterHooks:
-    """The adapters of a model by slot, and the segments of rows that the next forward pass applies them to.
+    """The hooks of a model, and the segments of rows that they act on in the next forward pass.
 
     ``rows`` are for modules that see every token of the pass, ``head_rows`` for the modules ``of_logits``: the output
     head, and others behind the choice of rows whose logits are computed. ``prepare`` and ``prepare_one`` set both.
@@ -38,15 +36,9 @@ class AdapterHooks:
     tokens: int | None
     num_logits: int | None
 
-    def __init__(
-        self, model: nn.Module, sites: Sequence[Site], of_logits: Collection[str], layout: AdapterLayout,
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        self.layout = layout
+    def __init__(self, model: nn.Module, sites: Sequence[Site], of_logits: Collection[str]) -> None:
         self.prepare(0, (), 0, ())
         self._of_logits = of_logits
-        self._device = device
-        self._slots: dict[int, dict[tuple[int, int], OpAdapter]] = {}
         modules = dict(model.named_modules())
         for site in sites:
             modules[site.module].register_forward_hook(self._hook(site))
@@ -58,32 +50,6 @@ class AdapterHooks:
     def prepare_one(self, segments: Sequence[Segment]) -> None:
         """Set the segments of a pass over one sequence: they are of all rows that a module sees, cached ones too."""
         self.tokens, self.rows, self.num_logits, self.head_rows = None, segments, None, segments
-
-    def add(self, image: AdapterImage) -> int:
-        """A slot for the adapter. Raises ``KernelError`` for an image of another layout."""
-        laid_out = lay_out(image, self.layout, self._device)
-        slot = next(number for number in count() if number not in self._slots)
-        self._slots[slot] = laid_out
-        return slot
-
-    def drop(self, slot: int) -> None:
-        if self._slots.pop(slot, None) is None:
-            raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
-
-    def clear(self) -> None:
-        self._slots.clear()
-        self.prepare(0, (), 0, ())
-
-    def segments(self, inputs: StepInputs, spans: Array) -> list[Segment]:
-        """The segments of a step; ``spans`` are their rows, ``seg`` or ``seg_r``."""
-        made = []
-        for index in range(inputs.G):
-            lo, hi, slot = int(spans[index, 0]), int(spans[index, 1]), int(inputs.seg[index, 2])
-            if slot not in self._slots:
-                raise KernelError(f"segment {index} names adapter slot {slot}, which is empty.", param="seg")
-            if lo < hi:
-                made.append(Segment(lo, hi, self._slots[slot], float(inputs.seg_weight[index])))
-        return made
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def add_deltas(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

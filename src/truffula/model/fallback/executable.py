@@ -13,6 +13,7 @@ from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterImage
 from truffula.kernels.inputs import Array, Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import ModelInterface
+from truffula.kernels.reference.slots import AdapterSlots
 from truffula.kernels.sampling import Sampler
 from truffula.kernels.synchronous import SynchronousExecutable
 from truffula.model.fallback.adapters import AdapterHooks, layout_of_sites
@@ -42,7 +43,8 @@ class TransformersExecutable(SynchronousExecutable):
         self.device = device
         self.model = model
         of_logits = {name for name, kept in described.trace.linears.items() if kept}
-        self.hooks = AdapterHooks(model, interface.sites, of_logits, self.layout, device)
+        self.adapters = AdapterSlots(self.layout, device)
+        self.hooks = AdapterHooks(model, interface.sites, of_logits)
         self._sampler = Sampler(capacity.max_seqs, interface.vocab_size)
         self._logits: Array = np.zeros((0, interface.vocab_size), np.float32)
 
@@ -67,18 +69,17 @@ class TransformersExecutable(SynchronousExecutable):
         raise KernelError(f"a model of transformers has no ops to tap ({op}).", param="op")
 
     def adapter_bytes(self, image: AdapterImage) -> int:
-        """The copy of the image on another device."""
-        return 0 if self.device.type == "cpu" else image.data.size
+        return self.adapters.bytes_of(image)
 
-    @torch.inference_mode()
     def adapter(self, image: AdapterImage) -> int:
-        return self.hooks.add(image)
+        return self.adapters.add(image)
 
     def drop_adapter(self, slot: int) -> None:
-        self.hooks.drop(slot)
+        self.adapters.drop(slot)
 
     def close(self) -> None:
-        self.hooks.clear()
+        self.adapters.clear()
+        self.hooks.prepare(0, (), 0, ())
         self.model = None
         self._logits = np.zeros((0, self.interface.vocab_size), np.float32)
 

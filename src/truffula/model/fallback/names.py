@@ -27,6 +27,7 @@ from truffula.model.names import IGNORABLE, unwrapped
 from truffula.model.plan import Tables
 
 _SHOW = 10
+_NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,11 @@ def match_names(model: Any, names: Iterable[str]) -> StoredNames:
     filled: dict[str, str] = {}
     unused: list[str] = []
     unknown: list[str] = []
-    has_head, converted = False, set()
+    has_head, parts = False, dict[str, list[str]]()
     for name in stored:
         target, merged = target_of(name)
-        converted.update([target] * merged)
+        if merged:
+            parts.setdefault(target, []).append(name)
         has_head = has_head or (target.startswith(f"{head.rpartition('.')[0]}.") and not target.endswith(".bias"))
         if target not in state:
             ignorable = IGNORABLE.search(name) or any(rule.search(target) for rule in ignored)
@@ -90,10 +92,27 @@ def match_names(model: Any, names: Iterable[str]) -> StoredNames:
             tensors=unknown[:_SHOW],
             count=len(unknown),
         )
+    for target, merged_names in parts.items():
+        _check_numbers(target, merged_names)
     used = {name: stored[name] for name in stored if name not in unused}
     left_out = tuple(stored[name] for name in unused)
     tables = filled.get(embed), filled.get(head)
-    return StoredNames(used, embed, head, *tables, has_head, left_out, frozenset(converted))
+    return StoredNames(used, embed, head, *tables, has_head, left_out, frozenset(parts))
+
+
+def _check_numbers(target: str, names: Iterable[str]) -> None:
+    """Raise unless the tensors that are stacked to one, such as those of experts, are numbered from 0 on: transformers
+    stacks them in their order, whatever their numbers."""
+    forms: dict[str, list[list[int]]] = {}
+    for name in names:
+        forms.setdefault(_NUMBER.sub("#", name), []).append([int(number) for number in _NUMBER.findall(name)])
+    for form, numbers in forms.items():
+        for column in zip(*numbers, strict=True):
+            if len(found := set(column)) > 1 and found != set(range(len(found))):
+                missing = min(set(range(len(found))) - found)
+                raise CheckpointError(
+                    f"{len(found)} tensors {form} fill {target}, and number {missing} is not among them.", tensor=target
+                )
 
 
 def convert(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str, *, tied: str) -> None:
@@ -122,7 +141,7 @@ def convert(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, devic
             wanted=list(wanted),
         )
     if info.conversion_errors or info.error_msgs:
-        texts = [str(text) for text in (*info.conversion_errors.values(), *info.error_msgs)]
+        texts = [str(text).strip().splitlines()[-1] for text in (*info.conversion_errors.values(), *info.error_msgs)]
         raise CheckpointError(f"The tensors cannot be converted for {name} of transformers: {some(texts)}.")
     allowed = {tied, *model.all_tied_weights_keys}
     missing = sorted(key for key in info.missing_keys if key not in allowed)

@@ -64,7 +64,7 @@ class PagedExecutable(TransformersExecutable):
     @torch.inference_mode()
     def run(self) -> None:
         i = self.inputs
-        self.hooks.prepare(i.T, self.hooks.segments(i, i.seg[:, :2]), i.R, self.hooks.segments(i, i.seg_r))
+        self.hooks.prepare(i.T, self.adapters.segments(i, i.seg[:, :2]), i.R, self.adapters.segments(i, i.seg_r))
         self._plans, self._calls = {}, 0
         self._slots = [self.long(slots[: i.T]) for slots in i.slot_mapping]
         positions = self.long(i.position[: i.T])[None]

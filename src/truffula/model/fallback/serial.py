@@ -61,7 +61,7 @@ class SerialExecutable(TransformersExecutable):
     def run(self) -> None:
         i = self.inputs
         logits = np.zeros((i.R, self.interface.vocab_size), np.float32)
-        segments = self.hooks.segments(i, i.seg[:, :2])
+        segments = self.adapters.segments(i, i.seg[:, :2])
         for n in range(i.N):
             lo, hi = int(i.q_start[n]), int(i.q_start[n + 1])
             if lo == hi:

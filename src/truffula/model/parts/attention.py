@@ -30,12 +30,12 @@ class AttentionSpec:
     ``k_norm`` act per head, or over all heads with ``norm_over`` width; before the rotation, or after it with
     ``norm_rotated``. ``v_norm`` acts per head. ``keys_as_values``: v is k before its norm. ``kv_layer`` is the layer
     whose keys and values are attended to; then this one has none. ``clip`` bounds q, k and v before all that.
-    ``position_scale`` multiplies q last. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
-    ``chunked``: the window is a chunk of positions, see ``program.Attention``. ``sinks`` is the tensor of a logit per
-    head, which only counts in the softmax's denominator. ``gated``: the q module has the rows of q and of a gate for
-    each head; the result is multiplied by sigmoid(gate). ``gate``: the same with a module of its own, of the part's
-    input, and with ``gate_activation``; with ``gate_per_head`` it has one row per head. ``alibi`` and
-    ``alibi_rounded``: see ``program.Attention``.
+    ``key_scale`` multiplies k before the rotation, ``position_scale`` q last. ``scale`` multiplies q·k, ``softcap`` c
+    makes scores c * tanh(s / c). ``chunked``: the window is a chunk of positions, see ``program.Attention``. ``sinks``
+    is the tensor of a logit per head, which only counts in the softmax's denominator. ``gated``: the q module has the
+    rows of q and of a gate for each head; the result is multiplied by sigmoid(gate). ``gate``: the same with a module
+    of its own, of the part's input, and with ``gate_activation``; with ``gate_per_head`` it has one row per head.
+    ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
     """
 
     heads: int
@@ -53,6 +53,7 @@ class AttentionSpec:
     keys_as_values: bool = False
     kv_layer: int | None = None
     clip: float | None = None
+    key_scale: float = 1.0
     position_scale: PositionScale | None = None
     softcap: float | None = None
     chunked: bool = False
@@ -82,6 +83,11 @@ class AttentionSpec:
     def qkv_width(self) -> int:
         own = 0 if self.kv_layer is not None else 1 if self.keys_as_values else 2
         return self.q_width + self.gate_width + own * self.kv_width
+
+    @property
+    def kind(self) -> str:
+        limit = "full" if self.window is None else "chunked" if self.chunked else "sliding"
+        return f"{limit} attention" + (f" of {self.window} tokens" if self.window is not None else "")
 
     @property
     def kv_widths(self) -> tuple[int, ...]:
@@ -132,6 +138,8 @@ class AttentionSpec:
             build.norm("v_norm", self.v_norm, source, v, groups=self.kv_heads)
         if not self.norm_rotated:
             self._write_norms(build, q, k)
+        if k is not None and self.key_scale != 1.0:
+            build.append(Pointwise(name="key_scale", kind="scale", x=k, out=k, params=(self.key_scale,)))
         if self.rope is not None:
             self._rotate(build, self.rope, q, k)
         if self.norm_rotated:

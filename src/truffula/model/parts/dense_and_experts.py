@@ -36,6 +36,10 @@ class DenseAndExpertsSpec:
         return None
 
     @property
+    def kind(self) -> str:
+        return f"{self.mlp.kind} beside {self.experts.kind}"
+
+    @property
     def kv_widths(self) -> tuple[int, ...]:
         return ()
 

@@ -62,6 +62,10 @@ class GatedDeltaSpec:
         return None
 
     @property
+    def kind(self) -> str:
+        return "gated delta rule"
+
+    @property
     def kv_widths(self) -> tuple[int, ...]:
         return ()
 

@@ -43,6 +43,10 @@ class MlaSpec:
         return None
 
     @property
+    def kind(self) -> str:
+        return "latent attention"
+
+    @property
     def kv_widths(self) -> tuple[int, ...]:
         return (self.rank + self.rope,)
 

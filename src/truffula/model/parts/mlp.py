@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class MlpSpec:
     """``gated``: down(activation(gate x) * up x); else down(activation(up x)). ``width`` is F.
 
-    The activation ``xielu`` has numbers of its own, under ``names.activation``, and no gate.
+    The activation ``xielu`` has numbers of its own, under ``names.activation``, and no gate. ``gate_scale`` multiplies
+    gate x.
     """
 
     width: int
@@ -25,10 +26,15 @@ class MlpSpec:
     gated: bool = True
     in_bias: bool = False
     out_bias: bool = False
+    gate_scale: float = 1.0
 
     @property
     def window(self) -> None:
         return None
+
+    @property
+    def kind(self) -> str:
+        return "gated MLP" if self.gated else "MLP"
 
     @property
     def kv_widths(self) -> tuple[int, ...]:
@@ -65,6 +71,13 @@ class MlpSpec:
             build.linear("mlp_in", x, inner, build.probe(build.names.up, "out"))
             weight = build.weight("xielu")
             build.append(Pointwise(name="xielu", probe=probe, kind="xielu", x=inner, out=inner, weight=weight))
+        elif self.gate_scale != 1.0:
+            both = build.buffer("gate_up", 2 * self.width)
+            gate, up = Ref(both.buffer, 0, self.width), Ref(both.buffer, self.width, self.width)
+            build.linear("mlp_in", x, both, None)
+            build.append(Pointwise(name="gate_scale", kind="scale", x=gate, out=gate, params=(self.gate_scale,)))
+            build.append(Pointwise(name="gated", probe=probe, kind="mul", x=up, y=gate, out=inner,
+                                   activation=self.activation))  # fmt: skip
         else:
             build.linear("mlp_in", x, inner, probe, Epilogue(activation=self.activation, glu=self.gated))
         return inner

@@ -30,6 +30,7 @@ class RouterSpec:
     topk_groups: int = 1
     group_score: Literal["max", "top2"] = "top2"
     norm: float | None = None
+    plus: float = 0.0
     floor: float = 1e-20
     scale: float = 1.0
     jitter: float = 0.0
@@ -39,8 +40,8 @@ class RouterSpec:
 
 @dataclass(frozen=True)
 class SharedSpec:
-    """An MLP that every row passes, of the experts' activation. ``gated``: times sigmoid(shared_gate x). Its result
-    is multiplied by ``scale``."""
+    """An MLP of the experts' form that every row passes. ``gated``: times sigmoid(shared_gate x). Its result is
+    multiplied by ``scale``."""
 
     width: int
     gated: bool = False
@@ -81,6 +82,8 @@ class MoeNames:
     shared_in: tuple[str, ...] = ("gate_proj", "up_proj")
     shared_down: str = "down_proj"
     shared_gate: str = "mlp.shared_expert_gate"
+    latent_in: str = "fc1_latent_proj"
+    latent_out: str = "fc2_latent_proj"
 
     @property
     def router_names(self) -> tuple[str, str]:
@@ -103,15 +106,19 @@ class MoeNames:
 class MoeSpec:
     """The sum of each row's chosen experts, down(activation(gate x) * up x), and of the shared expert.
 
-    ``width`` is F of an expert. ``limit`` and ``offset`` are the ``glu_limit`` and ``glu_offset`` of the experts'
-    ``program.Epilogue``. ``weigh`` input: x is multiplied by the expert's weight, instead of the result; one
-    expert per row.
+    ``width`` is F of an expert. Without ``gated`` an expert is down(activation(up x)). ``latent``: the experts read
+    latent_in(x), of that width, and latent_out of their sum counts; both with a bias if ``latent_bias``. ``limit`` and
+    ``offset`` are the ``glu_limit`` and ``glu_offset`` of the experts' ``program.Epilogue``. ``weigh`` input: x is
+    multiplied by the expert's weight, instead of the result; one expert per row.
     """
 
     router: RouterSpec
     width: int
     activation: Activation
     shared: SharedSpec | None = None
+    gated: bool = True
+    latent: int | None = None
+    latent_bias: bool = False
     limit: float | None = None
     offset: float = 0.0
     weigh: Literal["output", "input"] = "output"
@@ -120,6 +127,11 @@ class MoeSpec:
     @property
     def window(self) -> None:
         return None
+
+    @property
+    def kind(self) -> str:
+        shared = "" if self.shared is None else " and a shared one"
+        return f"{self.router.top_k} of {self.router.experts} experts{shared}"
 
     @property
     def kv_widths(self) -> tuple[int, ...]:
@@ -133,7 +145,7 @@ class MoeSpec:
 
     def rows(self, rows: LayerRows) -> None:
         names, router, hidden, width = self.names, self.router, rows.hidden, self.width
-        at = _under(names.block)
+        inputs, at = self.latent or hidden, _under(names.block)
         module, alias = names.router_names
         rows.linear("router", [(module, router.experts)], hidden, bias=router.bias,
                     alias=None if alias == module else alias)  # fmt: skip
@@ -143,22 +155,27 @@ class MoeSpec:
             rows.vector("expert_scale", at + names.expert_scale, router.experts)
         each, stacked, module5 = f"{at}{names.experts}.{{e}}.", f"{at}{names.experts}.", f"{names.experts5}."
         gate, up, down = names.gate, names.up, names.down
+        taken = (gate, up) if self.gated else (up,)
+        if self.latent is not None:
+            rows.linear("latent_in", [(at + names.latent_in, inputs)], hidden, bias=self.latent_bias)
         rows.experts(
-            "experts_in", [(each + gate, width), (each + up, width)], hidden, router.experts,
-            (*names.in_layouts, ExpertLayout((f"{each}{gate}.weight", f"{each}{up}.weight")),
-             *_stacked(stacked, "gate_up_proj", module5),
-             ExpertLayout((f"{stacked}{gate}.weight", f"{stacked}{up}.weight"))),
-            names.in_biases,
+            "experts_in", [(each + name, width) for name in taken], inputs, router.experts,
+            (*names.in_layouts, ExpertLayout(tuple(f"{each}{name}.weight" for name in taken)),
+             *_stacked(stacked, "gate_up_proj" if self.gated else "up_proj", module5),
+             ExpertLayout(tuple(f"{stacked}{name}.weight" for name in taken))),
+            names.in_biases, chosen=router.top_k,
         )  # fmt: skip
         rows.experts(
-            "experts_out", [(each + down, hidden)], width, router.experts,
+            "experts_out", [(each + down, inputs)], width, router.experts,
             (*names.out_layouts, ExpertLayout((f"{each}{down}.weight",)), *_stacked(stacked, "down_proj", module5),
              ExpertLayout((f"{stacked}{down}.weight",))),
-            names.out_biases,
+            names.out_biases, chosen=router.top_k,
         )  # fmt: skip
+        if self.latent is not None:
+            rows.linear("latent_out", [(at + names.latent_out, hidden)], inputs, bias=self.latent_bias)
         if self.shared is None:
             return
-        each_in, bias = 2 * self.shared.width // len(names.shared_in), self.shared.bias
+        each_in, bias = (1 + self.gated) * self.shared.width // len(names.shared_in), self.shared.bias
         rows.linear("shared_in", [names.shared_part(name, each_in) for name in names.shared_in], hidden, bias=bias)
         if self.shared.gated:
             rows.linear("shared_gate", [(names.shared_gate, 1)], hidden)
@@ -170,7 +187,7 @@ class MoeSpec:
     def branch(self, build: LayerBuilder, x: Ref, router_x: Ref) -> Ref:
         """Append the operations but for the sum with the residual stream; return the result. The router reads
         ``router_x``."""
-        names, router, glu = self.names, self.router, Epilogue(activation=self.activation, glu=True)
+        names, router, glu = self.names, self.router, Epilogue(activation=self.activation, glu=self.gated)
         limited = replace(glu, glu_limit=self.limit, glu_offset=self.offset)
         logits = build.buffer("router_logits", router.experts, dtype="float32")
         build.linear("router", router_x, logits, None, compute="float32")
@@ -182,19 +199,26 @@ class MoeSpec:
         expert_scale = build.weight("expert_scale") if router.expert_scale else None
         build.append(Route(name="route", logits=logits, out=routes, k=router.top_k, score=router.score,
                            correction=correction, groups=router.groups, topk_groups=router.topk_groups,
-                           group_score=router.group_score, norm=router.norm, floor=router.floor, scale=router.scale,
-                           expert_scale=expert_scale, jitter=router.jitter))  # fmt: skip
+                           group_score=router.group_score, norm=router.norm, plus=router.plus, floor=router.floor,
+                           scale=router.scale, expert_scale=expert_scale, jitter=router.jitter))  # fmt: skip
         branch = build.buffer("branch", build.spec.hidden)
+        summed = branch
         inner, taken = build.buffer("experts", router.top_k * self.width), x
         if self.weigh == "input":
             taken, weight = build.buffer("weighed", build.spec.hidden), Ref(routes.buffer, 1, 1)
             build.append(Pointwise(name="weigh", kind="mul", x=x, y=weight, out=taken))
+        if self.latent is not None:
+            latent, summed = build.buffer("latent", self.latent), build.buffer("latent_out", self.latent)
+            build.linear("latent_in", taken, latent, build.probe(_under(names.block) + names.latent_in, "out"))
+            taken = latent
         build.experts("experts_in", taken, routes, inner, None, limited)
         if self.weigh == "output":
             probe = build.probe(names.experts5, "out")
-            build.experts("experts_out", inner, routes, branch, probe, combine="weighted")
+            build.experts("experts_out", inner, routes, summed, probe, combine="weighted")
         else:
-            build.experts("experts_out", inner, routes, branch, None, combine="sum")
+            build.experts("experts_out", inner, routes, summed, None, combine="sum")
+        if self.latent is not None:
+            build.linear("latent_out", summed, branch, build.probe(_under(names.block) + names.latent_out, "out"))
         if self.shared is not None:
             inner = build.buffer("mlp", self.shared.width)
             build.linear("shared_in", x, inner, None, glu)

@@ -60,6 +60,10 @@ class PerLayerSpec:
         return None
 
     @property
+    def kind(self) -> str:
+        return "per-layer embedding"
+
+    @property
     def kv_widths(self) -> tuple[int, ...]:
         return ()
 

@@ -26,6 +26,10 @@ class ShortConvSpec:
         return None
 
     @property
+    def kind(self) -> str:
+        return "short convolution"
+
+    @property
     def kv_widths(self) -> tuple[int, ...]:
         return ()
 

@@ -8,6 +8,7 @@ the scales. Everything else about a module is stored in small tensors beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,6 +20,8 @@ WEIGHT, SCALE, ZERO, SHAPE, AXIS = ".W_q", ".scale", ".zero", ".shape", ".axis"
 SIZE, BITS, PACKING, DTYPE = ".group_size", ".nbits", ".packing", ".compute_dtype"
 _PACKINGS = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
 """The bits of a value, and the values of a word."""
+_LONG_ROW = 1 << 16
+"""Rows of the view of so many values are not computed whole: with axis 0 there are as many as groups."""
 _UNUSED = (
     *(".unpack_view_dtype", ".view_as_float", ".offload_meta", ".encoded_state_dict", ".stores_quant_config"),
     *(".channel_wise", ".optimize", ".round_zero", ".quant_scale", ".quant_zero", BITS),
@@ -56,19 +59,28 @@ class Hqq(Scheme):
         if DTYPE in parts and _text(parts, DTYPE).removeprefix("torch.") != dtype.name:
             raise parts.error(DTYPE, f"says {_text(parts, DTYPE)!r}; the scales are {dtype.name}.")
 
-        def compute(lo: int, hi: int) -> Array:
-            first, last = lo * inputs, hi * inputs
+        def flat(first: int, last: int) -> Array:
+            """Values ``first .. last`` of the weight, of whole rows of the view or of a part of one."""
             index = np.arange(first // columns, -(-last // columns))
+            left = first - int(index[0]) * columns
+            some = slice(left, left + last - first) if len(index) == 1 else slice(None)
             words = parts.read(WEIGHT).reshape(-1).view(np.uint32 if word == 4 else np.uint8).reshape(step, columns)
             top = 30 if bits == 3 else 8
-            shifts = (top - bits - bits * (index // step)).astype(words.dtype)
-            values = ((words[index % step] >> shifts[:, None]) & words.dtype.type((1 << bits) - 1)).astype(np.float32)
-            across = (slice(index[0], index[-1] + 1), None) if axis else (None, slice(None))
+            shifts = (top - bits - bits * (index // step)).astype(words.dtype)[:, None]
+            values = ((words[index % step, some] >> shifts) & words.dtype.type((1 << bits) - 1)).astype(np.float32)
+            across = (slice(index[0], index[-1] + 1), None) if axis else (None, some)
             zero, scale = (parts.read(suffix).reshape(-1)[across].astype(np.float32) for suffix in (ZERO, SCALE))
             with np.errstate(all="ignore"):
                 values = (values - zero).astype(dtype).astype(FLOAT32) * scale
-                flat = values.reshape(-1)[first - index[0] * columns :][: last - first]
-                return np.asarray(flat.reshape(-1, inputs), dtype)
+                wanted = values.reshape(-1)[left if len(index) > 1 else 0 :][: last - first]
+                return np.asarray(wanted, dtype)
+
+        def compute(lo: int, hi: int) -> Array:
+            first, last = lo * inputs, hi * inputs
+            if columns < _LONG_ROW:
+                return flat(first, last).reshape(-1, inputs)
+            cuts = [first, *range((first // columns + 1) * columns, last, columns), last]
+            return np.concatenate([flat(*pair) for pair in pairwise(cuts)]).reshape(-1, inputs)
 
         return Logical(f"{parts.module}.weight", (outputs, inputs), dtype, f"HQQ-{bits}", compute)
 

@@ -201,10 +201,11 @@ void Executable::check(const Mamba2Op& op) const {
   require(op.x.width == heads * width && op.out.width == op.x.width && op.dt.width == heads &&
               op.b.width == groups * size && op.c.width == groups * size, "mamba2: width");
   require(heads * width <= kMaxColumns && heads * width * size <= kMaxWidth, "mamba2: a state that is too large");
-  for (int32_t id : {op.rate, op.dt_bias, op.skip}) {
+  for (int32_t id : {op.dt_bias, op.skip}) {
     weight(id);  // none may be absent
-    require_vector(id, heads, "mamba2: rate, dt_bias or skip");
+    require_vector(id, heads, "mamba2: dt_bias or skip");
   }
+  require_vector(op.rate, weight(op.rate).outputs == heads ? heads : heads * size, "mamba2: rate");
   require(op.dt_limit[0] >= 0.0f && op.dt_limit[0] < op.dt_limit[1], "mamba2: dt_limit");
   require_state(op.state, heads * width * size);
   require_disjoint(op.out, {&op.x, &op.b, &op.c, &op.dt}, "mamba2: an operand lies where out is written");

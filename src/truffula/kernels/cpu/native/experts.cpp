@@ -73,7 +73,7 @@ void choose(const RouteOp& op, const float* logits, const float* correction, con
     norm += op.norm == 1.0f ? std::fabs(scores[expert]) : std::pow(std::fabs(scores[expert]), op.norm);
   }
   if (op.norm != 0.0f) {
-    const float by = std::max(op.norm == 1.0f ? norm : std::pow(norm, 1.0f / op.norm), op.floor);
+    const float by = std::max((op.norm == 1.0f ? norm : std::pow(norm, 1.0f / op.norm)) + op.plus, op.floor);
     for (int32_t j = 0; j < op.k; ++j) out[op.k + j] /= by;
   }
   for (int32_t j = 0; j < op.k; ++j) out[op.k + j] *= op.scale;

@@ -160,12 +160,13 @@ struct ConvCall {
 };
 constexpr int32_t kMaxTaps = 16;
 
-// The state space of one head of a span: a state is [head_dim, state_size] per head.
+// The state space of one head of a span: a state is [head_dim, state_size] per head. `rates` of `rate` are of each head:
+// 1, or one for each column of its state.
 struct Mamba2Call {
   Rows x, b, c, dt, out;
   const float *rate, *dt_bias, *skip;
   States states;
-  int32_t heads, head_dim, groups, state_size, round_out;
+  int32_t heads, head_dim, groups, state_size, rates, round_out;
   float dt_low, dt_high;
 };
 

@@ -237,14 +237,15 @@ constexpr const char* kGroupScores[] = {"max", "top2"};
 struct RouteOp {
   Ref logits, out;
   int32_t k = 0, score = 0, correction = kAbsent, expert_scale = kAbsent, groups = 1, topk_groups = 1, group_score = 0;
-  float norm = 0.0f, floor = 0.0f, scale = 1.0f, jitter = 0.0f;  // norm 0: weights are not divided
+  float norm = 0.0f, plus = 0.0f, floor = 0.0f, scale = 1.0f, jitter = 0.0f;  // norm 0: weights are not divided
 
   static constexpr const char* kName = "Route";
   template <class Self, class F>
   static void fields(Self& o, F&& f) {
     f("logits", o.logits), f("out", o.out), f("k", o.k), f("score", o.score, kScores), f("correction", o.correction);
     f("groups", o.groups), f("topk_groups", o.topk_groups), f("group_score", o.group_score, kGroupScores);
-    f("norm", o.norm), f("floor", o.floor), f("scale", o.scale), f("expert_scale", o.expert_scale), f("jitter", o.jitter);
+    f("norm", o.norm), f("plus", o.plus), f("floor", o.floor), f("scale", o.scale), f("expert_scale", o.expert_scale);
+    f("jitter", o.jitter);
   }
 };
 

@@ -50,7 +50,7 @@ static void mamba2(const Mamba2Call* c, const StateSpan* span, int32_t head) {
   for (int t = span->lo; t < span->hi; ++t, before = state) {
     const float dt = softplus(c->dt.data[t * c->dt.stride + head] + c->dt_bias[head]);
     const float step = dt < c->dt_low ? c->dt_low : dt > c->dt_high ? c->dt_high : dt;
-    const V decay = set1(expf(c->rate[head] * step));
+    V decay = c->rates == 1 ? set1(expf(c->rate[head] * step)) : zero();
     const float* x = c->x.data + t * c->x.stride + (int64_t)head * width;
     const float* b = c->b.data + t * c->b.stride + (int64_t)group * size;
     const float* q = c->c.data + t * c->c.stride + (int64_t)group * size;
@@ -62,6 +62,7 @@ static void mamba2(const Mamba2Call* c, const StateSpan* span, int32_t head) {
       V sum = zero();
       for (int i = 0; i < size; i += kLanes) {
         const int n = size - i;
+        if (c->rates > 1) decay = vexp(load_n(c->rate + (int64_t)head * size + i, n) * set1(step));
         const V h = fma(input, load_n(b + i, n), decay * load_n(from + i, n));
         sum = fma(h, load_n(q + i, n), sum);
         store_n(to + i, h, n);

@@ -394,7 +394,7 @@ void Executable::run_op(const Mamba2Op& op, const Stage& stage, int32_t chunk, T
   const auto vector = [&](int32_t id) { return weight(id).memory.floats(); };
   const Mamba2Call call{rows(op.x), rows(op.b), rows(op.c), rows(op.dt), rows(op.out), vector(op.rate), vector(op.dt_bias),
                         vector(op.skip), states_of(op.state), op.heads, op.head_dim, op.groups, op.state_size,
-                        rounded(op.out), op.dt_limit[0], op.dt_limit[1]};
+                        static_cast<int32_t>(weight(op.rate).outputs / op.heads), rounded(op.out), op.dt_limit[0], op.dt_limit[1]};
   const auto mine = span_of(static_cast<int64_t>(counts_.N) * op.heads, chunk, chunks_of(stage));
   for (int64_t unit = mine.lo; unit < mine.hi; ++unit) {
     const auto [first, last] = spans_of_sequence_[static_cast<size_t>(unit / op.heads)];

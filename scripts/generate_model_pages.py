@@ -1,0 +1,27 @@
+"""Write docs/tying.md and docs/models.md from the tables of tests/model.
+
+python scripts/generate_model_pages.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in ("engine", "kernels", "lora", "model"):
+    sys.path.insert(0, str(ROOT / "tests" / folder))
+
+import models_table  # noqa: E402
+import tying_table  # noqa: E402
+
+PAGES = {"models.md": models_table.page, "tying.md": tying_table.page}
+
+
+def main() -> None:
+    for name, page in PAGES.items():
+        (ROOT / "docs" / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
