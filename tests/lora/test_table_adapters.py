@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_backends import on_the_best
+from kernel_backends import SINGLE, on_the_best
 from served_base import Served
 
 from truffula.errors import AdapterError
@@ -95,6 +95,33 @@ def test_on_a_tied_base_each_side_changes_alone(tmp_path: Path, backend: Backend
         assert {key.rpartition("lora_")[2] for key in tensors.tensors if "lora_" in key} == (
             {"embedding_A", "embedding_B"} if table == "embed_tokens" else {"A.weight", "B.weight"}
         )
+
+
+ODD = {
+    **dict.fromkeys(("afmoe", "cohere", "gemma4_text", "glm_moe_dsa", "granitemoehybrid", "lfm2"), "embed_tokens"),
+    **dict.fromkeys(("gpt2", "gpt_neo", "mpt"), "wte"), "gpt_neox": "embed_in", "bloom": "word_embeddings",
+    "falcon": "word_embeddings", "opt": "embed_tokens", "phi": "embed_tokens",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ODD)
+def test_tied_tables_of_odd_names_scales_and_shapes(tmp_path: Path, model_type: str) -> None:
+    """15 s. peft copies the bias of phi's head, too, which is refused with the way out."""
+    more = {"word_embed_proj_dim": 20} if model_type == "opt" else {}
+    config = tiny_config(model_type, vocab_size=61, tie_word_embeddings=True, **more)
+    served = Served(write_tiny_checkpoint(tmp_path / "model", config, seed=5), list(SINGLE.values())[-1])
+    folder, targets, ids = tmp_path / "adapter", [ODD[model_type], "lm_head"], served.prompt(1)
+    assert served.tied
+    written_by_peft(folder, served.path, 0, targets, 4)
+    if model_type == "phi":
+        with pytest.raises(AdapterError, match=r"lm_head.base_layer.bias .* save_embedding_layers=False"):
+            served.add(folder)
+        written_by_peft(folder, served.path, 0, targets, 4, copies=False)
+    (mine,), (base,) = served.run([(served.add(folder), ids)]), served.run([(None, ids)])
+    theirs = served.peft(folder, ids)
+    np.testing.assert_allclose(mine, theirs, atol=TOLERANCE)
+    assert np.abs(theirs - base).max() > 0.5
 
 
 @pytest.fixture

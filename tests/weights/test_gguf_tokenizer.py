@@ -50,6 +50,7 @@ ORIGINALS: dict[str, Callable[[], Any]] = {
     "llama-bpe": lambda: pre_tokenizers.Sequence([split(theirs("llama-bpe")), bytes_only()]),
     "qwen2": lambda: pre_tokenizers.Sequence([split(theirs("qwen2")), bytes_only()]),
     "tekken": lambda: pre_tokenizers.Sequence([split(theirs("tekken")), bytes_only()]),
+    "gpt-4o": lambda: pre_tokenizers.Sequence([split(theirs("gpt-4o")), bytes_only()]),
     "default": lambda: pre_tokenizers.Sequence(
         [split(r"[\p{P}$+<=>^~|]+"), split(GPT2), split(r"\p{N}+"), split("[0-9]{3}"), bytes_only()]
     ),

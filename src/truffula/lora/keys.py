@@ -29,7 +29,7 @@ _HALF = re.compile(
 )
 _TRAINING = re.compile(r".+\.lora_(velora_embed|monteclora_sampler\b.*)(\..+)?\Z")
 _TABLE_COPY = re.compile(
-    r"(?P<module>(.+\.)?(embed_tokens|lm_head|wte|embed_in|word_embeddings))\.base_layer\.weight\Z"
+    r"(?P<module>(.+\.)?(embed_tokens|lm_head|wte|embed_in|embeddings|word_embeddings))\.base_layer\.weight\Z"
 )
 
 # Pattern → the field of adapter_config.json that writes such tensors.
@@ -161,6 +161,13 @@ def _check_pairs(plan: KeyPlan, infixes: dict[str | None, str]) -> None:
 
 def _unexpected(keys: list[str], count: int) -> AdapterError:
     """The error for keys that are not halves of pairs, with what they seem to be."""
+    if len(keys) == 1 and keys[0].endswith("lm_head.base_layer.bias"):
+        return AdapterError(
+            f"{keys[0]} is a copy of the bias of the base's head (save_embedding_layers), which is not read. Save the "
+            "adapter with save_embedding_layers=False, which leaves the copy out.",
+            param="save_embedding_layers",
+            key=keys[0],
+        )
     for pattern, name in _UNSERVED.items():
         if hits := [key for key in keys if re.search(pattern, key)]:
             return _unserved(name, hits)

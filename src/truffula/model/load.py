@@ -158,6 +158,10 @@ class WeightReader:
         if decl.id in self._read:
             raise KernelError(f"{decl.name} was read twice.")
         parts = [self._part(part, decl.shape) for part in decl.parts]
+        if len(decl.shape) == 1 and len(parts) > 1 and decl.parts[0].stored:
+            # Biases of experts, gate and up in tensors of their own: those of an expert follow one another.
+            each = [np.asarray(part).reshape(item.stored) for item, part in zip(decl.parts, parts, strict=True)]
+            parts = [np.concatenate(each, axis=1).reshape(-1)]
         if not make_shape(decl, [part.shape for part in parts]):
             shapes = [list(part.shape) for part in parts]
             raise KernelError(f"{decl.name} has parts {shapes} in the files, {list(decl.shape)} in the program.")

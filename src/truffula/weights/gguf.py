@@ -63,8 +63,12 @@ class GgufCheckpoint(Checkpoint):
                 unknown.append(name)
             else:
                 format = FORMATS[item.type].name
-                # The gate of a shared expert is a matrix of one row, and a vector in the file.
-                shape = (1, *item.shape) if new.endswith("shared_expert_gate.weight") else item.shape
+                shape = item.shape
+                # The gate of a shared expert is a matrix of one row, a convolution's matrices have one: not in files.
+                if new.endswith("shared_expert_gate.weight"):
+                    shape = (1, *shape)
+                elif new.endswith(".conv.conv.weight") and len(shape) == 2:
+                    shape = (shape[0], 1, shape[1])
                 found[new] = TensorInfo(new, shape, format, part.path, item.offset, item.nbytes)
         if unknown:
             architecture = self._header.metadata["general.architecture"]

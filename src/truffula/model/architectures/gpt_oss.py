@@ -27,8 +27,12 @@ _NAMES = MoeNames(
     router5="router",
     in_layouts=(ExpertLayout((_IN,), columns=True, alternating=True, parameter=_IN, peft_columns=True),),
     out_layouts=(ExpertLayout((_OUT,), columns=True, parameter=_OUT, peft_columns=True),),
-    in_biases=(ExpertLayout((f"{_IN}_bias",), alternating=True),),
-    out_biases=(ExpertLayout((f"{_OUT}_bias",)),),
+    # GGUF files have gate and up apart, as every family's may.
+    in_biases=(
+        ExpertLayout((f"{_IN}_bias",), alternating=True),
+        ExpertLayout(("mlp.experts.gate_proj.bias", "mlp.experts.up_proj.bias")),
+    ),
+    out_biases=(ExpertLayout((f"{_OUT}_bias",)), ExpertLayout(("mlp.experts.down_proj.bias",))),
 )
 
 
