@@ -28,18 +28,15 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
 
 FAST: dict[str, str] = {"persimmon": "fallback", "lfm3": "serial"}
 _PACKED = (
-    "afmoe apertus1p5_text aria_text axk1 beam bert bert-generation biogpt bitnet codegen cohere2_moe ctrl "
-    "deepseek_v3 diffllama electra ernie ernie4_5_moe exaone exaone_moe flex_olmo flint gemma4_unified_text "
-    "glm glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite_swa granitemoe "
-    "granitemoe_swa granitemoeshared hrm_text hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 "
-    "laguna mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text modernbert-decoder nanochat olmoe "
-    "opt persimmon phi phi3 phimoe qwen2_moe sarvam_mla sarvam_moe solar_open vaultgemma youtu"
+    "apertus1p5_text aria_text axk1 beam bert bert-generation biogpt bitnet codegen ctrl diffllama electra ernie "
+    "exaone flex_olmo flint granite_swa granitemoe_swa hrm_text hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe "
+    "kolibri1 mellum mimo_v2_flash minicpm3 minimax_m3_vl_text modernbert-decoder nanochat persimmon sarvam_mla "
+    "sarvam_moe solar_open vaultgemma"
 )
 _SERIAL = (
-    "axk2 bart big_bird bigbird_pegasus bloom camembert data2vec-text deepseek_v32 doge dots3_note_text "
-    "falcon falcon_mamba glm_moe_dsa gpt_neox_japanese hy_v4 lara_mini lfm3 llama4_text mamba mbart "
-    "megatron-bert minimax mpt mvp olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next rembert roberta "
-    "roberta-prelayernorm rwkv trocr xglm xlm-roberta xlm-roberta-xl zaya"
+    "axk2 bart big_bird bigbird_pegasus camembert data2vec-text doge dots3_note_text falcon_mamba gpt_neox_japanese "
+    "hy_v4 lara_mini lfm3 mamba mbart megatron-bert minimax mvp rembert roberta roberta-prelayernorm rwkv trocr xglm "
+    "xlm-roberta xlm-roberta-xl zaya"
 )
 SERVED: dict[str, str] = {**dict.fromkeys(_PACKED.split(), "fallback"), **dict.fromkeys(_SERIAL.split(), "serial")}
 """How each type of transformers is served that can be built tiny, where truffula has no architecture for it."""

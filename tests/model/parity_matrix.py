@@ -23,7 +23,6 @@ if __name__ == "__main__":
 from fallback_types import SERVED, small_config, write_small  # noqa: E402
 from parity import CHECKS, parity_model  # noqa: E402
 
-from truffula.model.architectures import ARCHITECTURES  # noqa: E402
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint  # noqa: E402
 
 
@@ -65,8 +64,7 @@ def rows() -> list[Row]:
     # The engine refuses a model without a KV cache.
     del cases["qwen3_5_text", "linear attention alone, long convolution"]
     made = [Row(*key, "native", _writer(key[0], overrides)) for key, overrides in cases.items()]
-    others = {name: served for name, served in SERVED.items() if name not in ARCHITECTURES}
-    return made + [Row(name, "", served, _small_writer(name)) for name, served in others.items()]
+    return made + [Row(name, "", served, _small_writer(name)) for name, served in SERVED.items()]
 
 
 def _writer(model_type: str, overrides: dict[str, object]) -> Callable[[Path], Path]:
