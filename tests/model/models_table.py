@@ -6,8 +6,11 @@ import re
 
 from parity_matrix import Row, rows
 
+from truffula.kernels.program import Site
 from truffula.model.architectures import ARCHITECTURES
+from truffula.model.parts.moe import MoeSpec
 from truffula.model.read import read_config
+from truffula.model.spec import ModelSpec
 from truffula.testing.programs import decoder_program
 from truffula.testing.tiny import tiny_config
 from truffula.weights.gguf_names import FAMILIES
@@ -35,7 +38,7 @@ def _native(model_type: str, tested: list[Row]) -> str:
     spec = read_config(config).spec
     kinds = dict.fromkeys(_COUNTS.sub("", part.kind) for layer in spec.layers for _, part, _, _ in layer.branches)
     program = decoder_program(config)
-    linear = [site for site in program.sites if site.kind == "linear"]
+    linear = [site for site in program.sites if site.kind == "linear" and not _unreachable(spec, site)]
     modules = dict.fromkeys(site.module.rpartition(".")[2] for site in linear)
     stacked = dict.fromkeys(site.stacked.name.rpartition(".")[2] for site in linear if site.stacked is not None)
     where = " ".join(f"`{name}`" for name in modules) + "; stacked: " * bool(stacked)
@@ -43,6 +46,12 @@ def _native(model_type: str, tested: list[Row]) -> str:
     names = "; ".join(row.name for row in tested) or f"those of `{spec.model_type}`, in a multimodal checkpoint"
     gguf = "yes" if spec.model_type in _GGUF else ""
     return f"| `{model_type}` | {', '.join(kinds)} | {where} | {gguf} | {names} |"
+
+
+def _unreachable(spec: ModelSpec, site: Site) -> bool:
+    """Whether peft has no name for a site: it is of an expert whose matrices are rows of one parameter."""
+    parts = (part for layer in spec.layers for _, part, _, _ in layer.branches if isinstance(part, MoeSpec))
+    return site.stacked is not None and any(layout.flat for part in parts for layout in part.names.in_layouts)
 
 
 _COUNTS = re.compile(r" of \d+ tokens|\d+ of \d+ ")
