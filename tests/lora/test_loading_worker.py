@@ -74,7 +74,7 @@ def loader(for_the_file: tuple[LoadingWorker, Path]) -> Iterator[LoadingWorker]:
     made, root = for_the_file
     yield made
     for image in root.glob("*/*-*"):
-        image.unlink()  # the loads of a test leave them to whoever maps them
+        image.unlink()  # the caller, which maps an image, removes it; here there is none
 
 
 def ref(folder: Path, kind: Any = "local", **fields: Any) -> AdapterRef:

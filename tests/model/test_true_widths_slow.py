@@ -18,6 +18,7 @@ import pytest
 from kernel_backends import needs_native
 
 from truffula import LLM, SamplingParams
+from truffula.model.names import written_tensors
 from truffula.model.read import read_config
 
 pytestmark = [pytest.mark.slow, needs_native, pytest.mark.timeout(1200)]
@@ -66,16 +67,10 @@ QWEN = {
 
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], float]]:
     """Names, shapes and scales of the model's tensors, as its files have them."""
-    spec = read_config(config).spec
-    prefix, head = spec.names.prefixes[0 if spec.names.body == "model." else 2]
-    for row in spec.rows:
-        scale = 1.0 if row.kind == "embed" else 0.0 if row.kind == "vector" else row.width**-0.5
-        if row.experts:
-            yield from ((prefix + part.name, part.stored, scale) for part in row.layouts[0].parts(row))
-            continue
-        for item in row.slices:
-            module = head if row.kind == "head" else prefix + item.module
-            yield row.tensor(module), row.stored_shape(item.rows), scale
+    for item in written_tensors(read_config(config).spec, has_head=True):
+        kind = item.row.kind
+        scale = 1.0 if kind == "embed" else 0.0 if kind == "vector" else item.row.width**-0.5
+        yield item.name, item.shape, scale
 
 
 def write_random(folder: Path, config: dict[str, Any]) -> Path:

@@ -48,7 +48,7 @@ class Connection:
 
 
 def scope_of(connection):
-    return {"type": "http", "extensions": {CONNECTION: connection}}
+    return {"type": "http", "extensions": {CONNECTION: {"connection": connection}}}
 
 
 async def no_more():

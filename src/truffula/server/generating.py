@@ -242,15 +242,18 @@ async def frames_of(
     this generator and those around it for each token costs as much as the token's text.
     """
     begun = False
+    failure: Exception | None = None
     texts = state_of(request).service.texts
 
     def sink(prompt: int, deltas: list[TextDelta]) -> bool:
+        nonlocal failure
         usual = begun and all(delta.finish_reason is None and entries(delta) <= INLINE_CHARS for delta in deltas)
         if connection is None or not usual or not connection.writable:
             return False
         try:
             chunk = b"".join([writer.delta(prompt, delta) for delta in deltas])
-        except Exception:  # noqa: BLE001  the caller serves other streams too: this one raises it again below
+        except Exception as error:  # noqa: BLE001  the caller serves other streams too: this one raises it below
+            failure = error
             return False
         if chunk:
             connection.write(chunk)
@@ -260,6 +263,8 @@ async def frames_of(
     async with aclosing(run(request, requests, sink=sink if one else None)) as batches:
         try:
             async for batch in batches:
+                if failure is not None:  # the writer has seen some of these deltas
+                    raise failure
                 out: list[bytes] = []
                 if not begun:
                     for _, deltas in batch:

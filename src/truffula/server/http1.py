@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 import uuid
@@ -85,9 +84,9 @@ class Http1(HttpToolsProtocol):
             super().data_received(data)
             self._data = b""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._watched: dict[RequestConnection, None] = {}
-        super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -97,7 +96,7 @@ class Http1(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:
-            self.scope["extensions"] = {CONNECTION: RequestConnection(self.cycle, self._watched)}  # type: ignore[dict-item]
+            self.scope["extensions"] = {CONNECTION: {"connection": RequestConnection(self.cycle, self._watched)}}
 
     def _should_upgrade(self) -> bool:
         return True  # ``handle_websocket_upgrade`` is called in place of the application

@@ -21,7 +21,7 @@ STREAM_HEADERS: tuple[tuple[str, str], ...] = (
     ("x-accel-buffering", "no"),
 )
 CONNECTION = "truffula.connection"
-"""The ASGI extension that holds the ``ClientConnection`` of a request."""
+"""The ASGI extension whose ``connection`` is the ``ClientConnection`` of a request."""
 # JSON leaves these as they are, but clients that split text (not bytes) into lines split at them too.
 _LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
 
@@ -78,7 +78,7 @@ class ClientConnection(Protocol):
 
 
 def connection_of(scope: Scope) -> ClientConnection:
-    connection: ClientConnection = scope["extensions"][CONNECTION]
+    connection: ClientConnection = scope["extensions"][CONNECTION]["connection"]
     return connection
 
 
