@@ -29,7 +29,7 @@ from truffula.testing.programs import Part, as_dtype, decoder_program, fill_step
 from truffula.testing.tiny import tiny_config
 
 BLOCK = 16
-VARIANTS = ("bfloat16", "Q8_0", "Q5_0", "Q4_0", "Q4_1")
+VARIANTS = ("BF16", "FP8_128", "Q8_0", "Q5_0", "Q4_0", "Q4_1")
 
 
 def pull(variant: str) -> PullWeight:
@@ -38,12 +38,18 @@ def pull(variant: str) -> PullWeight:
     def weight(decl: WeightDecl) -> list[Array | QuantisedArray]:
         if len(decl.shape) == 1:
             return [np.ones(decl.shape, np.float32)]
-        if variant == "bfloat16":
-            return [as_dtype(rng.standard_normal(decl.shape, np.float32) * 0.03, variant)]
-        kind = "Q8_0" if decl.shape[0] > 10000 else variant
-        return [random_blocks(kind, *decl.shape, seed=decl.id)]
+        if variant == "BF16":
+            return [as_dtype(rng.standard_normal(decl.shape, np.float32) * 0.03, "bfloat16")]
+        return [random_blocks(kind_of(decl, variant), *decl.shape, seed=decl.id)]
 
     return weight
+
+
+def kind_of(decl: WeightDecl, variant: str) -> str:
+    """How a weight is stored."""
+    if variant in ("BF16", "FP8_128"):
+        return variant
+    return "Q8_0" if decl.shape[0] > 10000 else variant
 
 
 @dataclass
@@ -73,11 +79,7 @@ def measure(program: Program, threads: int, isa: str, grid: list[int], context: 
     runs = []
     for variant in VARIANTS:
         backend = CpuBackend(threads, isa)
-        kinds = {
-            part.name: "BF16" if variant == "bfloat16" else "Q8_0" if decl.shape[0] > 10000 else variant
-            for decl in program.weights
-            for part in decl.parts
-        }
+        kinds = {part.name: kind_of(decl, variant) for decl in program.weights for part in decl.parts}
         size = backend.plan(program, "bfloat16", capacity, kinds).weight_bytes
         runs.append(Run(variant, backend.load(program, "bfloat16", pull(variant), capacity), size))
     return runs

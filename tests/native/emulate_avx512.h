@@ -52,6 +52,10 @@ EMU_INTS(add_epi16, _mm256_add_epi16)
 EMU_INTS(add_epi32, _mm256_add_epi32)
 EMU_INTS(madd_epi16, _mm256_madd_epi16)
 EMU_INTS(maddubs_epi16, _mm256_maddubs_epi16)
+EMU_INTS(add_epi8, _mm256_add_epi8)
+EMU_INTS(shuffle_epi8, _mm256_shuffle_epi8)
+EMU_INTS(unpacklo_epi8, _mm256_unpacklo_epi8)
+EMU_INTS(unpackhi_epi8, _mm256_unpackhi_epi8)
 
 EMU __m512 emu_fmadd_ps(__m512 a, __m512 b, __m512 c) {
   const EmuHalves x = emu_as<EmuHalves>(a), y = emu_as<EmuHalves>(b), z = emu_as<EmuHalves>(c);
@@ -120,6 +124,10 @@ EMU __m512i emu_loadu_si512(const void* p) {
 EMU void emu_storeu_ps(void* p, __m512 a) { memcpy(p, &a, sizeof a); }
 EMU __m512 emu_set1_ps(float x) { return x - __m512{}; }
 EMU __m512i emu_set1_epi32(int x) { return emu_as<__m512i>(x - EmuInts{}); }
+EMU __m512i emu_broadcast_i32x4(__m128i a) {
+  const __m256i twice = _mm256_broadcastsi128_si256(a);
+  return emu_as<__m512i>(EmuIntHalves{twice, twice});
+}
 EMU __m512i emu_set1_epi8(char x) { return emu_set1_epi32((int)(0x01010101u * (unsigned char)x)); }
 EMU __m512i emu_slli_epi32(__m512i a, unsigned n) { return emu_as<__m512i>(emu_as<EmuBits>(a) << n); }
 EMU __m512i emu_srli_epi32(__m512i a, unsigned n) { return emu_as<__m512i>(emu_as<EmuBits>(a) >> n); }
@@ -269,8 +277,10 @@ EMU void emu_tile_dot(int c, int a, int b) {
 #define _mm512_abs_ps emu_abs_ps
 #define _mm512_add_epi16 emu_add_epi16
 #define _mm512_add_epi32 emu_add_epi32
+#define _mm512_add_epi8 emu_add_epi8
 #define _mm512_add_ps emu_add_ps
 #define _mm512_and_si512 emu_and_si512
+#define _mm512_broadcast_i32x4 emu_broadcast_i32x4
 #define _mm512_castps_si512(a) emu_as<__m512i>(a)
 #define _mm512_castsi512_ps(a) emu_as<__m512>(a)
 #undef _mm512_cmp_ps_mask
@@ -302,6 +312,7 @@ EMU void emu_tile_dot(int c, int a, int b) {
 #define _mm512_set1_epi8 emu_set1_epi8
 #define _mm512_set1_ps emu_set1_ps
 #define _mm512_setzero_ps() emu_set1_ps(0.0f)
+#define _mm512_shuffle_epi8 emu_shuffle_epi8
 #define _mm512_slli_epi16 emu_slli_epi16
 #undef _mm512_slli_epi32
 #define _mm512_slli_epi32 emu_slli_epi32
@@ -312,6 +323,8 @@ EMU void emu_tile_dot(int c, int a, int b) {
 #define _mm512_storeu_si512 emu_storeu_si512
 #define _mm512_storeu_ps emu_storeu_ps
 #define _mm512_sub_ps emu_sub_ps
+#define _mm512_unpackhi_epi8 emu_unpackhi_epi8
+#define _mm512_unpacklo_epi8 emu_unpacklo_epi8
 #define _mm512_xor_si512 emu_xor_si512
 #define __AVX512F__ 1
 #define __AVX512BW__ 1

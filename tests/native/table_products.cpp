@@ -12,13 +12,22 @@ struct Matrix {
   Packed packed;
 };
 
-// Blocks as files hold them: any bits, behind scales that are small, zero, below float16's normal range, or negative.
+// Blocks as files hold them: any bits, behind scales that are small, zero, below float16's normal range, or negative. No
+// e4m3 is NaN.
 std::vector<uint8_t> blocks_of(Stored type, int64_t outputs, int64_t inputs, Numbers& numbers) {
   const auto each = static_cast<size_t>(stored_block_bytes(type));
-  std::vector<uint8_t> blocks(each * static_cast<size_t>(outputs * inputs / kBlock));
+  const int64_t size = stored_block_inputs(type);
+  std::vector<uint8_t> blocks(each * static_cast<size_t>(outputs * ((inputs + size - 1) / size)));
   for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(numbers.bits());
   Numbers tame{numbers.bits()};
+  const bool floats = type == Stored::kFP8_128 || type == Stored::kFP8_32;
+  for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(byte - (floats && (byte & 0x7f) == 0x7f));
   for (size_t at = 0; at < blocks.size(); at += each) {
+    if (floats) {
+      const float scale = numbers.wild && tame.below(4) == 0 ? -1.5e-5f : 0.1f * tame.next();
+      std::memcpy(blocks.data() + at, &scale, sizeof scale);
+      continue;
+    }
     uint16_t scales[2] = {to_f16(0.1f * tame.next()), to_f16(0.1f * tame.next())};
     if (numbers.wild && tame.below(4) == 0) scales[0] = static_cast<uint16_t>(tame.below(0x400)), scales[1] = 0x8001;
     std::memcpy(blocks.data() + at, scales, type == Stored::kQ4_1 ? 4 : 2);
@@ -28,16 +37,19 @@ std::vector<uint8_t> blocks_of(Stored type, int64_t outputs, int64_t inputs, Num
 
 Matrix matrix_of(int32_t format, const PanelOrder& order, int64_t inputs, Numbers& numbers) {
   static constexpr Stored kTypes[] = {Stored::kFloat32, Stored::kFloat32, Stored::kQ8_0,
-                                      Stored::kQ4_0,    Stored::kQ4_1,    Stored::kQ5_0};
+                                      Stored::kQ4_0,    Stored::kQ4_1,    Stored::kQ5_0,
+                                      Stored::kFP8_128, Stored::kFP8_32};
   const int64_t panel = panel_bytes(format, inputs);
   Matrix made{array_of(order.panels() * panel), {}};
   std::memset(made.bytes->bytes(), 0, made.bytes->size());
   made.packed = {made.bytes->bytes(), panel, format, static_cast<int32_t>(order.panels()), static_cast<int32_t>(inputs)};
   const Stored type = kTypes[format];
-  if (is_quantised(format)) {
+  if (format > kBF16) {
     const std::vector<uint8_t> blocks = blocks_of(type, order.outputs, inputs, numbers);
+    const Source source{blocks.data(), type, inputs};
     Rounding rounding;
-    pack_quantised({blocks.data(), type, inputs}, 0, order.outputs, made.bytes->bytes(), format, 0, order, rounding);
+    if (is_scaled(format)) pack_scaled(source, inputs, 0, order.outputs, made.bytes->bytes(), format, 0, order);
+    else pack_quantised(source, 0, order.outputs, made.bytes->bytes(), format, 0, order, rounding);
   } else {
     const Array values = numbers.floats(order.outputs * inputs);
     pack_rows({values->floats(), type, inputs}, 0, order.outputs, made.bytes->bytes(), format, 0, order);
@@ -78,11 +90,11 @@ struct Product {
 
   Product(int32_t kind, int32_t number, Numbers& numbers)
       : format(kind), rows(kRowCounts[number % 19]),
-        inputs(is_quantised(kind) ? kWidths[number % 4] : kOddWidths[number % 5]), width(1 + numbers.below(70)),
+        inputs(kind > kBF16 ? kWidths[number % 4] : kOddWidths[number % 5]), width(1 + numbers.below(70)),
         glu(numbers.below(4) == 0), pairs(numbers.below(4) != 0), bias(numbers.below(2)), residual(numbers.below(2)),
         order{glu ? 2 * width : width, glu ? width : 0}, w(matrix_of(format, order, inputs, numbers)), x(1, 1),
         plus(RowArray::random(numbers, rows, width)), offsets(numbers.floats(order.panels() * kLanes)) {
-    numbers.half = format == kBF16 && pairs;  // rows of bfloat16 numbers, as a model in bfloat16 has them
+    numbers.half = reads_pairs(format) && pairs;  // rows of bfloat16 numbers, as a model in bfloat16 has them
     x = RowArray::random(numbers, rows, inputs);
     numbers.half = false;
     const int32_t count = numbers.below(2) * numbers.below(4), panels = static_cast<int32_t>(order.panels());
@@ -109,7 +121,7 @@ struct Product {
     now.bias = bias ? offsets->floats() : nullptr;
     now.deltas = deltas.data(), now.num_deltas = static_cast<int32_t>(deltas.size());
     now.rows = rows, now.out_width = width, now.glu = glu;
-    if (is_quantised(format) || (format == kBF16 && pairs && table.pairs)) {
+    if (is_quantised(format) || (reads_pairs(format) && pairs && table.pairs)) {
       const QuantiseCall quantise{now.x, small->bytes(), stride, format, inputs};
       table.quantise(&quantise, 0, rows / 2);
       table.quantise(&quantise, rows / 2, rows);
@@ -160,7 +172,7 @@ struct Lookup {
 
 Case embed_case(int32_t number) {
   Numbers numbers{static_cast<uint32_t>(8000 + number), number % 3 == 2};
-  const int32_t format = number % 6, rows = 1 + number % 9, inputs = kWidths[number % 4];
+  const int32_t format = number % kFormatCount, rows = 1 + number % 9, inputs = kWidths[number % 4];
   const auto made = std::make_shared<Lookup>(Lookup{matrix_of(format, {50, 0}, inputs, numbers),
       RowArray::random(numbers, rows, inputs), rows, inputs, {}, {}, {}});
   for (int32_t i = 0; i < number % 4; ++i)
@@ -184,11 +196,12 @@ Case embed_case(int32_t number) {
 
 std::vector<Op> product_ops() {
   static constexpr const char* kNames[] = {"linear float32", "linear bfloat16", "linear Q8_0",
-                                           "linear Q4_0",    "linear Q4_1",     "linear Q5_0"};
+                                           "linear Q4_0",    "linear Q4_1",     "linear Q5_0",
+                                           "linear FP8_128", "linear FP8_32"};
   std::vector<Op> ops;
-  for (int32_t format = kF32; format <= kQ5_0; ++format)
+  for (int32_t format = kF32; format < kFormatCount; ++format)
     ops.push_back({kNames[format], 228, false, true, [format](int32_t number) { return product_case(format, number); },
-                   format == kBF16});
+                   reads_pairs(format)});
   ops.push_back({"adapter shrink", 154, false, false, shrink_case});
   ops.push_back({"embed", 72, false, true, embed_case});
   return ops;

@@ -192,6 +192,7 @@ def _backends(isa: str) -> list[Finding]:
 
 def _dtypes(given: Mapping[str, Any]) -> list[Finding]:
     """The compute dtype that ``serve`` would choose for each stored dtype, and why."""
+    from truffula.kernels.cpu.formats import INT8_KINDS
     from truffula.kernels.select import Precision, choose_dtype, select_backend
 
     try:
@@ -201,7 +202,8 @@ def _dtypes(given: Mapping[str, Any]) -> list[Finding]:
     except TruffulaError as error:
         return [Finding("dtype", "none", "missing", error.message)]
     findings = [Finding(f"dtype, {kind} files", at.dtype, "ok", at.reason) for kind, at in choices.items()]
-    int8 = sorted(backend.block_kinds)
-    value = f"int8 for {', '.join(int8)}" if int8 else "on the values, none in int8"
+    int8 = ", ".join(sorted(backend.block_kinds.intersection(INT8_KINDS)))
+    floats = ", ".join(sorted(backend.block_kinds.difference(INT8_KINDS)))
+    value = f"int8 for {int8}, floats for {floats}" if int8 else "on the values, none in int8"
     advice = "fastest; --exact computes on the file's values (docs/quantization.md)" if int8 else ""
     return [*findings, Finding("products with quantised files", value, "ok", advice)]

@@ -208,9 +208,9 @@ LABELS = MappingProxyType(
 
 def int8_products(plan: ModelPlan) -> str:
     """The weights that the cpu backend multiplies in int8 by default."""
-    from truffula.kernels.cpu.formats import BLOCK_KINDS
+    from truffula.kernels.cpu.formats import INT8_KINDS
 
-    formats = sorted(set(plan.stored_types.values()).intersection(BLOCK_KINDS))
+    formats = sorted(set(plan.stored_types.values()).intersection(INT8_KINDS))
     return f"matrix products with {', '.join(formats)} weights; --exact computes on their values" if formats else "none"
 
 

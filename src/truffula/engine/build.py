@@ -21,7 +21,7 @@ from truffula.engine.limits import EngineLimits
 from truffula.engine.memory import MemoryDivision, memory_limit, plan_memory
 from truffula.errors import ConfigError, UnsupportedModel
 from truffula.kernels.backend import Backend, Executable, MemoryPlan
-from truffula.kernels.cpu.formats import BLOCK_KINDS
+from truffula.kernels.cpu.formats import INT8_KINDS
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallback_warning, select_backend
@@ -331,7 +331,7 @@ def _assemble(
 
 def int8_note(config: EngineConfig, weight_formats: Mapping[str, int]) -> str:
     """One line for the start log: which products are computed in int8, and the flag that changes it; empty for none."""
-    formats = ", ".join(sorted(name.upper() for name in weight_formats if name.upper() in BLOCK_KINDS))
+    formats = ", ".join(sorted(name.upper() for name in weight_formats if name.upper() in INT8_KINDS))
     if not formats:
         return ""
     if config.quantize != "none":

@@ -51,8 +51,8 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class QuantisedArray:
-    """A matrix as GGUF stores it: uint8 ``blocks [rows, blocks of a row, bytes of a block]`` of the type ``kind``; or
-    matrices of experts, ``[E, rows, ...]``.
+    """A matrix in blocks along its inputs: uint8 ``blocks [rows, blocks of a row, bytes of a block]`` of the type
+    ``kind``; or matrices of experts, ``[E, rows, ...]``. The last block of a row may hold more values than the row.
 
     ``unpack`` dequantises ``[N, bytes]`` blocks to float32. Scales are finite.
     """
@@ -82,7 +82,8 @@ class QuantisedArray:
 
     def dequantise(self) -> Array:
         """float32 ``shape``, as the format defines the values."""
-        return self.unpack(self.blocks.reshape(-1, self.blocks.shape[-1])).reshape(self.shape)
+        values = self.unpack(self.blocks.reshape(-1, self.blocks.shape[-1]))
+        return values.reshape(*self.shape[:-1], -1)[..., : self.shape[-1]]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,6 +16,12 @@ BufferDtype = Literal["model", "float32"]
 Transform = Literal[
     "none", "plus_one", "minus_exp", "transpose", "conv", "columns", "even_columns", "odd_columns", "alternating"
 ]
+
+
+BLOCK_ROWS: Mapping[Transform, slice] = MappingProxyType(
+    {"none": slice(None), "columns": slice(None), "even_columns": slice(0, None, 2), "odd_columns": slice(1, None, 2)}
+)
+"""The output rows that a part takes of blocks, which run along a matrix' inputs however its values are stored."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,11 @@ class WeightPart:
     lo: int = 0
     stored: tuple[int, ...] = ()
     order: RowOrder | None = None
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether a matrix that is stored in blocks, which run along its inputs, may stay in them."""
+        return self.order is None and self.transform in BLOCK_ROWS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from types import MappingProxyType
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from truffula.errors import CheckpointError, KernelError
 from truffula.kernels.backend import Array, ComputedArray, Part, make_shape
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Embed, Logits, Program, WeightDecl, WeightPart
+from truffula.kernels.weight_decl import BLOCK_ROWS
 from truffula.model.decoder import build_program
 from truffula.model.names import WeightNames, resolve_names
 from truffula.model.plan import (
@@ -171,12 +171,11 @@ class WeightReader:
     def _part(self, part: WeightPart, shape: tuple[int, ...]) -> Part:
         info = self.checkpoint.tensors[part.name]
         as_stored = part.transform == "none" and part.order is None
-        as_blocks = part.order is None and part.transform in _ROWS_OF_BLOCKS
-        as_blocks = as_blocks and (info.values or info.dtype) in self.block_kinds
+        as_blocks = part.in_blocks and (info.values or info.dtype) in self.block_kinds
         blocks = self.checkpoint.blocks(part.name) if as_blocks else None
         if blocks is not None and part.transform != "none":
             swapped = (*info.shape[:-2], info.shape[-1], info.shape[-2])
-            blocks = blocks.output_rows(_ROWS_OF_BLOCKS[part.transform]) if blocks.shape == swapped else None
+            blocks = blocks.output_rows(BLOCK_ROWS[part.transform]) if blocks.shape == swapped else None
         by_rows = as_stored and (len(shape) < 3 or part.expert is not None)
         computed = self.checkpoint.computed(part.name) if by_rows else None
         if blocks is not None:
@@ -209,12 +208,6 @@ class WeightReader:
         left = [decl.name for decl in self.plan.program.weights if decl.id not in self._read]
         if left:
             raise KernelError(f"{len(left)} weights were not read: {', '.join(left[:10])}.")
-
-
-_ROWS_OF_BLOCKS = MappingProxyType(
-    {"none": slice(None), "columns": slice(None), "even_columns": slice(0, None, 2), "odd_columns": slice(1, None, 2)}
-)
-"""The output rows that a part takes of blocks, which run along a matrix' inputs however its values are stored."""
 
 
 def _checked_rows(computed: ComputedArray, info: TensorInfo) -> ComputedArray:

@@ -19,7 +19,8 @@ from truffula.model.names import WeightNames
 from truffula.model.read import read_config
 from truffula.testing.files import Array as Array
 from truffula.testing.files import as_dtype as as_dtype
-from truffula.weights.gguf_quants import FORMATS, dequantize
+from truffula.weights.gguf_quants import dequantize
+from truffula.weights.quantised.packing import BY_KIND, FLOAT8
 from truffula.weights.tying import Tie, TyingDecision
 
 Float32 = npt.NDArray[np.float32]
@@ -57,11 +58,14 @@ def random_weights(program: Program, *, seed: int = 0, dtype: str = "float32") -
 
 
 def random_blocks(kind: str, outputs: int, inputs: int, *, seed: int = 0) -> QuantisedArray:
-    """A matrix [outputs, inputs] of random GGUF blocks of ``kind`` (``Q4_0``) with small scales."""
-    format = next(format for format in FORMATS.values() if format.name == kind)
-    blocks = np.random.default_rng(seed).integers(0, 256, (outputs, inputs // format.size, format.nbytes), np.uint8)
+    """A matrix [outputs, inputs] of random blocks of ``kind`` (``Q4_0``) with small scales."""
+    format = BY_KIND[kind]
+    blocks = np.random.default_rng(seed).integers(0, 256, (outputs, -(-inputs // format.size), format.nbytes), np.uint8)
     for at in range(format.scales):
         blocks[..., 2 * at : 2 * at + 2] = np.array([2.0**-7], np.float16).view(np.uint8)
+    if kind in FLOAT8:
+        blocks[(blocks & 0x7F) == 0x7F] = 0  # NaN
+        blocks[..., :4] = np.array([2.0**-11], np.float32).view(np.uint8)
     unpack = lambda some: dequantize(format, some.reshape(-1), (len(some), format.size))
     return QuantisedArray(kind, blocks, (outputs, inputs), unpack)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from truffula.config import EngineConfig
 from truffula.kernels.backend import Backend
-from truffula.kernels.cpu.formats import BLOCK_KINDS
+from truffula.kernels.cpu.formats import BLOCK_KINDS, INT8_KINDS
 from truffula.kernels.select import Precision, choose_dtype, select_backend
 from truffula.testing.oracle import Oracle
 from truffula.testing.parity import VerifyReport, describe, load_model, native_plan, verify_model
@@ -110,11 +110,12 @@ def verify_serving(
         plan = native_plan(checkpoint)
         dtype = choose_dtype(backend, config.dtype, plan.stored_dtype).dtype
     memory = backend.plan(plan.program, dtype, capacity_for(1), plan.stored_types)
-    formats = tuple(sorted(name for name in memory.weight_formats if name.upper() in BLOCK_KINDS))  # those in int8
+    blocks = sorted(name for name in memory.weight_formats if name.upper() in BLOCK_KINDS)
+    formats = tuple(name for name in blocks if name.upper() in INT8_KINDS)
     oracle = Oracle(path, tied=plan.tying.tie is not Tie.SEPARATE, adapter=adapter)
     given: dict[str, Any] = {"prompts": prompts, "adapter": adapter, "new_tokens": new_tokens, "oracle": oracle}
     values = verify_model(path, backend=select_backend(config.backend, config.device, **options), **given)
-    if dtype == "float32" and not formats:
+    if dtype == "float32" and not blocks:
         return ServingReport(values, None)
     return ServingReport(values, check_served(path, backend, dtype, formats, **given))
 

@@ -9,8 +9,9 @@ from truffula.errors import CheckpointError
 from truffula.kernels.backend import ComputedArray, QuantisedArray
 from truffula.kernels.mapped import release_pages
 from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
-from truffula.weights.gguf_quants import BY_NAME, values_of_blocks
+from truffula.weights.gguf_quants import values_of_blocks
 from truffula.weights.quantised.logical import FLOATS, Logical, Parts, Scheme
+from truffula.weights.quantised.packing import BY_KIND
 
 
 class QuantisedCheckpoint(Checkpoint):
@@ -75,8 +76,8 @@ class QuantisedCheckpoint(Checkpoint):
         logical = self._logical.get(name)
         if logical is None or not logical.packed:
             return None
-        format = BY_NAME[logical.packed]
-        made = logical.blocks(format.nbytes)
+        format = BY_KIND[logical.packed]
+        made = logical.blocks(format.size, format.nbytes)
         if made is None:
             return None
         for part in self.tensors[name].parts:

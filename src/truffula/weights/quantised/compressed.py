@@ -35,6 +35,7 @@ from truffula.weights.quantised.floats import (
     F8,
     float8_rows,
     grid,
+    packed_float8,
     scale_rows,
     scaled,
 )
@@ -171,7 +172,9 @@ class CompressedTensors(Scheme):
 
         compute = scaled(parts, SCALE, block, dtype, rows)
         kind = "MXFP8" if exponents else "FP8"
-        return Logical(f"{parts.module}.weight", (shape[0], shape[1]), dtype, kind, compute)
+        packed = parts.infos[WEIGHT].dtype == "F8_E4M3" and ZERO not in parts
+        packing = packed_float8(parts, WEIGHT, SCALE, block) if packed else {}
+        return Logical(f"{parts.module}.weight", (shape[0], shape[1]), dtype, kind, compute, **packing)
 
     def _grid(self, parts: Parts, shape: tuple[int, int]) -> tuple[int, int]:
         blocks = [width.block for width in self.widths if width.block]

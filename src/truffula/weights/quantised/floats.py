@@ -16,6 +16,7 @@ from truffula.weights.checkpoint import Array
 from truffula.weights.quantised.bits import affine, table, unpack_e2m1
 from truffula.weights.quantised.keys import Keys
 from truffula.weights.quantised.logical import FLOAT32, FLOATS, Logical, Parts, Scheme
+from truffula.weights.quantised.packing import float8_kind, pack_float8
 
 F8: dict[str, str] = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 EXPONENTS = ("U8", "F8_E8M0")
@@ -66,6 +67,17 @@ def float8_rows(parts: Parts, suffix: str) -> Callable[[int, int], Array]:
     return lambda lo, hi: np.take(values, parts.read(suffix)[lo:hi].view(np.uint8))
 
 
+def packed_float8(parts: Parts, weight: str, scale: str, block: tuple[int, int]) -> dict[str, Any]:
+    """``packed`` and ``pack`` of the ``Logical`` of an e4m3 weight whose scales are per ``block``."""
+    kind = float8_kind(parts.infos[weight].shape[1], block[1])
+
+    def pack(lo: int, hi: int) -> Array | None:
+        codes = parts.read(weight)[lo:hi].view(np.uint8)
+        return pack_float8(kind, codes, scale_rows(parts, scale, lo, hi, block), block[1])
+
+    return {"packed": kind, "pack": pack} if kind else {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Float8(Scheme):
     """``block``: rows and columns that share a scale; None where the config names none."""
@@ -91,7 +103,9 @@ class Float8(Scheme):
         block = grid(parts, suffix, shape, self.block)
         kind = "FP8" if info.dtype in F8 else "FP4"
         kind = f"MX{kind}" if block == (1, 32) else kind
-        return Logical(f"{parts.module}.weight", shape, FLOAT32, kind, scaled(parts, suffix, block, FLOAT32, values))
+        compute = scaled(parts, suffix, block, FLOAT32, values)
+        packing = packed_float8(parts, ".weight", suffix, block) if info.dtype == "F8_E4M3" else {}
+        return Logical(f"{parts.module}.weight", shape, FLOAT32, kind, compute, **packing)
 
 
 def read_fp8(keys: Keys) -> Float8:

@@ -55,12 +55,12 @@ class Logical:
         self._in_pieces(piece, lo, hi)
         return out
 
-    def blocks(self, nbytes: int) -> Array | None:
-        """uint8 ``[..., blocks of a row, nbytes]``: ``packed_shape`` in blocks of the kind ``packed``; None where they
-        do not fit.
+    def blocks(self, size: int, nbytes: int) -> Array | None:
+        """uint8 ``[..., blocks of a row, nbytes]``: ``packed_shape`` in blocks of ``size`` values of the kind ``packed``,
+        the last of a row filled up; None where they do not fit.
         """
         *rows, width = self.packed_shape
-        out = np.empty((*rows, width // 32, nbytes), np.uint8)
+        out = np.empty((*rows, -(-width // size), nbytes), np.uint8)
         fitting: list[bool] = []
 
         def piece(start: int, stop: int) -> None:

@@ -1,19 +1,23 @@
-"""Packs quantised integers into blocks that the native kernels multiply: GGUF's Q4_0, Q4_1, Q5_0 and Q8_0.
+"""Packs weights into blocks that the native kernels multiply: integers into GGUF's Q4_0, Q4_1, Q5_0 and Q8_0, floats of
+8 bits into FP8_128 and FP8_32.
 
 A block is 32 inputs with a float16 scale, so a group of 64 or 128 becomes several blocks with the same scale. Q4_1 has
 a minimum, ``-zero * scale``, also in float16. A weight of these blocks is not rounded to the dtype of the file's
-scales, as the libraries' values are, and a scale in bfloat16 below 2^-14 loses bits.
+scales, as the libraries' values are, and a scale in bfloat16 below 2^-14 loses bits. FP8 has float32 scales, one per 128
+or 32 inputs, before the numbers as they are stored; a larger run of inputs that share a scale becomes several blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from truffula.weights.checkpoint import Array
-from truffula.weights.quantised.bits import affine
+from truffula.weights.gguf_quants import BY_NAME, BlockFormat
+from truffula.weights.quantised.bits import affine, table
 from truffula.weights.quantised.logical import Logical
 
 BLOCK = 32
@@ -89,6 +93,43 @@ def pack(kind: str, quants: Array, zeros: Array | None, scales: Array, groups: i
         return None
     head = np.stack([np.take(part, of_block, 1) for part in parts], -1).view(np.uint8)
     return np.concatenate([head, _packed(kind, numbers.reshape(rows, -1, BLOCK))], -1)
+
+
+def float8_kind(inputs: int, group: int) -> str:
+    """The kind of blocks that hold e4m3 numbers of which ``group`` inputs share a scale; empty when there is none."""
+    for kind, format in FLOAT8.items():
+        if inputs % BLOCK == 0 and (group >= inputs or group % format.size == 0):
+            return kind
+    return ""
+
+
+def pack_float8(kind: str, codes: Array, scales: Array, group: int) -> Array | None:
+    """``[n, blocks, 4 + size]`` uint8 of e4m3 ``codes [n, inputs]`` and ``scales [n, groups]``, zero behind the last input;
+    None when a number or a scale is not finite.
+    """
+    (rows, inputs), size = codes.shape, FLOAT8[kind].size
+    scales = np.take(scales, np.arange(0, inputs, size) // group, 1).astype(np.float32)
+    if not np.isfinite(scales).all() or ((codes & 0x7F) == 0x7F).any():
+        return None
+    blocks = np.zeros((rows, -(-inputs // size), 4 + size), np.uint8)
+    blocks[..., :4] = scales[..., None].view(np.uint8)
+    whole = inputs // size
+    blocks[:, :whole, 4:] = codes[:, : whole * size].reshape(rows, whole, size)
+    if inputs % size:
+        blocks[:, whole, 4 : 4 + inputs % size] = codes[:, whole * size :]
+    return blocks
+
+
+def _unpack_float8(blocks: Array, out: Array) -> None:
+    np.take(table("float8_e4m3fn"), blocks[:, 4:], out=out)
+    out *= np.ascontiguousarray(blocks[:, :4]).view(np.float32)
+
+
+FLOAT8: Mapping[str, BlockFormat] = MappingProxyType(
+    {f"FP8_{size}": BlockFormat(f"FP8_{size}", size, 4 + size, unpack=_unpack_float8) for size in (128, 32)}
+)
+BY_KIND: Mapping[str, BlockFormat] = MappingProxyType({**BY_NAME, **FLOAT8})
+"""Formats of blocks by the names that backends know."""
 
 
 def _packed(kind: str, numbers: Array) -> Array:

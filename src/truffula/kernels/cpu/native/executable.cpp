@@ -70,8 +70,8 @@ int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, 
   require(outputs > 0 && inputs > 0 && half >= 0 && half < outputs, "matrix: bad shape");
   require(outputs <= kMaxWidth && inputs <= kMaxWidth, "matrix: too large");
   require(experts >= 1 && experts <= kMaxExperts && (panels || experts == 1), "matrix: bad number of experts");
-  require(format >= kF32 && format <= kQ5_0, "matrix: no such format");
-  require(!is_quantised(format) || (panels && inputs % kBlock == 0), "matrix: quantised ones have panels of whole blocks");
+  require(format >= kF32 && format < kFormatCount, "matrix: no such format");
+  require(format <= kBF16 || (panels && inputs % kBlock == 0), "matrix: quantised ones have panels of whole blocks");
   require(half == 0 || (panels && half * 2 == outputs), "matrix: gates and ups are halves");
   Weight made;
   made.outputs = outputs;
@@ -104,9 +104,10 @@ int32_t Executable::add_latent_matrix(const LatentOrder& order, int64_t inputs, 
 Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows, int64_t first, int64_t expert) {
   const Weight& to = weight(id);
   require(expert >= 0 && expert < to.experts, "matrix: no such expert");
-  require(to.inputs > 0 && source.inputs == to.inputs && rows > 0 && first >= 0 && rows <= to.outputs &&
+  const int64_t inputs = is_scaled(to.format) ? groups_of(to.format, to.inputs) * group_inputs(to.format) : to.inputs;
+  require(to.inputs > 0 && source.inputs == inputs && rows > 0 && first >= 0 && rows <= to.outputs &&
               first <= to.outputs - rows, "matrix: bad part");
-  require(is_quantised(to.format) ? packs_as(source.type, to.format) : stored_block_bytes(source.type) == 0,
+  require(to.format > kBF16 ? packs_as(source.type, to.format) : stored_block_bytes(source.type) == 0,
           "matrix: its format does not hold such blocks");
   struct Job {
     const Weight* to;
@@ -126,6 +127,7 @@ Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows,
         const Weight& w = *j.to;
         if (is_quantised(w.format))
           pack_quantised(*j.source, lo, hi, j.data, w.format, j.first, w.order, j.rounding[static_cast<size_t>(thread)]);
+        else if (is_scaled(w.format)) pack_scaled(*j.source, w.inputs, lo, hi, j.data, w.format, j.first, w.order);
         else if (w.latent.heads) pack_latent(*j.source, lo, hi, j.data, w.format, j.first, w.latent);
         else if (w.panels) pack_rows(*j.source, lo, hi, j.data, w.format, j.first, w.order);
         else copy_rows(*j.source, lo, hi, j.data, w.format, j.first);

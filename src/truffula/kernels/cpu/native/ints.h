@@ -43,6 +43,14 @@ TF_INLINE I in_order(I a) {
 }
 TF_INLINE I add32(I a, I b) { return in_order({_mm512_add_epi32(a.v, b.v)}); }
 TF_INLINE I add16(I a, I b) { return in_order({_mm512_add_epi16(a.v, b.v)}); }
+TF_INLINE I add8(I a, I b) { return {_mm512_add_epi8(a.v, b.v)}; }
+// Each byte of `at` picks one of 16 by its low half, or is zero where its highest bit is set.
+TF_INLINE I lookup(const uint8_t* table, I at) {
+  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), at.v)};
+}
+// In each 16 bytes: the lower 8 of a and b, interleaved, or the upper 8.
+TF_INLINE I interleave_low(I a, I b) { return {_mm512_unpacklo_epi8(a.v, b.v)}; }
+TF_INLINE I interleave_high(I a, I b) { return {_mm512_unpackhi_epi8(a.v, b.v)}; }
 TF_INLINE I madd(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 TF_INLINE I maddubs(I a, I b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
 #if defined(__AVX512VNNI__)
@@ -93,11 +101,24 @@ TF_INLINE I in_order(__m256i lo, __m256i hi) {
 }
 TF_INLINE I add32(I a, I b) { return in_order(_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)); }
 TF_INLINE I add16(I a, I b) { return in_order(_mm256_add_epi16(a.lo, b.lo), _mm256_add_epi16(a.hi, b.hi)); }
+TF_INLINE I add8(I a, I b) { return {_mm256_add_epi8(a.lo, b.lo), _mm256_add_epi8(a.hi, b.hi)}; }
+// Each byte of `at` picks one of 16 by its low half, or is zero where its highest bit is set.
+TF_INLINE I lookup(const uint8_t* table, I at) {
+  const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+  return {_mm256_shuffle_epi8(t, at.lo), _mm256_shuffle_epi8(t, at.hi)};
+}
+// In each 16 bytes: the lower 8 of a and b, interleaved, or the upper 8.
+TF_INLINE I interleave_low(I a, I b) { return {_mm256_unpacklo_epi8(a.lo, b.lo), _mm256_unpacklo_epi8(a.hi, b.hi)}; }
+TF_INLINE I interleave_high(I a, I b) { return {_mm256_unpackhi_epi8(a.lo, b.lo), _mm256_unpackhi_epi8(a.hi, b.hi)}; }
 TF_INLINE I madd(I a, I b) { return {_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)}; }
 TF_INLINE I maddubs(I a, I b) { return {_mm256_maddubs_epi16(a.lo, b.lo), _mm256_maddubs_epi16(a.hi, b.hi)}; }
 TF_INLINE V floats_of(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 TF_INLINE V load_half(const uint8_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
+}
+TF_INLINE void store_line(uint8_t* p, I a) {
+  _mm256_storeu_si256((__m256i*)p, a.lo);
+  _mm256_storeu_si256((__m256i*)(p + 32), a.hi);
 }
 constexpr int kQuantRows = 4;    // 4 rows x 1 panel of two registers: 8 sums and 4 registers of weights of 16
 constexpr int kQuantTwo = 1;

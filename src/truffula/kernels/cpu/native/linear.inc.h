@@ -2,6 +2,7 @@
 #pragma once
 
 #include "products.inc.h"
+#include "scaled.inc.h"
 #include "vec.h"
 
 namespace truffula {
@@ -95,6 +96,7 @@ TF_INLINE void finish(const LinearCall* c, const float* y, const float* up, int 
 // y = rows r .. r + rows of x times the panels at `panel`.
 TF_INLINE void multiply_rows(const LinearCall* c, int r, int rows, int panels, const uint8_t* panel, float* y,
                              int64_t y_stride) {
+  if (is_scaled(c->w.format)) return scaled_product<kBlockRows>(c, r, rows, panels, panel, y, y_stride);
 #if defined(TRUFFULA_TILES)
   if (tiled(c)) return tile_product(c, r, rows, panels, panel, y, y_stride);
 #endif
@@ -104,7 +106,7 @@ TF_INLINE void multiply_rows(const LinearCall* c, int r, int rows, int panels, c
     quant_product_of(&c->w, rows, panels, quantised, c->quantised_stride, panel, y, y_stride);
 #if defined(__AVX512BF16__) && !defined(TRUFFULA_TILES)
   else if (c->w.format == kBF16 && quantised)
-    pair_product(rows, panels, quantised, c->quantised_stride, panel, c->w.panel_bytes, y, y_stride);
+    pair_product<true>(rows, panels, quantised, c->quantised_stride, panel, c->w.panel_bytes, y, y_stride);
 #endif
   else if (c->in_blocks)
     product_of<kStreamBlocks>(c->w.format, rows, panels, x, c->x.stride, panel, c->w.panel_bytes, c->w.inputs, y, y_stride);

@@ -319,7 +319,7 @@ void bind_sizes(nb::module_& m) {
   m.def("converted_bytes",
         [](const std::string& isa, int32_t rows, int64_t inputs, const std::string& format) -> int64_t {
           const int32_t number = format_named(format);
-          if (!is_quantised(number) && (number != kBF16 || !find_table(isa)->pairs)) return 0;
+          if (!is_quantised(number) && !(reads_pairs(number) && find_table(isa)->pairs)) return 0;
           return padded_rows(rows) * quantised_row_bytes(number, inputs);
         },
         "isa"_a, "rows"_a, "inputs"_a, "format"_a, "Bytes of x as products with a matrix of this format read it.");

@@ -7,8 +7,9 @@
 
 namespace truffula {
 
-// The type of a stored matrix: numbers, or GGUF's blocks of 32.
-enum class Stored : int32_t { kFloat32, kFloat16, kBfloat16, kQ8_0, kQ4_0, kQ4_1, kQ5_0 };
+// The type of a stored matrix: numbers, GGUF's blocks of 32, or groups of 128 or 32 e4m3 behind their float32 scale, of
+// which a row's last is filled with any bytes.
+enum class Stored : int32_t { kFloat32, kFloat16, kBfloat16, kQ8_0, kQ4_0, kQ4_1, kQ5_0, kFP8_128, kFP8_32 };
 
 // A stored matrix: contiguous rows of `inputs` numbers, or of whole blocks.
 struct Source {
@@ -32,7 +33,8 @@ struct PanelOrder {
 
 // Bytes of a panel of `inputs` lines.
 constexpr int64_t panel_bytes(int32_t format, int64_t inputs) {
-  if (!is_quantised(format)) return 64 * (format == kF32 ? inputs : (inputs + 1) / 2);
+  if (format <= kBF16) return 64 * (format == kF32 ? inputs : (inputs + 1) / 2);
+  if (is_scaled(format)) return 64 * (inputs / 4 + groups_of(format, inputs));
   const int64_t blocks = inputs / kBlock, lines = format == kQ8_0 ? 8 : format == kQ5_0 ? 5 : 4;
   return 64 * (blocks * lines + (format == kQ4_1 ? blocks : (blocks + 1) / 2));
 }
@@ -63,10 +65,17 @@ constexpr int64_t stored_block_bytes(Stored type) {
       return 20;
     case Stored::kQ5_0:
       return 22;
+    case Stored::kFP8_128:
+      return 4 + 128;
+    case Stored::kFP8_32:
+      return 4 + 32;
     default:
       return 0;
   }
 }
+
+// Numbers of a stored block.
+constexpr int64_t stored_block_inputs(Stored type) { return type == Stored::kFP8_128 ? 128 : kBlock; }
 
 // Packs rows row_lo .. row_hi of `source` as outputs first + row_lo .. of the panels at `to`. Other lanes are not
 // written.
@@ -84,13 +93,17 @@ struct Rounding {
   bool overflow = false;
 };
 
-// Whether `from` can be packed in the quantised `format`: numbers in kQ8_0 only; blocks, without loss, in their own
-// format, and those without a minimum in kQ8_0 too.
+// Whether `from` can be packed in a quantised or scaled `format`: numbers in kQ8_0 only; blocks, without loss, in their
+// own format, and those of 4 or 5 bits without a minimum in kQ8_0 too.
 bool packs_as(Stored from, int32_t format);
 
 // `pack_rows` for a quantised format; inputs are whole blocks.
 void pack_quantised(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
                     const PanelOrder& order, Rounding& rounding);
+
+// `pack_rows` for a scaled format, of `inputs` inputs.
+void pack_scaled(const Source& source, int64_t inputs, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
+                 const PanelOrder& order);
 
 // Copies rows row_lo .. row_hi of `source` to rows first + row_lo .. of `to`, without panels.
 void copy_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first);

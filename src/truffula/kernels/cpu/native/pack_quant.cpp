@@ -1,4 +1,5 @@
-// Packs quantised panels: from GGUF's blocks without loss, or from numbers by rounding.
+// Packs quantised and scaled panels: from stored blocks without loss, or from numbers by rounding.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -108,6 +109,10 @@ bool packs_as(Stored from, int32_t format) {
       return format == kQ5_0 || format == kQ8_0;
     case Stored::kQ4_1:
       return format == kQ4_1;
+    case Stored::kFP8_128:
+      return format == kFP8_128;
+    case Stored::kFP8_32:
+      return format == kFP8_32;
     default:
       return format == kQ8_0;
   }
@@ -129,6 +134,32 @@ void pack_quantised(const Source& source, int64_t row_lo, int64_t row_hi, uint8_
       write_block(made, panel + block * line_bytes + 4 * lane, panel + blocks * line_bytes + block * scale_bytes + 2 * lane,
                   format);
     }
+  }
+}
+
+// Up to 16 rows at a time, group by group, so that the lines stay in the L1 cache.
+void pack_scaled(const Source& source, int64_t inputs, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format,
+                 int64_t first, const PanelOrder& order) {
+  const int64_t each = group_inputs(format), groups = groups_of(format, inputs), bytes = panel_bytes(format, inputs);
+  const int64_t block = stored_block_bytes(source.type), row_bytes = groups * block;
+  for (int64_t row = row_lo; row < row_hi;) {
+    const int64_t panel = order.panel_of(first + row), lane = order.lane_of(first + row);
+    int64_t count = 1;
+    while (row + count < row_hi && order.panel_of(first + row + count) == panel) ++count;
+    uint8_t* lines = to + panel * bytes;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t k_lo = group * each, k_hi = std::min(inputs, k_lo + each);
+      for (int64_t i = 0; i < count; ++i) {
+        const uint8_t* from = static_cast<const uint8_t*>(source.data) + (row + i) * row_bytes + group * block;
+        std::memcpy(lines + 16 * inputs + 64 * group + 4 * (lane + i), from, sizeof(float));
+        uint8_t* at = lines + 16 * k_lo + (lane + i) / 4 * 16 + (lane + i) % 4 * 2;
+        for (int64_t k = 0; k < k_hi - k_lo; k += 4) {
+          std::memcpy(at + 16 * k, from + sizeof(float) + k, 2);
+          std::memcpy(at + 16 * k + 8, from + sizeof(float) + k + 2, 2);
+        }
+      }
+    }
+    row += count;
   }
 }
 

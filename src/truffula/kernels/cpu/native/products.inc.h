@@ -209,12 +209,14 @@ static void pair_rows(int rows, const uint8_t* x, int64_t stride, const uint8_t*
 #undef TF_CASE
 }
 
+// STREAM: as in `multiply`.
+template <bool STREAM>
 static void pair_product(int rows, int panels, const uint8_t* x, int64_t stride, const uint8_t* panel,
                          int64_t panel_bytes, float* y, int64_t y_stride) {
   const int tiles = tiles_of(rows, kTileRows);
   for (int t = 0; t < tiles; ++t) {
     const int r = first_row(rows, t, tiles, kTileRows), count = first_row(rows, t + 1, tiles, kTileRows) - r;
-    const PrefetchDistance ahead = prefetch_distance(t, tiles, panels, panel_bytes);
+    const PrefetchDistance ahead = STREAM ? prefetch_distance(t, tiles, panels, panel_bytes) : PrefetchDistance{0, 0};
     const auto run = panels == 2 ? pair_rows<2> : pair_rows<1>;
     run(count, x + r * stride, stride, panel, panel_bytes, panel_bytes / 64, y + r * y_stride, y_stride, ahead);
   }

@@ -247,7 +247,7 @@ static void pair_row(const float* x, int inputs, uint8_t* to) {
 }
 
 static void quantise(const QuantiseCall* c, int32_t row_lo, int32_t row_hi) {
-  if (c->format == kBF16) {
+  if (!is_quantised(c->format)) {
     for (int32_t r = row_lo; r < row_hi; ++r)
       pair_row(c->x.data + r * c->x.stride, c->inputs, c->to + r * c->stride);
     return;

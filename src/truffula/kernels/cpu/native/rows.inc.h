@@ -178,8 +178,9 @@ static void embed(const EmbedCall* c, const int32_t* ids, int32_t row_lo, int32_
     } else {  // a table that is the head too: lane id % 16 of its panel
       const uint8_t* panel = table->data + id / kLanes * table->panel_bytes;
       const int64_t lane = id % kLanes;
-      if (is_quantised(table->format)) {
-        unpack_lane(panel, table->format, width, lane, out);
+      if (table->format > kBF16) {
+        if (is_scaled(table->format)) unpack_scaled_lane(panel, table->format, width, lane, out);
+        else unpack_lane(panel, table->format, width, lane, out);
         for (int i = 0; i < width; i += kLanes) store(out + i, rounded(load(out + i), c->round_out));
       } else {
         for (int i = 0; i < width; ++i)

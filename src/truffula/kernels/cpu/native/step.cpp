@@ -217,11 +217,11 @@ void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Thr
   kernels_->norm(&call, mine.lo, mine.hi);
 }
 
-// Whether a product reads x converted: to 8 bits for a quantised weight, or to bfloat16 pairs where x holds bfloat16
-// values and the table multiplies them.
+// Whether a product reads x converted: to 8 bits for a quantised weight, or to bfloat16 pairs where the format reads
+// them, x holds bfloat16 values and the table multiplies them.
 bool Executable::converts_x(int32_t id, const Ref& x) const {
   const int32_t format = weight(id).format;
-  return is_quantised(format) || (format == kBF16 && kernels_->pairs && rounded(x));
+  return is_quantised(format) || (reads_pairs(format) && kernels_->pairs && rounded(x));
 }
 
 // Chunks of the first stage that convert x; its other chunks are shrink tasks.

@@ -52,7 +52,7 @@ TF_INLINE void take_shapes(const TileShapes& shapes) {
 // rows.
 TF_INLINE bool tiled(const LinearCall* c) {
   if (!c->quantised_x) return false;
-  return c->w.format == kBF16 || c->rows >= kLeastTileRows;
+  return !is_quantised(c->w.format) || c->rows >= kLeastTileRows;
 }
 
 // Configures the tile registers of this thread, and releases them at the end: then a task switch does not save them.
@@ -60,7 +60,7 @@ class Tiles {
  public:
   explicit Tiles(const LinearCall* c) : used_(tiled(c)) {
     if (!used_) return;
-    const TileShapes shapes = c->w.format == kBF16 ? TileShapes(64, kTileLines) : TileShapes(kBlock, kBlock / 4);
+    const TileShapes shapes = is_quantised(c->w.format) ? TileShapes(kBlock, kBlock / 4) : TileShapes(64, kTileLines);
     take_shapes(shapes);
   }
   ~Tiles() {
