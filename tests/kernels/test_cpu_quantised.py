@@ -1,7 +1,11 @@
-"""Quantised matrices on the native backend: their arithmetic number by number, packers, and that rows stand alone."""
+"""Quantised matrices on the native backend: their arithmetic number by number, packers, and that rows stand alone.
+Blocks of integers are multiplied in int8, those of floats (FP8) as floats."""
 
 from __future__ import annotations
 
+from functools import partial
+
+import ml_dtypes
 import numpy as np
 import pytest
 from gguf import quants
@@ -18,22 +22,32 @@ from truffula.kernels.program import Embed, Epilogue, Linear, ModuleSlice, Site,
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.select import Precision, select_backend
 from truffula.testing.programs import AdapterTensors
-from truffula.weights.gguf_quants import FORMATS, dequantize
+from truffula.weights.gguf_quants import values_of_blocks
+from truffula.weights.quantised.packing import BY_KIND, FLOAT8, pack_float8
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
 TABLES = instruction_sets() if available() else ()
 KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0")
-BY_NAME = {format.name: format for format in FORMATS.values()}
+FLOATS = tuple(FLOAT8)
 
 
 def quantised(values: np.ndarray, kind: str) -> QuantisedArray:
-    """What the gguf package makes of ``values``."""
-    packed = quants.quantize(values.astype(np.float32), GGMLQuantizationType[kind])
-    format = BY_NAME[kind]
+    """What the gguf package makes of ``values``; or e4m3 of ml_dtypes, with the largest number of each group at 448."""
+    format, values = BY_KIND[kind], values.astype(np.float32)
+    if kind in FLOATS:
+        starts = np.arange(0, values.shape[1], format.size)
+        scales = np.maximum(np.maximum.reduceat(np.abs(values), starts, axis=1) / 448, 1e-30).astype(np.float32)
+        codes = (values / scales.repeat(format.size, 1)[:, : values.shape[1]]).astype(ml_dtypes.float8_e4m3fn)
+        return of_codes(codes.view(np.uint8), scales, kind)
+    packed = quants.quantize(values, GGMLQuantizationType[kind])
     blocks = packed.reshape(len(values), -1, format.nbytes)
-    return QuantisedArray(
-        kind, blocks, values.shape, lambda b: dequantize(format, b.reshape(-1), (len(b), format.size))
-    )
+    return QuantisedArray(kind, blocks, values.shape, partial(values_of_blocks, format))
+
+
+def of_codes(codes: np.ndarray, scales: np.ndarray, kind: str) -> QuantisedArray:
+    blocks = pack_float8(kind, codes, scales, FLOAT8[kind].size)
+    assert blocks is not None
+    return QuantisedArray(kind, blocks, codes.shape, partial(values_of_blocks, FLOAT8[kind]))
 
 
 def in_whole_numbers(x: np.ndarray, weight: QuantisedArray) -> np.ndarray:
@@ -116,8 +130,51 @@ def test_extreme_blocks(kind):
         np.testing.assert_allclose(product(CpuBackend(1, table), x, [weight]), wanted, rtol=2e-6, atol=1e-25)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(FLOATS), table=st.sampled_from(TABLES or ("",)), outputs=st.integers(1, 70),
+    blocks=st.integers(1, 9), rows=st.integers(1, 50), seed=st.integers(0, 99),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)  # fmt: skip
+def test_products_with_floats_of_8_bits_are_those_of_their_values(kind, table, outputs, blocks, rows, seed, dtype):
+    """In either dtype: activations are not rounded, and neither are weights to bfloat16."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, 32 * blocks)).astype(dtype if dtype == "float32" else ml_dtypes.bfloat16)
+    x = x.astype(np.float32)
+    weight = quantised(rng.standard_normal((outputs, 32 * blocks)) * np.exp(rng.standard_normal((outputs, 1))), kind)
+    made = product(CpuBackend(2, table), x, [weight], dtype=dtype)
+    exact = x.astype(np.float64) @ weight.dequantise().astype(np.float64).T
+    size = np.abs(x) @ np.abs(weight.dequantise()).T
+    assert (np.abs(made - exact) <= (2e-6 if dtype == "float32" else 2**-8) * size).all()
+
+
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FLOATS)
+def test_every_number_of_8_bits_has_its_value(kind, table):
+    """Multiplied, with few rows and with many, and looked up."""
+    codes = np.arange(256, dtype=np.uint8).reshape(4, 64)[:, ::-1].copy()
+    codes[(codes & 0x7F) == 0x7F] = 0x80
+    weight = of_codes(codes, np.array([[1.0], [0.1], [-3e-7], [1e9]], np.float32).repeat(2, 1), kind)
+    wanted = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    wanted *= np.array([[1.0], [0.1], [-3e-7], [1e9]], np.float32)
+    for dtype in ("float32", "bfloat16"):
+        rounded = wanted.astype(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bfloat16" else wanted
+        many = product(CpuBackend(1, table), np.eye(64, dtype=np.float32), [weight], dtype=dtype)
+        few = [
+            product(CpuBackend(1, table), row[None], [weight], dtype=dtype)[0] for row in np.eye(64, dtype=np.float32)
+        ]
+        np.testing.assert_array_equal(many.T, rounded)
+        np.testing.assert_array_equal(np.transpose(few), rounded)
+    one = OneOp("float32", 4)
+    tied = one.weight(wanted, "rows matmul")
+    one.values[f"w{tied}"] = [weight]
+    one.ops.append(Linear(name="head", x=one.input(np.ones((4, 64))), weight=tied, out=one.buffer(4)))
+    looked_up = one.run(CpuBackend(1, table), Embed(name="rows", table=tied, out=one.buffer(64)))
+    np.testing.assert_array_equal(looked_up, wanted)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("kind", (*KINDS, *FLOATS))
 def test_a_row_stands_alone(kind, table):
     """Bit for bit whatever the number of rows and threads."""
     rng = np.random.default_rng(3)
@@ -129,7 +186,13 @@ def test_a_row_stands_alone(kind, table):
             np.testing.assert_array_equal(product(CpuBackend(threads, table), x[lo:hi], [weight]), whole[lo:hi])
 
 
-@pytest.mark.parametrize("kinds", [("Q8_0", "Q4_0", "Q5_0"), ("Q4_1", "Q4_1"), ("Q4_1", "Q8_0"), ("Q4_0", "float32")])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        *(("Q8_0", "Q4_0", "Q5_0"), ("Q4_1", "Q4_1"), ("Q4_1", "Q8_0"), ("Q4_0", "float32")),
+        *(("FP8_128", "FP8_128"), ("FP8_128", "FP8_32"), ("FP8_32", "Q8_0")),
+    ],
+)
 def test_fused_parts(kinds):
     """Parts of several kinds: without loss where one format holds them, else by their values."""
     rng = np.random.default_rng(4)
@@ -137,7 +200,7 @@ def test_fused_parts(kinds):
     parts = [v if kind == "float32" else quantised(v, kind) for v, kind in zip(values, kinds, strict=False)]
     x = rng.standard_normal((6, 64)).astype(np.float32)
     made = product(CpuBackend(2), x, parts)
-    if kinds in (("Q4_1", "Q8_0"), ("Q4_0", "float32")):
+    if kinds in (("Q4_1", "Q8_0"), ("Q4_0", "float32")) or kinds[0] in FLOATS:
         whole = np.concatenate([p if isinstance(p, np.ndarray) else p.dequantise() for p in parts])
         np.testing.assert_allclose(made, x @ whole.T, rtol=1e-4, atol=1e-4)
     else:
@@ -145,11 +208,12 @@ def test_fused_parts(kinds):
         np.testing.assert_allclose(made, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_gate_and_up_with_an_adapter():
+@pytest.mark.parametrize("kind", ["Q8_0", "FP8_128"])
+def test_gate_and_up_with_an_adapter(kind):
     """The epilogue and the adapter's float32 sums are on top, from the x that was not rounded."""
     rng = np.random.default_rng(5)
     x = rng.standard_normal((7, 64)).astype(np.float32)
-    weight = quantised(rng.standard_normal((60, 64)), "Q8_0")
+    weight = quantised(rng.standard_normal((60, 64)), kind)
     site = Site(0, "linear", 0, 64, 60, (ModuleSlice("l", 0, 60, 60),))
     a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 64), (60, 4)))
     image = AdapterTensors("g", 4, (low_rank(0, a, b, 0.5),))
@@ -162,14 +226,14 @@ def test_gate_and_up_with_an_adapter():
         CpuBackend(2), x, [weight], epilogue=Epilogue(glu=True, activation="silu"), image=image, sites=[site],
         slices=(SiteSlice(0, 0, 60),), fill=fill,
     )  # fmt: skip
-    y = in_whole_numbers(x, weight)
+    y = in_whole_numbers(x, weight) if kind == "Q8_0" else x @ weight.dequantise().T
     y[2:5] += 0.5 * (x[2:5] @ a.T) @ b.T
     gate, up = y[:, :30], y[:, 30:]
     np.testing.assert_allclose(made, gate / (1 + np.exp(-gate)) * up, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, *FLOATS))
 def test_a_tied_table_gives_its_stored_rows(kind, table):
     rng = np.random.default_rng(6)
     weight = quantised(rng.standard_normal((45, 64)), kind)
@@ -179,14 +243,12 @@ def test_a_tied_table_gives_its_stored_rows(kind, table):
     one.values[f"w{tied}"] = [weight]
     one.ops.append(Linear(name="head", x=x, weight=tied, out=one.buffer(45)))
     made = one.run(CpuBackend(2, table), Embed(name="rows", table=tied, out=one.buffer(64)))
-    np.testing.assert_array_equal(made, quants.dequantize(weight.blocks.reshape(45, -1), GGMLQuantizationType[kind]))
+    np.testing.assert_array_equal(made, weight.dequantise())
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 def test_quantize_rounds_as_ggml_does(stored):
     """Read back row by row from the tied table: the values of the gguf package's own blocks."""
-    import ml_dtypes
-
     rng = np.random.default_rng(7)
     values = (rng.standard_normal((33, 96)) * np.exp(2 * rng.standard_normal((33, 1)))).astype(np.float32)
     values[0], values[1, 5:] = 0, 1e-9
@@ -221,26 +283,28 @@ def test_values_beyond_float16_scales_are_refused():
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_number_that_is_not_finite_spoils_its_row_only(table, bad):
+@pytest.mark.parametrize("kind", ["Q8_0", "FP8_128"])
+def test_a_number_that_is_not_finite_spoils_its_row_only(table, bad, kind):
     rng = np.random.default_rng(9)
     x = rng.standard_normal((4, 64)).astype(np.float32)
-    weight = quantised(rng.standard_normal((20, 64)), "Q8_0")
+    weight = quantised(rng.standard_normal((20, 64)), kind)
     clean = product(CpuBackend(1, table), x, [weight])
     x[2, 40] = bad
     made = product(CpuBackend(1, table), x, [weight])
-    assert np.isnan(made[2]).all()
+    assert not np.isfinite(made[2]).any()
     np.testing.assert_array_equal(np.delete(made, 2, 0), np.delete(clean, 2, 0))
 
 
-def test_exact_and_reference_compute_on_the_values():
+@pytest.mark.parametrize("kind", ["Q4_0", "FP8_128"])
+def test_exact_and_reference_compute_on_the_values(kind):
     rng = np.random.default_rng(10)
     x = rng.standard_normal((5, 64)).astype(np.float32)
-    weight = quantised(rng.standard_normal((20, 64)), "Q4_0")
+    weight = quantised(rng.standard_normal((20, 64)), kind)
     wanted = x.astype(np.float64) @ weight.dequantise().astype(np.float64).T
     for backend in (CpuBackend(1, exact=True), ReferenceBackend()):
         assert not backend.block_kinds
         np.testing.assert_allclose(product(backend, x, [weight]), wanted, rtol=1e-5, atol=1e-5)
-    assert CpuBackend(1).block_kinds == set(KINDS)
+    assert CpuBackend(1).block_kinds == {*KINDS, *FLOATS}
 
 
 def test_the_reference_backend_does_not_quantize():

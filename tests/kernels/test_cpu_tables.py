@@ -5,18 +5,20 @@ in bfloat16, so nothing but the processor decides whether they are taken."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
+import ml_dtypes
 import numpy as np
 import pytest
 from kernel_backends import ISAS, needs_native
 from one_op import OneOp
 
-from truffula.kernels.cpu import CpuBackend, available
+from truffula.kernels.backend import QuantisedArray
+from truffula.kernels.cpu import CpuBackend
 from truffula.kernels.program import Linear
 from truffula.testing.programs import as_dtype
-
-if available():
-    pass
+from truffula.weights.gguf_quants import values_of_blocks
+from truffula.weights.quantised.packing import FLOAT8, pack_float8
 
 pytestmark = needs_native
 BLOCK = 128
@@ -26,13 +28,16 @@ TILE = 32
 needs_tiles = pytest.mark.skipif("amx" not in ISAS, reason="this processor multiplies no tiles")
 
 
-def products(isa: str, x: np.ndarray, w: np.ndarray, dtype: str = "bfloat16", stored: str = "") -> np.ndarray:
-    """x W^T, in bfloat16 before its rounding: the buffer is float32."""
+def products(
+    isa: str, x: np.ndarray, w: np.ndarray, dtype: str = "bfloat16", stored: str | QuantisedArray = ""
+) -> np.ndarray:
+    """x W^T, in bfloat16 before its rounding: the buffer is float32. ``stored``: the dtype of w, or its blocks."""
     one = OneOp(dtype, len(x))
     ref = one.input(x)
     out = one.buffer(len(w), dtype="float32")
     op = Linear(name="l", x=ref, weight=one.weight(w, "matmul"), out=out)
-    one.values[one.weights[op.weight].name] = [as_dtype(w, stored or dtype)]
+    stored = stored or dtype
+    one.values[one.weights[op.weight].name] = [as_dtype(w, stored) if isinstance(stored, str) else stored]
     return one.run(CpuBackend(2, isa), op)
 
 
@@ -47,6 +52,10 @@ def summed(x: np.ndarray, w: np.ndarray, order: Iterable[int]) -> np.ndarray:
 def pairwise_down(lo: int, hi: int) -> list[int]:
     """k upward in pairs, of a pair the odd one first."""
     return [k for pair in range(lo, hi, 2) for k in (pair + 1, pair) if k < hi]
+
+
+def in_pairs(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return summed(x, w, pairwise_down(0, x.shape[1]))
 
 
 def summed_by_tiles(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -129,6 +138,29 @@ def test_float32_rows_are_summed_by_128_inputs(isa, stored, rows, outputs, input
         wanted += summed(x, w, range(lo, hi) if stored == "float32" else pairwise_down(lo, hi))
     got = products(isa, x, w, "float32", stored)
     np.testing.assert_array_equal(got.view(np.uint32), wanted.view(np.uint32))
+
+
+@pytest.mark.parametrize("isa", FUSED)
+@pytest.mark.parametrize("kind", FLOAT8)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 16, 32), (8, 40, 128), (13, 35, 160), (29, 17, 416)])
+def test_sums_of_a_group_are_scaled_and_added_upward(isa, kind, dtype, rows, outputs, inputs):
+    rng, size = np.random.default_rng(inputs), FLOAT8[kind].size
+    groups = -(-inputs // size)
+    codes, scales = rng.integers(0, 0x7F, (outputs, inputs), np.uint8), halves(rng, outputs, groups)
+    codes |= rng.integers(0, 2, codes.shape, np.uint8) << 7
+    blocks = pack_float8(kind, codes, scales, size)
+    assert blocks is not None
+    x, w = halves(rng, rows, inputs), codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    wanted = np.zeros((rows, outputs), np.float64)
+    for group in range(groups):
+        span = group * size, min(inputs, (group + 1) * size)
+        order = summed_by_tiles if (isa, dtype) == ("amx", "bfloat16") else in_pairs
+        sums = order(x[:, slice(*span)], w[:, slice(*span)]).astype(np.float64)
+        wanted = (wanted + sums * scales[:, group]).astype(np.float32).astype(np.float64)
+    stored = QuantisedArray(kind, blocks, w.shape, partial(values_of_blocks, FLOAT8[kind]))
+    got = products(isa, x, w, dtype, stored)
+    np.testing.assert_array_equal(got.view(np.uint32), wanted.astype(np.float32).view(np.uint32))
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -25,14 +25,15 @@ PROMPT_TOKENS = 11
 
 
 class Served:
-    """The base at ``path`` with any number of adapters in slots; runs whole prompts in one step."""
+    """The base at ``path`` with any number of adapters in slots; runs whole prompts in one step. ``packed``: blocks
+    that the backend multiplies stay as they are."""
 
-    def __init__(self, path: Path, backend: Backend) -> None:
+    def __init__(self, path: Path, backend: Backend, *, packed: bool = False) -> None:
         self.path = path
         checkpoint = open_checkpoint(path)
         plan = plan_model(checkpoint)
         self.tables = base_tables(plan.tables, checkpoint)
-        pull = WeightReader(checkpoint, plan)
+        pull = WeightReader(checkpoint, plan, block_kinds=backend.block_kinds if packed else frozenset())
         self.program: Program = plan.program
         self.tied = plan.tying.tie is not Tie.SEPARATE
         rows, blocks = 48 * PROMPT_TOKENS, -(-PROMPT_TOKENS // BLOCK)

@@ -14,16 +14,21 @@ from truffula.kernels.backend import Backend
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.weights.open import open_checkpoint
 
-FAST = ("gptq-4-act-order",)
+FAST = (("gptq-4-act-order", False), ("fp8-channel", True))
+# Floats of 8 bits are multiplied without rounding: the same answers from packed weights.
+PACKED = ("fp8-tensor", "fp8-channel", "fp8-ue8m0", "fp8-mxfp8", "modelopt-mxfp8", "ct-mxfp8")
+CASES = [*((name, False) for name in LINEAR), *((name, True) for name in PACKED)]
 
 
 @on_the_best
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LINEAR]
+    ("name", "packed"), [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 )  # the slow ones together take a minute
-def test_lora_agrees_with_peft_on_the_dequantised_base(tmp_path: Path, name: str, backend: Backend) -> None:
+def test_lora_agrees_with_peft_on_the_dequantised_base(
+    tmp_path: Path, name: str, packed: bool, backend: Backend
+) -> None:
     config, tensors = as_model(Fixture(name))
-    served = Served(write_folder(tmp_path / "quantised", config, tensors), backend)
+    served = Served(write_folder(tmp_path / "quantised", config, tensors), backend, packed=packed)
     opened = open_checkpoint(served.path)
     values = {key: np.asarray(opened.read(key), np.float32) for key in opened.tensors}
     del config["quantization_config"]

@@ -12,6 +12,7 @@
 
 namespace {
 
+typedef uint8_t EmuBytes __attribute__((vector_size(64)));
 typedef uint16_t EmuWords __attribute__((vector_size(64)));
 typedef int32_t EmuInts __attribute__((vector_size(64)));
 typedef uint32_t EmuBits __attribute__((vector_size(64)));
@@ -129,6 +130,12 @@ EMU __m512i emu_broadcast_i32x4(__m128i a) {
   return emu_as<__m512i>(EmuIntHalves{twice, twice});
 }
 EMU __m512i emu_set1_epi8(char x) { return emu_set1_epi32((int)(0x01010101u * (unsigned char)x)); }
+EMU __mmask64 emu_testn_epi8_mask(__m512i a, __m512i b) {
+  const EmuBytes both = emu_as<EmuBytes>(a) & emu_as<EmuBytes>(b);
+  __mmask64 k = 0;
+  for (int i = 0; i < 64; ++i) k |= (__mmask64)(both[i] == 0) << i;
+  return k;
+}
 EMU __m512i emu_slli_epi32(__m512i a, unsigned n) { return emu_as<__m512i>(emu_as<EmuBits>(a) << n); }
 EMU __m512i emu_srli_epi32(__m512i a, unsigned n) { return emu_as<__m512i>(emu_as<EmuBits>(a) >> n); }
 EMU __m512i emu_srai_epi32(__m512i a, unsigned n) { return emu_as<__m512i>(emu_as<EmuInts>(a) >> (int)n); }
@@ -323,6 +330,7 @@ EMU void emu_tile_dot(int c, int a, int b) {
 #define _mm512_storeu_si512 emu_storeu_si512
 #define _mm512_storeu_ps emu_storeu_ps
 #define _mm512_sub_ps emu_sub_ps
+#define _mm512_testn_epi8_mask emu_testn_epi8_mask
 #define _mm512_unpackhi_epi8 emu_unpackhi_epi8
 #define _mm512_unpacklo_epi8 emu_unpacklo_epi8
 #define _mm512_xor_si512 emu_xor_si512

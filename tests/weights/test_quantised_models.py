@@ -21,6 +21,7 @@ from truffula.testing.files import Array
 from truffula.testing.oracle import Oracle
 from truffula.testing.parity import verify_model
 from truffula.testing.programs import Part, fill_step
+from truffula.testing.tiny import tiny_tensors
 from truffula.weights.open import open_checkpoint
 from truffula.weights.safetensors import DTYPES
 from truffula.weights.tying import Tie
@@ -95,6 +96,71 @@ def test_integers_are_kept_in_blocks_of_the_native_kernels(tmp_path: Path, name:
     assert np.abs(logits - exact).max() < 0.2 * exact.std()
     formats = CpuBackend(1).plan(plan.program, "bfloat16", CAPACITY, plan.stored_types).weight_formats
     assert set(formats) == {PACKED[name].lower(), "bfloat16", "vectors"}
+
+
+FLOAT8 = {
+    "fp8-tensor": "FP8_128", "fp8-channel": "FP8_128", "fp8-ue8m0": "FP8_32", "fp8-mxfp8": "FP8_32",
+    "ct-fp8-tensor": "FP8_128", "ct-fp8-channel": "FP8_128", "ct-mxfp8": "FP8_32", "modelopt-mxfp8": "FP8_32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+def test_floats_of_8_bits_are_kept_as_they_are(tmp_path: Path, name: str) -> None:
+    """compressed-tensors rounds a weight to the dtype of its scales, bfloat16; native products do not."""
+    path = write_folder(tmp_path / "m", *as_model(Fixture(name), head=True))
+    opened, kind = open_checkpoint(path), FLOAT8[name]
+    for info in [info for info in opened.tensors.values() if info.parts]:
+        blocks, values = opened.blocks(info.name), opened.read(info.name)
+        assert blocks is not None and (blocks.kind, blocks.shape) == (kind, info.shape)
+        np.testing.assert_array_equal(blocks.dequantise().astype(values.dtype), values)
+        np.testing.assert_array_equal(blocks.rows(3, 9).dequantise().astype(values.dtype), values[3:9])
+    plan, logits = run(path, exact=False)
+    _, exact = run(path)
+    np.testing.assert_allclose(logits, exact, atol=0.02 * exact.std() if name.startswith("ct-fp8") else 1e-4)
+    formats = CpuBackend(1).plan(plan.program, "bfloat16", CAPACITY, plan.stored_types).weight_formats
+    shapes = [decl.shape for decl in plan.program.weights if len(decl.shape) == 2]
+    held = {kind.lower(): sum(held_bytes(kind, *shape) for shape in shapes[1:]), "bfloat16": 2 * 128 * 64}
+    assert formats == {**held, "vectors": formats["vectors"]} and shapes[0] == (128, 64)
+
+
+def held_bytes(kind: str, outputs: int, inputs: int) -> int:
+    """Of a matrix in FP8, 16 outputs at a time: a byte for each number, four for each group's scale."""
+    return -(-outputs // 16) * 16 * (inputs + 4 * -(-inputs // int(kind.removeprefix("FP8_"))))
+
+
+def test_blocks_of_128_by_128_are_kept(tmp_path: Path) -> None:
+    """Widths that are no multiple of 128, as transformers computes them."""
+    sizes = {"hidden_size": 160, "intermediate_size": 288, "num_attention_heads": 5, "num_key_value_heads": 5}
+    config: dict[str, Any] = {**MODEL, **sizes, "head_dim": 32}
+    tensors = tiny_tensors(config, dtype="float32")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors.pop(name)
+        rows, inputs = (-(-size // 128) for size in weight.shape)
+        padded = np.zeros((128 * rows, 128 * inputs), np.float32)
+        padded[: weight.shape[0], : weight.shape[1]] = weight
+        scales = np.abs(padded.reshape(rows, 128, inputs, 128)).max((1, 3)) / 448
+        codes = weight / scales.repeat(128, 0).repeat(128, 1)[: weight.shape[0], : weight.shape[1]]
+        tensors |= {name: codes.astype(DTYPES["F8_E4M3"]), f"{name}_scale_inv": scales.astype(np.float32)}
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    path = write_folder(tmp_path / "m", config, tensors)
+    plan, logits = run(path, exact=False)
+    np.testing.assert_allclose(logits, Oracle(path, tied=False).logits(PROMPT), atol=1e-4)
+    planned = [
+        CpuBackend(1, exact=exact).plan(plan.program, "bfloat16", CAPACITY, plan.stored_types).weight_formats
+        for exact in (False, True)
+    ]
+    shapes = [decl.shape for decl in plan.program.weights if len(decl.shape) == 2 and decl.shape[0] != 128]
+    assert planned[0]["fp8_128"] == sum(held_bytes("FP8_128", *shape) for shape in shapes)
+    assert planned[1]["bfloat16"] - planned[0]["bfloat16"] == sum(2 * outputs * inputs for outputs, inputs in shapes)
+
+
+@pytest.mark.parametrize("suffix", [".weight", ".weight_scale_inv"])
+def test_what_is_not_finite_is_refused_where_it_would_be_kept(tmp_path: Path, suffix: str) -> None:
+    config, tensors = as_model(Fixture("fp8-channel"))
+    bits = tensors[f"{PATH}{suffix}"].view(np.uint8)
+    bits.reshape(-1)[-4:] = 0xFF  # NaN in either
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight in .* holds (4|64) NaN"):
+        run(write_folder(tmp_path / "m", config, tensors), exact=False)
 
 
 def test_stacked_experts_of_mxfp4_are_kept_in_blocks_along_their_inputs(tmp_path: Path) -> None:
@@ -226,19 +292,19 @@ def test_fused_modules_are_quantised_as_one(tmp_path: Path) -> None:
     assert np.array_equal(logits, wanted)
 
 
-@pytest.mark.parametrize("name", ["gptq-4", "fp8-block"])
+@pytest.mark.parametrize("name", ["gptq-4", "fp8-block", "fp8-channel"])
 def test_experts_are_modules_like_others(tmp_path: Path, name: str) -> None:
     moe = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
     config, tensors = as_model(Fixture(name), model_type="qwen3_moe", head_dim=16, norm_topk_prob=True, **moe)
-    assert (
-        any("experts.3.down_proj" in key and "weight" not in key.split(".") for key in tensors) or name == "fp8-block"
-    )
+    assert any("experts.3.down_proj" in key and ("weight" in key) == name.startswith("fp8") for key in tensors)
     path = write_folder(tmp_path / "m", config, tensors)
     _, logits = run(path)
     _, wanted = run(plain_copy(path, config, tmp_path / "plain"))
     assert np.array_equal(logits, wanted)
-    _, packed = run(path, exact=False)
-    assert np.abs(packed - logits).max() < logits.std()
+    plan, packed = run(path, exact=False)
+    assert np.abs(packed - logits).max() < (logits.std() if name == "gptq-4" else 1e-4)
+    formats = CpuBackend(1).plan(plan.program, "bfloat16", CAPACITY, plan.stored_types).weight_formats
+    assert ("fp8_128" in formats) == (name == "fp8-channel")
 
 
 def test_scales_of_activations_and_of_the_cache_are_left_out_and_said(tmp_path: Path) -> None:
@@ -264,15 +330,24 @@ def test_fbgemm_is_float8_with_a_scale_per_row(tmp_path: Path) -> None:
         assert digest(opened.read(f"{module}.weight")) == wanted
 
 
-def test_blocks_that_do_not_divide_the_weight_are_cropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shape", "block", "kind"), [((72, 40), 32, ""), ((200, 288), 128, "FP8_128"), ((72, 96), 64, "FP8_32")]
+)
+def test_blocks_that_do_not_divide_the_weight_are_cropped(
+    tmp_path: Path, shape: tuple[int, int], block: int, kind: str
+) -> None:
     """kv_a_proj_with_mqa of DeepSeek has 576 rows in blocks of 128."""
     rng = np.random.default_rng(0)
-    weight = rng.integers(0, 0x7F, (72, 40), np.uint8).view(DTYPES["F8_E4M3"])
-    scales = rng.random((3, 2), np.float32)
-    config = {**MODEL, "quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}
+    weight = rng.integers(0, 0x7F, shape, np.uint8).view(DTYPES["F8_E4M3"])
+    scales = rng.random([-(-size // block) for size in shape], np.float32)
+    config = {**MODEL, "quantization_config": {"quant_method": "fp8", "weight_block_size": [block, block]}}
     opened = open_checkpoint(write_folder(tmp_path, config, {"x.weight": weight, "x.weight_scale_inv": scales}))
-    spread = scales.repeat(32, 0).repeat(32, 1)[:72, :40]
-    np.testing.assert_array_equal(opened.read("x.weight"), weight.astype(np.float32) * spread)
+    wanted = weight.astype(np.float32) * scales.repeat(block, 0).repeat(block, 1)[: shape[0], : shape[1]]
+    np.testing.assert_array_equal(opened.read("x.weight"), wanted)
+    blocks = opened.blocks("x.weight")
+    assert (blocks.kind if blocks is not None else "") == kind
+    if blocks is not None:
+        np.testing.assert_array_equal(blocks.dequantise(), wanted)
 
 
 def _drop(suffix: str) -> Callable[[Tensors], None]:

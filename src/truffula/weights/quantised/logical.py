@@ -56,8 +56,8 @@ class Logical:
         return out
 
     def blocks(self, size: int, nbytes: int) -> Array | None:
-        """uint8 ``[..., blocks of a row, nbytes]``: ``packed_shape`` in blocks of ``size`` values of the kind ``packed``,
-        the last of a row filled up; None where they do not fit.
+        """uint8 ``[..., blocks of a row, nbytes]``: ``packed_shape`` in blocks of ``size`` values of the kind
+        ``packed``, the last of a row filled up; None where they do not fit.
         """
         *rows, width = self.packed_shape
         out = np.empty((*rows, -(-width // size), nbytes), np.uint8)

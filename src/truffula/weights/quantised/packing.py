@@ -3,8 +3,8 @@
 
 A block is 32 inputs with a float16 scale, so a group of 64 or 128 becomes several blocks with the same scale. Q4_1 has
 a minimum, ``-zero * scale``, also in float16. A weight of these blocks is not rounded to the dtype of the file's
-scales, as the libraries' values are, and a scale in bfloat16 below 2^-14 loses bits. FP8 has float32 scales, one per 128
-or 32 inputs, before the numbers as they are stored; a larger run of inputs that share a scale becomes several blocks.
+scales, as the libraries' values are, and a scale in bfloat16 below 2^-14 loses bits. FP8 has float32 scales, one per
+128 or 32 inputs, before the numbers as they are stored; a larger run of inputs that share a scale becomes several blocks.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def float8_kind(inputs: int, group: int) -> str:
 
 
 def pack_float8(kind: str, codes: Array, scales: Array, group: int) -> Array | None:
-    """``[n, blocks, 4 + size]`` uint8 of e4m3 ``codes [n, inputs]`` and ``scales [n, groups]``, zero behind the last input;
-    None when a number or a scale is not finite.
+    """``[n, blocks, 4 + size]`` uint8 of e4m3 ``codes [n, inputs]`` and ``scales [n, groups]``, zero behind the last
+    input; None when a number or a scale is not finite.
     """
     (rows, inputs), size = codes.shape, FLOAT8[kind].size
     scales = np.take(scales, np.arange(0, inputs, size) // group, 1).astype(np.float32)

@@ -73,6 +73,12 @@ TF_INLINE int32_t to_bytes(V a, V b, uint8_t* to) {
 TF_INLINE void store_halves(uint16_t* to, V a) {
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16)));
 }
+TF_INLINE V even_of(I pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs.v, 16))}; }
+TF_INLINE V odd_of(I pairs) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(pairs.v, _mm512_set1_epi32((int)0xffff0000u)))};
+}
+// Whether a byte has none of the bits of `mask`.
+TF_INLINE bool any_without(I a, int32_t mask) { return _mm512_testn_epi8_mask(a.v, _mm512_set1_epi32(mask)) != 0; }
 constexpr int kQuantRows = 6;    // 6 rows x 2 panels: 12 sums and 12 accumulators of 32 registers
 constexpr int kQuantTwo = 6;     // up to so many rows two panels at once
 
@@ -120,6 +126,19 @@ TF_INLINE void store_line(uint8_t* p, I a) {
   _mm256_storeu_si256((__m256i*)p, a.lo);
   _mm256_storeu_si256((__m256i*)(p + 32), a.hi);
 }
+TF_INLINE V even_of(I pairs) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(pairs.hi, 16))};
+}
+TF_INLINE V odd_of(I pairs) {
+  const __m256i mask = _mm256_set1_epi32((int)0xffff0000u);
+  return {_mm256_castsi256_ps(_mm256_and_si256(pairs.lo, mask)), _mm256_castsi256_ps(_mm256_and_si256(pairs.hi, mask))};
+}
+// Whether a byte has none of the bits of `mask`.
+TF_INLINE bool any_without(I a, int32_t mask) {
+  const I some = a & all32(mask);
+  const __m256i least = _mm256_min_epu8(some.lo, some.hi);
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(least, _mm256_setzero_si256())) != 0;
+}
 constexpr int kQuantRows = 4;    // 4 rows x 1 panel of two registers: 8 sums and 4 registers of weights of 16
 constexpr int kQuantTwo = 1;
 
@@ -164,6 +183,9 @@ TF_INLINE V load_half(const uint8_t* p) {
   }
   return load(x);
 }
+TF_INLINE void store_line(uint8_t* p, I a) { memcpy(p, &a, sizeof a); }
+TF_INLINE V even_of(I pairs) { return map([&](int i) { return (Quad)((BitQuad)pairs.q[i] << 16); }); }
+TF_INLINE V odd_of(I pairs) { return map([&](int i) { return (Quad)((BitQuad)pairs.q[i] & 0xffff0000u); }); }
 constexpr int kQuantRows = 2;
 constexpr int kQuantTwo = 0;
 

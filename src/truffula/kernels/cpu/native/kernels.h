@@ -24,8 +24,8 @@ constexpr int kBlock = 32;
 // kQ4_0 and kQ4_1: 4 lines whose low nibbles are inputs 0 .. 15 and high ones 16 .. 31; kQ5_0: the same and a line of
 // fifth bits). After all blocks of a panel: 16 float16 scales per block, followed in kQ4_1 by 16 float16 minimums.
 // Scaled: floats of fewer bits (kFP8: e4m3, no NaN), a float32 scale for each output and group of 128 or 32 inputs. Lines
-// hold 4 inputs of 16 outputs: of outputs 4 j .. 4 j + 3 first inputs 0 and 1, then 2 and 3. After all lines of a panel:
-// 16 scales per group.
+// hold 4 inputs of 16 outputs: of outputs 4 j .. 4 j + 3 first inputs 0 and 1, then 2 and 3; the halves of a byte are
+// exchanged. After all lines of a panel: 16 scales per group.
 enum Format : int32_t { kF32 = 0, kBF16 = 1, kQ8_0 = 2, kQ4_0 = 3, kQ4_1 = 4, kQ5_0 = 5, kFP8_128 = 6, kFP8_32 = 7 };
 constexpr int32_t kFormatCount = 8;
 static constexpr bool is_quantised(int32_t format) { return format > kBF16 && format <= kQ5_0; }  // multiplied as integers

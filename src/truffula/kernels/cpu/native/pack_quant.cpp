@@ -153,9 +153,14 @@ void pack_scaled(const Source& source, int64_t inputs, int64_t row_lo, int64_t r
         const uint8_t* from = static_cast<const uint8_t*>(source.data) + (row + i) * row_bytes + group * block;
         std::memcpy(lines + 16 * inputs + 64 * group + 4 * (lane + i), from, sizeof(float));
         uint8_t* at = lines + 16 * k_lo + (lane + i) / 4 * 16 + (lane + i) % 4 * 2;
-        for (int64_t k = 0; k < k_hi - k_lo; k += 4) {
-          std::memcpy(at + 16 * k, from + sizeof(float) + k, 2);
-          std::memcpy(at + 16 * k + 8, from + sizeof(float) + k + 2, 2);
+        for (int64_t k = 0; k < k_hi - k_lo; k += 8) {
+          uint64_t codes;
+          std::memcpy(&codes, from + sizeof(float) + k, sizeof codes);
+          codes = (codes & 0x0f0f0f0f0f0f0f0fu) << 4 | (codes >> 4 & 0x0f0f0f0f0f0f0f0fu);
+          for (int64_t pair = 0; pair < 4; ++pair) {
+            const auto two = static_cast<uint16_t>(codes >> 16 * pair);
+            std::memcpy(at + 16 * k + pair / 2 * 64 + pair % 2 * 8, &two, sizeof two);
+          }
         }
       }
     }
