@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truffula.kernels.cpu.formats import BLOCK_KINDS
+from truffula.kernels.cpu.formats import INT8_KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 # The compiler flags of each instruction set, as in CMakeLists.txt.
@@ -65,9 +65,9 @@ class Limits:
 
     def peak_of(self, stored: str) -> float:
         """Operations per second that products with matrices in this format can reach."""
-        if stored in BLOCK_KINDS:
+        if stored in INT8_KINDS:
             return self.word_peak if stored == "Q8_0" and self.word_peak else self.byte_peak
-        return self.pair_peak if stored == "bfloat16" and self.pair_peak else self.float_peak
+        return self.pair_peak if stored != "float32" and self.pair_peak else self.float_peak
 
     def compare(self, raw: Raw) -> Timed:
         """A timing with its limit."""

@@ -157,8 +157,9 @@ def test_blocks_of_128_by_128_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".weight", ".weight_scale_inv"])
 def test_what_is_not_finite_is_refused_where_it_would_be_kept(tmp_path: Path, suffix: str) -> None:
     config, tensors = as_model(Fixture("fp8-channel"))
-    bits = tensors[f"{PATH}{suffix}"].view(np.uint8)
-    bits.reshape(-1)[-4:] = 0xFF  # NaN in either
+    bits = tensors[f"{PATH}{suffix}"].copy()
+    bits.view(np.uint8).reshape(-1)[-4:] = 0xFF  # NaN in either
+    tensors[f"{PATH}{suffix}"] = bits
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight in .* holds (4|64) NaN"):
         run(write_folder(tmp_path / "m", config, tensors), exact=False)
 

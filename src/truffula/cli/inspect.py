@@ -192,6 +192,8 @@ LABELS = MappingProxyType(
         "served_reason": "  because",
         "layer_kinds": "  with",
         "active_parameters": "  of which a token uses",
+        "memory_bytes": "weights in memory (cpu)",
+        "memory_formats": "  as",
         "tying": "embedding and head",
         "tying_reason": "  because",
         "saved_by_tying_bytes": "  saved by tying",
@@ -239,6 +241,7 @@ def _facts(path: Path, checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Any
         "quantisation": scheme.method if scheme is not None else "none",
         "weights_bytes": plan.stored_bytes,
         **_bytes_by_part(checkpoint, plan),
+        **_memory(plan),
         "int8": int8_products(plan),
         "tying": plan.tying.tie.name.lower(),
         "tying_reason": plan.tying.reason,
@@ -279,6 +282,23 @@ def _bytes_by_part(checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, int]:
         names = {part.name for part in decl.parts}
         sizes[parts[decl.name]] += sum(checkpoint.tensors[name].nbytes for name in names)
     return {f"weights_of_{part}_bytes": nbytes for part, nbytes in sizes.most_common()}
+
+
+def _memory(plan: ModelPlan) -> dict[str, Any]:
+    """The bytes of the weights as the cpu backend would hold them by default, and in which formats."""
+    from truffula.kernels.cpu import CpuBackend, available
+    from truffula.kernels.cpu.formats import WeightOptions
+    from truffula.kernels.cpu.weights import planned_weights
+    from truffula.kernels.select import choose_dtype
+
+    if plan.native_spec is None or not available():
+        return {}
+    dtype = choose_dtype(CpuBackend(1), "auto", plan.stored_dtype).dtype
+    formats = Counter[str]()
+    for name, nbytes in planned_weights(plan.program, WeightOptions(dtype), plan.stored_types):
+        formats[name] += nbytes
+    text = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in formats.most_common())
+    return {"memory_bytes": formats.total(), "memory_formats": text}
 
 
 def _adapter(path: Path, base: str | None, *, as_json: bool) -> None:

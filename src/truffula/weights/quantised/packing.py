@@ -4,7 +4,7 @@
 A block is 32 inputs with a float16 scale, so a group of 64 or 128 becomes several blocks with the same scale. Q4_1 has
 a minimum, ``-zero * scale``, also in float16. A weight of these blocks is not rounded to the dtype of the file's
 scales, as the libraries' values are, and a scale in bfloat16 below 2^-14 loses bits. FP8 has float32 scales, one per
-128 or 32 inputs, before the numbers as they are stored; a larger run of inputs that share a scale becomes several blocks.
+128 or 32 inputs, before the numbers as they are stored; a larger run of inputs with one scale becomes several blocks.
 """
 
 from __future__ import annotations
