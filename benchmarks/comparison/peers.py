@@ -144,8 +144,8 @@ def missing(contestant: Contestant, place: Place) -> str | None:
     path = place.path(contestant.model)
     if path.exists():
         return None
-    maker = "llamacpp.sh" if path.suffix == ".gguf" else "models.sh"
-    return f"{contestant.title}: {path} does not exist: {place.scripts / maker} setup"
+    maker = "llamacpp.sh setup, or moe for models with experts" if path.suffix == ".gguf" else "models.sh setup"
+    return f"{contestant.title}: {path} does not exist: {place.scripts}/{maker}"
 
 
 def version(contestant: Contestant, place: Place) -> str:

@@ -138,7 +138,7 @@ def _offline(contestant: Contestant, row: Row, place: Place, number: int) -> Rou
     value = statistics.median(answer["tok_s"])
     answer["read_gb_per_s"] = round(rate / 1e9, 2)
     if row.measure == "decode":
-        answer["of_roofline"] = round(value * answer["weight_bytes"] / rate, 3)
+        answer["of_roofline"] = round(value * row.token_share * answer["weight_bytes"] / rate, 3)
     return Round(value, (answer,))
 
 

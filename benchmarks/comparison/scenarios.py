@@ -66,7 +66,10 @@ class Contestant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"contestants": "contestant"}):
-    """One line of the comparison: ``contestants`` in turn, the first against each of the others."""
+    """One line of the comparison: ``contestants`` in turn, the first against each of the others.
+
+    ``token_share``: what part of the weights' bytes a token reads, of a model with experts.
+    """
 
     name: str
     what: str
@@ -80,6 +83,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"cont
     max_tokens: Positive = 64
     vocab_size: int = 1000
     runs: Positive = 1
+    token_share: float = 1.0
     adapter_dir: str = "adapters/smollm2"
 
     def __post_init__(self) -> None:

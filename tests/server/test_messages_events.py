@@ -15,7 +15,7 @@ from truffula.items import Reasoning, Text, ToolCallPart
 from truffula.metrics import RequestRecord
 from truffula.server.messages import MessagesWriter, message_reply
 from truffula.server.messages_bodies import MessagesBody
-from truffula.service import collect
+from truffula.service.choices import collect
 from truffula.types import ChoiceTotals, TextDelta
 
 TOP = {"id": "msg_1", "type": "message", "role": "assistant", "model": "pirate"}

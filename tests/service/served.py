@@ -8,8 +8,8 @@ from typing import Any
 
 from tiny_tokenizers import byte_level_json
 
-from truffula.service import AsyncService, collect
-from truffula.service.choices import choice_error
+from truffula.service.aio import AsyncService
+from truffula.service.choices import choice_error, collect
 from truffula.service.files import LoadedTexts
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint

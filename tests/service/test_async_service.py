@@ -28,7 +28,9 @@ from truffula.errors import (
 from truffula.items import Message, Text, Tool, ToolCall
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
-from truffula.service import AsyncService, Service, ServiceLimits, collect
+from truffula.service.aio import AsyncService
+from truffula.service.choices import collect
+from truffula.service.core import Service, ServiceLimits
 from truffula.service.sync import SyncService
 from truffula.types import AdapterCommand, GenerateRequest, TokenEvent
 

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as Library
 from examples import examples
 from truffula.errors import EngineDied
 from truffula.params import SamplingParams
-from truffula.service import Service, collect
+from truffula.service.choices import collect
+from truffula.service.core import Service
 from truffula.service.files import LoadedTexts
 from truffula.text.tokenizer import Tokenizer
 from truffula.types import Completion, GenerateRequest, RequestTimes, TextDelta, TokenEvent

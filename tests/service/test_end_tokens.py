@@ -12,7 +12,7 @@ from tiny_tokenizers import byte_level, byte_level_json
 from truffula import LLM, SamplingParams
 from truffula.errors import InvalidRequest, NoTokenizer
 from truffula.items import Message, Text, Tool
-from truffula.service import Service
+from truffula.service.core import Service
 from truffula.service.files import LoadedTexts
 from truffula.text.tokenizer import Tokenizer, load_tokenizer
 from truffula.types import EndToken, GenerateRequest, TokenEvent

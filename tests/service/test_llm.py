@@ -20,7 +20,7 @@ from truffula.errors import (
     PromptTooLong,
     ShuttingDown,
 )
-from truffula.service import collect
+from truffula.service.choices import collect
 from truffula.testing.oracle import Oracle
 from truffula.types import TextDelta
 

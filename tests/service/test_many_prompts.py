@@ -20,7 +20,7 @@ from truffula import LLM, SamplingParams
 from truffula.config import EngineConfig
 from truffula.engine.client import EngineClient, connect
 from truffula.errors import Overloaded, PromptTooLong
-from truffula.service import AsyncService
+from truffula.service.aio import AsyncService
 from truffula.service.core import RequestState
 from truffula.service.progress import ProgressBar
 from truffula.service.sync import SyncService

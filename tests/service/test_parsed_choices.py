@@ -10,8 +10,7 @@ from tiny_tokenizers import byte_level
 from examples import examples
 from truffula.items import Part, Reasoning, Text, ToolCall, ToolCallPart
 from truffula.params import SamplingParams
-from truffula.service import collect
-from truffula.service.choices import ChoiceState
+from truffula.service.choices import ChoiceState, collect
 from truffula.types import Completion, EngineRequest, TextDelta, TokenEvent
 
 EOS = 1

@@ -15,7 +15,8 @@ from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong, Template
 from truffula.items import Message, Text
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
-from truffula.service import Service, ServiceLimits, collect
+from truffula.service.choices import collect
+from truffula.service.core import Service, ServiceLimits
 from truffula.service.files import LoadedTexts
 from truffula.types import GenerateRequest, TokenEvent
 

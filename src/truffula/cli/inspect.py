@@ -279,7 +279,7 @@ def _bytes_by_part(checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, int]:
         return {}
     parts, sizes = part_of_weights(plan.native_spec), Counter[str]()
     for decl in plan.program.weights:
-        names = {part.name for part in decl.parts}
+        names = dict.fromkeys(part.name for part in decl.parts)
         sizes[parts[decl.name]] += sum(checkpoint.tensors[name].nbytes for name in names)
     return {f"weights_of_{part}_bytes": nbytes for part, nbytes in sizes.most_common()}
 

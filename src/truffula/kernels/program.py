@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import numpy.typing as npt
 
 from truffula.errors import KernelError
@@ -52,8 +53,9 @@ class Ref:
     width: int
 
 
-@dataclass(frozen=True)
-class ModuleSlice:
+# A model of many experts has tens of thousands of slices and sites. A struct is made ten times as fast as a frozen
+# dataclass, and the garbage collector does not visit it; so are ``StackedSlice``, ``WeightPart`` and ``TensorInfo``.
+class ModuleSlice(msgspec.Struct, frozen=True, gc=False):
     """PEFT module path ``name`` whose output rows ``lo .. hi`` (of ``of`` rows) are this site's output, sorted by
     ``order``."""
 
@@ -69,8 +71,7 @@ class ModuleSlice:
         return part if self.order is None else self.order.sorted(part)
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(msgspec.Struct, frozen=True, gc=False):
     """A place where adapters act: one slice of a linear weight, or a table.
 
     ``modules[0]`` is the site's own module path as PEFT names it without ``base_model.model.``, e.g.
@@ -128,8 +129,7 @@ class RecurrentState:
     dtype: BufferDtype = "float32"
 
 
-@dataclass(frozen=True)
-class SiteSlice:
+class SiteSlice(msgspec.Struct, frozen=True, gc=False):
     """Output columns ``lo .. hi`` of a linear (before any glu) belong to ``site``."""
 
     site: int

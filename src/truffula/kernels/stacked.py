@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True)
-class StackedSlice:
+class StackedSlice(msgspec.Struct, frozen=True, gc=False):
     """Rows of matrix number ``expert`` of the parameter ``name`` (``model.layers.3.mlp.experts.gate_up_proj``).
 
     The site's rows are ``lo, lo + step ..`` of ``of`` rows. ``columns``: the parameter is stored [E, I, O];

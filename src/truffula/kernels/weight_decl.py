@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -41,8 +42,7 @@ class RowOrder:
         return np.concatenate([run.reshape(-1, *rows.shape[1:]) for run in runs])
 
 
-@dataclass(frozen=True)
-class WeightPart:
+class WeightPart(msgspec.Struct, frozen=True, gc=False):
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
     ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``minus_exp`` is -exp(w), in float32;

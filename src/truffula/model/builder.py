@@ -123,16 +123,18 @@ class ProgramBuilder:
         """A site for each slice of each expert. PEFT has them as modules or within a parameter of all experts."""
         body = self.spec.names.body
         stacked = next((layout for layout in row.layouts if layout.parameter is not None), None)
+        parameter, count, height = f"{body}{stacked and stacked.parameter}", len(row.slices), row.rows
+        names = [(body + item.module).partition("{e}") for item in row.slices]
         for expert in range(row.experts):
             lo = 0
-            for number, item in enumerate(row.slices):
-                module, place = ModuleSlice(body + item.module.format(e=expert), 0, item.rows, item.rows), None
+            for number, (item, (before, _, after)) in enumerate(zip(row.slices, names, strict=True)):
+                module, place = ModuleSlice(f"{before}{expert}{after}", 0, item.rows, item.rows), None
                 if stacked is not None:
-                    first, step = (number, len(row.slices)) if stacked.alternating else (lo, 1)
-                    place = StackedSlice(f"{body}{stacked.parameter}", expert, row.experts, first, step, row.rows,
+                    first, step = (number, count) if stacked.alternating else (lo, 1)
+                    place = StackedSlice(parameter, expert, row.experts, first, step, height,
                                          stacked.columns, stacked.peft_columns)  # fmt: skip
                 site = self.site("linear", row.layer, row.width, item.rows, [module], place)
-                yield SiteSlice(site, expert * row.rows + lo, expert * row.rows + lo + item.rows)
+                yield SiteSlice(site, expert * height + lo, expert * height + lo + item.rows)
                 lo += item.rows
 
     def bias(self, key: str) -> int | None:

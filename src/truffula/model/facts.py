@@ -13,6 +13,8 @@ from truffula.model.config_view import load_defaults
 from truffula.model.rows import LayerRows
 from truffula.model.spec import ModelSpec
 
+_NUMBER = re.compile(r"\.\d+\.")
+
 
 def parameter_counts(spec: ModelSpec, *, tied: bool) -> tuple[int, int]:
     """The number of parameters, and of those that a token is multiplied with: without tables that are only looked up,
@@ -72,9 +74,8 @@ def describe_positions(spec: ModelSpec, config: Mapping[str, Any]) -> str:
 
 def site_kinds(interface: ModelInterface) -> dict[str, int]:
     """The number of sites of each kind of module, named relative to its layer; ``*`` for the number of an expert."""
-    return dict(Counter(_without_layer(site.module) for site in interface.sites))
-
-
-def _without_layer(module: str) -> str:
-    head, *rest = re.split(r"\.\d+\.", module)
-    return ".*.".join(rest) if rest else head.rpartition(".")[2]
+    kinds = Counter[str]()
+    for path, count in Counter(_NUMBER.sub(".*.", site.modules[0].name) for site in interface.sites).items():
+        head, of_layer, rest = path.partition(".*.")
+        kinds[rest if of_layer else head.rpartition(".")[2]] += count
+    return dict(kinds)

@@ -72,7 +72,7 @@ def _plan_native(checkpoint: Checkpoint) -> ModelPlan:
     program = build_program(spec, names, tying)
     _check_shapes(checkpoint, spec, names, program)
     ends, end_warnings = end_tokens(checkpoint, spec.model_type, spec.vocab_size, read.eos_default)
-    used = {part.name for decl in program.weights for part in decl.parts}
+    used = dict.fromkeys(part.name for decl in program.weights for part in decl.parts)
     dropped = [name for name in checkpoint.tensors if name not in used and name not in names.unused]
     return ModelPlan(
         native_spec=spec,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import msgspec
 
 from truffula.errors import CheckpointError, some
 from truffula.kernels.program import WeightPart
@@ -17,7 +19,7 @@ from truffula.model.spec import ModelSpec
 
 # Prefixes of wrappers: DistributedDataParallel, torch.compile, FSDP, PEFT. The latter two also occur inside names.
 _OUTER = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
-_INNER = ("_fsdp_wrapped_module.", "_orig_mod.")
+_INNER = ("._fsdp_wrapped_module.", "._orig_mod.")
 
 # Recomputed here, or buffers of training. A stored inv_freq may be wrong (saved after a cast to bfloat16).
 IGNORABLE = re.compile(
@@ -52,8 +54,7 @@ class WeightNames:
         return resolve_names(spec, {item.name for item in written_tensors(spec, has_head=has_head)})
 
 
-@dataclass(frozen=True)
-class WrittenTensor:
+class WrittenTensor(msgspec.Struct, frozen=True, gc=False):
     """A tensor as transformers writes it. ``module_name`` is its name as the row knows it, without the prefix."""
 
     name: str
@@ -102,9 +103,10 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
             placed = _find_experts(row, prefix, stored)
             missing += [part.name for part in placed if part.name not in stored]
             taken.update(part.name for part in placed)
+            renamed = (stored.get(part.name, part.name) for part in placed)
             parts[row.key] = tuple(
-                part if stored.get(part.name, part.name) == part.name else replace(part, name=stored[part.name])
-                for part in placed
+                part if part.name == name else msgspec.structs.replace(part, name=name)
+                for part, name in zip(placed, renamed, strict=True)
             )
             continue
         found = _find(row, prefix, stored)
@@ -163,7 +165,7 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
         while bare.startswith(_OUTER):
             bare = next(bare.removeprefix(outer) for outer in _OUTER if bare.startswith(outer))
         for inner in _INNER:
-            bare = bare.replace(f".{inner}", ".")
+            bare = bare.replace(inner, ".")
         if bare in stored:
             raise CheckpointError(f"{name} and {stored[bare]} are the same tensor under two names.", tensor=name)
         stored[bare] = name
@@ -173,8 +175,9 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
     """The prefix of the body's names in this checkpoint, and the module of the head."""
     first = spec.layer_prefix(0)
+    firsts = [name for name in stored if first in name]
     matching = [
-        (prefix, head) for prefix, head in spec.names.prefixes if any(n.startswith(prefix + first) for n in stored)
+        (prefix, head) for prefix, head in spec.names.prefixes if any(n.startswith(prefix + first) for n in firsts)
     ]
     if len({prefix for prefix, _ in matching}) == 1:
         # Some classes call their head differently in files and as a module.

@@ -148,10 +148,10 @@ def stored_types(checkpoint: Checkpoint, used: Iterable[str]) -> dict[str, str]:
     return {name: checkpoint.tensors[name].values or checkpoint.tensors[name].dtype for name in used}
 
 
-def stored_dtype(checkpoint: Checkpoint, used: set[str]) -> str:
+def stored_dtype(checkpoint: Checkpoint, used: Iterable[str]) -> str:
     """The dtype of most bytes of the tensors ``used``; see ``ModelPlan``."""
     sizes: Counter[str] = Counter()
-    for name in sorted(used):
+    for name in used:
         info = checkpoint.tensors[name]
         sizes[FLOATS.get(info.dtype, QUANTISED)] += info.nbytes
     return sizes.most_common(1)[0][0]

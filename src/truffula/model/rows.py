@@ -87,9 +87,10 @@ class ExpertLayout:
             name = prefix + tensor
             matrix: tuple[int, ...] = (row.width, height) if self.columns else (height, row.width)
             matrix = matrix if row.width else (height,)
-            if "{e}" in name:
+            before, each, after = name.partition("{e}")
+            if each:
                 for expert in range(row.experts):
-                    yield WeightPart(name.format(e=expert), row.transform, expert, lo, matrix)
+                    yield WeightPart(f"{before}{expert}{after}", row.transform, expert, lo, matrix)
             else:
                 stored = (row.experts * matrix[0], *matrix[1:]) if self.flat else (row.experts, *matrix)
                 if self.alternating and not row.width:

@@ -44,7 +44,7 @@ from truffula.server.responses_bodies import ResponsesBody
 from truffula.server.responses_kept import KeptResponses
 from truffula.server.state import ServerState
 from truffula.server.unserved import unserved
-from truffula.service import AsyncService
+from truffula.service.aio import AsyncService
 
 _TALK = [{"role": "user", "content": "Hello"}]
 _NATIVE = {"inputs": "Hello", "parameters": {"max_new_tokens": 20}}

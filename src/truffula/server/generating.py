@@ -20,8 +20,8 @@ from truffula.server.body import note_left_out
 from truffula.server.errors import Aborted
 from truffula.server.sse import KEEP_ALIVE, ClientConnection, EventStream, connection_of, end_tasks, unless_gone
 from truffula.server.state import ServerState, record_of, state_of
-from truffula.service import TextStream, collect
-from truffula.service.choices import choice_error
+from truffula.service.aio import TextStream
+from truffula.service.choices import choice_error, collect
 from truffula.service.prompt_maker import INLINE_CHARS
 from truffula.service.prompts import check_fits
 from truffula.types import ChoiceTotals, Completion, GenerateRequest, TextDelta

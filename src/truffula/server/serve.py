@@ -49,7 +49,8 @@ from truffula.server.errors import Unhealthy, dialect_of_request, render
 from truffula.server.http1 import Http1
 from truffula.server.router_metrics import RouterMetrics
 from truffula.server.vllm_metrics import VllmMetrics
-from truffula.service import AsyncService, Service, ServiceLimits
+from truffula.service.aio import AsyncService
+from truffula.service.core import Service, ServiceLimits
 from truffula.service.files import load_texts, texts_of, without_tokenizer
 from truffula.service.workers import TextWorkers
 from truffula.settings import Resolved

@@ -16,7 +16,7 @@ from truffula.errors import AdapterNotFound, InvalidRequest
 from truffula.lora.sources import BASE_WORDS, AdapterDirectory
 from truffula.metrics import Metrics, RequestRecord
 from truffula.server.limits import RequestLimits
-from truffula.service import AsyncService
+from truffula.service.aio import AsyncService
 from truffula.types import AdapterRef
 
 MAX_LOGGED_NAMES = 1000

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy.typing as npt
 
 from truffula.errors import CheckpointError
@@ -17,8 +17,7 @@ from truffula.weights.mapped import MappedFile
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(msgspec.Struct, frozen=True, gc=False):
     """One tensor as stored.
 
     ``shape`` is in row-major (PyTorch) order, ``dtype`` as the format names it (``BF16``, ``Q4_1``), ``offset`` and

@@ -104,8 +104,11 @@ def _sizes(view: ConfigView, sizes: Sizes, kind: str, kinds: tuple[str, ...]) ->
         kv_heads = given
     each = view.mapping("per_layer_config")
     if each is not None:
-        found = [_overrides(view, each, str(index)) for index, other in enumerate(kinds) if other == kind]
-        if set(each) - {str(index) for index, other in enumerate(kinds) if other == kind} or len(set(found)) != 1:
+        # transformers pads the numbers of ten layers and more with zeros.
+        by_layer = {int(index) if index.isdecimal() else -1: layer for index, layer in each.items()}
+        full = [index for index, other in enumerate(kinds) if other == kind]
+        found = [_overrides(view, by_layer.get(index, {})) for index in full]
+        if set(by_layer) - set(full) or len(by_layer) < len(each) or len(set(found)) != 1:
             raise view.error("per_layer_config", "only full layers may differ from the others, all in the same way.")
         head_dim, kv_heads = found[0][0] or sizes.head_dim, found[0][1] or sizes.kv_heads
     if sizes.heads % kv_heads:
@@ -113,9 +116,8 @@ def _sizes(view: ConfigView, sizes: Sizes, kind: str, kinds: tuple[str, ...]) ->
     return replace(sizes, head_dim=head_dim, kv_heads=kv_heads)
 
 
-def _overrides(view: ConfigView, each: Mapping[str, Any], index: str) -> tuple[int | None, int | None]:
-    """The head width and the KV heads that ``per_layer_config`` gives a layer."""
-    found = each.get(index, {})
+def _overrides(view: ConfigView, found: Any) -> tuple[int | None, int | None]:
+    """The head width and the KV heads that ``found`` of ``per_layer_config`` gives a layer."""
     values = [found.get(key) for key in ("head_dim", "num_key_value_heads")] if isinstance(found, Mapping) else [0]
     odd = not isinstance(found, Mapping) or set(found) - {"head_dim", "num_key_value_heads"}
     if odd or any(value is not None and (type(value) is not int or value < 1) for value in values):
