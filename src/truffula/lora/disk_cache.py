@@ -38,11 +38,13 @@ class Stamp(msgspec.Struct, frozen=True):
 
 
 class CachedSource(msgspec.Struct, frozen=True):
-    """A source as it was last seen. ``checked``: the fingerprint of the load that compared it with the source."""
+    """A source as it was last seen. ``checked``: the fingerprint of the load that last compared it by the operator's
+    right; None when only clients with credentials of their own have shown that they may read it.
+    """
 
     entry: str
     stamps: dict[str, Stamp]
-    checked: str = ""
+    checked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class DiskCache:
             shutil.rmtree(hidden, ignore_errors=True)
             os.close(fd)
 
-    def store(self, key: str, stamps: Mapping[str, Stamp], checked: str, scratch: Scratch) -> tuple[str, Path]:
+    def store(self, key: str, stamps: Mapping[str, Stamp], checked: str | None, scratch: Scratch) -> tuple[str, Path]:
         """Make a scratch folder an entry, and that the source's. Returns the entry's id, and where the files are.
 
         One that does not fit stays where it is. Nobody evicts the entry until the ``scratch`` block ends.
@@ -149,8 +151,8 @@ class DiskCache:
             self._note(key, CachedSource(entry, dict(stamps), checked))
         return entry, folder
 
-    def checked(self, key: str, source: CachedSource) -> None:
-        """Record that a source was compared with its entry."""
+    def note(self, key: str, source: CachedSource) -> None:
+        """Record when a source was compared with its entry."""
         with self._locked():
             self._note(key, source)
 

@@ -13,7 +13,9 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from truffula.errors import AdapterError, AdapterLoadError, unknown_adapter
+from msgspec.structs import replace
+
+from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound, unknown_adapter
 from truffula.lora.disk_cache import CachedSource, DiskCache, Scratch, Stamp
 from truffula.lora.extra_files import MAX_BYTES, READ
 from truffula.lora.fields import MAX_CONFIG_BYTES
@@ -81,7 +83,7 @@ def _fetched(source: _Source, has: str) -> Iterator[Fetched]:
             continue
         with source.cache.scratch() as scratch:
             if source.download(stamps, scratch) and source.ask() == stamps:
-                entry, folder = source.cache.store(source.key, stamps, source.ref.fingerprint, scratch)
+                entry, folder = source.cache.store(source.key, stamps, source.checked, scratch)
                 damaged = ("its files in the disk cache were damaged, so they were fetched again",)
                 yield Fetched(folder, entry, (*warnings, *(damaged if source.cache.damaged else ())))
                 return
@@ -107,13 +109,18 @@ class _Source:
         where it cannot be reached. A client's credential is always shown to the source.
         """
         known = self.known
-        cached = known if known is not None and self.ref.credential is None else None
+        may_read = known is not None and known.checked is not None and self.ref.credential is None
+        cached = known if may_read else None
         if cached is not None and (self._offline or (self.ref.fingerprint and cached.checked == self.ref.fingerprint)):
             return cached.stamps, ()
         if self._offline:
             raise SourceError("refused", "the server is offline, and its disk cache lacks the adapter")
         try:
             return self.ask(), ()
+        except AdapterNotFound:
+            if cached is not None:
+                self.cache.note(self.key, replace(cached, checked=None))
+            raise
         except SourceError as error:
             if cached is None or error.kind != "network":
                 raise
@@ -164,12 +171,16 @@ class _Source:
             if stamp.size is not None and done != stamp.size:
                 raise SourceError("network", f"it sent {done} of the {stamp.size} bytes of {name}; try again")
 
+    @property
+    def checked(self) -> str | None:
+        """What to record of this check: one by a client's right says nothing of the operator's."""
+        return self.ref.fingerprint if self.ref.credential is None else None
+
     def note(self) -> None:
         """Record that the source was compared, if it was."""
-        if self._asked and self.known is not None:
-            fresh = CachedSource(self.known.entry, self.known.stamps, self.ref.fingerprint)
-            if fresh != self.known:
-                self.cache.checked(self.key, fresh)
+        known, checked = self.known, self.checked
+        if self._asked and known is not None and checked is not None and checked != known.checked:
+            self.cache.note(self.key, replace(known, checked=checked))
 
     def _opened(self) -> Store:
         if self._store is None:

@@ -77,6 +77,7 @@ class HttpStore:
             headers=headers,
             auth=None if ref.credential is not None else _operators_login(),
             timeout=httpx.Timeout(STALL_S, connect=CONNECT_S),
+            verify=ref.locator.startswith("https:"),  # reading the certificates takes tens of milliseconds
         )
 
     def stat(self, name: str) -> Stamp | None:
@@ -126,7 +127,7 @@ class HttpStore:
                     reading = True
                     yield answer
                     return
-            except (httpx.TransportError, httpx.InvalidURL, httpx.RemoteProtocolError) as error:
+            except httpx.TransportError as error:
                 if reading:
                     raise
                 raise _network(error) from None
@@ -134,13 +135,15 @@ class HttpStore:
 
     def _followed(self, url: httpx.URL, location: str) -> httpx.URL:
         """Where a redirect leads. Raises ``SourceError`` unless that is allowed."""
-        target = url.join(location)
+        import httpx
+
         try:
-            if target.userinfo or not allows(
-                self._root, parse_location(str(target.copy_with(query=None, fragment="")))
-            ):
+            target = url.join(location)
+            path = target.raw_path.partition(b"?")[0].decode()
+            plain = parse_location(f"{target.scheme}://{target.netloc.decode()}{path}")
+            if target.userinfo or not allows(self._root, plain):
                 raise ValueError
-        except ValueError:
+        except (ValueError, httpx.InvalidURL):
             raise SourceError("refused", "it redirects to a URL that the operator does not allow") from None
         return target
 
