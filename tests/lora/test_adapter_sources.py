@@ -190,7 +190,7 @@ def test_a_source_keeps_equal_names_apart(tmp_path: Path) -> None:
     local, hub = directory.resolve("org/x"), directory.resolve("org/x", "hub")
     assert local is not None and hub is not None and (local.kind, hub.kind) == ("local", "hub")
     with pytest.raises(InvalidRequest) as caught:
-        directory.resolve("org/x", "s3")
+        directory.resolve("org/x", "pbase")
     assert caught.value.param == "adapter_source"
 
 

@@ -411,11 +411,11 @@ class AdapterPool:
     # Reclaimer
 
     def oldest(self) -> float | None:
-        entry = self._generations.oldest()
+        entry = self._generations.victim()
         return None if entry is None else entry.used_at
 
     def evict_oldest(self) -> int:
-        if (entry := self._generations.oldest()) is None:
+        if (entry := self._generations.victim()) is None:
             return 0
         self._generations.evict(entry)
         self.evictions += 1
