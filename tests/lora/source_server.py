@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 
 @dataclass
@@ -60,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        source, path = self.source, self.path
+        source, path = self.source, unquote(self.path)
         source.asked.append(f"{self.command} {path}")
         source.seen.append(self.headers.get("Authorization", ""))
         if path in source.then:
@@ -83,20 +84,23 @@ class _Handler(BaseHTTPRequestHandler):
         if body is None:
             return self._send(b"no such thing", 404)
         headers = {"ETag": f'"{hashlib.md5(body).hexdigest()}"'} if source.marks else {}
-        begin = self.headers.get("Range", "").removeprefix("bytes=").removesuffix("-")
+        headers["Last-Modified"] = "Mon, 05 Jan 2026 10:00:00 GMT" if source.marks else ""
+        begin, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
         if begin and source.ranges:
-            headers["Content-Range"] = f"bytes {begin}-{len(body) - 1}/{len(body)}"
-            return self._send(body[int(begin) :], 206, headers)
+            end = min(int(last or len(body)), len(body) - 1)
+            headers["Content-Range"] = f"bytes {begin}-{end}/{len(body)}"
+            return self._send(body[int(begin) : end + 1], 206, headers)
         return self._send(body, 200, headers)
 
     def _send(self, body: bytes, status: int, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
-            self.send_header(name, value)
+            if value:
+                self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
-            cut = self.source.cut.pop(self.path, None) if status in (200, 206) else None
+            cut = self.source.cut.pop(unquote(self.path), None) if status in (200, 206) else None
             self.wfile.write(body[:cut])
             self.close_connection = cut is not None
 

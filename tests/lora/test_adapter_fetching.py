@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -330,26 +330,67 @@ def test_an_entry_that_is_read_is_not_evicted(tmp_path: Path) -> None:
     assert cache.nbytes() <= 10
 
 
-def _killed(folder: Path, put: Any) -> None:
-    cache = DiskCache(folder, 1 << 20)
-    with cache.scratch() as scratch:
-        (scratch.folder / "half").write_bytes(b"x" * 1000)
-        put.send(str(scratch.folder))
-        signal.pause()
+KILLED = """
+import sys
+from pathlib import Path
+from truffula.lora.disk_cache import DiskCache
+with DiskCache(Path(sys.argv[1]), 1 << 20).scratch() as scratch:
+    (scratch.folder / "half").write_bytes(b"x" * 1000)
+    print(scratch.folder, flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path, there))
-    process.start()
-    left = Path(here.recv())
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
     cache = DiskCache(tmp_path, 1 << 20)
-    with cache.scratch():
-        assert left.exists()  # its process lives
-    process.kill()
-    process.join()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        left = Path(process.stdout.readline().strip())
+        with cache.scratch():
+            assert left.exists()  # its process lives
+        process.kill()
     with cache.scratch():
         assert not left.exists()
+
+
+STORES = {
+    "s3://bucket/team/a": "/bucket/team/a",
+    "gs://bucket/team/a": "/bucket/team/a",
+    "az://account/container/team/a": "/container/team/a",
+}
+
+
+@pytest.mark.parametrize("url", STORES)
+def test_object_stores_are_read_where_their_urls_say(
+    loads: Loads, source: Source, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The servers' part is this test's own; ``test_object_stores_slow`` has another's."""
+    pytest.importorskip("obstore")
+    account = {"gcs_base_url": source.url, "disable_oauth": True, "client_email": "", "private_key": ""}
+    (loads.folder / "account.json").write_text(json.dumps(account | {"private_key_id": ""}))
+    environment = {
+        "AWS_ENDPOINT_URL": source.url,
+        "AWS_ACCESS_KEY_ID": "AKIA",
+        "AWS_SECRET_ACCESS_KEY": "s3cret",
+        "GOOGLE_SERVICE_ACCOUNT": str(loads.folder / "account.json"),
+        "AZURE_STORAGE_ENDPOINT": source.url,
+        "AZURE_STORAGE_ACCOUNT_KEY": "czNjcmV0",
+        "NO_PROXY": "127.0.0.1",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    loads.directory = AdapterDirectory(allow_source=(f"{url}*",), allow_credentials=True)
+    loads.put(STORES[url].removeprefix("/"))
+    first = loads(url, fingerprint="1")
+    assert first.image.generation == validate(loads.folder / "made" / f"{STORES[url][1:]}-0").generation
+    assert loads(url, fingerprint="2", has=first.commit).image is None
+    failed(loads(f"{url}b"), "adapter_not_found")
+    source.status[f"{STORES[url]}/{CONFIG}"] = 403
+    failed(loads(url, fingerprint=""), "adapter_not_found")
+    source.status[f"{STORES[url]}/{CONFIG}"] = 418
+    message = failed(loads(url, fingerprint="3"), "adapter_load_failed")
+    assert "secret" not in message and source.url not in message
 
 
 @pytest.mark.parametrize(
