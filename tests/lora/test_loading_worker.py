@@ -272,8 +272,8 @@ def test_a_slow_source_delays_neither_local_adapters_nor_other_sources(make: Mak
     with source_server() as slow, source_server() as other:
         folder = write_tiny_adapter(tmp_path / "a", llama_sites())
         directory = AdapterDirectory(allow_source=(f"{slow.url}/*", f"{other.url}/*"))
-        named = [directory.resolve(slow.put(f"a{n}", folder)) for n in range(5)]
-        slow.hangs.update(f"/a{n}/adapter_config.json" for n in range(5))
+        named = [directory.resolve(slow.put(f"a{n}", folder)) for n in range(6)]
+        slow.hangs.update(f"/a{n}/adapter_config.json" for n in range(6))
         waiting = {loader.start(one) for one in named if one is not None}
         elsewhere = directory.resolve(other.put("a", folder))
         assert elsewhere is not None
@@ -281,7 +281,7 @@ def test_a_slow_source_delays_neither_local_adapters_nor_other_sources(make: Mak
         assert set(collect(loader, 2)) == quick
         assert len(loader.pids()) <= ORIGIN_DOWNLOADS + 2
         slow.go.set()
-        assert set(collect(loader, 5)) == waiting
+        assert set(collect(loader, 6)) == waiting
 
 
 def test_computing_for_too_long_ends_the_worker(make: Make, tmp_path: Path) -> None:
