@@ -45,6 +45,8 @@ _UNKNOWN = "it is neither set with --adapter nor a subfolder of --adapter-dir"
 LISTING_S = 1.0
 """How long a listing of the adapter folder is good."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@[\w./-]{1,128})?\Z", re.ASCII)
+MAX_TOKEN_CHARS = 4096
+_TOKEN = re.compile(rf"[\x21-\x7e]{{1,{MAX_TOKEN_CHARS}}}\Z")
 log = logging.getLogger(__name__)
 
 
@@ -207,6 +209,10 @@ class AdapterDirectory:
     def _with_token(self, ref: AdapterRef, token: str | None) -> AdapterRef:
         if not token or not self._allow_credentials or ref.kind not in ("hub", "http"):
             return ref
+        if not _TOKEN.match(token):
+            raise InvalidRequest(
+                f"api_token must have 1 to {MAX_TOKEN_CHARS} visible ASCII characters.", param="api_token"
+            )
         digest = hashlib.blake2b(token.encode(), key=self._salt, digest_size=16).hexdigest()
         return msgspec.structs.replace(ref, credential=Credential(digest, token))
 
