@@ -171,18 +171,23 @@ def test_the_worker_imports_no_framework() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_workers_begin_with_the_first_load_and_end_when_idle(make: Make, tmp_path: Path) -> None:
+def test_workers_begin_with_the_first_load_and_all_but_one_end_when_idle(make: Make, tmp_path: Path) -> None:
     clock = Clock()
     loader = make(clock=clock)
     assert loader.pids() == []
-    pid = begun(loader)
+    first = stop(loader)
+    waiting = loader.start(adapter(tmp_path / "a"))
+    other = loader.start(adapter(tmp_path / "b"))
+    assert set(collect(loader, 1)) == {other}  # by a second worker
+    os.kill(first, signal.SIGCONT)
+    assert set(collect(loader, 1)) == {waiting}
     clock.now += IDLE_WORKER_S + 1
-    assert loader.poll() == [] and loader.pids() == []
-    until(lambda: not running(pid), "the end of the idle worker")
-    loader.start(adapter(tmp_path / "a"))
-    result = one(loader)
-    assert result.error is None and result.image_path is not None
-    Path(result.image_path).unlink()
+    assert loader.poll() == [] and len(loader.pids()) == 1
+    until(lambda: not running(first), "the end of the idle worker")
+    clock.now += IDLE_WORKER_S + 1
+    assert loader.poll() == [] and len(loader.pids()) == 1
+    for image in (tmp_path / "staging").glob("*/*-*"):
+        image.unlink()
 
 
 def test_a_refusal_comes_back_as_it_was_raised(loader: LoadingWorker, tmp_path: Path) -> None:

@@ -140,8 +140,8 @@ class LoadingWorker:
         staging_roots: Where to make the staging folders; None: in shared memory and the temporary folder.
         clock: Monotonic seconds.
 
-    A worker is started when a load finds none free, and stopped by ``poll`` after ``IDLE_WORKER_S`` without a load. The
-    staging folders are made with the first worker. A server that loads no adapter has neither.
+    A worker is started when a load finds none free. After ``IDLE_WORKER_S`` without a load ``poll`` stops all but one.
+    The staging folders are made with the first worker. A server that loads no adapter has neither.
     """
 
     def __init__(
@@ -236,8 +236,8 @@ class LoadingWorker:
             self._on_worker_death(worker, worker.describe_exit(self._setup.limits), retry=killed)
         elif worker.request is not None and now > worker.deadline:
             self._on_worker_death(worker, f"it took longer than {self._seconds(worker.request):g} s")
-        elif worker.request is None and now - worker.idle_since > IDLE_WORKER_S:
-            self._stop(worker)
+        elif worker.request is None and now - worker.idle_since > IDLE_WORKER_S and len(self._workers) > 1:
+            self._stop(worker)  # the last one stays: a start takes longer than most loads
 
     def _on_response(self, worker: _Worker, response: LoadResponse, now: float) -> None:
         request = worker.request
