@@ -11,7 +11,7 @@ COMPILED := $(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_u
 # Tests start many processes: they find their modules compiled, whatever the shell says of that, and leave the cores be.
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
-.PHONY: help native demo test smoke test-slow sanitize emulate fuzz parity lint check fix bench clean
+.PHONY: help native demo test smoke test-slow sanitize emulate fuzz soak parity lint check fix bench clean
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -78,10 +78,14 @@ sanitize: $(VENV)/.dev   ## native kernels under address, undefined-behaviour an
 emulate: $(VENV)/.dev   ## AVX-512 tables out of AVX2 instructions, under the op tests (ten minutes)
 	@$(PIP) install -q cmake ninja nanobind && $(BIN)/python scripts/emulate.py $(ARGS)
 
+MINUTES ?= 10
 SECONDS ?= 300
 SEED    ?= 0
 fuzz: $(VENV)/.dev   ## fuzz what reads model and adapter files (SECONDS=300, SEED=0; ARGS)
 	@$(BIN)/python tests/fuzz/fuzz_readers.py --seconds $(SECONDS) --seed $(SEED) $(ARGS)
+
+soak: $(VENV)/.dev   ## a server under 1,000 adapters for ten minutes, every answer checked (MINUTES=10; ARGS)
+	@$(BIN)/python benchmarks/soak.py --seconds $$(( 60 * $(MINUTES) )) $(ARGS)
 
 parity: $(VENV)/.dev   ## every architecture x every way to cut a batch, against transformers and peft (ARGS="qwen3 --first")
 	@$(TESTING) $(BIN)/python -W ignore tests/model/parity_matrix.py $(ARGS)

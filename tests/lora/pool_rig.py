@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from inline_loader import InlineLoader
 from invariants import check_budget
@@ -70,12 +71,13 @@ class Answer:
 
 
 class Rig:
-    def __init__(self, folder: Path, limit: int = 1 << 20, mapped: int | None = None) -> None:
+    def __init__(self, folder: Path, limit: int = 1 << 20, mapped: int | None = None, **options: Any) -> None:
         self.folder = folder
         self.clock = Clock()
         self.table = Table()
         self.budget = MemoryBudget(limit)
-        setup = Setup(sites=llama_sites(), model="tiny-base", offline=True, cache_dir=str(folder / "hub"))
+        made: dict[str, Any] = {"offline": True, "cache_dir": str(folder / "hub")} | options
+        setup = Setup(sites=llama_sites(), model="tiny-base", **made)
         self.loader = InlineLoader(setup, staging_roots=[folder])
         self.pool = AdapterPool(self.table, self.loader, self.budget, self.clock, mapped_limit=mapped)
 
@@ -164,8 +166,8 @@ def cached(cache: Path, repo: str, folder: Path, commit: str = "0" * 40) -> None
 
 
 @contextmanager
-def rig(folder: Path, limit: int = 1 << 20, mapped: int | None = None) -> Iterator[Rig]:
-    made = Rig(folder, limit, mapped)
+def rig(folder: Path, limit: int = 1 << 20, mapped: int | None = None, **options: Any) -> Iterator[Rig]:
+    made = Rig(folder, limit, mapped, **options)
     try:
         yield made
     finally:

@@ -24,11 +24,21 @@ CALLS = """
 import json, sys
 from pathlib import Path
 from truffula.errors import TruffulaError
+from truffula.lora.disk_cache import DiskCache
 from truffula.lora.hub import download
+from truffula.lora.remote import fetch
+from truffula.types import AdapterRef, Credential
 for line in sys.stdin:
-    cache, how = json.loads(line)
+    cache, how, token = json.loads(line)
     try:
-        found = str(download("org/x", None, cache_dir=Path(cache), offline=how == "offline", max_file_bytes=64))
+        if token:
+            right = Credential(f"id of {token}", token)
+            ref = AdapterRef(name="org/x", kind="hub", locator="org/x", fingerprint=how, credential=right)
+            own = DiskCache(Path(cache) / "own", 1 << 20)
+            with fetch(ref, "", own, offline=how == "offline", max_file_bytes=64) as fetched:
+                found = (fetched.folder / "adapter_model.safetensors").read_bytes().decode()
+        else:
+            found = str(download("org/x", None, cache_dir=Path(cache), offline=how == "offline", max_file_bytes=64))
     except TruffulaError as error:
         found = f"{error.code} {error.param} {error.message}"
     print(json.dumps(found), flush=True)
@@ -42,6 +52,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.commits = {OLD: old, NEW: new}
         self.asked: list[str] = []
+        self.token = ""  # that reading it needs
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -58,6 +69,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         path = self.path.partition("?")[0]
+        if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
+            self.send_response(401)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if path.startswith("/api/models/"):
             files = [{"rfilename": name, "size": len(data)} for name, data in self.server.commits[OLD].items()]
             body, commit = json.dumps({"id": "org/x", "sha": OLD, "siblings": files}).encode(), OLD
@@ -90,7 +107,7 @@ def server() -> Iterator[Hub]:
 @pytest.fixture
 def hub(server: Hub) -> Hub:
     server.commits = {OLD: {CONFIG: b"{}", TENSORS: b"old"}, NEW: {CONFIG: b"{}", TENSORS: b"new" * 1000}}
-    server.asked = []
+    server.asked, server.token = [], ""
     return server
 
 
@@ -109,8 +126,8 @@ def download(server: Hub) -> Iterator[Download]:
         assert process.stdin is not None and process.stdout is not None
         asked, answers = process.stdin, process.stdout
 
-        def call(cache: Path, how: str = "online") -> str:
-            print(json.dumps([str(cache), how]), file=asked, flush=True)
+        def call(cache: Path, how: str = "online", token: str = "") -> str:
+            print(json.dumps([str(cache), how, token]), file=asked, flush=True)
             found: str = json.loads(answers.readline())
             return found
 
@@ -154,3 +171,25 @@ def test_a_repository_without_an_adapter_says_what_it_holds(
     assert said.startswith("adapter_invalid ") and "org/x is not a PEFT adapter" in said
     assert [word for word in words if word not in said] == []
     assert hub.asked == []
+
+
+def test_a_clients_token_opens_a_private_repository_for_those_who_send_it(
+    hub: Hub, download: Download, tmp_path: Path
+) -> None:
+    """Its files are not in the Hub library's cache, from which everybody is served offline; and a token is asked for
+    each time, while the bytes are fetched once.
+    """
+    hub.token = "right"
+    assert download(tmp_path, token="right") == "old"
+    assert sorted(hub.asked) == [CONFIG, TENSORS]
+    unknown = "adapter_not_found model There is no model or adapter 'org/x'; GET /v1/models lists them."
+    assert download(tmp_path, token="wrong") == unknown
+    assert download(tmp_path).startswith("adapter_not_found ")
+    assert download(tmp_path, token="right") == "old" and len(hub.asked) == 2
+    assert download(tmp_path, "offline").startswith("adapter_load_failed ")
+    assert "offline" in download(tmp_path, "offline", "right")
+    hub.token = "another"
+    assert download(tmp_path, token="right") == unknown
+    hub.token = ""
+    hub.commits = {OLD: {CONFIG: b"{}", TENSORS: b" " * 65}, NEW: {}}
+    assert "the limit is 64" in download(tmp_path / "other", token="right")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from lora_bases import llama_sites
 
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
+from truffula.lora import sources
 from truffula.lora.sources import AdapterDirectory
 from truffula.testing.adapters import tiny_config, write_tiny_adapter
 
@@ -190,7 +192,7 @@ def test_a_source_keeps_equal_names_apart(tmp_path: Path) -> None:
     local, hub = directory.resolve("org/x"), directory.resolve("org/x", "hub")
     assert local is not None and hub is not None and (local.kind, hub.kind) == ("local", "hub")
     with pytest.raises(InvalidRequest) as caught:
-        directory.resolve("org/x", "s3")
+        directory.resolve("org/x", "pbase")
     assert caught.value.param == "adapter_source"
 
 
@@ -362,3 +364,27 @@ def test_an_adapter_with_a_refused_config_is_warned_of_at_the_start(tmp_path: Pa
         "--adapter-dir: broken", "--adapter-dir: dora",
     ]  # fmt: skip
     assert any("not valid JSON" in text for text in found)
+
+
+def test_a_listing_notices_what_changes_inside_of_subfolders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts are kept by the subfolders' mtimes, but not where those say nothing."""
+    monkeypatch.setattr(sources, "LISTING_S", -1.0)
+    root = tmp_path / "served"
+    for name in ("a", "b", "c"):
+        adapter(root / name)
+    (root / "c" / "adapter_config.json").rename(root / "c" / "real.json")
+    (root / "c" / "adapter_config.json").symlink_to("real.json")
+    long_ago = time.time() - 100
+    for name in ("a", "b", "c"):
+        os.utime(root / name, (long_ago, long_ago))
+    directory = AdapterDirectory(adapter_dir=root)
+    assert directory.names() == ["a", "b", "c"]
+    (root / "a" / "adapter_config.json").unlink()
+    (root / "c" / "real.json").rename(root / "c" / "gone.json")
+    os.utime(root / "c", (long_ago, long_ago))
+    assert directory.names() == ["b"]
+    (root / "d").mkdir()
+    assert directory.names() == ["b"]
+    adapter(root / "d")
+    adapter(root / "a")
+    assert directory.names() == ["a", "b", "d"]

@@ -20,6 +20,7 @@ from kernel_backends import on_the_best
 from llama_program import llama_program
 from lora_bases import llama_sites, pairs, validate
 from pool_rig import Clock, cached
+from source_server import source_server
 
 from fake_hub import NOTHING, environment, misbehaving_hub
 from processes import running
@@ -27,7 +28,7 @@ from truffula.errors import AdapterError, AdapterLoadError
 from truffula.kernels.adapters import AdapterLayout, Place, make_image
 from truffula.kernels.backend import Backend
 from truffula.lora.image import map_image
-from truffula.lora.loading import IDLE_WORKER_S, LoadingWorker
+from truffula.lora.loading import IDLE_WORKER_S, ORIGIN_DOWNLOADS, LoadingWorker
 from truffula.lora.loads import AdapterLoads
 from truffula.lora.sources import AdapterDirectory
 from truffula.lora.staging import PREFIX, Staging, remove_abandoned
@@ -170,18 +171,23 @@ def test_the_worker_imports_no_framework() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_workers_begin_with_the_first_load_and_end_when_idle(make: Make, tmp_path: Path) -> None:
+def test_workers_begin_with_the_first_load_and_all_but_one_end_when_idle(make: Make, tmp_path: Path) -> None:
     clock = Clock()
     loader = make(clock=clock)
     assert loader.pids() == []
-    pid = begun(loader)
+    first = stop(loader)
+    waiting = loader.start(adapter(tmp_path / "a"))
+    other = loader.start(adapter(tmp_path / "b"))
+    assert set(collect(loader, 1)) == {other}  # by a second worker
+    os.kill(first, signal.SIGCONT)
+    assert set(collect(loader, 1)) == {waiting}
     clock.now += IDLE_WORKER_S + 1
-    assert loader.poll() == [] and loader.pids() == []
-    until(lambda: not running(pid), "the end of the idle worker")
-    loader.start(adapter(tmp_path / "a"))
-    result = one(loader)
-    assert result.error is None and result.image_path is not None
-    Path(result.image_path).unlink()
+    assert loader.poll() == [] and len(loader.pids()) == 1
+    until(lambda: not running(first), "the end of the idle worker")
+    clock.now += IDLE_WORKER_S + 1
+    assert loader.poll() == [] and len(loader.pids()) == 1
+    for image in (tmp_path / "staging").glob("*/*-*"):
+        image.unlink()
 
 
 def test_a_refusal_comes_back_as_it_was_raised(loader: LoadingWorker, tmp_path: Path) -> None:
@@ -266,14 +272,21 @@ def test_a_blocked_source_does_not_hold_up_the_others(make: Make, tmp_path: Path
     assert set(collect(loader, 1)) == {blocked}
 
 
-def test_downloads_never_take_the_last_worker(make: Make, tmp_path: Path) -> None:
-    loader = make(max_workers=2, offline=True, cache_dir=str(tmp_path / "cache"))
-    stop(loader)
-    hub = [loader.start(AdapterRef(name="x", kind="hub", locator=f"org/x{n}")) for n in range(3)]
-    local = loader.start(adapter(tmp_path / "a"))
-    assert set(collect(loader, 1)) == {local}
-    os.kill(loader.pids()[0], signal.SIGCONT)
-    assert set(collect(loader, 3)) == set(hub)
+def test_a_slow_source_delays_neither_local_adapters_nor_other_sources(make: Make, tmp_path: Path) -> None:
+    loader = make(max_workers=1, adapter_cache=str(tmp_path / "cache"))
+    with source_server() as slow, source_server() as other:
+        folder = write_tiny_adapter(tmp_path / "a", llama_sites())
+        directory = AdapterDirectory(allow_source=(f"{slow.url}/*", f"{other.url}/*"))
+        named = [directory.resolve(slow.put(f"a{n}", folder)) for n in range(6)]
+        slow.hangs.update(f"/a{n}/adapter_config.json" for n in range(6))
+        waiting = {loader.start(one) for one in named if one is not None}
+        elsewhere = directory.resolve(other.put("a", folder))
+        assert elsewhere is not None
+        quick = {loader.start(elsewhere), loader.start(ref(folder))}
+        assert set(collect(loader, 2)) == quick
+        assert len(loader.pids()) <= ORIGIN_DOWNLOADS + 2
+        slow.go.set()
+        assert set(collect(loader, 6)) == waiting
 
 
 def test_computing_for_too_long_ends_the_worker(make: Make, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""``MemoryBudget``: the byte limit that pools share. When it is full, idle entries are evicted, oldest first.
+"""``MemoryBudget``: the byte limit that pools share. When it is full, idle entries are evicted.
 
 Bytes are counted while their memory is committed: those of free KV blocks too, until they are evicted. Running KV and
 leased adapters are never evicted from here (the scheduler preempts to free them). Free KV blocks, cached KV blocks and
-idle adapters form one LRU across pools, by the time of their last use.
+idle adapters compete by the time of their last use: each pool says which of its entries is next (blocks: the least
+recently used; adapters: ``lora/generations.py``), and the one that was used before the others is evicted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ class Reclaimer(Protocol):
     """A pool with idle entries: kept for a later use, and evictable."""
 
     def oldest(self) -> float | None:
-        """When the least recently used idle entry was last used (monotonic seconds); None when there is none."""
+        """When the idle entry that is next was last used (monotonic seconds); None when there is none."""
 
     def evict_oldest(self) -> int:
         """Evict that entry and release its bytes. Returns the bytes released."""
@@ -80,12 +81,12 @@ class MemoryBudget:
         self._used[owner] -= nbytes
 
     def oldest(self) -> float | None:
-        """When the least recently used idle entry of all owners was last used."""
+        """When the entry that is evicted next was last used."""
         stamps = [stamp for pool in self._reclaimers.values() if (stamp := pool.oldest()) is not None]
         return min(stamps, default=None)
 
     def _evict_oldest(self, owners: Iterable[str]) -> bool:
-        """Evict the least recently used idle entry of ``owners``; False when there is none."""
+        """Evict the next idle entry of ``owners``; False when there is none."""
         pools = [(owner, self._reclaimers[owner]) for owner in owners if owner in self._reclaimers]
         stamps = [(stamp, owner) for owner, pool in pools if (stamp := pool.oldest()) is not None]
         if not stamps:

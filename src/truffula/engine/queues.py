@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from itertools import islice, takewhile
 
 from truffula.engine.limits import EngineLimits
 from truffula.engine.sequence import AdapterKey, Sequence
 from truffula.errors import AdapterLoadError, ErrorInfo
+from truffula.lora.locations import origin_of
 from truffula.lora.pool import AdapterPool
 
 PREFETCH_WINDOW = 4
@@ -117,10 +118,11 @@ class WaitingQueues:
         """Begin loads of adapters before their turn, and bind loaded ones, so that one slow load delays only its own
         requests. Returns the sequences whose adapter did not load, with the error.
 
-        At most ``prefetch_adapters`` load for waiting requests at a time, and no more loads begin while as many
-        adapters could run now. Adapters that are loaded are not counted.
+        At most ``prefetch_adapters`` of one origin (this machine, a host, a bucket) load for waiting requests at a
+        time, so that a slow one does not keep the others from loading, and no more loads begin while as many adapters
+        could run now. Adapters that are loaded are not counted.
         """
-        most, loading = self._limits.prefetch_adapters, 0
+        most, loading = self._limits.prefetch_adapters, Counter[str]()
         failed: list[tuple[Sequence, ErrorInfo]] = []
         for key in list(islice(self._unbound, PREFETCH_WINDOW * most)):
             unbound = [one for one in self._first(key, self._limits.max_running) if not one.ready]
@@ -128,13 +130,14 @@ class WaitingQueues:
                 continue
             ref = unbound[0].request.adapter
             assert ref is not None
-            enough = loading >= most or self.num_ready() >= most
+            origin = origin_of(ref)
+            enough = loading[origin] >= most or self.num_ready() >= most
             if enough and key not in self._loading and not self._adapters.is_loaded(ref):
                 self._unbound.move_to_end(key)
                 continue
             found = self._adapters.lookup(ref, now)
             if found.status == "loading":
-                loading += 1
+                loading[origin] += 1
                 self._loading.setdefault(key, now)
             elif found.generation is not None:
                 for sequence in unbound:

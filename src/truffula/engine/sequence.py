@@ -14,10 +14,11 @@ from truffula.engine.prefix import BlockKeys
 from truffula.engine.states import Span
 from truffula.errors import AdapterError, DeadlineExceeded, ErrorInfo, GenerationError, QueueTimeout, TruffulaError
 from truffula.kernels.inputs import NO_IDS, RELAY, Float32, Int32, SequenceSampling
+from truffula.lora.loads import SourceState, source_state
 from truffula.lora.pool import AdapterLease
 from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
 
-AdapterKey = tuple[str, str, str | None, str] | None
+AdapterKey = SourceState | None
 """Identifies the adapter of a queue: one state of one source, whatever names it has. None is the base."""
 
 End = tuple[FinishReason, int | None]
@@ -25,7 +26,7 @@ End = tuple[FinishReason, int | None]
 
 
 def adapter_key(ref: AdapterRef | None) -> AdapterKey:
-    return None if ref is None else (ref.kind, ref.locator, ref.revision, ref.fingerprint)
+    return None if ref is None else source_state(ref)
 
 
 class Sequence:

@@ -5,10 +5,17 @@
 A generation is the hash of an adapter's bytes. It has one reference count, of leases at two levels: a ``loaded`` lease
 keeps the image mapped, a ``resident`` one keeps the generation in its slot. Bytes are reserved from the budget before
 the executable sees the image; a mapped image without a slot is not charged.
+
+Idle generations are evicted by 2Q (Johnson and Shasha, 1994): those that were used once wait in one queue, those that
+were used again in another, and while the first has more than ``ONCE_SHARE`` of the idle bytes it loses its oldest, else
+the other does. So a scan of adapters that are used once each, however long, evicts none that was used again while the
+once-used ones have that share; and adapters of yesterday leave in the order of their last use. Uses that overlap count
+once. A generation that was dropped not long ago and comes back counts as used again.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,8 +32,12 @@ from truffula.types import AdapterState
 OWNER = "adapters"
 NO_SLOT = -1
 
-Account = Literal["mapped", "uploading", "in use", "idle"]
+ONCE_SHARE = 0.25
+MIN_REMEMBERED = 4
+
+Account = Literal["mapped", "uploading", "in use", "idle once", "idle often"]
 """Where a generation is counted: without a slot; in a slot that is being filled, is leased or pinned, or evictable."""
+_IDLE: tuple[Account, ...] = ("idle once", "idle often")
 
 
 class Budget(Protocol):
@@ -69,6 +80,7 @@ class Generation:
     resident: bool = False  # in its slot, and uploaded
     leases: int = 0
     resident_leases: int = 0  # of ``leases``
+    uses: int = 0  # that do not overlap
     pinned: bool = False
     commit: str = ""
     counted: Account | None = None
@@ -83,7 +95,9 @@ class Generation:
             return "mapped"
         if not self.resident:
             return "uploading"
-        return "in use" if self.resident_leases or self.pinned else "idle"
+        if self.resident_leases or self.pinned:
+            return "in use"
+        return "idle often" if self.uses > 1 else "idle once"
 
     def nbytes_in(self, account: Account) -> int:
         """What an account counts for it: its image is outside the budget while it has no slot."""
@@ -113,6 +127,7 @@ class Generations:
         self._entries: dict[str, Generation] = {}
         self._by_account: dict[Account, dict[str, Generation]] = defaultdict(dict)  # least recently used first
         self._bytes: Counter[Account] = Counter()
+        self._dropped: dict[str, None] = {}  # ids of used ones, the last dropped last: as many as are mapped
         self.pins: set[AdapterSource] = set()  # whose generation stays resident
         self._stamp = 0.0
 
@@ -146,7 +161,8 @@ class Generations:
             entry = self._entries.get(header.generation)
             if entry is None:
                 image = map_image(Path(path), header)
-                entry = Generation(image, image.nbytes + self._executable.adapter_bytes(image), now)
+                nbytes = image.nbytes + self._executable.adapter_bytes(image)
+                entry = Generation(image, nbytes, now, uses=int(header.generation in self._dropped))
                 self._entries[entry.id] = entry
         except OSError as error:
             raise AdapterLoadError(f"The prepared adapter file cannot be mapped: {error}.") from error
@@ -200,6 +216,11 @@ class Generations:
         self.evict(entry)
         self._count(entry, None)
         del self._entries[entry.id]
+        if entry.uses:
+            self._dropped.pop(entry.id, None)
+            self._dropped[entry.id] = None
+        while len(self._dropped) > max(len(self._entries), MIN_REMEMBERED):
+            del self._dropped[next(iter(self._dropped))]
 
     def touch(self, entry: Generation, now: float) -> None:
         """Record a use or a change of state, and count its bytes accordingly. Stamps never decrease."""
@@ -221,6 +242,7 @@ class Generations:
     def lease(self, entry: Generation, slot: int) -> AdapterLease:
         """A new lease: on its slot, or at the level ``loaded`` (NO_SLOT)."""
         entry.leases += 1
+        entry.uses += slot != NO_SLOT and not entry.resident_leases
         entry.resident_leases += slot != NO_SLOT
         return AdapterLease(entry.id, slot)
 
@@ -238,14 +260,17 @@ class Generations:
 
     # Totals
 
-    def oldest(self) -> Generation | None:
-        """The idle generation that was not used for longest."""
-        return next(iter(self._by_account["idle"].values()), None)
+    def victim(self) -> Generation | None:
+        """The idle generation that is evicted next."""
+        once, often = (self._by_account[account] for account in _IDLE)
+        many = self._bytes["idle once"] > ONCE_SHARE * self._idle_bytes
+        return next(iter((once if many or not often else often).values()), None)
 
     def newest(self) -> Iterator[Generation]:
         """The resident generations: those in use, then the idle ones, of both the last used first."""
-        for account in ("in use", "idle"):
-            yield from reversed(self._by_account[account].values())
+        yield from reversed(self._by_account["in use"].values())
+        idle = (reversed(self._by_account[account].values()) for account in _IDLE)
+        yield from heapq.merge(*idle, key=lambda entry: entry.used_at, reverse=True)
 
     def mapped(self) -> list[Generation]:
         """Those without a slot."""
@@ -268,7 +293,11 @@ class Generations:
     @property
     def resident_bytes(self) -> int:
         """What the budget is charged."""
-        return self.leased_bytes + self._bytes["idle"]
+        return self.leased_bytes + self._idle_bytes
+
+    @property
+    def _idle_bytes(self) -> int:
+        return sum(self._bytes[account] for account in _IDLE)
 
     @property
     def resident(self) -> int:
@@ -283,8 +312,9 @@ class Generations:
         for account, counted in self._by_account.items():
             assert counted.keys() == {entry.id for entry in entries if entry.account == account}, f"{account} is wrong"
             assert self._bytes[account] == sum(entry.nbytes_in(account) for entry in counted.values())
-        stamps = [entry.used_at for entry in self._by_account["idle"].values()]
-        assert stamps == sorted(stamps), "the idle list is out of order"
+        for account in _IDLE:
+            stamps = [entry.used_at for entry in self._by_account[account].values()]
+            assert stamps == sorted(stamps), f"{account} is out of order"
         assert self._budget.used(OWNER) == self.resident_bytes
         for entry in entries:
             assert entry.pinned == (not self.pins.isdisjoint(entry.sources)), "a wrong pin"
