@@ -47,6 +47,7 @@ TF_INLINE DeltaSpan deltas_at(const Delta* deltas, int count, int lo, int hi) {
 // y = rows r .. r + rows of x times the panels at `panel`.
 TF_INLINE void multiply_rows(const LinearCall* c, int r, int rows, int panels, const uint8_t* panel, float* y,
                              int64_t y_stride) {
+  if (is_scaled(c->w.format)) return scaled_product<kBlockRows>(c, r, rows, panels, panel, y, y_stride);
 #if defined(TRUFFULA_TILES)
   if (tiled(c)) return tile_product(c, r, rows, panels, panel, y, y_stride);
 #endif
