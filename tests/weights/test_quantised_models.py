@@ -98,17 +98,19 @@ def test_integers_are_kept_in_blocks_of_the_native_kernels(tmp_path: Path, name:
     assert set(formats) == {PACKED[name].lower(), "bfloat16", "vectors"}
 
 
-FLOAT8 = {
+FLOATS = {
     "fp8-tensor": "FP8_128", "fp8-channel": "FP8_128", "fp8-ue8m0": "FP8_32", "fp8-mxfp8": "FP8_32",
     "ct-fp8-tensor": "FP8_128", "ct-fp8-channel": "FP8_128", "ct-mxfp8": "FP8_32", "modelopt-mxfp8": "FP8_32",
+    "bnb-nf4": "NF4", "bnb-nf4-double": "NF4", "bnb-nf4-block-256": "NF4",
 }  # fmt: skip
+ROUNDED = ("ct-fp8-tensor", "ct-fp8-channel", "bnb-nf4", "bnb-nf4-double")
+"""The library rounds these weights to 16 bits; native products do not."""
 
 
-@pytest.mark.parametrize("name", FLOAT8)
-def test_floats_of_8_bits_are_kept_as_they_are(tmp_path: Path, name: str) -> None:
-    """compressed-tensors rounds a weight to the dtype of its scales, bfloat16; native products do not."""
+@pytest.mark.parametrize("name", FLOATS)
+def test_small_floats_are_kept_as_they_are(tmp_path: Path, name: str) -> None:
     path = write_folder(tmp_path / "m", *as_model(Fixture(name), head=True))
-    opened, kind = open_checkpoint(path), FLOAT8[name]
+    opened, kind = open_checkpoint(path), FLOATS[name]
     for info in [info for info in opened.tensors.values() if info.parts]:
         blocks, values = opened.blocks(info.name), opened.read(info.name)
         assert blocks is not None and (blocks.kind, blocks.shape) == (kind, info.shape)
@@ -116,7 +118,7 @@ def test_floats_of_8_bits_are_kept_as_they_are(tmp_path: Path, name: str) -> Non
         np.testing.assert_array_equal(blocks.rows(3, 9).dequantise().astype(values.dtype), values[3:9])
     plan, logits = run(path, exact=False)
     _, exact = run(path)
-    np.testing.assert_allclose(logits, exact, atol=0.02 * exact.std() if name.startswith("ct-fp8") else 1e-4)
+    np.testing.assert_allclose(logits, exact, atol=0.02 * exact.std() if name in ROUNDED else 1e-4)
     formats = CpuBackend(1).plan(plan.program, "bfloat16", CAPACITY, plan.stored_types).weight_formats
     shapes = [decl.shape for decl in plan.program.weights if len(decl.shape) == 2]
     held = {kind.lower(): sum(held_bytes(kind, *shape) for shape in shapes[1:]), "bfloat16": 2 * 128 * 64}
@@ -124,8 +126,18 @@ def test_floats_of_8_bits_are_kept_as_they_are(tmp_path: Path, name: str) -> Non
 
 
 def held_bytes(kind: str, outputs: int, inputs: int) -> int:
-    """Of a matrix in FP8, 16 outputs at a time: a byte for each number, four for each group's scale."""
-    return -(-outputs // 16) * 16 * (inputs + 4 * -(-inputs // int(kind.removeprefix("FP8_"))))
+    """Of a matrix in small floats, 16 outputs at a time: the numbers, and four bytes for each group's scale."""
+    size, group = {"FP8_128": (1, 128), "FP8_32": (1, 32), "NF4": (0.5, 64)}[kind]
+    return int(-(-outputs // 16) * 16 * (inputs * size + 4 * -(-inputs // group)))
+
+
+def test_other_numbers_of_four_bits_are_kept_by_their_values(tmp_path: Path) -> None:
+    config, tensors = as_model(Fixture("bnb-nf4"))
+    tensors[f"{PATH}.weight.quant_map"] = tensors[f"{PATH}.weight.quant_map"] * np.float32(0.5)
+    opened = open_checkpoint(write_folder(tmp_path, config, tensors))
+    assert opened.blocks(f"{PATH}.weight") is None
+    assert opened.blocks(f"{PATH.replace('up', 'down')}.weight") is not None
+    opened.close()
 
 
 def test_blocks_of_128_by_128_are_kept(tmp_path: Path) -> None:
