@@ -23,17 +23,20 @@ constexpr int kBlock = 32;
 // outputs, interleaved. Quantised: per block of 32 inputs, lines of 4 inputs of 16 outputs (kQ8_0: 8 lines of bytes;
 // kQ4_0 and kQ4_1: 4 lines whose low nibbles are inputs 0 .. 15 and high ones 16 .. 31; kQ5_0: the same and a line of
 // fifth bits). After all blocks of a panel: 16 float16 scales per block, followed in kQ4_1 by 16 float16 minimums.
-// Scaled: floats of fewer bits, and a float32 scale for each output and group of 128, 64 or 32 inputs. Lines of kFP8 (e4m3,
-// no NaN) hold 4 inputs of 16 outputs: of outputs 4 j .. 4 j + 3 first inputs 0 and 1, then 2 and 3; the halves of a byte
-// are exchanged. Lines of kNF4 hold 8 inputs, the first in the lowest half-byte. After all lines of a panel: 16 scales per
-// group.
+// Scaled: floats of fewer bits, and a float32 scale for each output and group of 128, 64 or 32 inputs. Lines of kFP8
+// (e4m3, no NaN) hold 4 inputs of 16 outputs: of outputs 4 j .. 4 j + 3 first inputs 0 and 1, then 2 and 3; the halves of
+// a byte are exchanged. Lines of kNF4 hold 8 inputs, the first in the lowest half-byte. After all lines of a panel: 16
+// scales per group.
 enum Format : int32_t { kF32 = 0, kBF16 = 1, kQ8_0 = 2, kQ4_0 = 3, kQ4_1 = 4, kQ5_0 = 5, kFP8_128 = 6, kFP8_32 = 7,
                         kNF4 = 8 };
 constexpr int32_t kFormatCount = 9;
-static constexpr bool is_quantised(int32_t format) { return format > kBF16 && format <= kQ5_0; }  // multiplied as integers
-static constexpr bool is_scaled(int32_t format) { return format > kQ5_0; }                         // as floats
+// Multiplied as integers, or as floats.
+static constexpr bool is_quantised(int32_t format) { return format > kBF16 && format <= kQ5_0; }
+static constexpr bool is_scaled(int32_t format) { return format > kQ5_0; }
 // Inputs of a group of a scaled format, of which a row's last may be shorter: a matrix has whole blocks of kBlock.
-static constexpr int64_t group_inputs(int32_t format) { return format == kFP8_128 ? 128 : format == kNF4 ? 64 : kBlock; }
+static constexpr int64_t group_inputs(int32_t format) {
+  return format == kFP8_128 ? 128 : format == kNF4 ? 64 : kBlock;
+}
 static constexpr int64_t groups_of(int32_t format, int64_t inputs) {
   return (inputs + group_inputs(format) - 1) / group_inputs(format);
 }

@@ -7,8 +7,8 @@
 
 namespace truffula {
 
-// The type of a stored matrix: numbers, GGUF's blocks of 32, or groups of 128 or 32 e4m3 or of 64 NF4 (the first of a byte
-// in its high half) behind their float32 scale, of which a row's last is filled with any bytes.
+// The type of a stored matrix: numbers, GGUF's blocks of 32, or groups of 128 or 32 e4m3 or of 64 NF4 (the first of a
+// byte in its high half) behind their float32 scale, of which a row's last is filled with any bytes.
 enum class Stored : int32_t { kFloat32, kFloat16, kBfloat16, kQ8_0, kQ4_0, kQ4_1, kQ5_0, kFP8_128, kFP8_32, kNF4 };
 
 // A stored matrix: contiguous rows of `inputs` numbers, or of whole blocks.

@@ -1,7 +1,7 @@
-// Products with scaled matrices. The numbers of a group of inputs are unpacked to a format that holds them exactly, FP8 to
-// bfloat16 and NF4 to float32, and multiplied as those of a matrix in this format; the sums of a group start from zero,
-// are multiplied by its scales, and are added to those of the groups before it. So a row's result depends on that row
-// alone, and is the same in all tables whose products with such a matrix are.
+// Products with scaled matrices. The numbers of a group of inputs are unpacked to a format that holds them exactly, FP8
+// to bfloat16 and NF4 to float32, and multiplied as those of a matrix in this format; the sums of a group start from
+// zero, are multiplied by its scales, and are added to those of the groups before it. So a row's result depends on that
+// row alone, and is the same in all tables whose products with such a matrix are.
 #pragma once
 
 #include "ints.h"
@@ -52,7 +52,8 @@ TF_INLINE Lines unpack_line(const uint8_t* line) {
   const I codes = line_at(line);
   I lower = codes & all32((int32_t)0xf0f0f0f0u), upper = lookup(kUpper, codes & all32(0x0f0f0f0f));
   if (__builtin_expect(any_without(codes, 0x07070707), 0)) {
-    static constexpr uint8_t kUpperOfSmall[16] = {196, 255, 255, 255}, kLowerOfSmall[16] = {0, 0xf0, 0x60, 0x90, 0xc0, 0xd0, 0xe0, 0xf0};
+    static constexpr uint8_t kUpperOfSmall[16] = {196, 255, 255, 255};
+    static constexpr uint8_t kLowerOfSmall[16] = {0, 0xf0, 0x60, 0x90, 0xc0, 0xd0, 0xe0, 0xf0};
     const I others = add8(codes & all32(0x07070707), all32(0x7f7f7f7f)) & all32((int32_t)0x80808080u);  // not corrected
     const I at = (down16(codes, 4) & all32(0x0f0f0f0f)) | others;
     lower = add8(lower, lookup(kLowerOfSmall, at));
@@ -218,7 +219,8 @@ static void many_rows(const LinearCall* c, int r, int rows, int panels, const ui
     const int64_t packed = kInput * (inputs - k < each ? inputs - k : each);
     int64_t count = 0;
     for (int p = 0; p < panels; ++p)
-      count = unpack_group<FORMAT>(panel + p * bytes + kInput * k, packed, lines + 64 * count * p, p ? ahead.second : ahead.first);
+      count = unpack_group<FORMAT>(panel + p * bytes + kInput * k, packed, lines + 64 * count * p,
+                                   p ? ahead.second : ahead.first);
     multiply_group<FORMAT>(c, r, rows, panels, k, lines, count, sums);
     for (int p = 0; p < panels; ++p) {
       const uint8_t* scales = panel + p * bytes + kInput * inputs + 64 * (k / each);
