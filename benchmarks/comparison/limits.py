@@ -67,7 +67,7 @@ class Limits:
         """Operations per second that products with matrices in this format can reach."""
         if stored in INT8_KINDS:
             return self.word_peak if stored == "Q8_0" and self.word_peak else self.byte_peak
-        return self.pair_peak if stored != "float32" and self.pair_peak else self.float_peak
+        return self.pair_peak if stored in ("bfloat16", "FP8_128") and self.pair_peak else self.float_peak
 
     def compare(self, raw: Raw) -> Timed:
         """A timing with its limit."""

@@ -1,5 +1,5 @@
 """Quantised matrices on the native backend: their arithmetic number by number, packers, and that rows stand alone.
-Blocks of integers are multiplied in int8, those of floats (FP8) as floats."""
+Blocks of integers are multiplied in int8, those of floats (FP8, NF4) as floats."""
 
 from __future__ import annotations
 
@@ -23,31 +23,37 @@ from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.select import Precision, select_backend
 from truffula.testing.programs import AdapterTensors
 from truffula.weights.gguf_quants import values_of_blocks
-from truffula.weights.quantised.packing import BY_KIND, FLOAT8, pack_float8
+from truffula.weights.quantised.packing import BY_KIND, FLOAT8, NF4_NUMBERS
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
 TABLES = instruction_sets() if available() else ()
 KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0")
-FLOATS = tuple(FLOAT8)
+FLOATS = (*FLOAT8, "NF4")
 
 
 def quantised(values: np.ndarray, kind: str) -> QuantisedArray:
-    """What the gguf package makes of ``values``; or e4m3 of ml_dtypes, with the largest number of each group at 448."""
+    """What the gguf package makes of ``values``; or the nearest floats, the largest of each group at the format's."""
     format, values = BY_KIND[kind], values.astype(np.float32)
     if kind in FLOATS:
-        starts = np.arange(0, values.shape[1], format.size)
-        scales = np.maximum(np.maximum.reduceat(np.abs(values), starts, axis=1) / 448, 1e-30).astype(np.float32)
-        codes = (values / scales.repeat(format.size, 1)[:, : values.shape[1]]).astype(ml_dtypes.float8_e4m3fn)
-        return of_codes(codes.view(np.uint8), scales, kind)
+        grouped = np.pad(values, ((0, 0), (0, -values.shape[1] % format.size))).reshape(len(values), -1, format.size)
+        largest = 448 if kind in FLOAT8 else 1
+        scales = np.maximum(np.abs(grouped).max(-1) / largest, 1e-30).astype(np.float32)
+        numbers = grouped / scales[..., None]
+        if kind in FLOAT8:
+            codes = numbers.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+        else:
+            nearest = np.abs(numbers[..., None] - NF4_NUMBERS).argmin(-1).astype(np.uint8)
+            codes = nearest[..., ::2] << 4 | nearest[..., 1::2]
+        return of_codes(codes, scales, values.shape, kind)
     packed = quants.quantize(values, GGMLQuantizationType[kind])
     blocks = packed.reshape(len(values), -1, format.nbytes)
     return QuantisedArray(kind, blocks, values.shape, partial(values_of_blocks, format))
 
 
-def of_codes(codes: np.ndarray, scales: np.ndarray, kind: str) -> QuantisedArray:
-    blocks = pack_float8(kind, codes, scales, FLOAT8[kind].size)
-    assert blocks is not None
-    return QuantisedArray(kind, blocks, codes.shape, partial(values_of_blocks, FLOAT8[kind]))
+def of_codes(codes: np.ndarray, scales: np.ndarray, shape: tuple[int, ...], kind: str) -> QuantisedArray:
+    """Blocks of bytes ``codes [rows, groups, bytes]`` and ``scales [rows, groups]``."""
+    blocks = np.concatenate([np.ascontiguousarray(scales[..., None]).view(np.uint8), codes], -1)
+    return QuantisedArray(kind, blocks, shape, partial(values_of_blocks, BY_KIND[kind]))
 
 
 def in_whole_numbers(x: np.ndarray, weight: QuantisedArray) -> np.ndarray:
@@ -136,7 +142,7 @@ def test_extreme_blocks(kind):
     blocks=st.integers(1, 9), rows=st.integers(1, 50), seed=st.integers(0, 99),
     dtype=st.sampled_from(["float32", "bfloat16"]),
 )  # fmt: skip
-def test_products_with_floats_of_8_bits_are_those_of_their_values(kind, table, outputs, blocks, rows, seed, dtype):
+def test_products_with_small_floats_are_those_of_their_values(kind, table, outputs, blocks, rows, seed, dtype):
     """In either dtype: activations are not rounded, and neither are weights to bfloat16."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((rows, 32 * blocks)).astype(dtype if dtype == "float32" else ml_dtypes.bfloat16)
@@ -150,19 +156,25 @@ def test_products_with_floats_of_8_bits_are_those_of_their_values(kind, table, o
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("kind", FLOATS)
-def test_every_number_of_8_bits_has_its_value(kind, table):
+def test_every_number_has_its_value(kind, table):
     """Multiplied, with few rows and with many, and looked up."""
+    scales = np.array([[1.0], [0.1], [-3e-7], [1e9]], np.float32)
     codes = np.arange(256, dtype=np.uint8).reshape(4, 64)[:, ::-1].copy()
-    codes[(codes & 0x7F) == 0x7F] = 0x80
-    weight = of_codes(codes, np.array([[1.0], [0.1], [-3e-7], [1e9]], np.float32).repeat(2, 1), kind)
-    wanted = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    wanted *= np.array([[1.0], [0.1], [-3e-7], [1e9]], np.float32)
+    if kind == "NF4":
+        codes, numbers = codes[:, :32], NF4_NUMBERS[np.stack([codes[:, :32] >> 4, codes[:, :32] & 15], -1)]
+    else:
+        codes[(codes & 0x7F) == 0x7F] = 0x80
+        numbers = codes.view(ml_dtypes.float8_e4m3fn)
+    wanted = numbers.reshape(4, 64).astype(np.float32) * scales
+    size = BY_KIND[kind].nbytes - 4
+    blocks = np.pad(codes, ((0, 0), (0, -codes.shape[1] % size))).reshape(4, -1, size)
+    weight = of_codes(blocks, scales.repeat(blocks.shape[1], 1), (4, 64), kind)
+    np.testing.assert_array_equal(weight.dequantise(), wanted)
+    eye = np.eye(64, dtype=np.float32)
     for dtype in ("float32", "bfloat16"):
         rounded = wanted.astype(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bfloat16" else wanted
-        many = product(CpuBackend(1, table), np.eye(64, dtype=np.float32), [weight], dtype=dtype)
-        few = [
-            product(CpuBackend(1, table), row[None], [weight], dtype=dtype)[0] for row in np.eye(64, dtype=np.float32)
-        ]
+        many = product(CpuBackend(1, table), eye, [weight], dtype=dtype)
+        few = [product(CpuBackend(1, table), row[None], [weight], dtype=dtype)[0] for row in eye]
         np.testing.assert_array_equal(many.T, rounded)
         np.testing.assert_array_equal(np.transpose(few), rounded)
     one = OneOp("float32", 4)

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-import ml_dtypes
 import numpy as np
 import pytest
 from kernel_backends import ISAS, needs_native
@@ -18,7 +17,7 @@ from truffula.kernels.cpu import CpuBackend
 from truffula.kernels.program import Linear
 from truffula.testing.programs import as_dtype
 from truffula.weights.gguf_quants import values_of_blocks
-from truffula.weights.quantised.packing import FLOAT8, pack_float8
+from truffula.weights.quantised.packing import BY_KIND
 
 pytestmark = needs_native
 BLOCK = 128
@@ -56,6 +55,10 @@ def pairwise_down(lo: int, hi: int) -> list[int]:
 
 def in_pairs(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return summed(x, w, pairwise_down(0, x.shape[1]))
+
+
+def in_order(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return summed(x.astype(np.float64), w, range(x.shape[1]))
 
 
 def summed_by_tiles(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -141,24 +144,27 @@ def test_float32_rows_are_summed_by_128_inputs(isa, stored, rows, outputs, input
 
 
 @pytest.mark.parametrize("isa", FUSED)
-@pytest.mark.parametrize("kind", FLOAT8)
+@pytest.mark.parametrize("kind", ["FP8_128", "FP8_32", "NF4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 16, 32), (8, 40, 128), (13, 35, 160), (29, 17, 416)])
 def test_sums_of_a_group_are_scaled_and_added_upward(isa, kind, dtype, rows, outputs, inputs):
-    rng, size = np.random.default_rng(inputs), FLOAT8[kind].size
-    groups = -(-inputs // size)
-    codes, scales = rng.integers(0, 0x7F, (outputs, inputs), np.uint8), halves(rng, outputs, groups)
-    codes |= rng.integers(0, 2, codes.shape, np.uint8) << 7
-    blocks = pack_float8(kind, codes, scales, size)
-    assert blocks is not None
-    x, w = halves(rng, rows, inputs), codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    wanted = np.zeros((rows, outputs), np.float64)
+    """FP8 in the order of bfloat16 matrices, NF4 in that of float32 ones."""
+    rng, format = np.random.default_rng(inputs), BY_KIND[kind]
+    groups = -(-inputs // format.size)
+    codes = rng.integers(0, 256, (outputs, groups, format.nbytes - 4), np.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0  # NaN of e4m3
+    scales = halves(rng, outputs, groups)
+    blocks = np.concatenate([scales[..., None].view(np.uint8), codes], -1)
+    stored = QuantisedArray(kind, blocks, (outputs, inputs), partial(values_of_blocks, format))
+    blocks = np.concatenate([np.ones_like(scales)[..., None].view(np.uint8), codes], -1)
+    w = QuantisedArray(kind, blocks, (outputs, inputs), partial(values_of_blocks, format)).dequantise()
+    x, wanted = halves(rng, rows, inputs), np.zeros((rows, outputs))
+    order = in_pairs if kind != "NF4" else in_order
+    order = summed_by_tiles if (isa, dtype) == ("amx", "bfloat16") and kind != "NF4" else order
     for group in range(groups):
-        span = group * size, min(inputs, (group + 1) * size)
-        order = summed_by_tiles if (isa, dtype) == ("amx", "bfloat16") else in_pairs
-        sums = order(x[:, slice(*span)], w[:, slice(*span)]).astype(np.float64)
+        span = slice(group * format.size, min(inputs, (group + 1) * format.size))
+        sums = order(x[:, span], w[:, span]).astype(np.float64)
         wanted = (wanted + sums * scales[:, group]).astype(np.float32).astype(np.float64)
-    stored = QuantisedArray(kind, blocks, w.shape, partial(values_of_blocks, FLOAT8[kind]))
     got = products(isa, x, w, dtype, stored)
     np.testing.assert_array_equal(got.view(np.uint32), wanted.astype(np.float32).view(np.uint32))
 

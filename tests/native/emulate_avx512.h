@@ -130,6 +130,12 @@ EMU __m512i emu_broadcast_i32x4(__m128i a) {
   return emu_as<__m512i>(EmuIntHalves{twice, twice});
 }
 EMU __m512i emu_set1_epi8(char x) { return emu_set1_epi32((int)(0x01010101u * (unsigned char)x)); }
+EMU __m512 emu_permutexvar_ps(__m512i at, __m512 a) {
+  const EmuBits numbers = emu_as<EmuBits>(at);
+  __m512 out = a;
+  for (int i = 0; i < 16; ++i) out[i] = a[numbers[i] & 15u];
+  return out;
+}
 EMU __mmask64 emu_testn_epi8_mask(__m512i a, __m512i b) {
   const EmuBytes both = emu_as<EmuBytes>(a) & emu_as<EmuBytes>(b);
   __mmask64 k = 0;
@@ -311,6 +317,7 @@ EMU void emu_tile_dot(int c, int a, int b) {
 #define _mm512_min_ps emu_min_ps
 #define _mm512_mul_ps emu_mul_ps
 #define _mm512_or_si512 emu_or_si512
+#define _mm512_permutexvar_ps emu_permutexvar_ps
 #define _mm512_reduce_max_ps emu_reduce_max_ps
 #define _mm512_reduce_add_epi32 emu_reduce_add_epi32
 #undef _mm512_roundscale_ps

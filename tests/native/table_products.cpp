@@ -20,8 +20,8 @@ std::vector<uint8_t> blocks_of(Stored type, int64_t outputs, int64_t inputs, Num
   std::vector<uint8_t> blocks(each * static_cast<size_t>(outputs * ((inputs + size - 1) / size)));
   for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(numbers.bits());
   Numbers tame{numbers.bits()};
-  const bool floats = type == Stored::kFP8_128 || type == Stored::kFP8_32;
-  for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(byte - (floats && (byte & 0x7f) == 0x7f));
+  const bool eight = type == Stored::kFP8_128 || type == Stored::kFP8_32, floats = eight || type == Stored::kNF4;
+  for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(byte - (eight && (byte & 0x7f) == 0x7f));
   for (size_t at = 0; at < blocks.size(); at += each) {
     if (floats) {
       const float scale = numbers.wild && tame.below(4) == 0 ? -1.5e-5f : 0.1f * tame.next();
@@ -38,7 +38,7 @@ std::vector<uint8_t> blocks_of(Stored type, int64_t outputs, int64_t inputs, Num
 Matrix matrix_of(int32_t format, const PanelOrder& order, int64_t inputs, Numbers& numbers) {
   static constexpr Stored kTypes[] = {Stored::kFloat32, Stored::kFloat32, Stored::kQ8_0,
                                       Stored::kQ4_0,    Stored::kQ4_1,    Stored::kQ5_0,
-                                      Stored::kFP8_128, Stored::kFP8_32};
+                                      Stored::kFP8_128, Stored::kFP8_32,  Stored::kNF4};
   const int64_t panel = panel_bytes(format, inputs);
   Matrix made{array_of(order.panels() * panel), {}};
   std::memset(made.bytes->bytes(), 0, made.bytes->size());
@@ -197,7 +197,7 @@ Case embed_case(int32_t number) {
 std::vector<Op> product_ops() {
   static constexpr const char* kNames[] = {"linear float32", "linear bfloat16", "linear Q8_0",
                                            "linear Q4_0",    "linear Q4_1",     "linear Q5_0",
-                                           "linear FP8_128", "linear FP8_32"};
+                                           "linear FP8_128", "linear FP8_32",  "linear NF4"};
   std::vector<Op> ops;
   for (int32_t format = kF32; format < kFormatCount; ++format)
     ops.push_back({kNames[format], 228, false, true, [format](int32_t number) { return product_case(format, number); },

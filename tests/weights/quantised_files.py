@@ -1,4 +1,4 @@
-"""Reads the fixtures of ``scripts/quantised_fixtures.py`` and makes model folders of their modules."""
+"""Reads the fixtures of ``scripts/quantised_fixtures.py``, makes model folders of their modules, and runs these."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from truffula.kernels.cpu import CpuBackend
+from truffula.kernels.inputs import Capacity
+from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.testing.files import Array, write_safetensors
+from truffula.testing.programs import Part, fill_step
 from truffula.testing.tiny import tiny_config, tiny_llama_config, tiny_tensors
+from truffula.weights.open import open_checkpoint
 from truffula.weights.safetensors import SafetensorsFile
 
 FIXTURES = Path(__file__).parent / "quantised"
@@ -22,6 +28,9 @@ MODEL = tiny_llama_config(
     hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2,
     vocab_size=128, tie_word_embeddings=False,
 )  # fmt: skip
+CAPACITY = Capacity(8, 1, 8, 1, num_blocks=3, block_size=4, max_blocks_per_seq=2)
+PATH = "model.layers.1.mlp.up_proj"
+PROMPT = (5, 90, 31, 7, 64, 2, 77)
 _MODULES = {
     "square": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "tall": ("gate_proj", "up_proj"),
@@ -82,3 +91,18 @@ def gpt_oss_model(**config: Any) -> tuple[dict[str, Any], dict[str, Array]]:
 
 def digest(values: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def run(
+    path: Path, dtype: str = "float32", quantize: str = "none", *, exact: bool = True
+) -> tuple[ModelPlan, npt.NDArray[np.float32]]:
+    """The plan and the logits of a prompt."""
+    opened = open_checkpoint(path)
+    plan = plan_model(opened)
+    backend = CpuBackend(1, quantize=quantize, exact=exact and quantize == "none")
+    pull = WeightReader(opened, plan, block_kinds=backend.block_kinds)
+    executable = backend.load(plan.program, dtype, pull, CAPACITY)
+    pull.finish()
+    fill_step(executable.inputs, [Part(PROMPT, 0, (1, 2), None, "all")], 4)
+    executable.run()
+    return plan, executable.logits()

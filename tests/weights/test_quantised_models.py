@@ -9,42 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from quantised_files import LINEAR, MODEL, Fixture, as_model, digest, gpt_oss_model, write_folder
+from quantised_files import (
+    CAPACITY,
+    LINEAR,
+    MODEL,
+    PATH,
+    PROMPT,
+    Fixture,
+    as_model,
+    digest,
+    gpt_oss_model,
+    run,
+    write_folder,
+)
 
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.kernels.cpu import CpuBackend
-from truffula.kernels.inputs import Capacity
-from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.testing.files import Array
 from truffula.testing.oracle import Oracle
 from truffula.testing.parity import verify_model
-from truffula.testing.programs import Part, fill_step
-from truffula.testing.tiny import tiny_tensors
 from truffula.weights.open import open_checkpoint
 from truffula.weights.safetensors import DTYPES
 from truffula.weights.tying import Tie
 
 Tensors = dict[str, Array]
-CAPACITY = Capacity(8, 1, 8, 1, num_blocks=3, block_size=4, max_blocks_per_seq=2)
-PATH = "model.layers.1.mlp.up_proj"
-PROMPT = (5, 90, 31, 7, 64, 2, 77)
-
-
-def run(
-    path: Path, dtype: str = "float32", quantize: str = "none", *, exact: bool = True
-) -> tuple[ModelPlan, npt.NDArray[np.float32]]:
-    """The plan and the logits of a prompt."""
-    opened = open_checkpoint(path)
-    plan = plan_model(opened)
-    backend = CpuBackend(1, quantize=quantize, exact=exact and quantize == "none")
-    pull = WeightReader(opened, plan, block_kinds=backend.block_kinds)
-    executable = backend.load(plan.program, dtype, pull, CAPACITY)
-    pull.finish()
-    fill_step(executable.inputs, [Part(PROMPT, 0, (1, 2), None, "all")], 4)
-    executable.run()
-    return plan, executable.logits()
 
 
 def plain_copy(path: Path, config: dict[str, Any], folder: Path) -> Path:
@@ -72,140 +61,6 @@ def test_answers_and_memory_are_those_of_the_plain_values(tmp_path: Path, name: 
         backend = CpuBackend(1, exact=True)
         planned = [backend.plan(p.program, mode[0], CAPACITY, p.stored_types) for p in (plan, plain)]
         assert planned[0] == planned[1]
-
-
-PACKED = {
-    "gptq-4": "Q4_1", "gptq-3": "Q4_1", "awq-gemm": "Q4_1", "awq-gemv": "Q4_1", "ct-int4-group": "Q4_0",
-    "ct-int4-channel": "Q4_0", "ct-int3": "Q4_0", "ct-int8": "Q8_0", "ct-naive": "Q8_0", "ct-int8-packed": "Q8_0",
-    "ct-mxfp4": "Q5_0",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PACKED)
-def test_integers_are_kept_in_blocks_of_the_native_kernels(tmp_path: Path, name: str) -> None:
-    config, tensors = as_model(Fixture(name))
-    path = write_folder(tmp_path / "m", config, tensors)
-    opened = open_checkpoint(path)
-    for weight in ("q_proj", "up_proj", "down_proj"):
-        info = next(item for key, item in opened.tensors.items() if f"{weight}.weight" in key)
-        blocks, values = opened.blocks(info.name), opened.read(info.name).astype(np.float32)
-        assert blocks is not None and (blocks.kind, blocks.shape) == (PACKED[name], info.shape)
-        np.testing.assert_allclose(blocks.dequantise(), values, atol=np.abs(values).max() * 2**-8)
-    plan, logits = run(path, exact=False)
-    _, exact = run(path)
-    assert np.abs(logits - exact).max() < 0.2 * exact.std()
-    formats = CpuBackend(1).plan(plan.program, "bfloat16", CAPACITY, plan.stored_types).weight_formats
-    assert set(formats) == {PACKED[name].lower(), "bfloat16", "vectors"}
-
-
-FLOAT8 = {
-    "fp8-tensor": "FP8_128", "fp8-channel": "FP8_128", "fp8-ue8m0": "FP8_32", "fp8-mxfp8": "FP8_32",
-    "ct-fp8-tensor": "FP8_128", "ct-fp8-channel": "FP8_128", "ct-mxfp8": "FP8_32", "modelopt-mxfp8": "FP8_32",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FLOAT8)
-def test_floats_of_8_bits_are_kept_as_they_are(tmp_path: Path, name: str) -> None:
-    """compressed-tensors rounds a weight to the dtype of its scales, bfloat16; native products do not."""
-    path = write_folder(tmp_path / "m", *as_model(Fixture(name), head=True))
-    opened, kind = open_checkpoint(path), FLOAT8[name]
-    for info in [info for info in opened.tensors.values() if info.parts]:
-        blocks, values = opened.blocks(info.name), opened.read(info.name)
-        assert blocks is not None and (blocks.kind, blocks.shape) == (kind, info.shape)
-        np.testing.assert_array_equal(blocks.dequantise().astype(values.dtype), values)
-        np.testing.assert_array_equal(blocks.rows(3, 9).dequantise().astype(values.dtype), values[3:9])
-    plan, logits = run(path, exact=False)
-    _, exact = run(path)
-    np.testing.assert_allclose(logits, exact, atol=0.02 * exact.std() if name.startswith("ct-fp8") else 1e-4)
-    formats = CpuBackend(1).plan(plan.program, "bfloat16", CAPACITY, plan.stored_types).weight_formats
-    shapes = [decl.shape for decl in plan.program.weights if len(decl.shape) == 2]
-    held = {kind.lower(): sum(held_bytes(kind, *shape) for shape in shapes[1:]), "bfloat16": 2 * 128 * 64}
-    assert formats == {**held, "vectors": formats["vectors"]} and shapes[0] == (128, 64)
-
-
-def held_bytes(kind: str, outputs: int, inputs: int) -> int:
-    """Of a matrix in FP8, 16 outputs at a time: a byte for each number, four for each group's scale."""
-    return -(-outputs // 16) * 16 * (inputs + 4 * -(-inputs // int(kind.removeprefix("FP8_"))))
-
-
-def test_blocks_of_128_by_128_are_kept(tmp_path: Path) -> None:
-    """Widths that are no multiple of 128, as transformers computes them."""
-    sizes = {"hidden_size": 160, "intermediate_size": 288, "num_attention_heads": 5, "num_key_value_heads": 5}
-    config: dict[str, Any] = {**MODEL, **sizes, "head_dim": 32}
-    tensors = tiny_tensors(config, dtype="float32")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        weight = tensors.pop(name)
-        rows, inputs = (-(-size // 128) for size in weight.shape)
-        padded = np.zeros((128 * rows, 128 * inputs), np.float32)
-        padded[: weight.shape[0], : weight.shape[1]] = weight
-        scales = np.abs(padded.reshape(rows, 128, inputs, 128)).max((1, 3)) / 448
-        codes = weight / scales.repeat(128, 0).repeat(128, 1)[: weight.shape[0], : weight.shape[1]]
-        tensors |= {name: codes.astype(DTYPES["F8_E4M3"]), f"{name}_scale_inv": scales.astype(np.float32)}
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    path = write_folder(tmp_path / "m", config, tensors)
-    plan, logits = run(path, exact=False)
-    np.testing.assert_allclose(logits, Oracle(path, tied=False).logits(PROMPT), atol=1e-4)
-    planned = [
-        CpuBackend(1, exact=exact).plan(plan.program, "bfloat16", CAPACITY, plan.stored_types).weight_formats
-        for exact in (False, True)
-    ]
-    shapes = [decl.shape for decl in plan.program.weights if len(decl.shape) == 2 and decl.shape[0] != 128]
-    assert planned[0]["fp8_128"] == sum(held_bytes("FP8_128", *shape) for shape in shapes)
-    assert planned[1]["bfloat16"] - planned[0]["bfloat16"] == sum(2 * outputs * inputs for outputs, inputs in shapes)
-
-
-@pytest.mark.parametrize("suffix", [".weight", ".weight_scale_inv"])
-def test_what_is_not_finite_is_refused_where_it_would_be_kept(tmp_path: Path, suffix: str) -> None:
-    config, tensors = as_model(Fixture("fp8-channel"))
-    bits = tensors[f"{PATH}{suffix}"].copy()
-    bits.view(np.uint8).reshape(-1)[-4:] = 0xFF  # NaN in either
-    tensors[f"{PATH}{suffix}"] = bits
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight in .* holds (4|64) NaN"):
-        run(write_folder(tmp_path / "m", config, tensors), exact=False)
-
-
-def test_stacked_experts_of_mxfp4_are_kept_in_blocks_along_their_inputs(tmp_path: Path) -> None:
-    fixture = Fixture("mxfp4-experts")
-    config = {**MODEL, "quantization_config": fixture.config}
-    opened = open_checkpoint(write_folder(tmp_path / "m", config, fixture.tensors))
-    for name in fixture.expected:
-        values, blocks = opened.read(name).astype(np.float32).swapaxes(1, 2), opened.blocks(name)
-        assert blocks is not None and (blocks.kind, blocks.shape) == ("Q5_0", values.shape)
-        np.testing.assert_array_equal(blocks.dequantise(), values)
-        np.testing.assert_array_equal(blocks.output_rows(slice(1, None, 2))[2].dequantise(), values[2, 1::2])
-
-
-@pytest.mark.parametrize("stored", [0x77777777, 0x76777777])
-def test_symmetric_groups_are_packed_without_minimums_unless_the_file_contradicts(tmp_path: Path, stored: int) -> None:
-    config, tensors = as_model(Fixture("gptq-4"))
-    config["quantization_config"]["sym"] = True
-    for name in tensors:
-        if name.endswith("qzeros"):
-            tensors[name] = np.full_like(tensors[name], 0x77777777)
-    tensors[f"{PATH}.qzeros"][0, 0] = stored
-    path = write_folder(tmp_path / "m", config, tensors)
-    opened = open_checkpoint(path)
-    assert opened.info(f"{PATH}.weight").values == "Q4_0"
-    blocks = opened.blocks(f"{PATH}.weight")
-    assert (blocks is None) is (stored != 0x77777777)
-    _, logits = run(path, exact=False)
-    _, exact = run(path)
-    assert np.abs(logits - exact).max() < 0.2 * exact.std()
-
-
-@pytest.mark.parametrize("zero", [128, 100])
-def test_integers_that_do_not_fit_eight_signed_bits_are_not_packed(tmp_path: Path, zero: int) -> None:
-    fixture = Fixture("gptq-8")
-    fixture.config["sym"] = True
-    stored = zero - 1 + (zero - 1 << 8) + (zero - 1 << 16) + (zero - 1 << 24)
-    for name in fixture.tensors:
-        if name.endswith("qzeros"):
-            fixture.tensors[name] = np.full_like(fixture.tensors[name], stored)
-    opened = open_checkpoint(write_folder(tmp_path, {**MODEL, "quantization_config": fixture.config}, fixture.tensors))
-    blocks, values = opened.blocks("tall.weight"), opened.read("tall.weight").astype(np.float32)
-    assert (blocks is None) is (zero == 100)
-    if blocks is not None:
-        np.testing.assert_allclose(blocks.dequantise(), values, atol=np.abs(values).max() * 2**-8)
 
 
 @pytest.mark.parametrize(

@@ -59,14 +59,16 @@ def random_weights(program: Program, *, seed: int = 0, dtype: str = "float32") -
 
 
 def random_blocks(kind: str, outputs: int, inputs: int, *, seed: int = 0) -> QuantisedArray:
-    """A matrix [outputs, inputs] of random blocks of ``kind`` (``Q4_0``) with small scales; the floats of FP8 are normally
-    distributed, but for the first row, which has all of them.
+    """A matrix [outputs, inputs] of random blocks of ``kind`` (``Q4_0``) with small scales; the floats of FP8 are
+    normally distributed, but for the first row, which has all of them.
     """
     format = BY_KIND[kind]
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (outputs, -(-inputs // format.size), format.nbytes), np.uint8)
     for at in range(format.scales):
         blocks[..., 2 * at : 2 * at + 2] = np.array([2.0**-7], np.float16).view(np.uint8)
+    if kind == "NF4":
+        blocks[..., :4] = np.array([2.0**-4], np.float32).view(np.uint8)
     if kind in FLOAT8:
         values = rng.standard_normal((outputs - 1, *blocks.shape[1:]), np.float32) * 90
         blocks[1:] = values.clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)

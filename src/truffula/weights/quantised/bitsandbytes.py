@@ -18,6 +18,7 @@ import numpy as np
 from truffula.weights.checkpoint import Array
 from truffula.weights.quantised.keys import Keys
 from truffula.weights.quantised.logical import BFLOAT16, FLOAT16, FLOAT32, FLOATS, Logical, Parts, Scheme
+from truffula.weights.quantised.packing import NF4, NF4_NUMBERS, pack_nf4
 
 WEIGHT, ABSMAX, MAP, SCB, FORMAT = ".weight", ".weight.absmax", ".weight.quant_map", ".SCB", ".weight_format"
 NESTED_ABSMAX, NESTED_MAP = ".weight.nested_absmax", ".weight.nested_quant_map"
@@ -107,7 +108,19 @@ def _four_bits(parts: Parts) -> Logical:
             values *= scales[first - block * state.blocksize :][: last - first]
             return values.reshape(-1, inputs).astype(dtype, copy=False)
 
-    return Logical(f"{parts.module}.weight", (outputs, inputs), dtype, STATES[suffix], compute)
+    def pack(lo: int, hi: int) -> Array | None:
+        if parts.read(MAP).tobytes() != NF4_NUMBERS.tobytes():
+            return None
+        first, last = lo * inputs, hi * inputs
+        codes = parts.read(WEIGHT).reshape(-1).view(np.uint8)[first // 2 : last // 2]
+        block = first // state.blocksize
+        scales = _scales(parts, state, block, -(-last // state.blocksize))
+        of_group = np.arange(first, last, NF4.size) // state.blocksize - block
+        return pack_nf4(codes, np.take(scales, of_group).reshape(hi - lo, -1))
+
+    fits = STATES[suffix] == "NF4" and inputs % NF4.size == 0 and state.blocksize % NF4.size == 0
+    packed = "NF4" if fits else ""
+    return Logical(f"{parts.module}.weight", (outputs, inputs), dtype, STATES[suffix], compute, packed, pack)
 
 
 def _scales(parts: Parts, state: _State, lo: int, hi: int) -> Array:

@@ -1,10 +1,11 @@
 """Packs weights into blocks that the native kernels multiply: integers into GGUF's Q4_0, Q4_1, Q5_0 and Q8_0, floats of
-8 bits into FP8_128 and FP8_32.
+8 bits into FP8_128 and FP8_32, bitsandbytes' nf4 into NF4.
 
 A block is 32 inputs with a float16 scale, so a group of 64 or 128 becomes several blocks with the same scale. Q4_1 has
 a minimum, ``-zero * scale``, also in float16. A weight of these blocks is not rounded to the dtype of the file's
 scales, as the libraries' values are, and a scale in bfloat16 below 2^-14 loses bits. FP8 has float32 scales, one per
 128 or 32 inputs, before the numbers as they are stored; a larger run of inputs with one scale becomes several blocks.
+NF4 likewise has one per 64 inputs.
 """
 
 from __future__ import annotations
@@ -120,6 +121,22 @@ def pack_float8(kind: str, codes: Array, scales: Array, group: int) -> Array | N
     return blocks
 
 
+def pack_nf4(codes: Array, scales: Array) -> Array | None:
+    """``[n, inputs / 64, 36]`` uint8 of packed ``codes [n, inputs / 2]``, the first of a byte in its high half, and
+    ``scales [n, inputs / 64]``; None when a scale is not finite.
+    """
+    if not np.isfinite(scales).all():
+        return None
+    head = np.ascontiguousarray(scales, np.float32)[..., None].view(np.uint8)
+    return np.concatenate([head, codes.reshape(*scales.shape, 32)], -1)
+
+
+def _unpack_nf4(blocks: Array, out: Array) -> None:
+    codes = blocks[:, 4:]
+    np.take(NF4_NUMBERS, np.stack([codes >> 4, codes & 15], -1).reshape(len(blocks), -1), out=out)
+    out *= np.ascontiguousarray(blocks[:, :4]).view(np.float32)
+
+
 def _unpack_float8(blocks: Array, out: Array) -> None:
     np.take(table("float8_e4m3fn"), blocks[:, 4:], out=out)
     out *= np.ascontiguousarray(blocks[:, :4]).view(np.float32)
@@ -128,7 +145,17 @@ def _unpack_float8(blocks: Array, out: Array) -> None:
 FLOAT8: Mapping[str, BlockFormat] = MappingProxyType(
     {f"FP8_{size}": BlockFormat(f"FP8_{size}", size, 4 + size, unpack=_unpack_float8) for size in (128, 32)}
 )
-BY_KIND: Mapping[str, BlockFormat] = MappingProxyType({**BY_NAME, **FLOAT8})
+NF4_NUMBERS = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+"""The values of bitsandbytes' codes, which its files repeat; the native kernels know no others."""
+NF4 = BlockFormat("NF4", 64, 36, unpack=_unpack_nf4)
+BY_KIND: Mapping[str, BlockFormat] = MappingProxyType({**BY_NAME, **FLOAT8, NF4.name: NF4})
 """Formats of blocks by the names that backends know."""
 
 

@@ -77,6 +77,10 @@ TF_INLINE V even_of(I pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(pai
 TF_INLINE V odd_of(I pairs) {
   return {_mm512_castsi512_ps(_mm512_and_si512(pairs.v, _mm512_set1_epi32((int)0xffff0000u)))};
 }
+// The entry of 16 floats that the lowest half-byte of each 32-bit number names, after `n` bits are dropped.
+TF_INLINE V entries_of(V table, I a, int n) {
+  return {_mm512_permutexvar_ps(_mm512_srli_epi32(a.v, (unsigned)n), table.v)};
+}
 // Whether a byte has none of the bits of `mask`.
 TF_INLINE bool any_without(I a, int32_t mask) { return _mm512_testn_epi8_mask(a.v, _mm512_set1_epi32(mask)) != 0; }
 constexpr int kQuantRows = 6;    // 6 rows x 2 panels: 12 sums and 12 accumulators of 32 registers
@@ -133,6 +137,14 @@ TF_INLINE V odd_of(I pairs) {
   const __m256i mask = _mm256_set1_epi32((int)0xffff0000u);
   return {_mm256_castsi256_ps(_mm256_and_si256(pairs.lo, mask)), _mm256_castsi256_ps(_mm256_and_si256(pairs.hi, mask))};
 }
+// The entry of 16 floats that the lowest half-byte of each 32-bit number names, after `n` bits are dropped.
+TF_INLINE __m256 entries_of_half(V table, __m256i a) {
+  const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(a, 28));  // its sign: the number is 8 or more
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.lo, a), _mm256_permutevar8x32_ps(table.hi, a), upper);
+}
+TF_INLINE V entries_of(V table, I a, int n) {
+  return {entries_of_half(table, _mm256_srli_epi32(a.lo, n)), entries_of_half(table, _mm256_srli_epi32(a.hi, n))};
+}
 // Whether a byte has none of the bits of `mask`.
 TF_INLINE bool any_without(I a, int32_t mask) {
   const I some = a & all32(mask);
@@ -186,6 +198,15 @@ TF_INLINE V load_half(const uint8_t* p) {
 TF_INLINE void store_line(uint8_t* p, I a) { memcpy(p, &a, sizeof a); }
 TF_INLINE V even_of(I pairs) { return map([&](int i) { return (Quad)((BitQuad)pairs.q[i] << 16); }); }
 TF_INLINE V odd_of(I pairs) { return map([&](int i) { return (Quad)((BitQuad)pairs.q[i] & 0xffff0000u); }); }
+// The entry of 16 floats that the lowest half-byte of each 32-bit number names, after `n` bits are dropped.
+TF_INLINE V entries_of(V table, I a, int n) {
+  float entries[kLanes], found[kLanes];
+  uint32_t numbers[kLanes];
+  store(entries, table);
+  memcpy(numbers, &a, sizeof numbers);
+  for (int i = 0; i < kLanes; ++i) found[i] = entries[numbers[i] >> n & 15u];
+  return load(found);
+}
 constexpr int kQuantRows = 2;
 constexpr int kQuantTwo = 0;
 

@@ -23,20 +23,27 @@ constexpr int kBlock = 32;
 // outputs, interleaved. Quantised: per block of 32 inputs, lines of 4 inputs of 16 outputs (kQ8_0: 8 lines of bytes;
 // kQ4_0 and kQ4_1: 4 lines whose low nibbles are inputs 0 .. 15 and high ones 16 .. 31; kQ5_0: the same and a line of
 // fifth bits). After all blocks of a panel: 16 float16 scales per block, followed in kQ4_1 by 16 float16 minimums.
-// Scaled: floats of fewer bits (kFP8: e4m3, no NaN), a float32 scale for each output and group of 128 or 32 inputs. Lines
-// hold 4 inputs of 16 outputs: of outputs 4 j .. 4 j + 3 first inputs 0 and 1, then 2 and 3; the halves of a byte are
-// exchanged. After all lines of a panel: 16 scales per group.
-enum Format : int32_t { kF32 = 0, kBF16 = 1, kQ8_0 = 2, kQ4_0 = 3, kQ4_1 = 4, kQ5_0 = 5, kFP8_128 = 6, kFP8_32 = 7 };
-constexpr int32_t kFormatCount = 8;
-static constexpr bool is_quantised(int32_t format) { return format > kBF16 && format <= kQ5_0; }  // multiplied as integers
-static constexpr bool is_scaled(int32_t format) { return format > kQ5_0; }                         // as floats
+// Scaled: floats of fewer bits, and a float32 scale for each output and group of 128, 64 or 32 inputs. Lines of kFP8
+// (e4m3, no NaN) hold 4 inputs of 16 outputs: of outputs 4 j .. 4 j + 3 first inputs 0 and 1, then 2 and 3; the halves of
+// a byte are exchanged. Lines of kNF4 hold 8 inputs, the first in the lowest half-byte. After all lines of a panel: 16
+// scales per group.
+enum Format : int32_t { kF32 = 0, kBF16 = 1, kQ8_0 = 2, kQ4_0 = 3, kQ4_1 = 4, kQ5_0 = 5, kFP8_128 = 6, kFP8_32 = 7,
+                        kNF4 = 8 };
+constexpr int32_t kFormatCount = 9;
+// Multiplied as integers, or as floats.
+static constexpr bool is_quantised(int32_t format) { return format > kBF16 && format <= kQ5_0; }
+static constexpr bool is_scaled(int32_t format) { return format > kQ5_0; }
 // Inputs of a group of a scaled format, of which a row's last may be shorter: a matrix has whole blocks of kBlock.
-static constexpr int64_t group_inputs(int32_t format) { return format == kFP8_128 ? 128 : kBlock; }
+static constexpr int64_t group_inputs(int32_t format) {
+  return format == kFP8_128 ? 128 : format == kNF4 ? 64 : kBlock;
+}
 static constexpr int64_t groups_of(int32_t format, int64_t inputs) {
   return (inputs + group_inputs(format) - 1) / group_inputs(format);
 }
 // Whether products read x as bfloat16 pairs, where it holds such values and the table multiplies them.
-static constexpr bool reads_pairs(int32_t format) { return format == kBF16 || is_scaled(format); }
+static constexpr bool reads_pairs(int32_t format) { return format == kBF16 || format == kFP8_128 || format == kFP8_32; }
+// Bytes of one input of a panel's lines.
+static constexpr int64_t scaled_input_bytes(int32_t format) { return format == kNF4 ? 8 : 16; }
 
 // The most bytes of a block of a quantised row of x.
 constexpr int64_t kMaxXBlockBytes = 72;
@@ -127,7 +134,7 @@ struct LinearCall {
   float glu_limit, glu_offset;
 };
 
-// Converts rows of x to what products with a matrix of `format` read; formats that read pairs only in tables with `pairs`.
+// Converts rows of x to what products with a matrix of `format` read: pairs only in tables with `pairs`.
 struct QuantiseCall {
   Rows x;
   uint8_t* to;
@@ -274,8 +281,8 @@ struct EmbedCall {
   int32_t num_deltas;
 };
 
-// Whether products of bfloat16 and scaled matrices read x as bfloat16 pairs where it holds such values, and in which order they
-// sum: that of the products without pairs, or that of tiles.
+// Whether products of formats that read pairs read x as bfloat16 pairs where it holds such values, and in which order
+// they sum: that of the products without pairs, or that of tiles.
 enum Pairs : int32_t { kNoPairs = 0, kPairsInOrder = 1, kPairsByTiles = 2 };
 
 struct Kernels {

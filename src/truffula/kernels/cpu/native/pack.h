@@ -7,9 +7,9 @@
 
 namespace truffula {
 
-// The type of a stored matrix: numbers, GGUF's blocks of 32, or groups of 128 or 32 e4m3 behind their float32 scale, of
-// which a row's last is filled with any bytes.
-enum class Stored : int32_t { kFloat32, kFloat16, kBfloat16, kQ8_0, kQ4_0, kQ4_1, kQ5_0, kFP8_128, kFP8_32 };
+// The type of a stored matrix: numbers, GGUF's blocks of 32, or groups of 128 or 32 e4m3 or of 64 NF4 (the first of a
+// byte in its high half) behind their float32 scale, of which a row's last is filled with any bytes.
+enum class Stored : int32_t { kFloat32, kFloat16, kBfloat16, kQ8_0, kQ4_0, kQ4_1, kQ5_0, kFP8_128, kFP8_32, kNF4 };
 
 // A stored matrix: contiguous rows of `inputs` numbers, or of whole blocks.
 struct Source {
@@ -34,7 +34,7 @@ struct PanelOrder {
 // Bytes of a panel of `inputs` lines.
 constexpr int64_t panel_bytes(int32_t format, int64_t inputs) {
   if (format <= kBF16) return 64 * (format == kF32 ? inputs : (inputs + 1) / 2);
-  if (is_scaled(format)) return 64 * (inputs / 4 + groups_of(format, inputs));
+  if (is_scaled(format)) return scaled_input_bytes(format) * inputs + 64 * groups_of(format, inputs);
   const int64_t blocks = inputs / kBlock, lines = format == kQ8_0 ? 8 : format == kQ5_0 ? 5 : 4;
   return 64 * (blocks * lines + (format == kQ4_1 ? blocks : (blocks + 1) / 2));
 }
@@ -68,6 +68,7 @@ constexpr int64_t stored_block_bytes(Stored type) {
     case Stored::kFP8_128:
       return 4 + 128;
     case Stored::kFP8_32:
+    case Stored::kNF4:
       return 4 + 32;
     default:
       return 0;
@@ -75,7 +76,9 @@ constexpr int64_t stored_block_bytes(Stored type) {
 }
 
 // Numbers of a stored block.
-constexpr int64_t stored_block_inputs(Stored type) { return type == Stored::kFP8_128 ? 128 : kBlock; }
+constexpr int64_t stored_block_inputs(Stored type) {
+  return type == Stored::kFP8_128 ? 128 : type == Stored::kNF4 ? 64 : kBlock;
+}
 
 // Packs rows row_lo .. row_hi of `source` as outputs first + row_lo .. of the panels at `to`. Other lanes are not
 // written.
@@ -102,8 +105,8 @@ void pack_quantised(const Source& source, int64_t row_lo, int64_t row_hi, uint8_
                     const PanelOrder& order, Rounding& rounding);
 
 // `pack_rows` for a scaled format, of `inputs` inputs.
-void pack_scaled(const Source& source, int64_t inputs, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
-                 const PanelOrder& order);
+void pack_scaled(const Source& source, int64_t inputs, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format,
+                 int64_t first, const PanelOrder& order);
 
 // Copies rows row_lo .. row_hi of `source` to rows first + row_lo .. of `to`, without panels.
 void copy_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first);

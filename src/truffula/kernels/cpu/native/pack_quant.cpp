@@ -113,6 +113,8 @@ bool packs_as(Stored from, int32_t format) {
       return format == kFP8_128;
     case Stored::kFP8_32:
       return format == kFP8_32;
+    case Stored::kNF4:
+      return format == kNF4;
     default:
       return format == kQ8_0;
   }
@@ -137,33 +139,53 @@ void pack_quantised(const Source& source, int64_t row_lo, int64_t row_hi, uint8_
   }
 }
 
+namespace {
+
+// Exchanges the halves of each byte.
+uint64_t swapped(const uint8_t* from) {
+  uint64_t bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return (bytes & 0x0f0f0f0f0f0f0f0fu) << 4 | (bytes >> 4 & 0x0f0f0f0f0f0f0f0fu);
+}
+
+// Writes `count` inputs of one output to a panel's lines.
+void write_lane(const uint8_t* from, int64_t count, uint8_t* lines, int64_t lane, int32_t format) {
+  if (format == kNF4) {
+    for (int64_t k = 0; k < count; k += 16) {
+      const uint64_t codes = swapped(from + k / 2);
+      std::memcpy(lines + 8 * k + 4 * lane, &codes, 4);
+      std::memcpy(lines + 8 * k + 64 + 4 * lane, reinterpret_cast<const uint8_t*>(&codes) + 4, 4);
+    }
+    return;
+  }
+  uint8_t* at = lines + lane / 4 * 16 + lane % 4 * 2;
+  for (int64_t k = 0; k < count; k += 8) {
+    const uint64_t codes = swapped(from + k);
+    for (int64_t pair = 0; pair < 4; ++pair) {
+      const auto two = static_cast<uint16_t>(codes >> 16 * pair);
+      std::memcpy(at + 16 * k + pair / 2 * 64 + pair % 2 * 8, &two, sizeof two);
+    }
+  }
+}
+
+}  // namespace
+
 // Up to 16 rows at a time, group by group, so that the lines stay in the L1 cache.
 void pack_scaled(const Source& source, int64_t inputs, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format,
                  int64_t first, const PanelOrder& order) {
   const int64_t each = group_inputs(format), groups = groups_of(format, inputs), bytes = panel_bytes(format, inputs);
-  const int64_t block = stored_block_bytes(source.type), row_bytes = groups * block;
+  const int64_t block = stored_block_bytes(source.type), input = scaled_input_bytes(format);
   for (int64_t row = row_lo; row < row_hi;) {
     const int64_t panel = order.panel_of(first + row), lane = order.lane_of(first + row);
     int64_t count = 1;
     while (row + count < row_hi && order.panel_of(first + row + count) == panel) ++count;
     uint8_t* lines = to + panel * bytes;
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t k_lo = group * each, k_hi = std::min(inputs, k_lo + each);
+    for (int64_t group = 0; group < groups; ++group)
       for (int64_t i = 0; i < count; ++i) {
-        const uint8_t* from = static_cast<const uint8_t*>(source.data) + (row + i) * row_bytes + group * block;
-        std::memcpy(lines + 16 * inputs + 64 * group + 4 * (lane + i), from, sizeof(float));
-        uint8_t* at = lines + 16 * k_lo + (lane + i) / 4 * 16 + (lane + i) % 4 * 2;
-        for (int64_t k = 0; k < k_hi - k_lo; k += 8) {
-          uint64_t codes;
-          std::memcpy(&codes, from + sizeof(float) + k, sizeof codes);
-          codes = (codes & 0x0f0f0f0f0f0f0f0fu) << 4 | (codes >> 4 & 0x0f0f0f0f0f0f0f0fu);
-          for (int64_t pair = 0; pair < 4; ++pair) {
-            const auto two = static_cast<uint16_t>(codes >> 16 * pair);
-            std::memcpy(at + 16 * k + pair / 2 * 64 + pair % 2 * 8, &two, sizeof two);
-          }
-        }
+        const uint8_t* from = static_cast<const uint8_t*>(source.data) + ((row + i) * groups + group) * block;
+        std::memcpy(lines + input * inputs + 64 * group + 4 * (lane + i), from, sizeof(float));
+        write_lane(from + sizeof(float), std::min(each, inputs - group * each), lines + input * each * group, lane + i, format);
       }
-    }
     row += count;
   }
 }

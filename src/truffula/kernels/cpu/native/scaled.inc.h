@@ -1,7 +1,7 @@
-// Products with scaled matrices. The numbers of a group of inputs are unpacked to bfloat16, which holds them exactly, and
-// multiplied as those of a bfloat16 matrix; the sums of a group start from zero, are multiplied by its scales, and are
-// added to those of the groups before it. So a row's result depends on that row alone, and is the same in all tables
-// whose bfloat16 products are.
+// Products with scaled matrices. The numbers of a group of inputs are unpacked to a format that holds them exactly, FP8
+// to bfloat16 and NF4 to float32, and multiplied as those of a matrix in this format; the sums of a group start from
+// zero, are multiplied by its scales, and are added to those of the groups before it. So a row's result depends on that
+// row alone, and is the same in all tables whose products with such a matrix are.
 #pragma once
 
 #include "ints.h"
@@ -12,7 +12,14 @@
 namespace truffula {
 namespace {
 
-constexpr int64_t kMostGroup = 128;
+// Unpacked lines of the largest group of a panel.
+constexpr int64_t kMostLines = 64;
+
+// Of bitsandbytes' codes.
+alignas(64) static constexpr float kNF4Numbers[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+    -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
 // Rows up to which lines are unpacked to registers, for each tile of rows; more rows share lines in memory.
 #if defined(__AVX512F__)
@@ -45,7 +52,8 @@ TF_INLINE Lines unpack_line(const uint8_t* line) {
   const I codes = line_at(line);
   I lower = codes & all32((int32_t)0xf0f0f0f0u), upper = lookup(kUpper, codes & all32(0x0f0f0f0f));
   if (__builtin_expect(any_without(codes, 0x07070707), 0)) {
-    static constexpr uint8_t kUpperOfSmall[16] = {196, 255, 255, 255}, kLowerOfSmall[16] = {0, 0xf0, 0x60, 0x90, 0xc0, 0xd0, 0xe0, 0xf0};
+    static constexpr uint8_t kUpperOfSmall[16] = {196, 255, 255, 255};
+    static constexpr uint8_t kLowerOfSmall[16] = {0, 0xf0, 0x60, 0x90, 0xc0, 0xd0, 0xe0, 0xf0};
     const I others = add8(codes & all32(0x07070707), all32(0x7f7f7f7f)) & all32((int32_t)0x80808080u);  // not corrected
     const I at = (down16(codes, 4) & all32(0x0f0f0f0f)) | others;
     lower = add8(lower, lookup(kLowerOfSmall, at));
@@ -75,11 +83,35 @@ TF_INLINE V add_products(V sum, const Lines& w, const uint8_t* x) {
 }
 #endif
 
-// y[r, 16 p ...] = x[r] W^T for MR rows and NP panels, x as floats or as pairs; `each`: the inputs of a group.
-template <int MR, int NP, class T>
+// sums += MR rows of x, as floats or as pairs, times a line of NP panels. kFP8_128 stands for kFP8_32 too.
+template <int FORMAT, int MR, int NP, class T>
+TF_INLINE void multiply_line(V (&sums)[MR][NP], const RowsAt<MR, T>& at, const uint8_t* line, int64_t bytes) {
+  if constexpr (FORMAT == kNF4) {
+    const V table = load(kNF4Numbers);
+    I codes[NP];
+    for (int p = 0; p < NP; ++p) codes[p] = line_at(line + p * bytes);
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      V w[NP];
+      for (int p = 0; p < NP; ++p) w[p] = entries_of(table, codes[p], 4 * k);
+      for (int r = 0; r < MR; ++r) {
+        const V b = set1(at.row(r)[k]);
+        for (int p = 0; p < NP; ++p) sums[r][p] = fma(w[p], b, sums[r][p]);
+      }
+    }
+  } else {
+    Lines lines[NP];
+    for (int p = 0; p < NP; ++p) lines[p] = unpack_line(line + p * bytes);
+    for (int r = 0; r < MR; ++r)
+      for (int p = 0; p < NP; ++p) sums[r][p] = add_products(sums[r][p], lines[p], at.row(r));
+  }
+}
+
+// y[r, 16 p ...] = x[r] W^T for MR rows and NP panels; `each`: the inputs of a group.
+template <int FORMAT, int MR, int NP, class T>
 static void scaled_tile(const T* x, int64_t stride, const Packed* w, int64_t each, const uint8_t* panel, float* y,
                         int64_t y_stride, PrefetchDistance ahead) {
-  constexpr int64_t kFour = sizeof(T) == 1 ? 8 : 4;  // of four inputs
+  constexpr int64_t kInput = scaled_input_bytes(FORMAT), kStep = 64 / kInput * (sizeof(T) == 1 ? 2 : 1);  // a line's x
   const int64_t bytes = w->panel_bytes, inputs = w->inputs;
   V total[MR][NP];
   RowsAt<MR, T> at(x, stride);
@@ -87,15 +119,12 @@ static void scaled_tile(const T* x, int64_t stride, const Packed* w, int64_t eac
     V sums[MR][NP];
     for (int r = 0; r < MR; ++r)
       for (int p = 0; p < NP; ++p) sums[r][p] = zero();
-    const uint8_t *line = panel + 16 * k, *end = panel + 16 * (k + each < inputs ? k + each : inputs);
-    for (; line < end; line += 64, at.step(kFour)) {
+    const uint8_t *line = panel + kInput * k, *end = panel + kInput * (k + each < inputs ? k + each : inputs);
+    for (; line < end; line += 64, at.step(kStep)) {
       prefetch_lines<NP>(line, bytes, ahead);
-      Lines lines[NP];
-      for (int p = 0; p < NP; ++p) lines[p] = unpack_line(line + p * bytes);
-      for (int r = 0; r < MR; ++r)
-        for (int p = 0; p < NP; ++p) sums[r][p] = add_products(sums[r][p], lines[p], at.row(r));
+      multiply_line<FORMAT>(sums, at, line, bytes);
     }
-    const uint8_t* scales = panel + 16 * inputs + 64 * (k / each);
+    const uint8_t* scales = panel + kInput * inputs + 64 * (k / each);
     prefetch_lines<NP>(scales, bytes, ahead);
     for (int p = 0; p < NP; ++p) {
       const V scale = load((const float*)(scales + p * bytes));
@@ -106,23 +135,43 @@ static void scaled_tile(const T* x, int64_t stride, const Packed* w, int64_t eac
     for (int p = 0; p < NP; ++p) store(y + r * y_stride + kLanes * p, total[r][p]);
 }
 
-template <int NP, class T>
+template <int FORMAT, int NP, class T>
 static void scaled_rows(int rows, const T* x, int64_t stride, const Packed* w, int64_t each, const uint8_t* panel,
                         float* y, int64_t y_stride, PrefetchDistance ahead) {
 #define TF_CASE(n)                                                                             \
   case n:                                                                                      \
     if constexpr (n <= kFewRows)                                                               \
-      return scaled_tile<n, NP>(x, stride, w, each, panel, y, y_stride, ahead);                \
+      return scaled_tile<FORMAT, n, NP>(x, stride, w, each, panel, y, y_stride, ahead);        \
     break;
   switch (rows) { TF_CASE(1) TF_CASE(2) TF_CASE(3) TF_CASE(4) TF_CASE(5) TF_CASE(6) TF_CASE(7) TF_CASE(8) }
 #undef TF_CASE
 }
 
-// sums = rows r .. r + rows of x times the `count` lines of inputs k ...
+template <int FORMAT, class T>
+static void few_rows(const LinearCall* c, int rows, int panels, const T* x, int64_t stride, const uint8_t* panel,
+                     float* y, int64_t y_stride, PrefetchDistance ahead) {
+#if defined(__AVX512F__)
+  constexpr int kTogether = 2;
+#else
+  constexpr int kTogether = 1;  // two take more registers than there are
+#endif
+  const int64_t each = group_inputs(c->w.format);
+  if (panels == kTogether)
+    return scaled_rows<FORMAT, kTogether>(rows, x, stride, &c->w, each, panel, y, y_stride, ahead);
+  for (int p = 0; p < panels; ++p)
+    scaled_rows<FORMAT, 1>(rows, x, stride, &c->w, each, panel + p * c->w.panel_bytes, y + kLanes * p, y_stride,
+                           single_panel(ahead, p));
+}
+
+// sums = rows r .. r + rows of x times the `count` unpacked lines of inputs k ...
+template <int FORMAT>
 TF_INLINE void multiply_group(const LinearCall* c, int r, int rows, int panels, int64_t k, const uint8_t* lines,
                               int64_t count, float* sums) {
   constexpr int64_t kStride = 2 * kLanes;
   const int64_t bytes = 64 * count;
+  const float* x = c->x.data + r * c->x.stride + k;
+  if constexpr (FORMAT == kNF4)
+    return product<kF32, kScattered>(rows, panels, x, c->x.stride, lines, bytes, count, sums, kStride);
 #if defined(__AVX512BF16__)
   if (c->quantised_x) {
     const uint8_t* pairs = c->quantised_x + r * c->quantised_stride + 2 * k;
@@ -134,56 +183,47 @@ TF_INLINE void multiply_group(const LinearCall* c, int r, int rows, int panels, 
 #endif
   }
 #endif
-  const float* x = c->x.data + r * c->x.stride + k;
-  product_of<kScattered>(kBF16, rows, panels, x, c->x.stride, lines, bytes, 2 * count, sums, kStride);
+  product<kBF16, kScattered>(rows, panels, x, c->x.stride, lines, bytes, 2 * count, sums, kStride);
 }
 
-static void few_rows(const LinearCall* c, int r, int rows, int panels, int64_t each, const uint8_t* panel, float* y,
-                     int64_t y_stride, PrefetchDistance ahead) {
-#if defined(__AVX512F__)
-  constexpr int kTogether = 2;
-#else
-  constexpr int kTogether = 1;  // more registers than there are
-#endif
-  const auto run = [&](const auto* x, int64_t stride) {
-    if (panels == kTogether) return scaled_rows<kTogether>(rows, x, stride, &c->w, each, panel, y, y_stride, ahead);
-    for (int p = 0; p < panels; ++p)
-      scaled_rows<1>(rows, x, stride, &c->w, each, panel + p * c->w.panel_bytes, y + kLanes * p, y_stride, single_panel(ahead, p));
-  };
-#if defined(__AVX512BF16__)
-  if (c->quantised_x) return run(c->quantised_x + r * c->quantised_stride, c->quantised_stride);
-#endif
-  run(c->x.data + r * c->x.stride, c->x.stride);
-}
-
-// y = rows r .. r + rows of x times a unit of panels. ROWS: the most rows, of whole tiles.
-template <int ROWS>
-static void scaled_product(const LinearCall* c, int r, int rows, int panels, const uint8_t* panel, float* y,
-                           int64_t y_stride) {
-  const int64_t each = group_inputs(c->w.format), bytes = c->w.panel_bytes, inputs = c->w.inputs;
-  const PrefetchDistance ahead = r == 0 ? prefetch_distance(0, 1, panels, bytes) : PrefetchDistance{0, 0};
-  #if defined(TRUFFULA_TILES)
-  const bool few = rows <= kFewRows && !tiled(c);
-#else
-  const bool few = rows <= kFewRows;
-#endif
-  if (few) return few_rows(c, r, rows, panels, each, panel, y, y_stride, ahead);
-  alignas(64) uint8_t lines[2 * 32 * kMostGroup];
-  alignas(64) float sums[ROWS * 2 * kLanes];
-  for (int64_t k = 0; k < inputs; k += each) {
-    const int64_t packed = 16 * (inputs - k < each ? inputs - k : each);  // bytes of the group in a panel
-    for (int p = 0; p < panels; ++p) {
-      const uint8_t* from = panel + p * bytes + 16 * k;
-      for (int64_t at = 0; at < packed; at += 64) {
-        __builtin_prefetch(from + at + (p ? ahead.second : ahead.first), 0, 2);
-        const Lines made = unpack_line(from + at);
-        store_line(lines + 2 * (p * packed + at), made.first);
-        store_line(lines + 2 * (p * packed + at) + 64, made.second);
-      }
+// Unpacks `bytes` bytes of a panel's lines; returns the number of lines made.
+template <int FORMAT>
+TF_INLINE int64_t unpack_group(const uint8_t* from, int64_t bytes, uint8_t* to, int64_t ahead) {
+  uint8_t* const start = to;
+  for (const uint8_t* end = from + bytes; from < end; from += 64) {
+    __builtin_prefetch(from + ahead, 0, 2);
+    if constexpr (FORMAT == kNF4) {
+      const V table = load(kNF4Numbers);
+      const I codes = line_at(from);
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k, to += 64) store((float*)to, entries_of(table, codes, 4 * k));
+    } else {
+      const Lines made = unpack_line(from);
+      store_line(to, made.first);
+      store_line(to + 64, made.second);
+      to += 128;
     }
-    multiply_group(c, r, rows, panels, k, lines, packed / 32, sums);
+  }
+  return (to - start) / 64;
+}
+
+// `scaled_product` where lines are unpacked to memory, once for all rows.
+template <int FORMAT, int ROWS>
+static void many_rows(const LinearCall* c, int r, int rows, int panels, const uint8_t* panel, float* y,
+                      int64_t y_stride, PrefetchDistance ahead) {
+  constexpr int64_t kInput = scaled_input_bytes(FORMAT);
+  alignas(64) uint8_t lines[2 * 64 * kMostLines];
+  alignas(64) float sums[ROWS * 2 * kLanes];
+  const int64_t each = group_inputs(c->w.format), bytes = c->w.panel_bytes, inputs = c->w.inputs;
+  for (int64_t k = 0; k < inputs; k += each) {
+    const int64_t packed = kInput * (inputs - k < each ? inputs - k : each);
+    int64_t count = 0;
+    for (int p = 0; p < panels; ++p)
+      count = unpack_group<FORMAT>(panel + p * bytes + kInput * k, packed, lines + 64 * count * p,
+                                   p ? ahead.second : ahead.first);
+    multiply_group<FORMAT>(c, r, rows, panels, k, lines, count, sums);
     for (int p = 0; p < panels; ++p) {
-      const uint8_t* scales = panel + p * bytes + 16 * inputs + 64 * (k / each);
+      const uint8_t* scales = panel + p * bytes + kInput * inputs + 64 * (k / each);
       __builtin_prefetch(scales + (p ? ahead.second : ahead.first), 0, 2);
       const V scale = load((const float*)scales);
       for (int i = 0; i < rows; ++i) {
@@ -195,12 +235,43 @@ static void scaled_product(const LinearCall* c, int r, int rows, int panels, con
   }
 }
 
+// y = rows r .. r + rows of x times a unit of panels. ROWS: the most rows, of whole tiles.
+template <int FORMAT, int ROWS>
+static void scaled_product_of(const LinearCall* c, int r, int rows, int panels, const uint8_t* panel, float* y,
+                              int64_t y_stride) {
+  const PrefetchDistance ahead = r == 0 ? prefetch_distance(0, 1, panels, c->w.panel_bytes) : PrefetchDistance{0, 0};
+#if defined(TRUFFULA_TILES)
+  const bool few = rows <= kFewRows && !tiled(c);
+#else
+  const bool few = rows <= kFewRows;
+#endif
+  if (!few) return many_rows<FORMAT, ROWS>(c, r, rows, panels, panel, y, y_stride, ahead);
+#if defined(__AVX512BF16__) && !defined(TRUFFULA_TILES)
+  if constexpr (reads_pairs(FORMAT)) {
+    const int64_t stride = c->quantised_stride;
+    if (c->quantised_x)
+      return few_rows<FORMAT>(c, rows, panels, c->quantised_x + r * stride, stride, panel, y, y_stride, ahead);
+  }
+#endif
+  few_rows<FORMAT>(c, rows, panels, c->x.data + r * c->x.stride, c->x.stride, panel, y, y_stride, ahead);
+}
+
+template <int ROWS>
+TF_INLINE void scaled_product(const LinearCall* c, int r, int rows, int panels, const uint8_t* panel, float* y,
+                              int64_t y_stride) {
+  if (c->w.format == kNF4) scaled_product_of<kNF4, ROWS>(c, r, rows, panels, panel, y, y_stride);
+  else scaled_product_of<kFP8_128, ROWS>(c, r, rows, panels, panel, y, y_stride);
+}
+
 // Dequantises the weights of one output.
 static void unpack_scaled_lane(const uint8_t* panel, int format, int64_t inputs, int64_t lane, float* out) {
-  const float* scales = (const float*)(panel + 16 * inputs) + lane;
-  const uint8_t* codes = panel + lane / 4 * 16 + lane % 4 * 2;
-  for (int64_t k = 0; k < inputs; ++k)
-    out[k] = to_float(bf16_of_e4m3(codes[k / 4 * 64 + k % 4 / 2 * 8 + k % 2])) * scales[k / group_inputs(format) * kLanes];
+  const float* scales = (const float*)(panel + scaled_input_bytes(format) * inputs) + lane;
+  const uint8_t* codes = panel + (format == kNF4 ? 4 * lane : lane / 4 * 16 + lane % 4 * 2);
+  for (int64_t k = 0; k < inputs; ++k) {
+    const float number = format == kNF4 ? kNF4Numbers[codes[k / 8 * 64 + k % 8 / 2] >> k % 2 * 4 & 15]
+                                        : to_float(bf16_of_e4m3(codes[k / 4 * 64 + k % 4 / 2 * 8 + k % 2]));
+    out[k] = number * scales[k / group_inputs(format) * kLanes];
+  }
 }
 
 }  // namespace
