@@ -8,7 +8,7 @@ import pytest
 from pages import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from generate_model_pages import PAGES  # noqa: E402
+from generate_model_pages import PAGES
 
 
 @pytest.mark.parametrize("name", PAGES)
