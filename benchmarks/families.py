@@ -68,6 +68,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "nemotron_h": {
         **EXPERTS, "hybrid_override_pattern": "MEM*" * 3, "n_routed_experts": 24, "mamba_num_heads": 24,
         "mamba_head_dim": 64, "n_groups": 2, "ssm_state_size": 64, "moe_shared_expert_intermediate_size": 512,
+        "tie_word_embeddings": False,
     },
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
     # What transformers' own code computes: whole batches, and one sequence at a time.
@@ -104,7 +105,8 @@ def make(folder: Path, family: str, *, tiny: bool) -> int:
     known = {*config_class().to_dict(), *config_class.attribute_map, *FAMILIES[family]}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        config_class(**{key: value for key, value in given.items() if key in known and value is not None}), dtype=torch.bfloat16
+        config_class(**{key: value for key, value in given.items() if key in known and value is not None}),
+        dtype=torch.bfloat16,
     )
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())

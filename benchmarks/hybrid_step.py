@@ -5,12 +5,14 @@
 
 Both have random bfloat16 weights and one sequence; the two take turns. ``decode`` is one token behind a short context,
 ``prefill`` a prompt whose last row's logits are computed. Of the limit: the bytes of weights and sequence states that a
-token reads and writes, by the rate at which all threads read memory in the same run, over the best time.
+token reads and writes, by the rate at which all threads read memory in the same run, over the best time; of prefill the
+products with weights alone, by the rate of the instructions that make them, from registers.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from truffula.kernels.backend import Executable
 from truffula.kernels.cpu import CpuBackend
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Capacity
+from truffula.kernels.program import Linear, Logits
 from truffula.testing.programs import Part, decoder_program, fill_step, pull_from, random_weights
 from truffula.testing.tiny import tiny_config
 
@@ -53,6 +56,13 @@ class Ours:
     @property
     def state_bytes(self) -> int:
         return self.program.state_bytes(4)
+
+    def operations(self, tokens: int) -> float:
+        """Of the products with weights for a prompt; the head's are of one row."""
+        head = {op.weight for op in self.program.ops if isinstance(op, Logits)}
+        used = [op.weight for op in self.program.ops if isinstance(op, Linear | Logits)]
+        sizes = {weight: math.prod(self.program.weights[weight].shape) for weight in used}
+        return 2.0 * sum(sizes[weight] * (1 if weight in head else tokens) for weight in used)
 
     def step(self, count: int, start: int) -> None:
         inputs = self.executable.inputs
@@ -112,16 +122,22 @@ def main() -> None:
     backend = CpuBackend(threads)
     ours = Ours(config, backend, prompt)
     times = measure({"truffula": ours, "transformers": Theirs(config)}, prompt, rounds, steps)
-    rate = compile_rates(backend.isa).truffula_read_rate(threads, 1 << (20 if options.smoke else 28))
-    moved = ours.weight_bytes + 2 * ours.state_bytes
-    title = f"{backend.isa}, {threads} threads, memory reads {rate / 1e9:.1f} GB/s, {moved / 1e9:.2f} GB a token"
+    rates = compile_rates(backend.isa)
+    rate = rates.truffula_read_rate(threads, 1 << (20 if options.smoke else 28))
+    peak = rates.truffula_peak_rate(1, threads) or rates.truffula_peak_rate(0, threads)  # of bfloat16 pairs, of floats
+    moved, operations = ours.weight_bytes + 2 * ours.state_bytes, ours.operations(prompt)
+    title = (
+        f"{backend.isa}, {threads} threads, memory reads {rate / 1e9:.1f} GB/s, {moved / 1e9:.2f} GB a token; "
+        f"{peak / 1e9:.0f} GFLOP/s, {operations / 1e9:.0f} GFLOP a prompt"
+    )
     table = Table("what", "who", "ms: median (best)", "tok/s", "x", "of the limit", title=title)
     for what, tokens in (("decode", 1), ("prefill", prompt)):
         base = statistics.median(times["transformers"][what])
         for name in times:
             found = times[name][what]
             median, best = statistics.median(found), min(found)
-            limit = f"{moved / rate / best:.2f}" if (what, name) == ("decode", "truffula") else ""
+            least = moved / rate if what == "decode" else operations / peak
+            limit = f"{least / best:.2f}" if name == "truffula" or what == "prefill" else ""
             table.add_row(what, name, f"{median * 1e3:.1f} ({best * 1e3:.1f})", f"{tokens / median:.1f}",
                           f"{base / median:.2f}", limit)  # fmt: skip
     Console(width=120).print(table)

@@ -3,10 +3,10 @@
     python benchmarks/peers/make_moe.py FOLDER [NAME ...]    # default: each shape in bf16, q8_0 and q4_0, 7 GB
 
 ``qwen3.6`` has the widths of Qwen3.6-35B-A3B (hidden 2048, 8 experts of 512 a token, a shared one of 512, heads of
-256 with 2 for keys) as the architecture qwen2moe: full attention with 8 heads of 16, 6 layers and 64 experts of 256. ``glm4.7`` has those
-of GLM-4.7-Flash's experts (hidden 2048, 4 of 1536 a token and a shared one, one dense layer) as the architecture
-glm4moe: 5 layers, 32 experts of 64, and grouped-query attention, as files with latent attention are not read. All
-experts of a layer have the same values; which are chosen depends on the router, whose values are random.
+256 with 2 for keys) as the architecture qwen2moe: full attention with 8 heads of 16, 6 layers and 64 experts of 256.
+``glm4.7`` has those of GLM-4.7-Flash's experts (hidden 2048, 4 of 1536 a token and a shared one, one dense layer) as
+the architecture glm4moe: 5 layers, 32 experts of 64, and grouped-query attention, as files with latent attention are
+not read. All experts of a layer have the same values; which are chosen depends on the router, whose values are random.
 """
 
 from __future__ import annotations

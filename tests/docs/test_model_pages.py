@@ -1,13 +1,14 @@
-"""docs/models.md and docs/tying.md are what scripts/generate_model_pages.py writes."""
+"""The pages that scripts/generate_model_pages.py writes are what it would write now."""
 
 from __future__ import annotations
 
-import models_table
+import sys
+
 import pytest
-import tying_table
 from pages import ROOT
 
-PAGES = {"models.md": models_table.page, "tying.md": tying_table.page}
+sys.path.insert(0, str(ROOT / "scripts"))
+from generate_model_pages import PAGES
 
 
 @pytest.mark.parametrize("name", PAGES)

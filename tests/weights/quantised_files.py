@@ -39,11 +39,13 @@ _MODULES = {
 
 
 class Fixture:
-    """``config`` is the ``quantization_config``, ``tensors`` the stored tensors by name."""
+    """``config`` is the ``quantization_config``, ``tensors`` the stored tensors by name, ``libraries`` the versions
+    of the packages that wrote it."""
 
     def __init__(self, name: str) -> None:
         file = SafetensorsFile(FIXTURES / f"{name}.safetensors")
         self.config: dict[str, Any] = json.loads(file.metadata["config"])
+        self.libraries: dict[str, str] = json.loads(file.metadata["libraries"])
         self.expected: dict[str, tuple[str, str]] = json.loads(file.metadata["expected"])
         self.tensors: dict[str, Array] = {item: np.array(file.read(item)) for item in file.tensors}
 

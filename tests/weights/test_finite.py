@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from truffula.errors import CheckpointError
+from truffula.kernels.cpu import CpuBackend, why_unavailable
+from truffula.model.load import WeightReader, plan_model
+from truffula.testing.programs import capacity_for
+from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 from truffula.weights import finite
 from truffula.weights.finite import first_non_finite
+from truffula.weights.open import open_checkpoint
 
 FLOATS = [
     np.float64,
@@ -60,3 +70,18 @@ def test_infinities_empties_scalars_and_integers() -> None:
     assert first_non_finite(np.array(np.nan, np.float32)) == (1, ())
     assert first_non_finite(np.arange(4)) is None
     assert first_non_finite(np.finfo(np.float32).max * np.ones(3, np.float32)) is None
+
+
+@pytest.mark.skipif(why_unavailable() is not None, reason="needs the native kernels")
+def test_all_of_a_tensor_that_is_read_in_pieces_are_counted(tmp_path: Path) -> None:
+    """The native backend reads this table in two pieces, in a thread, which ends with the load."""
+    config = tiny_config("llama", vocab_size=4500, hidden_size=1024, num_hidden_layers=1, head_dim=16)
+    table = np.zeros((4500, 1024), ml_dtypes.bfloat16)
+    table[4400, 3] = table[4499, 5] = np.nan
+    name = "model.embed_tokens.weight"
+    write_tiny_checkpoint(tmp_path, config, dtype="bfloat16", drop=[name], extra={name: table})
+    with contextlib.closing(open_checkpoint(tmp_path)) as checkpoint:
+        plan = plan_model(checkpoint)
+        with pytest.raises(CheckpointError, match=r"embed_tokens.weight .* holds 2 NaN .* first at \(4400, 3\)"):
+            CpuBackend(2).load(plan.program, "bfloat16", WeightReader(checkpoint, plan), capacity_for(4))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("truffula-weights")]

@@ -88,8 +88,8 @@ class QuantisedArray:
 
 @dataclass(frozen=True)
 class ComputedArray:
-    """An array of ``shape`` in ``dtype`` whose rows are computed when they are read: ``read(lo, hi)`` is a new array of
-    rows ``lo .. hi``, as far as they exist.
+    """An array of ``shape`` in ``dtype`` whose rows are computed, or read and checked, when they are needed:
+    ``read(lo, hi)`` gives rows ``lo .. hi``, as far as they exist.
     """
 
     shape: tuple[int, ...]
@@ -115,7 +115,7 @@ def as_array(part: Part) -> Array:
 PullWeight = Callable[[WeightDecl], Sequence[Part]]
 """Returns a weight's parts in order, as mapped arrays in their stored dtype, with transforms applied. The caller may
 keep the views: the mapping outlives the executable. Parts stored in one of the backend's ``block_kinds`` are
-``QuantisedArray``; those that are computed from several stored tensors, ``ComputedArray``."""
+``QuantisedArray``; large ones, and those that are computed from several stored tensors, may be ``ComputedArray``."""
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -154,7 +154,8 @@ class WeightReader:
         self._done_bytes = 0
 
     def __call__(self, decl: WeightDecl) -> Sequence[Part]:
-        """The parts of ``decl``, checked. Raises ``CheckpointError`` naming tensor and count of non-finite values."""
+        """The parts of ``decl``. Raises ``CheckpointError`` naming tensor and count of non-finite values: now, or of a
+        ``ComputedArray`` when its rows are read."""
         if decl.id in self._read:
             raise KernelError(f"{decl.name} was read twice.")
         parts = [self._part(part, decl.shape) for part in decl.parts]
@@ -182,6 +183,10 @@ class WeightReader:
             values: Part = blocks
         elif computed is not None:
             values = _checked_rows(computed, info)
+        elif by_rows and len(shape) > 1 and info.dtype in ("F32", "F16", "BF16"):  # a view
+            stored = self.checkpoint.read(part.name)
+            rows = ComputedArray(stored.shape, stored.dtype, lambda lo, hi: stored[lo:hi])
+            values = _checked_rows(rows, info)
         else:
             values = arranged(part, self._values(part, info), shape)
         self._done_bytes += info.nbytes
@@ -210,15 +215,16 @@ class WeightReader:
             raise KernelError(f"{len(left)} weights were not read: {', '.join(left[:10])}.")
 
 
-def _checked_rows(computed: ComputedArray, info: TensorInfo) -> ComputedArray:
-    """``computed``; reading rows with values that are not finite raises ``CheckpointError``."""
+def _checked_rows(rows: ComputedArray, info: TensorInfo) -> ComputedArray:
+    """``rows``; reading some with values that are not finite raises ``CheckpointError``."""
 
     def read(lo: int, hi: int) -> Array:
-        values = computed.read(lo, hi)
-        _require_finite(values, info, lo)
+        values = rows.read(lo, hi)
+        if first_non_finite(values) is not None:
+            _require_finite(rows.read(lo, rows.shape[0]), info, lo)  # counts those in later rows, too
         return values
 
-    return ComputedArray(computed.shape, computed.dtype, read)
+    return ComputedArray(rows.shape, rows.dtype, read)
 
 
 def _require_finite(values: Array, info: TensorInfo, row: int = 0) -> None:

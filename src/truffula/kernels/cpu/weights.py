@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Embed, ExpertLinear, Linear, Logits, Mla, Program, WeightDecl
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 _CHUNK_BYTES = 8 << 20
 """A file's pages are released after each chunk, so that the peak of memory stays near the packed size."""
 
@@ -135,10 +137,7 @@ def load_weights(native: Any, program: Program, options: WeightOptions, pull: Pu
         KernelError: Parts that do not make the declared shape, or a dtype that is not float32, float16 or bfloat16.
     """
     rounding = Rounding()
-    formats = [
-        load_one(native, decl, role, options, pull, rounding)
-        for decl, role in zip(program.weights, roles(program), strict=True)
-    ]
+    formats = _load(native, zip(program.weights, roles(program), strict=True), options, pull, rounding)
     if rounding.sums:
         logger.info("%s", rounding)
     return formats
@@ -148,31 +147,118 @@ def load_one(
     native: Any, decl: WeightDecl, role: Role, options: WeightOptions, pull: PullWeight, rounding: Rounding
 ) -> str:
     """Pull one weight into ``native``; its rounding error is added to ``rounding``. Returns its format."""
-    parts = pull_parts(pull, decl)
-    if role.kind == "vector":
-        values = np.concatenate([np.asarray(as_array(part), np.float32) for part in parts])
-        if options.dtype == "bfloat16" and not role.exact:
-            values = values.astype(BFLOAT16).astype(np.float32)
-        native.add_vector(np.ascontiguousarray(values.T).ravel())  # a convolution's: [K, C]
-        return "vectors"
-    kinds = {part.kind if isinstance(part, QuantisedArray) else part.dtype.name for part in parts}
-    fmt, as_blocks = options.matrix_format(kinds, exact=role.exact, quantisable=role.quantisable)
-    *experts, outputs, inputs = decl.shape
-    if role.kind == "latent":
-        weight = native.add_latent_matrix(*role.heads, inputs, format=fmt)
-    else:
-        weight = native.add_matrix(
-            outputs, inputs, format=fmt, panels=role.kind == "panels", half=role.half, experts=math.prod(experts)
-        )
-    for name, expert, first, part in _matrices(decl, parts):
-        try:
-            squares, lost = _fill(native, weight, part, first, expert, as_blocks=as_blocks)
-        except ValueError as error:
-            raise KernelError(f"{decl.name}: {error}.", param=decl.name) from error
-        if squares:
-            before = rounding.sums.get(name, (0.0, 0.0))
-            rounding.sums[name] = before[0] + squares, before[1] + lost
-    return fmt
+    return _load(native, [(decl, role)], options, pull, rounding)[0]
+
+
+@dataclass(frozen=True)
+class _Vector:
+    values: Array
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """The beginning of a matrix in ``format``; its rows follow."""
+
+    decl: WeightDecl
+    role: Role
+    format: str
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows ``first ..`` of an expert's matrix, from the tensor ``name``: blocks of ``kind``, or numbers for "". They
+    were made from ``source``, which may be mapped."""
+
+    name: str
+    expert: int
+    first: int
+    values: Array
+    kind: str
+    source: Array
+
+
+def _load(
+    native: Any,
+    weights: Iterable[tuple[WeightDecl, Role]],
+    options: WeightOptions,
+    pull: PullWeight,
+    rounding: Rounding,
+) -> list[str]:
+    """Pack what ``_read`` gives; the next piece is read in a thread meanwhile: files, checks, dequantisation. Returns
+    the formats of ``weights``."""
+    formats: list[str] = []
+    weight = -1
+    decl: WeightDecl | None = None
+    for piece in _ahead(_read(weights, options, pull)):
+        if isinstance(piece, _Vector):
+            native.add_vector(piece.values)
+            formats.append("vectors")
+        elif isinstance(piece, _Matrix):
+            decl, role = piece.decl, piece.role
+            formats.append(piece.format)
+            *experts, outputs, inputs = decl.shape
+            if role.kind == "latent":
+                weight = native.add_latent_matrix(*role.heads, inputs, format=piece.format)
+            else:
+                panels, count = role.kind == "panels", math.prod(experts)
+                weight = native.add_matrix(
+                    outputs, inputs, format=piece.format, panels=panels, half=role.half, experts=count
+                )
+        else:
+            assert decl is not None  # rows follow their matrix
+            _fill(native, weight, decl, piece, rounding)
+    return formats
+
+
+def _fill(native: Any, weight: int, decl: WeightDecl, rows: _Rows, rounding: Rounding) -> None:
+    """Pack rows of ``weight``; sums of squares, of values and of rounding errors, are added to ``rounding``."""
+    try:
+        if rows.kind:
+            squares, lost = native.fill(weight, np.ascontiguousarray(rows.values), rows.first, rows.kind, rows.expert)
+        else:
+            squares, lost = native.fill(weight, as_bits(rows.values), rows.first, expert=rows.expert)
+    except ValueError as error:
+        raise KernelError(f"{decl.name}: {error}.", param=decl.name) from error
+    if squares:
+        before = rounding.sums.get(rows.name, (0.0, 0.0))
+        rounding.sums[rows.name] = before[0] + squares, before[1] + lost
+    release_pages(rows.source)
+
+
+def _read(
+    weights: Iterable[tuple[WeightDecl, Role]], options: WeightOptions, pull: PullWeight
+) -> Iterator[_Vector | _Matrix | _Rows]:
+    """The weights in order, matrices in pieces of a few megabytes. A piece's pages are released when it is packed."""
+    for decl, role in weights:
+        parts = pull_parts(pull, decl)
+        if role.kind == "vector":
+            values = np.concatenate([np.asarray(as_array(part), np.float32) for part in parts])
+            if options.dtype == "bfloat16" and not role.exact:
+                values = values.astype(BFLOAT16).astype(np.float32)
+            yield _Vector(np.ascontiguousarray(values.T).ravel())  # a convolution's: [K, C]
+            continue
+        kinds = {part.kind if isinstance(part, QuantisedArray) else part.dtype.name for part in parts}
+        fmt, as_blocks = options.matrix_format(kinds, exact=role.exact, quantisable=role.quantisable)
+        yield _Matrix(decl, role, fmt)
+        for name, expert, first, part in _matrices(decl, parts):
+            step = max(1, _CHUNK_BYTES * part.shape[0] // max(1, part.nbytes))
+            for lo in range(0, part.shape[0], step):
+                some = _rows(part, lo, lo + step)
+                if not isinstance(some, QuantisedArray):
+                    yield _Rows(name, expert, first + lo, some, "", some)
+                elif as_blocks:
+                    yield _Rows(name, expert, first + lo, some.blocks, some.kind, some.blocks)
+                else:
+                    yield _Rows(name, expert, first + lo, some.dequantise(), "", some.blocks)
+
+
+def _ahead(pieces: Iterator[T]) -> Iterator[T]:
+    """``pieces``, of which the next one is made in a thread while the caller uses one."""
+    with ThreadPoolExecutor(1, "truffula-weights") as thread:
+        following = thread.submit(next, pieces, None)
+        while (piece := following.result()) is not None:
+            following = thread.submit(next, pieces, None)
+            yield piece
 
 
 def _matrices(decl: WeightDecl, parts: Sequence[Part]) -> Iterator[tuple[str, int, int, Part]]:
@@ -187,22 +273,6 @@ def _matrices(decl: WeightDecl, parts: Sequence[Part]) -> Iterator[tuple[str, in
     for name, part in zip(names, parts, strict=True):
         yield name, 0, first, part
         first += part.shape[0]
-
-
-def _fill(native: Any, weight: int, part: Part, first: int, expert: int, *, as_blocks: bool) -> tuple[float, float]:
-    """Pack a part as rows ``first ..`` of an expert's matrix. Returns sums of squares: values, rounding errors."""
-    squares = lost = 0.0
-    step = max(1, _CHUNK_BYTES * part.shape[0] // max(1, part.nbytes))
-    for lo in range(0, part.shape[0], step):
-        some = _rows(part, lo, lo + step)
-        source = some.blocks if isinstance(some, QuantisedArray) else some
-        if as_blocks and isinstance(some, QuantisedArray):
-            more = native.fill(weight, np.ascontiguousarray(source), first + lo, some.kind, expert)
-        else:
-            more = native.fill(weight, as_bits(as_array(some)), first + lo, expert=expert)
-        squares, lost = squares + more[0], lost + more[1]
-        release_pages(source)
-    return squares, lost
 
 
 def _rows(part: Part, lo: int, hi: int) -> Array | QuantisedArray:
