@@ -247,12 +247,13 @@ class ReferenceExecutable(SynchronousExecutable):
         table, acting = self._weights[op.table].whole, step.acting()
         _check_ids(ids, len(table), (step.op, 0), acting)
         rows = table.index_select(0, ids.clamp(max=len(table) - 1))
+        virtual = ids >= len(table)
         if acting:
             rows = rows.float()
-            rows[ids >= len(table)] = 0.0
+            rows[virtual] = 0.0
             apply_adapters_(rows, ids, (step.op, 0), acting, self._weights[op.table])
         dtype = self._buffers.dtype(op.out)
-        self._buffers.put(op.out, ops.embed(rows, table.dtype, op.scale, self._get(op.add), dtype))
+        self._buffers.put(op.out, ops.embed(rows, table.dtype, op.scale, self._get(op.add), dtype, virtual))
 
     def _norm(self, op: Norm, step: _Step) -> None:
         weight, bias = self._vector(op.weight), self._vector(op.bias)
