@@ -48,6 +48,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     generation continues after them and they are not emitted again. With ``grammar`` no token is drawn that it forbids;
     ``EngineClient.set_vocabulary`` comes before the first such request. Times are of ``time.monotonic()``, which all
     processes of a machine share. ``salt`` separates tenants in the prefix cache.
+    ``tenant`` is whose turn it takes, ``weight`` that tenant's share beside others'.
     """
 
     request_id: str
@@ -58,12 +59,14 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     resume_ids: list[int] = []
     grammar: Grammar | None = None
     salt: str = ""
+    tenant: str = ""
+    weight: float = 1.0
     arrival: float = 0.0
     queue_deadline: float | None = None
     deadline: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("request_id", "salt"):  # both cross to the engine's process as UTF-8
+        for name in ("request_id", "salt", "tenant"):  # these cross to the engine's process as UTF-8
             try:
                 getattr(self, name).encode()
             except UnicodeEncodeError:
@@ -138,6 +141,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ``prepared`` is the prompt where a text worker has made it (``service/prompts.py``), in place of ``prompt`` and of
     what ``messages`` hold. ``queue_timeout_s`` and ``deadline_s`` count from acceptance. ``request_id`` is the client's
     word, for logs; it need not be unique. ``salt`` separates tenants in the prefix cache.
+    ``tenant`` and ``weight``: as in ``EngineRequest``.
     """
 
     prompt: str | list[int] | None = None
@@ -165,6 +169,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     truncate: int | None = None
     prepared: bytes | None = None
     salt: str = ""
+    tenant: str = ""
+    weight: float = 1.0
     queue_timeout_s: float | None = None
     deadline_s: float | None = None
 
@@ -302,11 +308,11 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """``load`` waits until the adapter is ready, or raises; ``unload`` waits for running requests; ``list`` returns the
-    states.
+    """``load`` waits until the adapter is ready, or raises; ``unload`` waits for running requests; ``unpin`` ends what
+    a ``load`` that was ``pinned`` began; ``list`` returns the states.
     """
 
-    action: Literal["load", "unload", "list"]
+    action: Literal["load", "unload", "unpin", "list"]
     ref: AdapterRef | None = None
     pinned: bool = False
 
@@ -319,7 +325,9 @@ was computed before.
 
 
 class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of one adapter in the pool."""
+    """The state of one adapter in the pool. ``parts`` are the kinds of its parts, ``sites`` counts where they act;
+    ``used_at`` is the monotonic time of its last use.
+    """
 
     name: str
     generation: str | None = None
@@ -329,6 +337,9 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
     commit: str = ""  # of the Hub, as of its last load
     leases: int = 0
     pinned: bool = False
+    parts: list[str] = []
+    sites: int = 0
+    used_at: float | None = None
     error: ErrorInfo | None = None
 
 

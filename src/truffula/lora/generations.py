@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError
+from truffula.kernels.adapters import KIND, KINDS, SITE
 from truffula.kernels.backend import AdapterImage, Executable
 from truffula.lora.image import check_size, map_image
 from truffula.lora.loads import AdapterSource, unlink_image
@@ -73,6 +76,11 @@ class Generation:
     commit: str = ""
     counted: Account | None = None
 
+    def __post_init__(self) -> None:
+        table, kinds = self.image.table, tuple(KINDS)
+        self.parts = [kinds[kind] for kind in np.unique(table[:, KIND])]
+        self.sites = len(np.unique(table[:, SITE]))
+
     @property
     def id(self) -> str:
         return self.image.generation
@@ -101,6 +109,9 @@ class Generation:
             commit=self.commit,
             leases=self.resident_leases,
             pinned=self.pinned,
+            parts=self.parts,
+            sites=self.sites,
+            used_at=self.used_at,
         )
 
 

@@ -213,7 +213,10 @@ class AdapterPool:
         done: Future[list[AdapterState]] = Future()
         if command.action == "list" or ref is None:
             done.set_result(self.states())
-        elif self._unload(ref.name):
+        elif command.action == "unpin" or self._unload(ref.name):
+            if command.action == "unpin":
+                self._generations.pins.discard(source_of(ref))
+                self._recount(source_of(ref))
             done.set_result([state for state in self.states() if state.name == ref.name])
         else:
             done.set_exception(AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter"))

@@ -2,7 +2,8 @@
 
 A name is looked up in this order:
 
-1. names that were added while it runs (by an administrator, or by the caller of a library);
+1. names that were registered while it runs (by an administrator, or by the caller of a library), see ``registry.py``:
+   for such a NAME, what follows in NAME@VERSION is one of its versions and nothing else;
 2. names the operator gave (``name=path-or-hub-id``);
 3. the adapter folder: each of its subfolders by name, looked up when it is asked for;
 4. loading on first use: a path below an allowed folder, or a Hub id that matches an allowed pattern.
@@ -23,13 +24,14 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
+from msgspec.structs import replace as _replace
 
 from truffula.environment import expanded
 from truffula.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest
 from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config, read_settings
 from truffula.lora.foreign import close_path, describe_file, describe_folder, meant_as_adapter
 from truffula.lora.paths import CONFIG, TENSORS, fingerprint
+from truffula.lora.registry import AdapterRegistry
 from truffula.types import AdapterRef
 
 SOURCES = ("local", "hub")
@@ -111,6 +113,7 @@ class AdapterDirectory:
         default_source: Where a name is looked up that is in neither of the first two and names no source.
         base_names: The names of the base. Names that are ``reserved`` besides them are not served as adapters. None:
             the caller is the only client, and nothing is reserved.
+        registry: What is registered at run time; by default, nothing yet, and kept in memory.
 
     Raises ``ConfigError`` for a name or a source that can't be used.
     """
@@ -124,6 +127,7 @@ class AdapterDirectory:
         allow_hub: tuple[str, ...] = (),
         default_source: str = "hub",
         base_names: Collection[str] | None = None,
+        registry: AdapterRegistry | None = None,
     ) -> None:
         if default_source not in SOURCES:
             raise ConfigError(f"adapter source {default_source!r} must be one of {', '.join(SOURCES)}.")
@@ -137,7 +141,8 @@ class AdapterDirectory:
             why = "is a file, not a folder of adapters" if adapter_dir.exists() else "does not exist"
             raise ConfigError(f"The adapter folder {adapter_dir} {why}.", param="adapter_dir")
         self._named = {name: _parse_source(name, source) for name, source in (adapters or {}).items()}
-        self._added: dict[str, AdapterRef] = {}
+        self.registry = registry or AdapterRegistry()
+        self._renewed: dict[tuple[str, str, str | None], str] = {}
         self._dir = _resolved(adapter_dir) if adapter_dir is not None else None
         self._allow_local = tuple(map(_resolved, allow_local))
         self._allow_hub = allow_hub
@@ -158,15 +163,21 @@ class AdapterDirectory:
             raise InvalidRequest(
                 f"adapter_source {source[:40]!r} is not one of {', '.join(SOURCES)}.", param="adapter_source"
             )
+        ref = self._find(name, source)
+        renewed = self._renewed.get((ref.kind, ref.locator, ref.revision))
+        return ref if renewed is None else _replace(ref, fingerprint=renewed)
+
+    def _find(self, name: str, source: str | None) -> AdapterRef:
         if not _printable(name):
             reason = f"an adapter's name has 1 to {MAX_NAME_CHARS} printable characters"
             raise _not_found(name, reason)
         if self._is_reserved(name):
             raise _not_found(name, "the name is reserved for the base model")
-        for table in (self._added, self._named):
-            named = table.get(name)
+        for named in (self.registry.find(name), self._named.get(name)):
             if named is not None and source in (None, named.kind):
                 return _with_fingerprint(named)
+        if source is None and self.registry.owns(name):
+            raise _not_found(name, "that adapter has no such version")
         if source in (None, "local"):
             folder = self._in_dir(name)
             if folder is not None:
@@ -176,8 +187,18 @@ class AdapterDirectory:
         return self._allowed_path(name)
 
     def names(self) -> list[str]:
-        """The names of named adapters and the folder's, sorted. Those that are loaded on first use are not listed."""
-        return sorted({*self._added, *self._named, *self._listed()})
+        """The names of registered adapters, of aliases, of the operator's adapters and of the folder's, sorted.
+        Versions, and what is loaded on first use, are not listed.
+        """
+        return sorted({*self.registry.names(), *self._named, *self._listed()})
+
+    def peek(self, name: str) -> AdapterRef | None:
+        """The adapter that is listed as ``name``, without the state of its files; None for any other name."""
+        named = self.registry.find(name) or self._named.get(name)
+        folder = None if named is not None or self._is_reserved(name) else self._in_dir(name)
+        if folder is None:
+            return named
+        return AdapterRef(name=name, kind="local", locator=str(folder), root=str(self._dir))
 
     def locate(self, name: str, source: Path | str) -> AdapterRef:
         """The adapter that ``add`` would register as ``name`` for this folder or Hub id. Nothing is added.
@@ -188,15 +209,24 @@ class AdapterDirectory:
 
     def add(self, ref: AdapterRef) -> None:
         """Register ``ref``, which ``locate`` returned, under its name. It replaces an adapter of the same name."""
-        self._added[ref.name] = ref
+        self.registry.add([ref])
 
     def remove(self, name: str) -> None:
         """Remove the adapter that ``add`` registered under ``name``. The operator's own adapters remain."""
-        self._added.pop(name, None)
+        self.registry.remove(name)
 
-    def is_added(self, name: str) -> bool:
-        """Whether ``add`` registered it, so that ``remove`` ends it unless the operator offers the name too."""
-        return name in self._added and name not in self._named and self._in_dir(name) is None
+    def is_offered(self, name: str) -> bool:
+        """Whether the operator's options offer an adapter of this name, whatever is registered."""
+        return name in self._named or self._in_dir(name) is not None
+
+    def renewed(self, ref: AdapterRef) -> AdapterRef:
+        """``ref`` as another state of its source, so that it is read again: a branch of the Hub may have moved."""
+        return _with_fingerprint(ref) if ref.kind == "local" else _replace(ref, fingerprint=f"renewed-{time.time_ns()}")
+
+    def accept(self, ref: AdapterRef) -> None:
+        """From now on ``resolve`` gives its source the state of ``ref``, which ``renewed`` returned."""
+        if ref.kind != "local":
+            self._renewed[ref.kind, ref.locator, ref.revision] = ref.fingerprint
 
     def warnings(self) -> list[str]:
         """Warnings for the operator at the start: sources without an adapter, and adapters that cannot be served.
@@ -362,4 +392,4 @@ def _with_fingerprint(ref: AdapterRef) -> AdapterRef:
     if ref.kind != "local":
         return ref
     folder = Path(ref.locator)
-    return msgspec.structs.replace(ref, fingerprint=fingerprint(lambda name: (folder / name).stat()))
+    return _replace(ref, fingerprint=fingerprint(lambda name: (folder / name).stat()))

@@ -37,6 +37,7 @@ from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
 from truffula.option import format_size
 from truffula.params import SamplingParams
+from truffula.server.adapters import restore_pins
 from truffula.server.app import create_app
 from truffula.server.connections import (
     ACCEPT_BURST,
@@ -182,7 +183,7 @@ def announce(
     log.info("adapters: %s%s", ", ".join(names[:10]) or "none", more)
     for text in warnings:
         log.warning("%s", text)
-    if resolved.server.host not in ("127.0.0.1", "localhost", "::1") and not resolved.server.api_keys:
+    if resolved.server.host not in ("127.0.0.1", "localhost", "::1") and not resolved.server.keyed:
         log.warning(
             "listening on more than this machine without --api-key: everyone who can reach the port can use the server"
         )
@@ -229,9 +230,11 @@ class LoadingApp:
             try:
                 self._asgi = self.app.asgi
                 self.app.announce()
+                pins = asyncio.ensure_future(restore_pins(self.app.asgi.state.truffula))
                 await self._watch(service)
                 await self._ended.wait()
             finally:
+                pins.cancel()
                 await self.app.asgi.state.responses.close()
                 await service.close()
         except Exception as error:  # noqa: BLE001  (``run_server`` raises it)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 from starlette.requests import Request
 
@@ -15,6 +17,7 @@ from truffula.config import ServerConfig
 from truffula.errors import AdapterNotFound, InvalidRequest
 from truffula.lora.sources import BASE_WORDS, AdapterDirectory
 from truffula.metrics import Metrics, RequestRecord
+from truffula.server.keys import EVERYTHING, Access
 from truffula.server.limits import RequestLimits
 from truffula.service import AsyncService
 from truffula.types import AdapterRef
@@ -39,6 +42,11 @@ class ServerState:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     seen_unknown: set[str] = field(default_factory=set)
     seen_not_found: set[str] = field(default_factory=set)
+    _reloads: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+
+    def reloading(self, name: str) -> asyncio.Lock:
+        """Held while the adapter ``name`` is replaced, so that what was compared stays true until it is."""
+        return self._reloads.setdefault(name, asyncio.Lock())
 
     @cached_property
     def limits(self) -> RequestLimits:
@@ -68,22 +76,39 @@ class ServerState:
         """Every name of the base."""
         return (self.model_id, self.service.info.model)
 
-    async def adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
+    async def adapter(
+        self, name: str | None, source: str | None = None, access: Access = EVERYTHING, key: str = ""
+    ) -> AdapterRef | None:
         """The adapter called ``name``; None is the base. Raises ``AdapterNotFound``, never falls back to the base.
 
-        The file system is asked in another thread, so that a slow disk does not delay running streams.
+        What ``access`` does not allow is not found. ``key`` chooses one of several targets of an alias. The file system
+        is asked in another thread, so that a slow disk does not delay running streams.
         """
         if source is not None and source not in ("hub", "local"):
             raise InvalidRequest(
                 f"adapter_source {source[:40]!r} is not supported by this server; use hub or local.",
                 param="adapter_source",
             )
-        if not name or name == self.model_id:
-            return None
         try:
-            return await self.service.look_up(self.service.core.resolve_adapter, name, source)
+            if not name or name == self.model_id:
+                access.require_base()
+                return None
+            return await self.service.look_up(self._resolve, name, source, access, key)
         except AdapterNotFound as error:
-            raise self._not_found(name, error) from error
+            raise self._not_found(name or self.model_id, error) from error
+
+    def _resolve(self, name: str, source: str | None, access: Access, key: str) -> AdapterRef | None:
+        access.require(name)
+        alias = self.directory.registry.alias(name) if source is None else None
+        if alias is not None:
+            name = alias.choose(key)
+            access.require(name)
+        ref = self.service.core.resolve_adapter(name, source)
+        if ref is None:
+            access.require_base()
+        else:
+            access.require(ref.name)  # of a path, the name is what it leads to
+        return ref
 
     def _not_found(self, name: str, error: AdapterNotFound) -> AdapterNotFound:
         """What the client is told, the same whatever the reason, so that it learns nothing of adapters and paths that
@@ -101,15 +126,24 @@ class ServerState:
         return AdapterNotFound(told, param="model", adapter=shown)
 
     async def adapter_names(self) -> list[str]:
-        """Names a client may use now, sorted."""
+        """All names of adapters, sorted."""
         found = await self.service.look_up(self.service.core.directory.names)
-        return sorted(set(found) - {self.model_id})
+        return [name for name in found if name != self.model_id]
 
-    async def named_model(self, model: str | None, source: str | None = None) -> AdapterRef | None:
+    async def models(self, access: Access) -> list[str | None]:
+        """The base (None) and the names of the adapters, as far as ``access`` allows their use."""
+        names: list[str | None] = [None] if access.base else []
+        return names + list(filter(access.may_use, await self.adapter_names()))
+
+    async def named_model(
+        self, model: str | None, source: str | None = None, access: Access = EVERYTHING, key: str = ""
+    ) -> AdapterRef | None:
         """OpenAI's ``model``: the base, an adapter, or SGLang's ``base:adapter``."""
         if model is not None and model.startswith(f"{self.model_id}:"):
-            return await self.adapter(model.removeprefix(f"{self.model_id}:"), source)
-        return None if model in BASE_WORDS else await self.adapter(model, source)
+            model = model.removeprefix(f"{self.model_id}:")
+        elif model in BASE_WORDS:
+            model = None
+        return await self.adapter(model, source, access, key)
 
 
 def state_of(request: Request) -> ServerState:

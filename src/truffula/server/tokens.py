@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from truffula.errors import InvalidRequest, PromptTooLong
 from truffula.items import Tool
-from truffula.server.auth import client_of
+from truffula.server.auth import access_of, client_of
 from truffula.server.body import Body, BodyJob, decode_object, note_ignored, raw_body, validate
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, TokenizeBody
@@ -102,7 +102,8 @@ async def _answer(request: Request, kind: Kind) -> Response:
         head, reply = await texts.in_thread(len(raw), lambda: _reply(kind, value, state.limits, model))
         parts = [reply]
     note_ignored(request, head.unknown)
-    await state.named_model(head.model)
+    if head.model:  # the tokenizer is the same for all
+        await state.named_model(head.model, None, access_of(request))
     return Reply(parts)
 
 
