@@ -69,7 +69,7 @@ def _check_running(batch: RunningBatch) -> None:
     assert set(running) == {s for s in batch._slots if s is not None}
     for sequence in running:
         assert sequence.seq_slot is not None and batch._slots[sequence.seq_slot] is sequence
-        assert (sequence.lease is None) == (sequence.key is None), "a lease is missing"
+        assert (sequence.lease is None) == (sequence.adapter_key is None), "a lease is missing"
         assert sequence.lease is None or sequence.lease.generation == sequence.generation
         assert sequence.num_committed <= sequence.num_computed <= sequence.num_wanted
         assert sequence.num_computed <= sequence.table.capacity, "computed tokens without blocks"

@@ -274,13 +274,14 @@ def refs(table: BlockTable) -> set[tuple[int, int]]:
 def request(
     name: str, prompt: list[int], *, adapter: str | AdapterRef | None = None, choice: int = 0,
     resume_ids: list[int] | None = None, grammar: Grammar | None = None, salt: str = "",
-    queue_deadline: float | None = None, deadline: float | None = None, arrival: float = 0.0, **params,
+    queue_deadline: float | None = None, deadline: float | None = None, arrival: float = 0.0, tenant: str = "",
+    weight: float = 1.0, **params,
 ) -> EngineRequest:  # fmt: skip
     ref = AdapterRef(name=adapter, locator=adapter) if isinstance(adapter, str) else adapter
     return EngineRequest(
         request_id=name, prompt_ids=prompt, params=EngineParams(**{"temperature": 0.0, **params}), choice=choice,
         adapter=ref, resume_ids=resume_ids or [], grammar=grammar, salt=salt, queue_deadline=queue_deadline,
-        deadline=deadline, arrival=arrival,
+        deadline=deadline, arrival=arrival, tenant=tenant, weight=weight,
     )  # fmt: skip
 
 

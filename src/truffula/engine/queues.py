@@ -1,4 +1,4 @@
-"""WaitingQueues: the waiting sequences by adapter. It begins the loads of their adapters and binds loaded ones."""
+"""WaitingQueues: the waiting sequences by tenant and adapter. It begins loads of adapters and binds loaded ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice, takewhile
 
 from truffula.engine.limits import EngineLimits
-from truffula.engine.sequence import AdapterKey, Sequence
+from truffula.engine.sequence import Sequence, TurnKey
 from truffula.errors import AdapterLoadError, ErrorInfo
 from truffula.lora.pool import AdapterPool
 
@@ -18,7 +18,8 @@ MAX_OVERTAKING = 16
 
 
 class WaitingQueues:
-    """First in, first out within an adapter; a preempted sequence returns by age, that is to the front.
+    """First in, first out within a queue: the sequences of one tenant for one adapter (or for the base). A preempted
+    sequence returns by age, that is to the front.
 
     A sequence is *ready* when it does not wait for an adapter, else *unbound*. No method costs more for a longer queue.
     """
@@ -26,10 +27,10 @@ class WaitingQueues:
     def __init__(self, limits: EngineLimits, adapters: AdapterPool) -> None:
         self._limits = limits
         self._adapters = adapters
-        self._queues: dict[AdapterKey, OrderedDict[int, Sequence]] = {}
-        self._ready: dict[AdapterKey, Sequence] = {}  # heads that are ready
-        self._unbound: OrderedDict[AdapterKey, int] = OrderedDict()  # number of unbound sequences
-        self._loading: dict[AdapterKey, float] = {}  # adapters of unbound sequences that are loading, since when
+        self._queues: dict[TurnKey, OrderedDict[int, Sequence]] = {}
+        self._ready: dict[TurnKey, Sequence] = {}  # heads that are ready
+        self._unbound: OrderedDict[TurnKey, int] = OrderedDict()  # number of unbound sequences
+        self._loading: dict[TurnKey, float] = {}  # queues of unbound sequences that are loading, since when
         self._count = 0
 
     def __len__(self) -> int:
@@ -40,22 +41,22 @@ class WaitingQueues:
             yield from queue.values()
 
     def ready_heads(self) -> list[Sequence]:
-        """The first sequence of each adapter (and of the base) that could run now if there were room."""
+        """The first sequence of each queue that could run now if there were room."""
         return list(self._ready.values())
 
-    def ready_head(self, key: AdapterKey) -> Sequence | None:
+    def ready_head(self, key: TurnKey) -> Sequence | None:
         return self._ready.get(key)
 
     def num_ready(self) -> int:
         return len(self._ready)
 
-    def candidates(self, key: AdapterKey) -> list[Sequence]:
+    def candidates(self, key: TurnKey) -> list[Sequence]:
         """The sequences of ``key`` that could run now if there were room, as many as may overtake each other."""
         if key not in self._ready:
             return []
         return [sequence for sequence in self._first(key, MAX_OVERTAKING) if sequence.ready]
 
-    def _first(self, key: AdapterKey, count: int) -> list[Sequence]:
+    def _first(self, key: TurnKey, count: int) -> list[Sequence]:
         return list(islice(self._queues[key].values(), count))
 
     def push(self, sequence: Sequence) -> None:
@@ -80,13 +81,13 @@ class WaitingQueues:
         if not self._queues[sequence.key]:
             del self._queues[sequence.key]
 
-    def _count_bound(self, key: AdapterKey) -> None:
+    def _count_bound(self, key: TurnKey) -> None:
         self._unbound[key] -= 1
         if not self._unbound[key]:
             del self._unbound[key]
             self._loading.pop(key, None)
 
-    def _update_head(self, key: AdapterKey) -> None:
+    def _update_head(self, key: TurnKey) -> None:
         head = next(iter(self._queues[key].values()), None)
         if head is not None and head.ready:
             self._ready[key] = head
@@ -102,7 +103,7 @@ class WaitingQueues:
     def unbound_names(self, most: int) -> list[str]:
         """Names of the first ``most`` adapters that have unbound sequences."""
         refs = [next(iter(self._queues[key].values())).request.adapter for key in islice(self._unbound, most)]
-        return [ref.name for ref in refs if ref is not None]
+        return list(dict.fromkeys(ref.name for ref in refs if ref is not None))
 
     def is_loading(self, sequence: Sequence) -> bool:
         return not sequence.ready and sequence.key in self._loading

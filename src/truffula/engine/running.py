@@ -12,7 +12,7 @@ from truffula.engine.blocks import BlockPool, BlockTable
 from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import Chunk
 from truffula.engine.prefix import BlockKeys
-from truffula.engine.sequence import AdapterKey, Sequence
+from truffula.engine.sequence import Sequence, TurnKey
 from truffula.errors import InsufficientMemory
 from truffula.lora.pool import AdapterLease, AdapterPool
 
@@ -63,19 +63,21 @@ class RunningBatch:
     def has_free_slot(self) -> bool:
         return bool(self._free_slots)
 
-    def count_by_key(self) -> Counter[AdapterKey]:
+    def count_by_key(self) -> Counter[TurnKey]:
         return Counter(sequence.key for sequence in self._by_age)
 
-    def newest_of_largest(self, at_least: int = 1) -> Sequence | None:
-        """The newest sequence of the adapter that runs most, and at least so many. None when only one runs.
+    def newest_of_largest(self, starved: Sequence | None = None) -> Sequence | None:
+        """The newest sequence of the tenant that runs most for its weight, and there of the adapter that runs most.
+        None when only one runs. It is never the oldest of all, so that every sequence ends.
 
-        It is never the oldest of all: either its adapter runs a newer one as well, or all run one and others are newer.
+        For one that is ``starved``, only of an adapter that runs two, or of a tenant that does where its own runs none.
         """
-        if len(self._by_age) < 2:
-            return None
-        running = self.count_by_key()
-        candidates = [sequence for sequence in self._by_age if running[sequence.key] >= at_least]
-        return max(candidates, key=lambda sequence: (running[sequence.key], sequence.serial), default=None)
+        running, tenants = self.count_by_key(), Counter(sequence.key[0] for sequence in self._by_age)
+        candidates = self._by_age[1:]
+        if starved is not None:
+            counts = tenants if not tenants[starved.key[0]] else None
+            candidates = [s for s in candidates if running[s.key] > 1 or (counts is not None and counts[s.key[0]] > 1)]
+        return max(candidates, key=lambda s: (tenants[s.key[0]] / s.weight, running[s.key], s.serial), default=None)
 
     # Admission
 
@@ -92,7 +94,9 @@ class RunningBatch:
     def _computes_prefix_of(self, sequence: Sequence) -> bool:
         """Whether a running prompt is about to compute the next block that ``sequence`` lacks in the prefix cache."""
         prompts = [
-            other for other in self._by_age if other.key == sequence.key and other.num_known - other.num_committed > 1
+            other
+            for other in self._by_age
+            if other.adapter_key == sequence.adapter_key and other.num_known - other.num_committed > 1
         ]
         if not prompts:
             return False
@@ -147,7 +151,7 @@ class RunningBatch:
         try:
             if count and self._has_room(sequence):
                 lease = None if sequence.generation is None else self._adapters.acquire(sequence.generation)
-                if lease is not None or sequence.key is None:
+                if lease is not None or sequence.adapter_key is None:
                     admitted = blocks.extend(sequence.table, sequence.num_computed + count)
         finally:
             if not admitted:

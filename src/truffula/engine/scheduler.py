@@ -13,7 +13,7 @@
 4. each running sequence gets one token, the oldest first: no stream stalls behind a prompt. If a block is missing, the
    newest sequence of the adapter that runs most is preempted, never the oldest of all, so every sequence ends. One
    that has grown too long for its rotary tables (longrope) is preempted, and computed again with others;
-5. the rest of the budget goes to prompts, running and waiting, by deficit round robin over adapters.
+5. the rest of the budget goes to prompts, running and waiting, by deficit round robin over tenants and their adapters.
 
 ``plan`` may be called while earlier steps are unfinished; ``commit`` takes their results in order. What an ended
 sequence held is released once the last step that was planned with it has finished. A preemption, and steps that are run
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Iterable
 from operator import attrgetter
 from typing import Literal
@@ -35,7 +36,7 @@ from truffula.engine.limits import EngineLimits, check_request
 from truffula.engine.plan import ChunkResult, StepPlan
 from truffula.engine.queues import WaitingQueues
 from truffula.engine.running import RunningBatch
-from truffula.engine.sequence import AdapterKey, Sequence
+from truffula.engine.sequence import Sequence, TurnKey
 from truffula.engine.step_budget import DeficitRoundRobin, StepBudget, reserved_rows
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.lora.pool import AdapterPool
@@ -312,7 +313,7 @@ class Scheduler:
             return
         running = self._running.count_by_key()
         starved = min((head for head in late if not running[head.key]), key=_age, default=None)
-        victim = None if starved is None else self._running.newest_of_largest(at_least=2)
+        victim = None if starved is None else self._running.newest_of_largest(starved)
         if victim is not None:
             if self._running.num_unfinished:
                 raise _ResultsNeeded
@@ -358,29 +359,28 @@ class Scheduler:
     # 5. Prompts
 
     def _grant_prompts(self, budget: StepBudget, now: float) -> None:
-        prompts: dict[AdapterKey, list[Sequence]] = {}
+        prompts: dict[TurnKey, list[Sequence]] = {}
         for sequence in self._running:
             if sequence.num_wanted - sequence.num_computed > 1:
                 prompts.setdefault(sequence.key, []).append(sequence)
-        keys = dict.fromkeys(prompts)
+        keys = {key: some[0].weight for key, some in prompts.items()}
         if len(self._running) >= self._limits.most_running:
             for head in self._waiting.ready_heads():
                 head.refused_steps += 1
         else:
-            keys.update((head.key, None) for head in self._waiting.ready_heads())
-        turns = self._round_robin.order(keys) if keys else []
+            keys.update((head.key, head.weight) for head in self._waiting.ready_heads())
+        turns = self._round_robin.order(keys) if keys else deque()
         while turns and budget.tokens > 0:
-            next_turns = []
-            for key in turns:
-                spent = self._take_turn(key, prompts.setdefault(key, []), budget, now)
-                if spent:
-                    self._round_robin.end_turn(key, spent)
-                    next_turns.append(key)
-                if budget.tokens <= 0:
-                    return
-            turns = next_turns
+            adapters = turns.popleft()  # of one tenant; the first that can spend tokens has the turn
+            while adapters:
+                key = adapters.popleft()
+                if spent := self._take_turn(key, prompts.setdefault(key, []), budget, now):
+                    self._round_robin.end_turn(key, spent, interrupted=budget.tokens <= 0)
+                    adapters.append(key)
+                    turns.append(adapters)
+                    break
 
-    def _take_turn(self, key: AdapterKey, prompts: list[Sequence], budget: StepBudget, now: float) -> int:
+    def _take_turn(self, key: TurnKey, prompts: list[Sequence], budget: StepBudget, now: float) -> int:
         """One turn: first its running prompts, then at most one admission. Returns the tokens spent."""
         allowance = self._round_robin.begin_turn(key)
         spent = 0

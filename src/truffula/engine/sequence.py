@@ -18,7 +18,9 @@ from truffula.lora.pool import AdapterLease
 from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
 
 AdapterKey = tuple[str, str, str | None, str] | None
-"""Identifies the adapter of a queue: one state of one source, whatever names it has. None is the base."""
+"""Identifies an adapter: one state of one source, whatever names it has. None is the base."""
+TurnKey = tuple[str, AdapterKey]
+"""Identifies a queue, whose sequences take turns with others: a tenant, and one of its adapters."""
 
 End = tuple[FinishReason, int | None]
 """How a sequence ended: the reason, and the id that stopped it."""
@@ -50,7 +52,9 @@ class Sequence:
         self.serial = serial
         self.request = request
         self.request_id = request.request_id
-        self.key = adapter_key(request.adapter)
+        self.adapter_key = adapter_key(request.adapter)
+        self.key: TurnKey = (request.tenant, self.adapter_key)
+        self.weight = request.weight
         self.max_total = max_total
         self.num_prompt = len(request.prompt_ids)
         self.samples = max_total > self.num_prompt
@@ -99,7 +103,7 @@ class Sequence:
     @property
     def ready(self) -> bool:
         """Whether it does not wait for an adapter."""
-        return self.key is None or self.generation is not None
+        return self.adapter_key is None or self.generation is not None
 
     # Tokens
 
