@@ -48,7 +48,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     generation continues after them and they are not emitted again. With ``grammar`` no token is drawn that it forbids;
     ``EngineClient.set_vocabulary`` comes before the first such request. Times are of ``time.monotonic()``, which all
     processes of a machine share. ``salt`` separates tenants in the prefix cache.
-    ``tenant`` is whose turn it takes, ``weight`` that tenant's share beside others'.
+    ``tenant`` is whose turn it takes, ``weight`` that tenant's share beside others'; with 0 it takes what others leave.
     """
 
     request_id: str

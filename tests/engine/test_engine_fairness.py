@@ -103,6 +103,40 @@ def test_tenants_share_prompt_tokens_by_their_weights_whatever_their_adapters():
         assert abs(gained[tenant] - share * 40 * 118) <= 128, dict(gained)
 
 
+def test_a_sequence_without_weight_takes_what_others_leave():
+    free = {"tenant": "shadow", "weight": 0.0, "ignore_eos": True}
+    rig = Rig(limits(max_model_len=600, step_tokens=32, max_running=2, num_blocks=800, patience=4))
+    rig.add(request("shadow", [9] * 500, adapter="s", max_tokens=2, **free))
+    rig.step()
+    rig.add(request("prompt", [1] * 300, adapter="a", max_tokens=1, tenant="t"))
+    begun = rig.steps
+    while rig.answers["prompt"].final is None:
+        rig.step()
+    assert rig.steps - begun <= 1 + -(-300 // 29) + 1, "all but a few tokens of each step"
+    rig.drain()
+    # It waits for as long as others fill the places, and takes none of them.
+    for i in range(2):
+        rig.add(request(f"stream{i}", [i] * 4, max_tokens=60, tenant="t", ignore_eos=True))
+    rig.step()
+    rig.add(request("waits", [9] * 4, adapter="s", max_tokens=200, **free))
+    rig.step()
+    while rig.answers["stream0"].final is None:
+        rig.step()
+        assert rig.answers["waits"].steps == []
+    assert rig.engine.stats().preemptions == 0
+    # Where it has one, it gives it up.
+    rig.add(request("too", [8] * 4, adapter="s", max_tokens=200, **free))
+    rig.step()
+    rig.step()
+    rig.add(request("late", [7] * 4, adapter="b", max_tokens=3, tenant="t", ignore_eos=True))
+    begun = rig.steps
+    while rig.answers["late"].final is None:
+        rig.step()
+    assert rig.steps - begun <= rig.limits.patience + 6
+    rig.drain()
+    rig.assert_clean()
+
+
 def test_a_tenant_that_holds_every_place_with_many_adapters_gives_one_up():
     rig = Rig(limits(step_tokens=16, max_running=4, num_blocks=400, patience=8))
     for i in range(20):

@@ -77,7 +77,11 @@ class RunningBatch:
         if starved is not None:
             counts = tenants if not tenants[starved.key[0]] else None
             candidates = [s for s in candidates if running[s.key] > 1 or (counts is not None and counts[s.key[0]] > 1)]
-        return max(candidates, key=lambda s: (tenants[s.key[0]] / s.weight, running[s.key], s.serial), default=None)
+        return max(
+            candidates,
+            key=lambda s: (not s.weight, tenants[s.key[0]] / (s.weight or 1.0), running[s.key], s.serial),
+            default=None,
+        )
 
     # Admission
 

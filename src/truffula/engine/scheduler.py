@@ -304,11 +304,11 @@ class Scheduler:
 
     def _prevent_starvation(self, now: float) -> None:
         """Preempt a sequence for an adapter that runs nothing and was refused ``patience`` times. A sequence that was
-        refused four times as often is admitted before all others.
+        refused four times as often is admitted before all others. One without weight waits until there is room.
         """
         self._reserved_for = None
         patience = self._limits.patience
-        late = [head for head in self._waiting.ready_heads() if head.refused_steps >= patience]
+        late = [head for head in self._waiting.ready_heads() if head.refused_steps >= patience and head.weight]
         if self._paused or not late:
             return
         running = self._running.count_by_key()

@@ -64,7 +64,7 @@ class DeficitRoundRobin:
         """``keys``, all of which have tokens to compute, by tenant and in the order of their turns. Their values are
         the weights of the tenants.
         """
-        heaviest, self._quanta = max(keys.values()), {}
+        heaviest, self._quanta = max(keys.values()) or 1.0, {}
         for key, weight in keys.items():
             self._deficits.setdefault(key[0], {}).setdefault(key, 0)
             self._quanta[key[0]] = max(1, round(self._quantum * weight / heaviest))

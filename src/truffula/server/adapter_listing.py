@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula.errors import AdapterNotFound, InvalidRequest
+from truffula.lora.registry import Alias
 from truffula.server.auth import access_of
 from truffula.server.keys import Access
 from truffula.server.replies import json_reply
@@ -45,16 +47,21 @@ class Known:
     def row(self, name: str) -> dict[str, Any]:
         """What is known of the adapter that ``name`` means; of an alias, of its first target."""
         directory = self.state.directory
-        alias = directory.registry.alias(name)
-        ref = directory.peek(name if alias is None else next(iter(alias.targets)))
+        alias = self.alias(name)
+        target = name if alias is None else next(iter(alias.targets), "")
+        ref = directory.peek(target)
         made = {
             "id": name,
             "object": "adapter",
-            **self.facts(name if ref is None else ref.name, ref),
+            **self.facts(target if ref is None else ref.name, ref),
             "versions": [version for version in directory.registry.versions(name) if version],
             "targets": None if alias is None else alias.targets,
         }
         return made if alias is None or alias.shadow is None else made | {"shadow": alias.shadow}
+
+    def alias(self, name: str) -> Alias | None:
+        """The alias ``name``, with those of its targets that the key may see."""
+        return visible(self.state.directory.registry.alias(name), self.access)
 
     def facts(self, name: str, ref: AdapterRef | None) -> dict[str, Any]:
         """What the engine says of one adapter by its full name."""
@@ -92,6 +99,16 @@ class Known:
         ]
         aliases = [one for one in registry.aliases_of(name) if self.access.may_see(one)]
         return {**self.row(name), "versions": versions, "aliases": aliases}
+
+
+def visible(alias: Alias | None, access: Access) -> Alias | None:
+    """``alias`` without what ``access`` may not see."""
+    if alias is None:
+        return None
+    shadow = alias.shadow if alias.shadow is not None and access.may_see(alias.shadow) else None
+    return replace(
+        alias, targets={name: weight for name, weight in alias.targets.items() if access.may_see(name)}, shadow=shadow
+    )
 
 
 def _wall_time(monotonic: float) -> int:

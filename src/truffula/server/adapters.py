@@ -18,7 +18,7 @@ from starlette.responses import Response
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
 from truffula.lora.registry import MAX_TARGETS, Alias, split_name
 from truffula.lora.sources import reserved
-from truffula.server.adapter_listing import known, shown
+from truffula.server.adapter_listing import known, shown, visible
 from truffula.server.auth import access_of
 from truffula.server.body import Body, decode_object, note_ignored, raw_body, read_body, validate
 from truffula.server.errors import GenerationMismatch
@@ -279,8 +279,8 @@ async def delete_adapter(request: Request) -> Response:
 async def list_aliases(request: Request) -> Response:
     """The aliases: other names for one adapter, or for several by weights."""
     state, access = state_of(request), access_of(request)
-    found = [_alias_row(one) for one in state.directory.registry.aliases() if access.may_see(one.name)]
-    return json_reply({"object": "list", "data": found})
+    found = [visible(one, access) for one in state.directory.registry.aliases() if access.may_see(one.name)]
+    return json_reply({"object": "list", "data": [_alias_row(one) for one in found if one is not None]})
 
 
 def _alias_row(alias: Alias) -> dict[str, object]:

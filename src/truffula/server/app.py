@@ -179,10 +179,10 @@ def create_app(
     )
     app.router.redirect_slashes = False
     app.state.truffula = ServerState(service, config, directory, metrics, defaults=defaults or {})
+    app.state.keys = keys = KeyRing(config.api_keys, config.api_keys_file) if config.keyed else None
     app.state.responses = KeptResponses(response_store(config), config.max_open_requests)
     closed = ["/metrics", "/v1/adapters", "/v1/adapters/", "/v1/adapter_aliases", "/v1/adapter_aliases/"]
     closed += ["/v1/lora_adapters", *(row.path for row in _ADMIN_ROUTES)]
-    keys = KeyRing(config.api_keys, config.api_keys_file) if config.keyed else None
     protect_metrics = config.protect_metrics or config.api_keys_file is not None  # they name every tenant's adapters
     app.middleware_stack = RequestPipeline(
         ExceptionMiddleware(app.router, handlers={TruffulaError: _error, HTTPException: _error}),

@@ -144,6 +144,7 @@ async def addressed(request: Request, made: Sequence[GenerateRequest], address: 
         record.request_id = request_id(address.request_id)
     key = request.headers.get(SPLIT_KEY) or record.request_id
     adapter = await answering(address, state, access, key)
+    request.state.shadow = await state.shadow((*address.models, *(name for _, name in address.adapters)), key)
     record.adapter = None if adapter is None else adapter.name
     record.max_tokens = made[0].params.max_tokens
     salt = prefix_salt(request, address.salt, state.config.salt_by_api_key)

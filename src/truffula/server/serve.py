@@ -222,6 +222,11 @@ class LoadingApp:
             self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
 
+    def reload_keys(self) -> None:
+        """Read the file of API keys again."""
+        if self.app is not None:
+            self.app.asgi.state.keys.reload()
+
     async def _serve(self) -> None:
         try:
             self.app = await self._loaded()
@@ -298,6 +303,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self.loading.app is not None:
+            self.loading.app.asgi.state.truffula.shadows.close()
             delay = self._delay_s if self._signalled else 0.0
             self._drain = asyncio.ensure_future(self.loading.app.service.drain(delay + self._timeout_s))
             await asyncio.sleep(delay)
@@ -354,6 +360,8 @@ def run_server(resolved: Resolved, listening: socket.socket, handle: EngineHandl
         return app
 
     server.loading.load = load_and_freeze
+    if resolved.server.api_keys_file is not None:
+        signal.signal(signal.SIGHUP, lambda *_: server.loading.reload_keys())
     gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTIONS)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from truffula.lora.sources import BASE_WORDS, AdapterDirectory
 from truffula.metrics import Metrics, RequestRecord
 from truffula.server.keys import EVERYTHING, Access
 from truffula.server.limits import RequestLimits
+from truffula.server.shadows import Shadows
 from truffula.service import AsyncService
 from truffula.types import AdapterRef
 
@@ -43,6 +44,21 @@ class ServerState:
     seen_unknown: set[str] = field(default_factory=set)
     seen_not_found: set[str] = field(default_factory=set)
     _reloads: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+
+    @cached_property
+    def shadows(self) -> Shadows:
+        return Shadows(self.service, self.metrics)
+
+    async def shadow(self, names: Iterable[str | None], key: str) -> AdapterRef | None:
+        """The adapter that also gets a copy of a request with ``key`` that names the adapter by ``names``, if any."""
+        for name in filter(None, names):
+            alias = self.directory.registry.alias(name.removeprefix(f"{self.model_id}:"))
+            if alias is not None and alias.shadows(key):
+                try:
+                    return await self.service.look_up(self.service.core.resolve_adapter, alias.shadow)
+                except AdapterNotFound as error:
+                    log.warning("the alias %r has no shadow: %s", alias.name, error.data.get("reason", error.message))
+        return None
 
     def reloading(self, name: str) -> asyncio.Lock:
         """Held while the adapter ``name`` is replaced, so that what was compared stays true until it is."""
