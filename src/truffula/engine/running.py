@@ -70,13 +70,16 @@ class RunningBatch:
         """The newest sequence of the tenant that runs most for its weight, and there of the adapter that runs most.
         None when only one runs. It is never the oldest of all, so that every sequence ends.
 
-        For one that is ``starved``, only of an adapter that runs two, or of a tenant that does where its own runs none.
+        For one that is ``starved``, only one without weight, of an adapter that runs two, or of a tenant that runs two
+        where its own runs none.
         """
         running, tenants = self.count_by_key(), Counter(sequence.key[0] for sequence in self._by_age)
         candidates = self._by_age[1:]
         if starved is not None:
-            counts = tenants if not tenants[starved.key[0]] else None
-            candidates = [s for s in candidates if running[s.key] > 1 or (counts is not None and counts[s.key[0]] > 1)]
+            new = not tenants[starved.key[0]]
+            candidates = [
+                s for s in candidates if not s.weight or running[s.key] > 1 or (new and tenants[s.key[0]] > 1)
+            ]
         return max(
             candidates,
             key=lambda s: (not s.weight, tenants[s.key[0]] / (s.weight or 1.0), running[s.key], s.serial),

@@ -24,8 +24,8 @@ class Shadows:
     """Begins a shadow after its request was accepted, and forgets it: whatever happens to it, the request is not
     touched.
 
-    A shadow is dropped while ``MOST`` others run or a request waits for a place. In the engine it has no weight: it
-    takes what others leave, preempts none, and is preempted first.
+    A shadow is dropped while ``MOST`` others run, half of the engine's places are taken or a request waits. In the
+    engine it has no weight: it takes what others leave, preempts none, and is preempted first.
     """
 
     def __init__(self, service: AsyncService, metrics: Metrics) -> None:
@@ -35,7 +35,8 @@ class Shadows:
     def begin(self, adapter: AdapterRef, requests: Sequence[GenerateRequest]) -> None:
         """Send copies of ``requests`` to ``adapter``, or drop them."""
         stats = self._service.known_stats()
-        if len(self._tasks) >= MOST or stats is None or stats.waiting:
+        most = self._service.info.max_running // 2
+        if len(self._tasks) >= MOST or stats is None or stats.waiting or stats.running + len(requests) > most:
             self._metrics.shadow_ended("dropped")
             return
         more = {"adapter": adapter, "tenant": "shadow", "weight": 0.0, "queue_timeout_s": QUEUE_S}
