@@ -94,13 +94,32 @@ def test_versions_aliases_and_what_a_bare_name_means(served: Live, folders: dict
     assert text(served, "support")[1] == "support@8"
 
 
+def test_registering_one_and_many(served: Live, folders: dict[str, Path]) -> None:
+    rows = [{"name": f"n{i}", "source": str(folders["0"])} for i in range(3)]
+    answer = ok(served.post("/v1/adapters", {"adapters": rows}))
+    assert [row["id"] for row in answer["data"]] == ["n0", "n1", "n2"]
+    assert {show(served, f"n{i}")["status"] for i in range(3)} == {"not loaded"}
+    again = {"adapters": [{"name": "n0", "version": "2", "source": str(folders["1"]), "pinned": True}], "load": True}
+    (row,) = ok(served.post("/v1/adapters", again))["data"]
+    assert (row["id"], show(served, "n0")["generation"]) == ("n0@2", row["generation"])
+    assert show(served, "n0")["pinned"] and show(served, "n0")["versions"][0]["version"] is None
+    assert_canonical_error(served.post("/v1/adapters", again), 400, "already registered")
+    again["adapters"][0]["source"] = str(folders["2"])
+    (new,) = ok(served.post("/v1/adapters", {**again, "replace": True}))["data"]
+    assert new["generation"] != row["generation"]
+    twice = {"adapters": [rows[0] | {"name": "x"}, rows[0] | {"name": "x"}]}
+    assert_canonical_error(served.post("/v1/adapters", twice), 400, "same name and version")
+    unknown = served.post("/v1/adapters", {"adapters": [rows[0] | {"name": "y", "rank": 3}]})
+    assert ok(unknown) and unknown.headers["x-truffula-ignored"] == "adapters[0].rank"
+
+
 def test_what_cannot_be_an_alias_or_a_version(served: Live, folders: dict[str, Path]) -> None:
     register(served, ("one", folders["0"]))
     ok(served.client.put("/v1/adapter_aliases/prod", json={"target": "one"}))
     put = lambda name, **body: served.client.put(f"/v1/adapter_aliases/{name}", json=body)
     for response, words in (
-        (put("x", target="nope"), "'nope' is no adapter"),
-        (put("x", target="prod"), "but an alias"),
+        (put("x", target="nope"), "There is no adapter 'nope'"),
+        (put("x", target="prod"), "'prod' is an alias"),
         (put("x", target=MODEL), "base model"),
         (put("tgi", target="one"), "means the base model"),
         (put("x@1", target="one"), "has no version"),
@@ -155,7 +174,8 @@ def test_a_shadow_gets_a_copy_and_changes_nothing(
         (family,) = [one for one in found if one["name"] == "truffula_shadow_requests"]
         return {sample["labels"]["outcome"]: sample["value"] for sample in family["samples"]}
 
-    ok(served.client.put("/v1/adapter_aliases/prod", json={"target": "s@1", "shadow": "s@2"}))
+    body = {"targets": {"s@1": 1}, "shadow": "s@2"}
+    ok(served.client.put("/v1/adapter_aliases/prod", json=body))
     assert text(served, "prod", **{"x-request-id": "mine"}) == alone
     until(lambda: sum(outcomes().values()) == 1)
     assert set(outcomes()) <= {"length", "stop"}
@@ -201,6 +221,10 @@ def test_reload_is_compare_and_set(served: Live, folders: dict[str, Path], tmp_p
     assert show(served, "mine")["status"] == "not loaded"
     there = ok(act(served, "mine", "reload", source=str(folders["2"]), expected_generation=after["generation"]))
     assert there["source"] == str(folders["2"])
+    # One name, one generation: also where the former source is still in use by another name.
+    register(served, ("also", folders["0"]), ("moved", folders["0"]), load=True)
+    both = ok(act(served, "moved", "reload", source=str(folders["1"]), expected_generation=old))
+    assert both["generation"] == show(served, "moved")["generation"] != show(served, "also")["generation"] == old
     body = {"lora_name": "mine", "lora_path": str(folders["3"]), "load_inplace": True}
     mistral = {**body, "expected_generation": old}
     assert_canonical_error(served.post("/v1/load_lora_adapter", mistral), 409, there["generation"])

@@ -242,18 +242,26 @@ class AdapterPool:
         named = [source for source, loaded in self._sources.items() if name in loaded.names]
         self._generations.pins.difference_update(cancelled, named)
         for source in named:
-            if self._sources[source].names == {name}:
-                self._detach(source)
-            else:
-                self._sources[source].names.discard(name)
-                self._recount(source)
+            self._remove_name(source, name)
         return bool(cancelled or failed or named)
+
+    def _remove_name(self, source: AdapterSource, name: str) -> None:
+        """Remove a name of a source; one without another name is forgotten, and its pin ends."""
+        if self._sources[source].names == {name}:
+            self._generations.pins.discard(source)
+            self._detach(source)
+        else:
+            self._sources[source].names.discard(name)
+            self._recount(source)
 
     def _advance(self, command: _LoadCommand, now: float, idle: bool) -> None:
         """Complete a load command whose adapter is resident or has failed."""
         try:
             if (state := self._progress(command, now, idle)) is None:
                 return
+            name, source = command.ref.name, source_of(command.ref)
+            for other in [one for one, loaded in self._sources.items() if name in loaded.names and one != source]:
+                self._remove_name(other, name)  # it meant another source before
             command.future.set_result([state])
         except TruffulaError as error:
             command.future.set_exception(error)

@@ -33,7 +33,7 @@ PAGE, MOST = 100, 1000
 
 @dataclass(frozen=True)
 class Known:
-    """The engine's adapters by full name, and who asks."""
+    """The engine's adapters by full name, for a client with the rights ``access``."""
 
     state: ServerState
     access: Access

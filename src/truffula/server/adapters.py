@@ -32,7 +32,7 @@ _Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 
 class NewAdapter(Body):
-    name: _Name
+    name: _Name = Field(description="The name of the adapter in requests.")
     source: _Name
     version: str | None = None
     pinned: bool | None = None
@@ -46,6 +46,10 @@ class RegisterBody(Body):
     adapters: list[NewAdapter] = Field(min_length=1)
     load: bool | None = None
     replace: bool | None = None
+
+    def unknown(self) -> list[str]:
+        inner = (f"adapters[{i}].{name}" for i, one in enumerate(self.adapters) for name in one.unknown())
+        return [*super().unknown(), *inner]
 
 
 class ReloadBody(Body):
@@ -63,7 +67,7 @@ class AliasBody(Body):
 # What the routes of all dialects do
 
 
-def located(
+def locate_new(
     state: ServerState, name: str, source: str, *, folder: bool = False, fields: tuple[str, str] = ("name", "source")
 ) -> AdapterRef:
     """The adapter at ``source`` by its new name; asks the file system. ``folder``: only a folder is a source.
@@ -199,7 +203,7 @@ async def register(request: Request) -> Response:
                 raise InvalidRequest(
                     f"{name[:80]!r} is already registered; send replace: true, or another version.", param="adapters"
                 )
-        return [located(state, one.full_name, one.source) for one in body.adapters]
+        return [locate_new(state, one.full_name, one.source) for one in body.adapters]
 
     refs = await state.service.look_up(find)
     wanted = [ref for ref, one in zip(refs, body.adapters, strict=True) if body.load or one.pinned]
@@ -256,7 +260,7 @@ async def reload_named(request: Request) -> Response:
     ref = await exact(state, name)
     new = None
     if body.source is not None:
-        new = await state.service.look_up(located, state, ref.name, body.source)
+        new = await state.service.look_up(locate_new, state, ref.name, body.source)
     await reload(state, ref, new, body.expected_generation)
     return await shown(request, name)
 
@@ -320,9 +324,13 @@ def _require_adapters(state: ServerState, targets: Sequence[str]) -> None:
             if state.service.core.resolve_adapter(target) is None:
                 raise InvalidRequest(f"{target[:80]!r} is the base model, not an adapter.", param="targets")
         except AdapterNotFound as error:
-            text = f"{target[:80]!r} is no adapter of this server"
-            hint = " but an alias; name its targets" if state.directory.registry.alias(target) is not None else ""
-            raise InvalidRequest(f"{text}{hint}.", param="targets") from error
+            is_alias = state.directory.registry.alias(target) is not None
+            hint = (
+                f"{target[:80]!r} is an alias; name its targets."
+                if is_alias
+                else f"There is no adapter {target[:80]!r}."
+            )
+            raise InvalidRequest(hint, param="targets") from error
 
 
 async def delete_alias(request: Request) -> Response:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula.errors import AdapterNotFound, InvalidRequest, ModelNotFound, TruffulaError
-from truffula.server.adapters import forget, is_taken, load, located, reload, unload
+from truffula.server.adapters import forget, is_taken, load, locate_new, reload, unload
 from truffula.server.body import Body, read_body
 from truffula.server.replies import json_reply
 from truffula.server.state import ServerState, record_of, state_of
@@ -47,7 +47,7 @@ async def _load(state: ServerState, body: LoadBody, *, pinned: bool = False) -> 
     name = body.lora_name
     taken = await state.service.look_up(is_taken, state, name)
     fields = ("lora_name", "lora_path")
-    ref = await state.service.look_up(lambda: located(state, name, body.lora_path, folder=True, fields=fields))
+    ref = await state.service.look_up(lambda: locate_new(state, name, body.lora_path, folder=True, fields=fields))
     if taken and not body.load_inplace:
         raise InvalidRequest(f"{name!r} is already loaded; send load_inplace: true to replace it.", param="lora_name")
     if body.expected_generation is not None and not taken:

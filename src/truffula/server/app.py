@@ -228,6 +228,8 @@ async def _error(request: Request, error: Exception) -> Response:
     methods = {m for route in routes if route.matches(request.scope)[0] != Match.NONE for m in route.methods or ()}
     allowed = ", ".join(sorted(methods))
     text = f"{request.method[:16]} is not allowed on {path[:200]}; use {allowed}."
+    if path.startswith(("/v1/adapters", "/v1/adapter_aliases")):
+        text += " Adapters can be changed while the server runs with --adapter-admin."
     reply = rejection(request.scope, MethodNotAllowed(text))
     reply.headers["allow"] = allowed
     return reply
