@@ -100,6 +100,7 @@ def test_vllm_30931_another_adapter_under_a_name_that_was_unloaded(live, version
     assert base not in alone and answer(live, MODEL)[0] == base
 
 
+@pytest.mark.slow
 def test_vllm_47724_each_adapter_answers_as_itself_after_others_were_loaded(live, model, versions, alone):
     """Memory for two: each load evicts another, and none gets the place, the weights or the blocks of another."""
     load(live, "one", versions[0])
@@ -130,6 +131,7 @@ def test_vllm_34186_names_that_match_no_module_are_an_error(live, versions, tmp_
     assert_canonical_error(live.post("/v1/completions", {"model": "renamed", "prompt": "a"}), 404)
 
 
+@pytest.mark.slow
 def test_reload_under_traffic_mixes_nothing(live, versions, alone):
     """Clients ask without a pause while the adapter is replaced: each answer is one version's, whole, and one that was
     asked for after a reload was acknowledged is not older than it."""
