@@ -1,7 +1,7 @@
 """The prefix index: which KV blocks hold which tokens.
 
-A tree whose edges are block keys: the tenant's salt, the adapter generations that act in the block, the rotary tables
-and the token ids. So equal tokens under another adapter, or of another tenant, never share a block, and a block before
+A tree whose edges are block keys: the tenant's salt, the adapter generations that act in the block with their weights,
+the rotary tables and the token ids. So equal tokens under another adapter, or of another tenant, never share a block, and a block before
 the position from which an adapter acts is shared with the base. A node has a block in each KV group that still holds
 its tokens.
 """
@@ -9,25 +9,34 @@ its tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from truffula.kernels.inputs import Int32
 
-BlockKey = tuple[str, tuple[str, ...], int, bytes]
+BlockKey = tuple[str, tuple[tuple[str, float], ...], int, bytes]
 NO_BLOCK = -1
+
+
+@dataclass(frozen=True)
+class BoundAdapter:
+    """One of a sequence's adapters: a generation, and the factor of its change of the base (a float32)."""
+
+    generation: str
+    weight: float = 1.0
 
 
 class BlockKeys:
     """The keys of one sequence's full blocks. Tokens are only appended, so a key never changes.
 
-    ``generation`` is the sequence's adapter generation (None: the base), which acts from position ``adapter_from`` on.
-    ``rope`` is the key of its rotary tables (``RopeRegime.key``).
+    ``adapters`` are the sequence's (none: the base), which act from position ``adapter_from`` on. ``rope`` is the key
+    of its rotary tables (``RopeRegime.key``).
     """
 
     def __init__(
-        self, salt: str, generation: str | None, block_size: int, adapter_from: int = 0, rope: int = 0
+        self, salt: str, adapters: tuple[BoundAdapter, ...], block_size: int, adapter_from: int = 0, rope: int = 0
     ) -> None:
         self._salt = salt
-        self._generations = () if generation is None else (generation,)
+        self._adapters = tuple((adapter.generation, adapter.weight) for adapter in adapters)
         self._block_size = block_size
         self._adapter_from = adapter_from
         self._rope = rope
@@ -38,7 +47,7 @@ class BlockKeys:
         size = self._block_size
         for index in range(len(self._keys), len(token_ids) // size):
             start, stop = index * size, (index + 1) * size
-            active = self._generations if stop > self._adapter_from else ()
+            active = self._adapters if stop > self._adapter_from else ()
             self._keys.append((self._salt, active, self._rope, token_ids[start:stop].tobytes()))
 
     def __len__(self) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from itertools import islice, takewhile
 
 from truffula.engine.limits import EngineLimits
-from truffula.engine.sequence import AdapterKey, Sequence
-from truffula.errors import AdapterLoadError, ErrorInfo
+from truffula.engine.sequence import AdapterKey, Sequence, sources_of
+from truffula.errors import ErrorInfo, InvalidRequest
+from truffula.lora.loads import SourceState
 from truffula.lora.pool import AdapterPool
 
 PREFETCH_WINDOW = 4
@@ -102,7 +103,7 @@ class WaitingQueues:
     def unbound_names(self, most: int) -> list[str]:
         """Names of the first ``most`` adapters that have unbound sequences."""
         refs = [next(iter(self._queues[key].values())).request.adapter for key in islice(self._unbound, most)]
-        return [ref.name for ref in refs if ref is not None]
+        return [part.ref.name for ref in refs if ref is not None for part in ref.acting]
 
     def is_loading(self, sequence: Sequence) -> bool:
         return not sequence.ready and sequence.key in self._loading
@@ -115,7 +116,7 @@ class WaitingQueues:
 
     def prefetch_adapters(self, now: float) -> list[tuple[Sequence, ErrorInfo]]:
         """Begin loads of adapters before their turn, and bind loaded ones, so that one slow load delays only its own
-        requests. Returns the sequences whose adapter did not load, with the error.
+        requests. Returns the sequences whose adapters did not load, or cannot act together, with the error.
 
         At most ``prefetch_adapters`` load for waiting requests at a time, and no more loads begin while as many
         adapters could run now. Adapters that are loaded are not counted.
@@ -126,29 +127,53 @@ class WaitingQueues:
             unbound = [one for one in self._first(key, self._limits.max_running) if not one.ready]
             if not unbound:  # they wait behind a full window of sequences that are ready
                 continue
-            ref = unbound[0].request.adapter
-            assert ref is not None
+            refs = sources_of(unbound[0])
             enough = loading >= most or self.num_ready() >= most
-            if enough and key not in self._loading and not self._adapters.is_loaded(ref):
+            if enough and key not in self._loading and not all(map(self._adapters.is_loaded, refs.values())):
                 self._unbound.move_to_end(key)
                 continue
-            found = self._adapters.lookup(ref, now)
-            if found.status == "loading":
-                loading += 1
-                self._loading.setdefault(key, now)
-            elif found.generation is not None:
-                for sequence in unbound:
-                    self._bind(sequence, found.generation, now)
-                self._loading.pop(key, None)
-            else:
-                error = found.error or AdapterLoadError(f"Adapter {ref.name!r} did not load.").info()
+            found = {source: self._adapters.lookup(ref, now) for source, ref in refs.items()}
+            error = next((status.error for status in found.values() if status.error is not None), None)
+            if error is not None:
                 failed += [(one, error) for one in self._queues[key].values() if not one.ready]
+                continue
+            for source, status in found.items():
+                if status.generation is not None:
+                    self._bind(unbound, source, status.generation, now)
+            failed += [(one, why) for one in unbound if one.ready and (why := self._not_summable(one)) is not None]
+            if count := sum(status.status == "loading" for status in found.values()):
+                loading += count
+                self._loading.setdefault(key, now)
+            else:
+                self._loading.pop(key, None)
         return failed
 
-    def _bind(self, sequence: Sequence, generation: str, now: float) -> None:
-        sequence.load_s = self.load_time(sequence, now)
-        # From now on this request uses these bytes, even if the adapter's files change.
-        sequence.loaded_lease = self._adapters.retain(generation)
-        sequence.generation = generation
-        self._count_bound(sequence.key)
-        self._update_head(sequence.key)
+    def _bind(self, sequences: list[Sequence], source: SourceState, generation: str, now: float) -> None:
+        """Give ``sequences`` a lease on one of their adapters: from now on they use these bytes, even if the adapter's
+        files change.
+        """
+        for sequence in sequences:
+            if source in sequence.loaded_leases:
+                continue
+            load_s = self.load_time(sequence, now)
+            sequence.bind_adapter(source, self._adapters.retain(generation))
+            if sequence.ready:
+                sequence.load_s = load_s
+                self._count_bound(sequence.key)
+                self._update_head(sequence.key)
+
+    def _not_summable(self, sequence: Sequence) -> ErrorInfo | None:
+        """Why the adapters of ``sequence``, which are bound, cannot act together or by a weight; None where they can."""
+        if len(sequence.adapters) == 1 and sequence.adapters[0].weight == 1.0:
+            return None
+        for source, ref in sources_of(sequence).items():
+            generation = sequence.loaded_leases[source].generation
+            kind = self._adapters.replacing_part(generation)
+            if kind is not None and any(one.generation == generation for one in sequence.adapters):
+                return InvalidRequest(
+                    f"Adapter {ref.name!r} replaces weights of the base (its part {kind!r}), so it cannot be weighted "
+                    "or added to another adapter. Name it alone, or merge the adapters with `truffula merge`.",
+                    param="adapters",
+                    adapter=ref.name,
+                ).info()
+        return None

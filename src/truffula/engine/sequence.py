@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 
@@ -10,22 +11,29 @@ from truffula.engine.blocks import BlockTable
 from truffula.engine.constraints import GrammarCompiler, Matcher
 from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import Chunk, ChunkResult, SequenceState, TopList
-from truffula.engine.prefix import BlockKeys
+from truffula.engine.prefix import BlockKeys, BoundAdapter
 from truffula.engine.states import Span
 from truffula.errors import AdapterError, DeadlineExceeded, ErrorInfo, GenerationError, QueueTimeout, TruffulaError
 from truffula.kernels.inputs import NO_IDS, RELAY, Float32, Int32, SequenceSampling
+from truffula.lora.loads import SourceState, source_state
 from truffula.lora.pool import AdapterLease
 from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
 
-AdapterKey = tuple[str, str, str | None, str] | None
-"""Identifies the adapter of a queue: one state of one source, whatever names it has. None is the base."""
+AdapterKey = tuple[SourceState, ...]
+"""Identifies the adapters of a queue: each a state of a source, whatever names and weights it has. () is the base."""
 
 End = tuple[FinishReason, int | None]
 """How a sequence ended: the reason, and the id that stopped it."""
 
 
 def adapter_key(ref: AdapterRef | None) -> AdapterKey:
-    return None if ref is None else (ref.kind, ref.locator, ref.revision, ref.fingerprint)
+    return () if ref is None else tuple(sorted({source_state(part.ref) for part in ref.acting}, key=repr))
+
+
+def sources_of(sequence: Sequence) -> dict[SourceState, AdapterRef]:
+    """The adapters of its request."""
+    ref = sequence.request.adapter
+    return {} if ref is None else {source_state(part.ref): part.ref for part in ref.acting}
 
 
 class Sequence:
@@ -70,12 +78,13 @@ class Sequence:
         self.num_computed = 0
         self.num_committed = 0
         self.table = table
-        self.generation: str | None = None
-        self.lease: AdapterLease | None = None  # resident: while it runs
-        self.loaded_lease: AdapterLease | None = None  # until it ends
+        self.loaded_leases: dict[SourceState, AdapterLease] = {}  # of each source, until it ends
+        self.adapters: tuple[BoundAdapter, ...] = ()  # once all sources have a lease, in the order of their deltas
+        self.leases: tuple[AdapterLease, ...] = ()  # resident, of ``adapters``: while it runs
+        self.slots: tuple[tuple[int, float], ...] = ()
         self.seq_slot: int | None = None
         self.last_step = 0
-        self.row_order = (True, 0, serial)
+        self.row_order: tuple[bool, tuple[tuple[int, float], ...], int] = (True, (), serial)
         self._restart = True
         self._block_keys: BlockKeys | None = None
         self._rope = limits.rope_regime
@@ -99,7 +108,26 @@ class Sequence:
     @property
     def ready(self) -> bool:
         """Whether it does not wait for an adapter."""
-        return self.key is None or self.generation is not None
+        return len(self.loaded_leases) == len(self.key)
+
+    def bind_adapter(self, source: SourceState, lease: AdapterLease) -> None:
+        """Take the lease of one of its sources. With the last one its ``adapters`` are known: in the order of their
+        generations, equal ones once, and none whose weight is 0.
+        """
+        self.loaded_leases[source] = lease
+        if not self.ready:
+            return
+        weights: dict[str, list[float]] = {}
+        for part in self.request.adapter.acting if self.request.adapter is not None else ():
+            weights.setdefault(self.loaded_leases[source_state(part.ref)].generation, []).append(part.weight)
+        sums = [(generation, float(np.float32(math.fsum(each)))) for generation, each in sorted(weights.items())]
+        self.adapters = tuple(BoundAdapter(generation, weight) for generation, weight in sums if weight)
+
+    def take_leases(self, leases: tuple[AdapterLease, ...]) -> None:
+        """Set the resident leases of its ``adapters``, or none when it leaves the batch."""
+        self.leases = leases
+        self.slots = tuple((lease.slot, one.weight) for lease, one in zip(leases, self.adapters, strict=bool(leases)))
+        self.row_order = (not leases, self.slots, self.serial)
 
     # Tokens
 
@@ -160,7 +188,7 @@ class Sequence:
             start=start,
             token_ids=self._ids[start:stop],
             block_tables=self.table.views,
-            adapter_slot=None if self.lease is None else self.lease.slot,
+            adapters=self.slots,
             targets=self._targets(start, stop) if self.scoring else NO_IDS,
             draws=(stop - self.num_prompt,) if draws else (),
             matcher=self.matcher if draws else None,
@@ -298,10 +326,10 @@ class Sequence:
     # Prefix cache
 
     def block_keys(self) -> BlockKeys:
-        """The keys of its full blocks of known tokens, up to date. The generation must be known."""
+        """The keys of its full blocks of known tokens, up to date. Its adapters must be known."""
         if self._block_keys is None:
             rope = 0 if self._rope is None else self._rope.key(self._rope_length)
-            self._block_keys = BlockKeys(self.request.salt, self.generation, self._block_size, rope=rope)
+            self._block_keys = BlockKeys(self.request.salt, self.adapters, self._block_size, rope=rope)
         if len(self._block_keys) < self.num_known // self._block_size:
             self._block_keys.extend(self._ids[: self.num_known])
         return self._block_keys
