@@ -36,7 +36,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     folder itself. ``untrained``: its tensors may all be zero, as those of a trainer's first version are.
 
     ``composed``: ``parts`` act together, each by its weight; the engine loads them one by one. ``merged``: a loading
-    worker makes one adapter of ``parts`` by ``merge``. ``lora/compose.py`` makes both; their ``locator`` describes them.
+    worker makes one adapter of ``parts`` by ``merge``. ``lora/compose.py`` makes both; ``locator`` describes them.
     """
 
     name: str

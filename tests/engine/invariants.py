@@ -70,9 +70,9 @@ def _check_running(batch: RunningBatch) -> None:
     for sequence in running:
         assert sequence.seq_slot is not None and batch._slots[sequence.seq_slot] is sequence
         assert sequence.ready and sequence.loaded_leases.keys() == set(sequence.key), "it runs without an adapter"
-        held = [(lease.generation, lease.slot) for lease in sequence.leases]
-        assert [generation for generation, _ in held] == [one.generation for one in sequence.adapters]
-        assert sequence.slots == tuple((slot, one.weight) for (_, slot), one in zip(held, sequence.adapters))
+        assert [lease.generation for lease in sequence.leases] == [one.generation for one in sequence.adapters]
+        weights = [one.weight for one in sequence.adapters]
+        assert sequence.slots == tuple(zip([lease.slot for lease in sequence.leases], weights, strict=True))
         assert sequence.num_committed <= sequence.num_computed <= sequence.num_wanted
         assert sequence.num_computed <= sequence.table.capacity, "computed tokens without blocks"
         assert sequence.num_tokens - sequence.num_known <= len(batch._unfinished)

@@ -44,8 +44,9 @@ several = st.dictionaries(
 def requests(draw, name: str = "r", params=sampling):
     shared = draw(st.sampled_from(SHARED))
     prompt = shared[: draw(st.integers(0, len(shared)))] + draw(st.lists(st.integers(0, VOCAB - 1), max_size=12))
+    adapters = st.sampled_from([None, None, "red", "green", "blue"]) | several.map(composed)
     return request(
-        name, prompt or [3], adapter=draw(st.sampled_from([None, None, "red", "green", "blue"]) | several.map(composed)),
+        name, prompt or [3], adapter=draw(adapters),
         choice=draw(st.integers(0, 2)), max_tokens=draw(st.integers(1, 14)), **draw(params),
     )  # fmt: skip
 

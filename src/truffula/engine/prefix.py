@@ -1,9 +1,9 @@
 """The prefix index: which KV blocks hold which tokens.
 
 A tree whose edges are block keys: the tenant's salt, the adapter generations that act in the block with their weights,
-the rotary tables and the token ids. So equal tokens under another adapter, or of another tenant, never share a block, and a block before
-the position from which an adapter acts is shared with the base. A node has a block in each KV group that still holds
-its tokens.
+the rotary tables and the token ids. So equal tokens under another adapter, or of another tenant, never share a block,
+and a block before the position from which an adapter acts is shared with the base. A node has a block in each KV group
+that still holds its tokens.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ class WaitingQueues:
                 self._update_head(sequence.key)
 
     def _not_summable(self, sequence: Sequence) -> ErrorInfo | None:
-        """Why the adapters of ``sequence``, which are bound, cannot act together or by a weight; None where they can."""
+        """Why the adapters of ``sequence``, which are bound, cannot act together or weighted; None where they can."""
         if len(sequence.adapters) == 1 and sequence.adapters[0].weight == 1.0:
             return None
         for source, ref in sources_of(sequence).items():

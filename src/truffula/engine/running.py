@@ -119,7 +119,7 @@ class RunningBatch:
         return any(found < length <= common for length in left)
 
     def admit(self, sequence: Sequence, allowance: int, rows: int, now: float) -> int:
-        """Take a slot, its adapters' leases and the first blocks together, and run; 0 and nothing taken if one is missing.
+        """Take a slot, leases on its adapters and the first blocks, and run; 0 and nothing taken if one is missing.
 
         Returns the tokens that a step computes of it first: up to ``allowance``, with up to ``rows`` rows of logits.
         Raises ``InsufficientMemory`` when it has no room although nothing else runs, and the pool's error when the

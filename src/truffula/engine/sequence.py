@@ -126,7 +126,7 @@ class Sequence:
     def take_leases(self, leases: tuple[AdapterLease, ...]) -> None:
         """Set the resident leases of its ``adapters``, or none when it leaves the batch."""
         self.leases = leases
-        self.slots = tuple((lease.slot, one.weight) for lease, one in zip(leases, self.adapters, strict=bool(leases)))
+        self.slots = tuple((lease.slot, one.weight) for lease, one in zip(leases, self.adapters, strict=False))
         self.row_order = (not leases, self.slots, self.serial)
 
     # Tokens
