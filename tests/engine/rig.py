@@ -25,7 +25,7 @@ from truffula.items import Grammar
 from truffula.kernels.adapters import SiteTensors, low_rank
 from truffula.kernels.backend import Executable
 from truffula.kernels.inputs import Capacity
-from truffula.lora.image import ImageWriter
+from truffula.lora.image import NO_FACTS, AdapterFacts, ImageWriter
 from truffula.lora.pool import AdapterPool
 from truffula.lora.worker import LoadResponse
 from truffula.params import EngineParams
@@ -35,6 +35,15 @@ EOS = VOCAB - 1
 STATES = -1
 DEPTHS = [1, 2]
 """Steps that may be unfinished: what holds with one holds with two."""
+
+
+INVOCATION = (5, 6)
+FACTS = {
+    "call": AdapterFacts(invocation=INVOCATION),
+    "call2": AdapterFacts(invocation=INVOCATION),
+    "soft": AdapterFacts(virtual_ids=tuple(range(VOCAB, VOCAB + 5))),
+}
+"""Of the adapters that are not plain, by their locators: activated ones, and one with virtual tokens."""
 
 
 class Clock:
@@ -54,6 +63,7 @@ class StubAdapter:
     generation: str
     nbytes: int = 64
     rank: int = 1
+    facts: AdapterFacts = NO_FACTS
 
     @property
     def sites(self) -> list[SiteTensors]:
@@ -123,9 +133,9 @@ class HandLoader:
     def _result(self, ticket: int, ref: AdapterRef) -> LoadResponse:
         if ref.locator.startswith("bad") or ref.fingerprint.startswith("bad"):
             return LoadResponse(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
-        stub = StubAdapter(f"{ref.locator}@{ref.fingerprint}", self.nbytes)
+        stub = StubAdapter(f"{ref.locator}@{ref.fingerprint}", self.nbytes, facts=FACTS.get(ref.locator, NO_FACTS))
         path = self._folder / str(ticket)
-        writer = ImageWriter(stub.generation, stub.rank, stub.sites)
+        writer = ImageWriter(stub.generation, stub.rank, stub.sites, facts=stub.facts)
         writer.write(path)
         return LoadResponse(ticket=ticket, image_path=str(path), image=writer.header)
 

@@ -1,9 +1,9 @@
 """The prefix index: which KV blocks hold which tokens.
 
-A tree whose edges are block keys: the tenant's salt, the adapter generations that act in the block, the rotary tables
-and the token ids. So equal tokens under another adapter, or of another tenant, never share a block, and a block before
-the position from which an adapter acts is shared with the base. A node has a block in each KV group that still holds
-its tokens.
+A tree whose edges are block keys: the tenant's salt, the adapter generations that act in the block and from which of
+its tokens on, the rotary tables and the token ids. So equal tokens under another adapter, or of another tenant, never
+share a block, and a block before the position from which an adapter acts is shared with the base. A node has a block
+in each KV group that still holds its tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from truffula.kernels.inputs import Int32
 
-BlockKey = tuple[str, tuple[str, ...], int, bytes]
+BlockKey = tuple[str, tuple[str, ...], int, int, bytes]
 NO_BLOCK = -1
 
 
@@ -39,7 +39,8 @@ class BlockKeys:
         for index in range(len(self._keys), len(token_ids) // size):
             start, stop = index * size, (index + 1) * size
             active = self._generations if stop > self._adapter_from else ()
-            self._keys.append((self._salt, active, self._rope, token_ids[start:stop].tobytes()))
+            first = max(0, self._adapter_from - start) if active else 0
+            self._keys.append((self._salt, active, first, self._rope, token_ids[start:stop].tobytes()))
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice, takewhile
 
-from truffula.engine.limits import EngineLimits
+from truffula.engine.limits import EngineLimits, most_tokens
 from truffula.engine.sequence import AdapterKey, Sequence
-from truffula.errors import AdapterLoadError, ErrorInfo
+from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError
 from truffula.lora.pool import AdapterPool
 
 PREFETCH_WINDOW = 4
@@ -18,14 +18,16 @@ MAX_OVERTAKING = 16
 
 
 class WaitingQueues:
-    """First in, first out within an adapter; a preempted sequence returns by age, that is to the front.
+    """First in, first out within an adapter; a preempted sequence returns by age, that is to the front. ``longest``
+    returns how many tokens fit in memory when a sequence runs alone.
 
     A sequence is *ready* when it does not wait for an adapter, else *unbound*. No method costs more for a longer queue.
     """
 
-    def __init__(self, limits: EngineLimits, adapters: AdapterPool) -> None:
+    def __init__(self, limits: EngineLimits, adapters: AdapterPool, longest: Callable[[], int]) -> None:
         self._limits = limits
         self._adapters = adapters
+        self._longest = longest
         self._queues: dict[AdapterKey, OrderedDict[int, Sequence]] = {}
         self._ready: dict[AdapterKey, Sequence] = {}  # heads that are ready
         self._unbound: OrderedDict[AdapterKey, int] = OrderedDict()  # number of unbound sequences
@@ -113,15 +115,16 @@ class WaitingQueues:
             return sequence.load_s
         return max(0.0, now - max(self._loading[sequence.key], sequence.arrival))
 
-    def prefetch_adapters(self, now: float) -> list[tuple[Sequence, ErrorInfo]]:
+    def prefetch_adapters(self, now: float) -> list[tuple[Sequence, ErrorInfo | None]]:
         """Begin loads of adapters before their turn, and bind loaded ones, so that one slow load delays only its own
-        requests. Returns the sequences whose adapter did not load, with the error.
+        requests. Returns the sequences that end: their adapter did not load, or they don't fit behind its virtual
+        tokens, with the error; or nothing is left to compute of them, with None.
 
         At most ``prefetch_adapters`` load for waiting requests at a time, and no more loads begin while as many
         adapters could run now. Adapters that are loaded are not counted.
         """
         most, loading = self._limits.prefetch_adapters, 0
-        failed: list[tuple[Sequence, ErrorInfo]] = []
+        ended: list[tuple[Sequence, ErrorInfo | None]] = []
         for key in list(islice(self._unbound, PREFETCH_WINDOW * most)):
             unbound = [one for one in self._first(key, self._limits.max_running) if not one.ready]
             if not unbound:  # they wait behind a full window of sequences that are ready
@@ -138,17 +141,26 @@ class WaitingQueues:
                 self._loading.setdefault(key, now)
             elif found.generation is not None:
                 for sequence in unbound:
-                    self._bind(sequence, found.generation, now)
+                    ended += self._bind(sequence, found.generation, now)
                 self._loading.pop(key, None)
             else:
                 error = found.error or AdapterLoadError(f"Adapter {ref.name!r} did not load.").info()
-                failed += [(one, error) for one in self._queues[key].values() if not one.ready]
-        return failed
+                ended += [(one, error) for one in self._queues[key].values() if not one.ready]
+        return ended
 
-    def _bind(self, sequence: Sequence, generation: str, now: float) -> None:
+    def _bind(self, sequence: Sequence, generation: str, now: float) -> list[tuple[Sequence, ErrorInfo | None]]:
+        """Bind it; returns it if it ends: see ``prefetch_adapters``."""
         sequence.load_s = self.load_time(sequence, now)
         # From now on this request uses these bytes, even if the adapter's files change.
-        sequence.loaded_lease = self._adapters.retain(generation)
-        sequence.generation = generation
+        lease = sequence.loaded_lease = self._adapters.retain(generation)
+        virtual_ids = lease.facts.virtual_ids
+        if virtual_ids:
+            try:
+                total = most_tokens(sequence.request, self._limits, self._longest(), len(virtual_ids))
+            except TruffulaError as error:
+                return [(sequence, error.info())]
+            sequence.prepend(virtual_ids, total)
+        sequence.bind_adapter(lease)
         self._count_bound(sequence.key)
         self._update_head(sequence.key)
+        return [(sequence, None)] if virtual_ids and sequence.ended_before_start() is not None else []

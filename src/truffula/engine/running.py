@@ -92,7 +92,10 @@ class RunningBatch:
     def _computes_prefix_of(self, sequence: Sequence) -> bool:
         """Whether a running prompt is about to compute the next block that ``sequence`` lacks in the prefix cache."""
         prompts = [
-            other for other in self._by_age if other.key == sequence.key and other.num_known - other.num_committed > 1
+            other
+            for other in self._by_age
+            if other.num_known - other.num_committed > 1
+            and (other.key == sequence.key or other.adapter_from or sequence.adapter_from)
         ]
         if not prompts:
             return False
@@ -141,7 +144,7 @@ class RunningBatch:
         if limit:
             blocks.attach(sequence.table, blocks.match(sequence.block_keys(), limit))
         sequence.reset(sequence.table.capacity)
-        count = sequence.fit_rows(min(allowance, sequence.num_uncomputed), rows)
+        count = sequence.fit(min(allowance, sequence.num_uncomputed), rows)
         lease: AdapterLease | None = None
         admitted = False
         try:
@@ -160,7 +163,6 @@ class RunningBatch:
         sequence.seq_slot = self._free_slots.pop()
         self._slots[sequence.seq_slot] = sequence
         sequence.lease = lease
-        sequence.row_order = (lease is None, lease.slot if lease else 0, sequence.serial)
         if self._has_states and self._prefix_cache:
             last = (sequence.num_tokens - 1) // self._block_size
             known = blocks.num_known(sequence.block_keys(), last)

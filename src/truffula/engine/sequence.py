@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence as Items
 
 import numpy as np
 
-from truffula.engine.blocks import BlockTable
+from truffula.engine.blocks import NEVER, BlockTable
 from truffula.engine.constraints import GrammarCompiler, Matcher
 from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import Chunk, ChunkResult, SequenceState, TopList
@@ -40,7 +41,9 @@ class Sequence:
     ``samples``: it draws tokens (with ``max_tokens`` 0 it only scores). ``seq_slot`` is None unless it runs. With a
     ``grammar`` it has a ``matcher`` from when the grammar is compiled; its next token is planned only when all its
     tokens are known, as the mask of a draw depends on them.
-    ``last_step`` is the newest step that was planned with it.
+    ``last_step`` is the newest step that was planned with it. Its adapter acts from position ``adapter_from`` on.
+    ``num_virtual`` of its ``num_prompt`` prompt tokens are virtual ones of its adapter, of which the client knows
+    nothing.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Sequence:
         self.request_id = request.request_id
         self.key = adapter_key(request.adapter)
         self.max_total = max_total
+        self.num_virtual = 0
         self.num_prompt = len(request.prompt_ids)
         self.samples = max_total > self.num_prompt
         # A resumed request has sent the scores of its prompt before its first token: they are not computed again.
@@ -75,7 +79,7 @@ class Sequence:
         self.loaded_lease: AdapterLease | None = None  # until it ends
         self.seq_slot: int | None = None
         self.last_step = 0
-        self.row_order = (True, 0, serial)
+        self.adapter_from = 0
         self._restart = True
         self._block_keys: BlockKeys | None = None
         self._rope = limits.rope_regime
@@ -101,7 +105,40 @@ class Sequence:
         """Whether it does not wait for an adapter."""
         return self.key is None or self.generation is not None
 
+    def bind_adapter(self, lease: AdapterLease) -> None:
+        """Use the generation of ``lease`` to the end."""
+        self.generation = lease.generation
+        if lease.facts.invocation:
+            first = last_occurrence(self.request.prompt_ids, lease.facts.invocation)
+            self.adapter_from = NEVER if first is None else first
+
+    def prepend(self, ids: tuple[int, ...], max_total: int) -> None:
+        """Begin with ``ids``, virtual tokens of its adapter, and end at ``max_total`` tokens. Nothing is computed."""
+        self.num_virtual, self.max_total = len(ids), max_total
+        self._ids = np.concatenate([np.array(ids, np.int32), self._ids])
+        self.num_prompt += len(ids)
+        self.num_tokens = self.num_known = self.num_known + len(ids)
+        self._most_wanted = max_total - 1 if self.samples or self.scoring else 0
+        self._update_wanted()
+        self._rope_length = self._choose_rope_length()
+
     # Tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens of the request."""
+        return self.num_prompt - self.num_virtual
+
+    @property
+    def adapter_slot(self) -> int | None:
+        """The slot of the adapter that acts on its next token; None: the base."""
+        return None if self.lease is None or self.num_computed < self.adapter_from else self.lease.slot
+
+    @property
+    def row_order(self) -> tuple[bool, int, int]:
+        """Its place among the chunks of a step."""
+        slot = self.adapter_slot
+        return slot is None, slot or 0, self.serial
 
     @property
     def num_completion(self) -> int:
@@ -149,7 +186,7 @@ class Sequence:
         the step draws is pending. ``spans``: of its state rows.
         """
         assert self.seq_slot is not None
-        start = self.num_computed
+        start, adapter_slot = self.num_computed, self.adapter_slot
         stop = self.num_computed = start + count
         self.last_step = step
         draws = self.samples and stop == self.num_tokens
@@ -160,7 +197,7 @@ class Sequence:
             start=start,
             token_ids=self._ids[start:stop],
             block_tables=self.table.views,
-            adapter_slot=None if self.lease is None else self.lease.slot,
+            adapter_slot=adapter_slot,
             targets=self._targets(start, stop) if self.scoring else NO_IDS,
             draws=(stop - self.num_prompt,) if draws else (),
             matcher=self.matcher if draws else None,
@@ -182,7 +219,8 @@ class Sequence:
 
     def _state(self) -> SequenceState:
         assert self.num_known == self.num_tokens, "a sequence restarts with a token that is not known"
-        prompt, completion = self._ids[: self.num_prompt], self._ids[self.num_prompt : self.num_known]
+        prompt = self._ids[self.num_virtual : self.num_prompt]
+        completion = self._ids[self.num_prompt : self.num_known]
         return SequenceState(prompt, completion, self._sampling)
 
     def _targets(self, start: int, stop: int) -> Int32:
@@ -249,7 +287,7 @@ class Sequence:
             prompt_logprobs=self._take_scores() if self.scoring else None,
             finish_reason=finish,
             stop_reason=stop,
-            prompt_tokens=self.num_prompt,
+            prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             times=times,
         )
@@ -279,7 +317,7 @@ class Sequence:
     @property
     def first_unscored(self) -> int:
         """Position of the first row that remains to be scored; past the prompt when there is none."""
-        return len(self.scores) if self.scoring else self.num_prompt
+        return self.num_virtual + len(self.scores) if self.scoring else self.num_prompt
 
     def rows(self, count: int) -> int:
         """Rows of logits that the next ``count`` tokens need."""
@@ -289,8 +327,11 @@ class Sequence:
             rows += max(0, min(stop, self.num_prompt - 1) - max(self.num_computed, self.first_unscored))
         return rows
 
-    def fit_rows(self, count: int, rows: int) -> int:
-        """The largest part of ``count`` that needs no more than ``rows`` rows of logits."""
+    def fit(self, count: int, rows: int) -> int:
+        """The largest part of ``count`` that is one chunk: it needs no more than ``rows`` rows of logits, and ends
+        where the adapter begins to act."""
+        if self.num_computed < self.adapter_from:
+            count = min(count, self.adapter_from - self.num_computed)
         while count > 0 and (over := self.rows(count) - rows) > 0:
             count -= over
         return max(count, 0)
@@ -301,7 +342,7 @@ class Sequence:
         """The keys of its full blocks of known tokens, up to date. The generation must be known."""
         if self._block_keys is None:
             rope = 0 if self._rope is None else self._rope.key(self._rope_length)
-            self._block_keys = BlockKeys(self.request.salt, self.generation, self._block_size, rope=rope)
+            self._block_keys = BlockKeys(self.request.salt, self.generation, self._block_size, self.adapter_from, rope)
         if len(self._block_keys) < self.num_known // self._block_size:
             self._block_keys.extend(self._ids[: self.num_known])
         return self._block_keys
@@ -338,7 +379,7 @@ class Sequence:
             finish_reason=finish,
             stop_reason=stop,
             error=error,
-            prompt_tokens=self.num_prompt,
+            prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             times=self.times(now),
         )
@@ -378,6 +419,15 @@ class Sequence:
             return None
         self._scores_sent = True
         return [None, *self.scores]
+
+
+def last_occurrence(ids: Items[int], part: Items[int]) -> int | None:
+    """Where ``part``, which is not empty, occurs in ``ids`` for the last time; None: nowhere."""
+    if len(ids) < len(part):
+        return None
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(ids), len(part))
+    found = np.flatnonzero((windows == np.asarray(part)).all(axis=1))
+    return int(found[-1]) if len(found) else None
 
 
 def resolve_seed(request: EngineRequest) -> int:
