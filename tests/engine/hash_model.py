@@ -17,6 +17,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -228,8 +229,9 @@ class HashModel:
 
     def _forward(self, i: StepInputs, adapters: dict[int, np.uint64]) -> None:
         adapter = np.zeros(i.T, np.uint64)
-        for lo, hi, slot in i.seg[: i.G].tolist():
-            adapter[lo:hi] = adapters[slot]
+        for (lo, hi, slot), weight in zip(i.seg[: i.G].tolist(), i.seg_weight[: i.G], strict=True):
+            # Sums of floats depend on the order of the segments, so this does.
+            adapter[lo:hi] = mix(adapter[lo:hi] * _GOLDEN + (adapters[slot] ^ np.uint64(weight.view(np.uint32))))
         ids, position = i.token_ids[: i.T].astype(np.uint64), i.position[: i.T].astype(np.uint64)
         with np.errstate(over="ignore"):
             state = ids + (position << np.uint64(32))
@@ -422,16 +424,18 @@ class _Rules:
     def _check_segments(self) -> None:
         i = self._inputs
         end = end_r = 0
-        last = -1
-        for g in range(i.G):
-            lo, hi, slot = i.seg[g].tolist()
-            lo_r, hi_r = i.seg_r[g].tolist()
-            _need(lo == end and hi > lo and slot > last, f"segment {g} is not sorted by adapter, base last")
-            _need(slot in self._adapters, f"segment {g} names slot {slot}, which was dropped")
-            _need(lo_r == end_r and i.seg_weight[g] == 1.0, f"segment {g} of the logit rows")
+        last: list[tuple[int, float]] = []
+        rows = np.hstack([i.seg[: i.G, :2], i.seg_r[: i.G]]).tolist()
+        for (lo, hi, lo_r, hi_r), run in groupby(range(i.G), key=rows.__getitem__):
+            acting = [(int(i.seg[g, 2]), float(i.seg_weight[g])) for g in run]
+            _need(lo == end and hi > lo and acting > last, f"rows {lo} to {hi} are not sorted by adapters, base last")
+            _need(all(slot in self._adapters for slot, _ in acting), f"{acting} names a slot that was dropped")
+            _need(len({slot for slot, _ in acting}) == len(acting), f"{acting} has one adapter twice")
+            _need(all(weight and np.isfinite(weight) for _, weight in acting), f"{acting} has a weight without effect")
+            _need(lo_r == end_r, f"logit rows of rows {lo} to {hi}")
             inside = i.logit_rows[lo_r:hi_r]
-            _need(bool((inside >= lo).all() and (inside < hi).all()), f"segment {g}'s logit rows are not its own")
-            end, end_r, last = hi, hi_r, slot
+            _need(bool((inside >= lo).all() and (inside < hi).all()), f"logit rows of {acting} are not its own")
+            end, end_r, last = hi, hi_r, acting
         _need(bool((i.logit_rows[end_r : i.R] >= end).all()), "a logit row of an adapter is in no segment")
 
 

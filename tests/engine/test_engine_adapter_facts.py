@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from rig import DEPTHS, FACTS, INVOCATION, VOCAB, Rig, alone, limits, request
+from rig import DEPTHS, FACTS, INVOCATION, VOCAB, Rig, alone, composed, limits, request
 
 from truffula.engine.sequence import last_occurrence
 
@@ -148,3 +148,31 @@ def test_a_request_that_was_resumed_behind_its_last_token_ends() -> None:
     resumed = request("r", [1] * 12, adapter="soft", max_tokens=9, ignore_eos=True, resume_ids=whole.token_ids)
     answer = Rig(lim).run([resumed])["r"]
     assert (len(whole.token_ids), answer.token_ids, answer.finish_reason) == (3, [], "length")
+
+
+def test_adapters_that_begin_at_different_tokens_act_together() -> None:
+    req = request("r", CALLED, adapter=composed({"call": 0.5, "later": -1.0, "red": 2.0}), max_tokens=4)
+    rig = Rig(limits(step_tokens=64))
+    rig.add(req)
+    acting = []
+    while len(acting) < 4:
+        before = rig.executable.steps
+        rig.step()
+        i = rig.executable._inputs[0]
+        if rig.executable.steps == before:  # its adapters are loaded, one a step
+            continue
+        acting.append((i.T, sorted(i.seg_weight[: i.G].tolist())))
+    assert acting == [(12, [2.0]), (2, [0.5, 2.0]), (3, [-1.0, 0.5, 2.0]), (1, [-1.0, 0.5, 2.0])]
+    rig.drain()
+    again = msgspec.structs.replace(req, request_id="again")
+    rig.run([again, request("red", PLAIN, adapter=composed({"red": 2.0}))])
+    assert rig.answers["red"].final.cached_tokens == 8
+    assert rig.answers["again"].token_ids == rig.answers["r"].token_ids == alone(req).token_ids
+
+
+@pytest.mark.parametrize("weights", [{"soft": 0.5}, {"soft": 1.0, "red": 1.0}])
+def test_virtual_tokens_are_not_composed(weights) -> None:
+    rig = Rig()
+    answers = rig.run([request("r", PLAIN, adapter=composed(weights)), request("ok", PLAIN, adapter="soft")])
+    assert (answers["r"].code, answers["ok"].code) == ("invalid_request", None)
+    assert "virtual tokens" in answers["r"].final.error.message

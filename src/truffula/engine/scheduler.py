@@ -473,8 +473,8 @@ class Scheduler:
             self._remove_compiling(sequence, sequence.grammar.key)
         else:
             self._waiting.remove(sequence)
-        if sequence.loaded_lease is not None:
-            self._adapters.release(sequence.loaded_lease)
+        for lease in sequence.loaded_leases.values():
+            self._adapters.release(lease)
         del self._by_id[sequence.request_id]
 
     def _remove_compiling(self, sequence: Sequence, key: str) -> None:

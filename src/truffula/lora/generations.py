@@ -164,9 +164,8 @@ class Generations:
         Raises ``InsufficientMemory`` when they never are; the executable's error, with the bytes released again, as an
         ``AdapterLoadError`` where it is not a ``TruffulaError``.
         """
-        limit = self._budget.limit_of(OWNER)
-        check_size(entry.nbytes, limit)
-        if self.leased_bytes + entry.nbytes > limit or not self._budget.reserve(OWNER, entry.nbytes):
+        check_size(entry.nbytes, self.limit)
+        if self.leased_bytes + entry.nbytes > self.limit or not self._budget.reserve(OWNER, entry.nbytes):
             return False
         try:
             entry.slot = self._executable.adapter(entry.image)
@@ -240,6 +239,11 @@ class Generations:
             self.drop(entry)
 
     # Totals
+
+    @property
+    def limit(self) -> int:
+        """Bytes that adapters may use."""
+        return self._budget.limit_of(OWNER)
 
     def oldest(self) -> Generation | None:
         """The idle generation that was not used for longest."""

@@ -1,7 +1,7 @@
 """ADALORA: ``W x + s B (E ⊙ (A x))`` is LoRA with A' = E A.
 
-s is ``lora_alpha / (init_r + 1e-5)``, whatever rank a module has kept: PEFT divides by the rank that it allocated before
-it dropped rows. With ``lora_alpha`` 0 or less the module's own rank takes its place. A module may have kept no rank.
+s is ``lora_alpha / (init_r + 1e-5)``, whatever rank a module has kept: PEFT divides by the rank that it began with.
+With ``lora_alpha`` 0 or less the module's own rank takes its place. A module may have kept no rank.
 """
 
 from __future__ import annotations

@@ -16,8 +16,17 @@ from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.fields import FIELDS, Field, LoraSettings, is_empty, no_text_modules
 from truffula.lora.image import NO_FACTS, AdapterFacts
 from truffula.lora.keys import MAX_KEY_CHARS, PREFIX, KeyPlan, listed
-from truffula.lora.matching import BaseFacts, Pair, ParsedAdapter, Sites, check_modules, check_sites_once, cross_check
-from truffula.lora.matching import check_values, left_out_warnings
+from truffula.lora.matching import (
+    BaseFacts,
+    Pair,
+    ParsedAdapter,
+    Sites,
+    check_modules,
+    check_sites_once,
+    check_values,
+    cross_check,
+    left_out_warnings,
+)
 from truffula.lora.patterns import Targets
 from truffula.lora.roots import other_part
 from truffula.weights.checkpoint import TensorInfo
@@ -66,7 +75,7 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """What an adapter's metadata says. ``shared`` are tensors of all modules, ``nbytes`` what the parts take at most."""
+    """What an adapter's metadata says. ``shared`` are tensors of all modules."""
 
     modules: tuple[PlannedModule, ...]
     rank: int = 0
