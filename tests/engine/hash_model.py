@@ -197,7 +197,7 @@ class HashModel:
             raise DeviceLost("scripted")
         self._relay(i)
         ids = i.token_ids[: i.T]
-        _need(bool((ids >= 0).all() and (ids < self.vocab_size).all()), "a token id is outside the vocabulary")
+        _need(bool((ids >= 0).all()), "a token id is outside the vocabulary")
         self._forward(i, adapters)
         if self.steps == self.faults.raise_on_step or self.faults.raise_on_token in ids:
             # Half of the work is done when it fails: blocks of this step hold what must not be read.
@@ -372,7 +372,8 @@ class _Rules:
         _need(0 < i.T <= c.max_tokens and 0 < i.N <= c.max_seqs, f"T = {i.T}, N = {i.N}")
         _need(0 <= i.R <= c.max_logit_rows and 0 <= i.G <= c.max_segments, f"R = {i.R}, G = {i.G}")
         ids = i.token_ids[: i.T]
-        _need(bool((ids >= RELAY).all() and (ids < self._model.vocab_size).all()), "an id outside the vocabulary")
+        of_base = ids[int(i.seg[i.G - 1, 1]) if i.G else 0 :]
+        _need(bool((ids >= RELAY).all() and (of_base < self._model.vocab_size).all()), "an id outside the vocabulary")
         _need(i.q_start[0] == 0 and i.q_start[i.N] == i.T, "q_start does not cover the rows")
         _need(bool((np.diff(i.q_start[: i.N + 1]) > 0).all()), "a sequence without rows")
         _need(bool((np.diff(i.logit_rows[: i.R]) > 0).all()), "logit_rows do not ascend")

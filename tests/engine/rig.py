@@ -27,7 +27,7 @@ from truffula.kernels.adapters import Replace, SiteTensors, low_rank
 from truffula.kernels.backend import Executable
 from truffula.kernels.inputs import Capacity
 from truffula.lora.compose import compose
-from truffula.lora.image import ImageWriter
+from truffula.lora.image import NO_FACTS, AdapterFacts, ImageWriter
 from truffula.lora.pool import AdapterPool
 from truffula.lora.worker import LoadResponse
 from truffula.params import EngineParams
@@ -37,6 +37,16 @@ EOS = VOCAB - 1
 STATES = -1
 DEPTHS = [1, 2]
 """Steps that may be unfinished: what holds with one holds with two."""
+
+
+INVOCATION = (5, 6)
+FACTS = {
+    "call": AdapterFacts(invocation=INVOCATION),
+    "call2": AdapterFacts(invocation=INVOCATION),
+    "later": AdapterFacts(invocation=(15,)),
+    "soft": AdapterFacts(virtual_ids=tuple(range(VOCAB, VOCAB + 5))),
+}
+"""Of the adapters that are not plain, by their locators: activated ones, and one with virtual tokens."""
 
 
 class Clock:
@@ -56,7 +66,7 @@ class StubAdapter:
     generation: str
     nbytes: int = 64
     rank: int = 1
-
+    facts: AdapterFacts = NO_FACTS
     replaces: bool = False
 
     @property
@@ -133,9 +143,12 @@ class HandLoader:
         if ref.locator.startswith("bad") or ref.fingerprint.startswith("bad"):
             return LoadResponse(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
         locator = self.same_bytes.get(ref.locator, ref.locator)
-        stub = StubAdapter(f"{locator}@{ref.fingerprint}", self.nbytes, replaces=locator in self.replacing)
+        stub = StubAdapter(
+            f"{locator}@{ref.fingerprint}", self.nbytes, facts=FACTS.get(locator, NO_FACTS),
+            replaces=locator in self.replacing,
+        )  # fmt: skip
         path = self._folder / str(ticket)
-        writer = ImageWriter(stub.generation, stub.rank, stub.sites)
+        writer = ImageWriter(stub.generation, stub.rank, stub.sites, facts=stub.facts)
         writer.write(path)
         return LoadResponse(ticket=ticket, image_path=str(path), image=writer.header)
 

@@ -139,7 +139,7 @@ TestPool.settings = settings(max_examples=80, stateful_step_count=40, deadline=N
 
 def run(pool, tokens, chunk=3, salt="", generation=None, now=0.0, adapter_from=0):
     """A sequence that is computed to its end; its table, still held, and how many tokens the cache gave it."""
-    keys = BlockKeys(salt, () if generation is None else (BoundAdapter(generation),), SIZE, adapter_from)
+    keys = BlockKeys(salt, () if generation is None else (BoundAdapter(generation, acts_from=adapter_from),), SIZE)
     keys.extend(np.asarray(tokens, np.int32))
     table = pool.new_table()
     path = pool.match(keys, (len(tokens) - 1) // SIZE)

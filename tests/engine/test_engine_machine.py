@@ -13,7 +13,7 @@ from grammars import RULES
 from truffula.errors import TruffulaError
 from truffula.types import AdapterCommand, AdapterRef
 
-SOURCES = ["red", "green", "blue", "bad"]
+SOURCES = ["red", "green", "blue", "bad", "call", "soft"]
 
 
 class EngineMachine(RuleBasedStateMachine):

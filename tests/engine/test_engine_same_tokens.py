@@ -44,7 +44,7 @@ several = st.dictionaries(
 def requests(draw, name: str = "r", params=sampling):
     shared = draw(st.sampled_from(SHARED))
     prompt = shared[: draw(st.integers(0, len(shared)))] + draw(st.lists(st.integers(0, VOCAB - 1), max_size=12))
-    adapters = st.sampled_from([None, None, "red", "green", "blue"]) | several.map(composed)
+    adapters = st.sampled_from([None, None, "red", "green", "blue", "call", "soft"]) | several.map(composed)
     return request(
         name, prompt or [3], adapter=draw(adapters),
         choice=draw(st.integers(0, 2)), max_tokens=draw(st.integers(1, 14)), **draw(params),
@@ -63,7 +63,7 @@ def engines(draw):
         step_tokens=draw(st.integers(1, 48)), step_logit_rows=draw(st.integers(1, 24)),
         max_running=draw(st.integers(1, 8)), block_size=size,
         # From barely enough for one request (so that preemption is the rule) to plenty.
-        num_blocks=draw(st.integers(2 + 56 // size, 2 + 256 // size)),
+        num_blocks=draw(st.integers(2 + 64 // size, 2 + 256 // size)),
         prefix_cache=draw(st.booleans()), patience=draw(st.sampled_from([1, 16])),
         kv_windows=draw(st.sampled_from([(None,), (None,), (None, 7), (3,), (20, 5)])),
         # Of a model with states: from barely enough for one request (at any depth) to snapshots of all.

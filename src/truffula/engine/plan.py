@@ -30,10 +30,10 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
 
     ``token_ids`` ``[count]`` are at positions ``start .. start + count``; the last may be ``RELAY``. ``block_tables``
     has one array ``[blocks]`` per KV group that covers all positions; the tuple is the same object until a table
-    changes. ``adapters`` are the slots and weights of its adapters, none for the base. The last rows of the chunk have
-    logits: one for each of ``targets``, the ids to score, then one for each of ``draws``, the numbers of the completion
-    tokens to draw. ``matcher`` says which ids may be drawn; None: all, or it draws none. ``spans`` divide the chunk of
-    a model with states.
+    changes. ``adapters`` are the slots and weights of those that act on it, none for the base. The last rows of the
+    chunk have logits: one for each of ``targets``, the ids to score, then one for each of ``draws``, the numbers of the
+    completion tokens to draw. ``matcher`` says which ids may be drawn; None: all, or it draws none. ``spans`` divide
+    the chunk of a model with states.
     """
 
     serial: int

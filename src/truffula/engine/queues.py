@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice, takewhile
 
-from truffula.engine.limits import EngineLimits
+from truffula.engine.limits import EngineLimits, most_tokens
 from truffula.engine.sequence import AdapterKey, Sequence, sources_of
-from truffula.errors import ErrorInfo, InvalidRequest
+from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.lora.loads import SourceState
 from truffula.lora.pool import AdapterPool
 
@@ -19,14 +19,16 @@ MAX_OVERTAKING = 16
 
 
 class WaitingQueues:
-    """First in, first out within an adapter; a preempted sequence returns by age, that is to the front.
+    """First in, first out within an adapter; a preempted sequence returns by age, that is to the front. ``longest``
+    returns how many tokens fit in memory when a sequence runs alone.
 
     A sequence is *ready* when it does not wait for an adapter, else *unbound*. No method costs more for a longer queue.
     """
 
-    def __init__(self, limits: EngineLimits, adapters: AdapterPool) -> None:
+    def __init__(self, limits: EngineLimits, adapters: AdapterPool, longest: Callable[[], int]) -> None:
         self._limits = limits
         self._adapters = adapters
+        self._longest = longest
         self._queues: dict[AdapterKey, OrderedDict[int, Sequence]] = {}
         self._ready: dict[AdapterKey, Sequence] = {}  # heads that are ready
         self._unbound: OrderedDict[AdapterKey, int] = OrderedDict()  # number of unbound sequences
@@ -114,15 +116,16 @@ class WaitingQueues:
             return sequence.load_s
         return max(0.0, now - max(self._loading[sequence.key], sequence.arrival))
 
-    def prefetch_adapters(self, now: float) -> list[tuple[Sequence, ErrorInfo]]:
+    def prefetch_adapters(self, now: float) -> list[tuple[Sequence, ErrorInfo | None]]:
         """Begin loads of adapters before their turn, and bind loaded ones, so that one slow load delays only its own
-        requests. Returns the sequences whose adapters did not load, or cannot act together, with the error.
+        requests. Returns the sequences that end: their adapters did not load, or cannot act together, or leave no room
+        behind their virtual tokens, with the error; or nothing is left to compute of them, with None.
 
         At most ``prefetch_adapters`` load for waiting requests at a time, and no more loads begin while as many
         adapters could run now. Adapters that are loaded are not counted.
         """
         most, loading = self._limits.prefetch_adapters, 0
-        failed: list[tuple[Sequence, ErrorInfo]] = []
+        ended: list[tuple[Sequence, ErrorInfo | None]] = []
         for key in list(islice(self._unbound, PREFETCH_WINDOW * most)):
             unbound = [one for one in self._first(key, self._limits.max_running) if not one.ready]
             if not unbound:  # they wait behind a full window of sequences that are ready
@@ -135,18 +138,18 @@ class WaitingQueues:
             found = {source: self._adapters.lookup(ref, now) for source, ref in refs.items()}
             error = next((status.error for status in found.values() if status.error is not None), None)
             if error is not None:
-                failed += [(one, error) for one in self._queues[key].values() if not one.ready]
+                ended += [(one, error) for one in self._queues[key].values() if not one.ready]
                 continue
             for source, status in found.items():
                 if status.generation is not None:
                     self._bind(unbound, source, status.generation, now)
-            failed += [(one, why) for one in unbound if one.ready and (why := self._not_summable(one)) is not None]
+            ended += [end for one in unbound if one.ready for end in self._end_of_bound(one)]
             if count := sum(status.status == "loading" for status in found.values()):
                 loading += count
                 self._loading.setdefault(key, now)
             else:
                 self._loading.pop(key, None)
-        return failed
+        return ended
 
     def _bind(self, sequences: list[Sequence], source: SourceState, generation: str, now: float) -> None:
         """Give ``sequences`` a lease on one of their adapters: from now on they use these bytes, even if the adapter's
@@ -162,17 +165,33 @@ class WaitingQueues:
                 self._count_bound(sequence.key)
                 self._update_head(sequence.key)
 
+    def _end_of_bound(self, sequence: Sequence) -> list[tuple[Sequence, ErrorInfo | None]]:
+        """The end of ``sequence``, whose adapters are bound now, if it cannot begin: see ``prefetch_adapters``."""
+        if (error := self._not_summable(sequence)) is not None:
+            return [(sequence, error)]
+        virtual_ids = sequence.virtual_ids
+        if not virtual_ids:
+            return []
+        try:
+            total = most_tokens(sequence.request, self._limits, self._longest(), len(virtual_ids))
+        except TruffulaError as refusal:
+            return [(sequence, refusal.info())]
+        sequence.prepend(virtual_ids, total)
+        return [] if sequence.ended_before_start() is None else [(sequence, None)]
+
     def _not_summable(self, sequence: Sequence) -> ErrorInfo | None:
         """Why the adapters of ``sequence``, which are bound, cannot act together or weighted; None where they can."""
         if len(sequence.adapters) == 1 and sequence.adapters[0].weight == 1.0:
             return None
         for source, ref in sources_of(sequence).items():
-            generation = sequence.loaded_leases[source].generation
-            kind = self._adapters.replacing_part(generation)
-            if kind is not None and any(one.generation == generation for one in sequence.adapters):
+            lease = sequence.loaded_leases[source]
+            kind = self._adapters.replacing_part(lease.generation)
+            if lease.facts.virtual_ids:
+                kind = "virtual tokens"
+            if kind is not None and any(one.generation == lease.generation for one in sequence.adapters):
                 return InvalidRequest(
-                    f"Adapter {ref.name!r} replaces weights of the base (its part {kind!r}), so it cannot be weighted "
-                    "or added to another adapter. Name it alone, or merge the adapters with `truffula merge`.",
+                    f"Adapter {ref.name!r} does more than add to the base ({kind}), so it cannot be weighted or added "
+                    "to another adapter. Name it alone.",
                     param="adapters",
                     adapter=ref.name,
                 ).info()

@@ -92,7 +92,10 @@ class RunningBatch:
     def _computes_prefix_of(self, sequence: Sequence) -> bool:
         """Whether a running prompt is about to compute the next block that ``sequence`` lacks in the prefix cache."""
         prompts = [
-            other for other in self._by_age if other.key == sequence.key and other.num_known - other.num_committed > 1
+            other
+            for other in self._by_age
+            if other.num_known - other.num_committed > 1
+            and (other.key == sequence.key or other.acts_from or sequence.acts_from)
         ]
         if not prompts:
             return False
@@ -141,7 +144,7 @@ class RunningBatch:
         if limit:
             blocks.attach(sequence.table, blocks.match(sequence.block_keys(), limit))
         sequence.reset(sequence.table.capacity)
-        count = sequence.fit_rows(min(allowance, sequence.num_uncomputed), rows)
+        count = sequence.fit(min(allowance, sequence.num_uncomputed), rows)
         leases: tuple[AdapterLease, ...] | None = None
         admitted = False
         try:

@@ -25,6 +25,21 @@ MAX_SCALE = 1e30  # far within float32; the comparison also fails for NaN and in
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
+class AdapterFacts(msgspec.Struct, frozen=True):
+    """What the scheduler must know of an adapter, besides its parts.
+
+    ``invocation``: the adapter acts from the last occurrence of these ids in a prompt on, and nowhere without one
+    (activated LoRA); empty: everywhere. ``virtual_ids`` come before the first token of every sequence. They are beyond
+    the vocabulary: the adapter's own rows of the embedding table.
+    """
+
+    invocation: tuple[int, ...] = ()
+    virtual_ids: tuple[int, ...] = ()
+
+
+NO_FACTS = AdapterFacts()
+
+
 class ImageHeader(msgspec.Struct, frozen=True):
     """What a process must know to map an image: numbers of parts (rows of the table) and of bytes of tensors.
 
@@ -36,6 +51,7 @@ class ImageHeader(msgspec.Struct, frozen=True):
     rank: _Count
     parts: _Count
     data_bytes: _Count
+    facts: AdapterFacts = NO_FACTS
 
     @property
     def data_start(self) -> int:
@@ -54,10 +70,16 @@ class ImageWriter:
     """
 
     def __init__(
-        self, generation: str, rank: int, sites: Iterable[SiteTensors], layout: AdapterLayout = STORED
+        self,
+        generation: str,
+        rank: int,
+        sites: Iterable[SiteTensors],
+        layout: AdapterLayout = STORED,
+        facts: AdapterFacts = NO_FACTS,
     ) -> None:
         self._placed = place(pack(layout, sites))
-        self.header = ImageHeader(layout.name, generation, rank, len(self._placed.table), self._placed.data_bytes)
+        parts, data_bytes = len(self._placed.table), self._placed.data_bytes
+        self.header = ImageHeader(layout.name, generation, rank, parts, data_bytes, facts)
 
     def write(self, path: Path) -> None:
         """Make the file at ``path``, which must not exist, and pack into it where it is mapped.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
-import numpy as np
 import numpy.typing as npt
 
 from truffula.weights.safetensors import DTYPES, write_tensors
