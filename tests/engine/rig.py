@@ -99,7 +99,7 @@ class HandLoader:
         self._folder = Path(tempfile.mkdtemp(prefix="truffula-rig-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
-    def start(self, ref: AdapterRef) -> int:
+    def start(self, ref: AdapterRef, has: str = "") -> int:
         self._next += 1
         self._queued[self._next] = ref
         self._begin()

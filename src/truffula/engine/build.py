@@ -36,6 +36,7 @@ from truffula.option import format_size
 from truffula.types import MAX_ADAPTERS, EngineInfo, Progress
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
+from truffula.weights.packages import package_cache
 from truffula.weights.sources import resolve_source
 from truffula.weights.watch import FileWatch, require_same_files, stamp, stamps_of, with_samples
 
@@ -320,6 +321,8 @@ def _assemble(
             ),
             offline=config.offline,
             cache_dir=None if config.cache_dir is None else str(config.cache_dir),
+            adapter_cache=_adapter_cache(config),
+            adapter_cache_bytes=config.adapter_cache_bytes,
         )
         loader = LoadingWorker(setup)
         undo.callback(loader.close)
@@ -327,6 +330,16 @@ def _assemble(
         engine = Engine(executable, settings.limits, adapters, budget, watch=watch)
         undo.pop_all()
     return engine
+
+
+def _adapter_cache(config: EngineConfig) -> str:
+    """The folder of the disk cache of adapters; "" for a user without a home folder, where nothing is kept."""
+    if config.adapter_cache_dir is not None:
+        return str(config.adapter_cache_dir)
+    try:
+        return str(package_cache(config.cache_dir) / "adapters")
+    except ConfigError:
+        return ""
 
 
 def int8_note(config: EngineConfig, weight_formats: Mapping[str, int]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import islice, takewhile
 
@@ -10,6 +10,7 @@ from truffula.engine.limits import EngineLimits, most_tokens
 from truffula.engine.sequence import AdapterKey, Sequence, sources_of
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.lora.loads import SourceState
+from truffula.lora.locations import origin_of
 from truffula.lora.pool import AdapterPool
 
 PREFETCH_WINDOW = 4
@@ -121,17 +122,18 @@ class WaitingQueues:
         requests. Returns the sequences that end: their adapters did not load, or cannot act together, or leave no room
         behind their virtual tokens, with the error; or nothing is left to compute of them, with None.
 
-        At most ``prefetch_adapters`` load for waiting requests at a time, and no more loads begin while as many
-        adapters could run now. Adapters that are loaded are not counted.
+        At most ``prefetch_adapters`` of one origin (this machine, a host, a bucket) load for waiting requests at a
+        time, so that a slow one does not keep the others from loading, and no more loads begin while as many adapters
+        could run now. Adapters that are loaded are not counted.
         """
-        most, loading = self._limits.prefetch_adapters, 0
+        most, loading = self._limits.prefetch_adapters, Counter[str]()
         ended: list[tuple[Sequence, ErrorInfo | None]] = []
         for key in list(islice(self._unbound, PREFETCH_WINDOW * most)):
             unbound = [one for one in self._first(key, self._limits.max_running) if not one.ready]
             if not unbound:  # they wait behind a full window of sequences that are ready
                 continue
             refs = sources_of(unbound[0])
-            enough = loading >= most or self.num_ready() >= most
+            enough = max(loading[origin_of(ref)] for ref in refs.values()) >= most or self.num_ready() >= most
             if enough and key not in self._loading and not all(map(self._adapters.is_loaded, refs.values())):
                 self._unbound.move_to_end(key)
                 continue
@@ -144,8 +146,10 @@ class WaitingQueues:
                 if status.generation is not None:
                     self._bind(unbound, source, status.generation, now)
             ended += [end for one in unbound if one.ready for end in self._end_of_bound(one)]
-            if count := sum(status.status == "loading" for status in found.values()):
-                loading += count
+            if any(status.status == "loading" for status in found.values()):
+                loading.update(
+                    origin_of(refs[source]) for source, status in found.items() if status.status == "loading"
+                )
                 self._loading.setdefault(key, now)
             else:
                 self._loading.pop(key, None)

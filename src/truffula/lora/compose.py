@@ -78,9 +78,6 @@ def _of_parts(kind: str, parts: tuple[WeightedAdapter, ...], method: MergeMethod
 
 
 def _identity(ref: AdapterRef) -> str:
-    """Where ``ref`` is read from, whatever its name and its present state."""
-    source = msgspec.structs.asdict(ref)
-    return " ".join(f"{key}={source[key]!r}" for key in sorted(source) if source[key] and key not in _STATE)
-
-
-_STATE = ("name", "fingerprint", "untrained")
+    """Where ``ref`` is read from, and by what right, whatever its name and its present state."""
+    right = () if ref.credential is None else (ref.credential.id,)
+    return " ".join(repr(one) for one in (ref.kind, ref.locator, ref.revision, ref.root, *right) if one)

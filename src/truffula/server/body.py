@@ -92,6 +92,7 @@ class Address(NamedTuple):
     """What a body says of its adapter and its sender.
 
     ``models`` are its values of ``model``, ``adapters`` the other fields that name an adapter, each with its place.
+    ``token`` is the client's own credential for the adapter's source.
     """
 
     models: list[str | None]
@@ -99,6 +100,10 @@ class Address(NamedTuple):
     source: str | None
     salt: str | None
     request_id: str | None = None
+    token: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Address({self.models}, {self.adapters})"
 
 
 class BodyJob(NamedTuple):

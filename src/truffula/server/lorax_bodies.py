@@ -159,7 +159,8 @@ class GenerateBody(GeneratingBody):
     def address(self) -> Address:
         params, use = self.params, NATIVE.adapter
         named = adapters_named(self.items(), "", use) + adapters_named(params.items(), "parameters.", use)
-        return Address([self.model, params.model], named, params.adapter_source, params.cache_salt)
+        models = [self.model, params.model]
+        return Address(models, named, params.adapter_source, params.cache_salt, token=params.api_token)
 
     def requests(
         self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None

@@ -115,7 +115,8 @@ class OpenAIBody(OpenAIConstraints, GeneratingBody):
 
     def address(self) -> Address:
         named = adapters_named(self.items(), "", "model")
-        return Address([self.model], named, self.adapter_source, self.cache_salt, self.request_id or self.rid)
+        sender = self.request_id or self.rid
+        return Address([self.model], named, self.adapter_source, self.cache_salt, sender, self.api_token)
 
     def check(self) -> None:
         """Raises ``InvalidRequest`` for fields that contradict each other."""

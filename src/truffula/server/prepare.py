@@ -114,9 +114,15 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
             head, body, made = await _read_in_worker(request, BodyJob(kind, raw, state.limits, stored))
         unknown, characters = head.unknown, head.characters
     request.state.body = body
-    note_ignored(request, unknown)
     at = time.monotonic()
-    return Read(body, await addressed(request, made, body.address()), characters, at)
+    used: tuple[str, ...] = ()
+    try:
+        made = await addressed(request, made, body.address())
+        if made[0].adapter is not None and made[0].adapter.credential is not None:
+            used = ("api_token", "parameters.api_token")
+    finally:
+        note_ignored(request, [name for name in unknown if name not in used])
+    return Read(body, made, characters, at)
 
 
 async def _read_in_worker(request: Request, job: BodyJob) -> tuple[_Head, GeneratingBody, list[GenerateRequest]]:
@@ -152,7 +158,7 @@ async def answering(address: Address, state: ServerState) -> AdapterRef | None:
     """
     found: AdapterRef | None = None
     for model in address.models:
-        ref = await state.named_model(model, address.source)
+        ref = await state.named_model(model, address.source, address.token)
         if found is not None and ref is not None and ref.name != found.name:
             raise InvalidRequest("model is given twice, for different adapters; give one of them.", param="model")
         found = found or ref
@@ -162,7 +168,7 @@ async def answering(address: Address, state: ServerState) -> AdapterRef | None:
     for place, other in address.adapters[1:]:
         if other != name:
             raise InvalidRequest(f"{first} and {place} mean the same and differ; give one of them.", param=place)
-    adapter = await state.adapter(name, address.source)
+    adapter = await state.adapter(name, address.source, address.token)
     if found is not None and (adapter is None or adapter.name != found.name):
         raise InvalidRequest(f"model names one adapter and {first} another; give one of them.", param=first)
     return adapter

@@ -12,8 +12,8 @@ from typing import Any
 from starlette.requests import Request
 
 from truffula.config import ServerConfig
-from truffula.errors import AdapterNotFound, InvalidRequest
-from truffula.lora.sources import BASE_WORDS, AdapterDirectory
+from truffula.errors import AdapterNotFound, InvalidRequest, unknown_adapter
+from truffula.lora.sources import BASE_WORDS, SOURCES, AdapterDirectory
 from truffula.metrics import Metrics, RequestRecord
 from truffula.server.limits import RequestLimits
 from truffula.service import AsyncService
@@ -68,20 +68,22 @@ class ServerState:
         """Every name of the base."""
         return (self.model_id, self.service.info.model)
 
-    async def adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
+    async def adapter(self, name: str | None, source: str | None = None, token: str | None = None) -> AdapterRef | None:
         """The adapter called ``name``; None is the base. Raises ``AdapterNotFound``, never falls back to the base.
+
+        ``token``: the client's own credential for the adapter's source.
 
         The file system is asked in another thread, so that a slow disk does not delay running streams.
         """
-        if source is not None and source not in ("hub", "local"):
+        if source is not None and source not in SOURCES:
             raise InvalidRequest(
-                f"adapter_source {source[:40]!r} is not supported by this server; use hub or local.",
+                f"adapter_source {source[:40]!r} is not supported by this server; use one of {', '.join(SOURCES)}.",
                 param="adapter_source",
             )
         if not name or name == self.model_id:
             return None
         try:
-            return await self.service.look_up(self.service.core.resolve_adapter, name, source)
+            return await self.service.look_up(self.service.core.resolve_adapter, name, source, token)
         except AdapterNotFound as error:
             raise self._not_found(name, error) from error
 
@@ -89,27 +91,29 @@ class ServerState:
         """What the client is told, the same whatever the reason, so that it learns nothing of adapters and paths that
         it may not name. The operator's log has the reason, once per name and for at most ``MAX_LOGGED_NAMES``.
         """
-        shown = name if len(name) <= 80 else name[:77] + "..."
+        told = unknown_adapter(name, error.data.get("reason", error.message), param="model")
+        shown = told.data["adapter"]
         if shown not in self.seen_not_found and len(self.seen_not_found) < MAX_LOGGED_NAMES:
             self.seen_not_found.add(shown)
             last = len(self.seen_not_found) == MAX_LOGGED_NAMES
             log.warning(
                 "no model or adapter %r: %s (logged once per name%s)",
-                shown, error.data.get("reason", error.message), "; further names are not logged" if last else "",
+                shown, told.data["reason"], "; further names are not logged" if last else "",
             )  # fmt: skip
-        told = f"There is no model or adapter {shown!r}; GET /v1/models lists them."
-        return AdapterNotFound(told, param="model", adapter=shown)
+        return told
 
     async def adapter_names(self) -> list[str]:
         """Names a client may use now, sorted."""
         found = await self.service.look_up(self.service.core.directory.names)
         return sorted(set(found) - {self.model_id})
 
-    async def named_model(self, model: str | None, source: str | None = None) -> AdapterRef | None:
+    async def named_model(
+        self, model: str | None, source: str | None = None, token: str | None = None
+    ) -> AdapterRef | None:
         """OpenAI's ``model``: the base, an adapter, or SGLang's ``base:adapter``."""
         if model is not None and model.startswith(f"{self.model_id}:"):
-            return await self.adapter(model.removeprefix(f"{self.model_id}:"), source)
-        return None if model in BASE_WORDS else await self.adapter(model, source)
+            return await self.adapter(model.removeprefix(f"{self.model_id}:"), source, token)
+        return None if model in BASE_WORDS else await self.adapter(model, source, token)
 
 
 def state_of(request: Request) -> ServerState:
