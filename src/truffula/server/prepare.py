@@ -144,7 +144,7 @@ async def addressed(request: Request, made: Sequence[GenerateRequest], address: 
     adapter = await answering(address, state)
     if address.request_id is not None:
         record.request_id = request_id(address.request_id)
-    record.adapter = None if adapter is None else adapter.name
+    record.adapter = None if adapter is None else adapter.label
     record.max_tokens = made[0].params.max_tokens
     salt = prefix_salt(request, address.salt, state.config.salt_by_api_key)
     return [replace(one, adapter=adapter, request_id=record.request_id, salt=salt) for one in made]
@@ -164,11 +164,15 @@ async def answering(address: Address, state: ServerState) -> AdapterRef | None:
         found = found or ref
     if not address.adapters:
         return found
-    first, name = address.adapters[0]
+    first, named = address.adapters[0]
     for place, other in address.adapters[1:]:
-        if other != name:
+        if other != named:
             raise InvalidRequest(f"{first} and {place} mean the same and differ; give one of them.", param=place)
-    adapter = await state.adapter(name, address.source, address.token)
+
+    def find(name: str) -> Awaitable[AdapterRef | None]:
+        return state.adapter(name, address.source, address.token)
+
+    adapter = await (find(named) if isinstance(named, str) else named.resolve(first, find))
     if found is not None and (adapter is None or adapter.name != found.name):
         raise InvalidRequest(f"model names one adapter and {first} another; give one of them.", param=first)
     return adapter
