@@ -86,17 +86,18 @@ class WeightedAdapter(msgspec.Struct, frozen=True):
 
 
 MergeStrategy = Literal["ties", "dare_linear", "dare_ties", "magnitude_prune"]
+MergeSign = Literal["total", "frequency"]
 
 
 class MergeMethod(msgspec.Struct, frozen=True, kw_only=True):
     """How A and B of several adapters become those of one, by the definitions of peft's ``add_weighted_adapter``.
 
-    ``density`` (0 to 1) is the share of values that are kept; ``sign`` how ties elects the sign of a value.
+    ``density`` is the share of values that are kept; ``sign`` how ties elects the sign of a value.
     """
 
     strategy: MergeStrategy
-    density: float
-    sign: Literal["total", "frequency"] = "total"
+    density: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    sign: MergeSign = "total"
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
