@@ -21,7 +21,7 @@ from rig import Answer, Rig, request
 
 from truffula.config import EngineConfig
 from truffula.engine.build import EngineSettings, LoadedModel, load_model
-from truffula.lora.tables import base_tables
+from truffula.lora.base import base_source
 from truffula.lora.worker import LoadLimits, Setup
 from truffula.model.plan import ModelPlan
 from truffula.testing.adapters import PREFIX, tiny_config, write_adapter
@@ -133,7 +133,7 @@ def parity_model(folder: Path, **options: Any) -> Iterator[ParityModel]:
                 sites=loaded.plan.interface.sites,
                 model=str(folder),
                 layout=loaded.executable.layout,
-                tables=base_tables(loaded.plan.tables, checkpoint),
+                base=base_source(loaded.plan, checkpoint),
                 limits=LoadLimits(),
             )
             yield ParityModel(folder, loaded, setup, _write_adapters(folder, loaded.plan))

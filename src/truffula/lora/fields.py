@@ -16,7 +16,6 @@ import msgspec
 
 from truffula.errors import AdapterError
 from truffula.lora.foreign import MLX
-from truffula.lora.roots import other_part
 
 Verdict = Literal["serve", "check", "ignore", "refuse"]
 MAX_CONFIG_BYTES = 4 << 20
@@ -44,9 +43,13 @@ def _absent(value: Any) -> bool:
     return value is None or value is False
 
 
-def _no_text_modules(value: Any) -> bool:
-    """For ``modules_to_save``: nothing, or image and audio parts, which text does not pass through."""
-    return is_empty(value) or all(isinstance(v, str) and other_part(f"{v}.") is not None for v in value)
+class BlockDiagonal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``use_bdlora``: A or B of modules whose names contain one of the texts is block-diagonal, of ``nblocks``."""
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: Annotated[int, msgspec.Meta(ge=1)] = 1
+    match_strict: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,13 @@ _Flag = bool | None
 _Names = str | list[str] | None
 _List = list[str] | None
 _Layers = int | list[int] | None
-_Init = bool | Literal["gaussian", "eva", "orthogonal", "mica"] | None
+_Ids = list[Annotated[int, msgspec.Meta(ge=0)]]
+_Init = bool | Literal["gaussian", "eva", "orthogonal", "mica", "pissa", "olora"] | None
 
 MERGE = "merge it into its base (PEFT's merge_and_unload) and serve that as a model"
 _TRAINING = "affects only training"
 _LATER = "not served yet"
+_SUBTRACTED = "the part of the base that training began with is computed when the adapter is loaded, and subtracted"
 _FIRST_PATTERN = "the first matching pattern in the file's order applies"
 
 FIELDS: Mapping[str, Field] = {
@@ -90,10 +95,25 @@ FIELDS: Mapping[str, Field] = {
     "layers_to_transform": Field("check", "limits target_modules to these layers", _Layers),
     "layers_pattern": Field("check", "name of the list of layers", _Names),
     "init_lora_weights": Field(
-        "check",
-        "an initialisation that leaves the base weights unchanged: true, false, gaussian, eva, orthogonal, mica",
+        "serve",
+        "true, false, gaussian, eva, orthogonal and mica leave the base's weights unchanged; of pissa and olora "
+        f"{_SUBTRACTED}",
         _Init,
     ),
+    "bias": Field("serve", "trained biases take the place of the base's", Literal["none", "all", "lora_only"] | None),
+    "lora_bias": Field("serve", "biases of B, scaled as B is", _Flag),
+    "modules_to_save": Field(
+        "serve", "linear layers, norms, embedding and head whose trained weights take the place of the base's", _List
+    ),
+    "use_dora": Field("serve", "DoRA: norms are computed from the base's weights when the adapter is loaded", _Flag),
+    "trainable_token_indices": Field(
+        "serve", "trained rows of embedding and head; on a tied base of both", _Ids | dict[str, _Ids] | None
+    ),
+    "ensure_weight_tying": Field("serve", "on a tied base, what is trained of the embedding is the head's, too", _Flag),
+    "use_qalora": Field("serve", "A acts on means of groups of inputs", _Flag),
+    "qalora_group_size": Field("serve", "inputs of a group, with use_qalora", Annotated[int, msgspec.Meta(ge=1)]),
+    "kasa_config": Field("serve", f"KaSA: {_SUBTRACTED}", dict[str, Any] | None),
+    "use_bdlora": Field("serve", "BD-LoRA: A or B is block-diagonal", BlockDiagonal | None),
     "auto_mapping": Field("ignore", "concerns only PEFT's classes"),
     "base_model_name_or_path": Field("ignore", "paths differ between machines; tensor shapes are checked instead"),
     "revision": Field("ignore", "revision of the base; tensor shapes are checked instead"),
@@ -109,32 +129,10 @@ FIELDS: Mapping[str, Field] = {
     "velora_config": Field("ignore", "affects only training: compressed activations"),
     "monteclora_config": Field("ignore", "affects only training: sampling"),
     "megatron_core": Field("ignore", "name of a Python package"),
-    "qalora_group_size": Field("ignore", "a parameter of use_qalora, which is refused"),
     "megatron_config": Field("refuse", "a parallel layer layout; export the adapter for the plain model"),
-    "bias": Field(
-        "refuse",
-        f"trained biases: {_LATER}; train with bias='none', or {MERGE}",
-        Literal["none", "all", "lora_only"],
-        lambda value: value == "none",
-    ),
-    "lora_bias": Field("refuse", f"biases on B: {_LATER}; train with lora_bias=false, or {MERGE}", _Flag),
-    "modules_to_save": Field(
-        "refuse",
-        f"fully trained modules: {_LATER}; train without it and name linear layers in target_modules instead",
-        _Names,
-        _no_text_modules,
-    ),
-    "use_dora": Field("refuse", f"DoRA: {_LATER}; train with use_dora=false, or {MERGE}", _Flag),
-    "trainable_token_indices": Field("refuse", f"trained token embeddings: {_LATER}; train without them"),
     "target_parameters": Field("check", "must name exactly the parameters (of experts) that have tensors", _List),
-    "ensure_weight_tying": Field("refuse", f"tied adapters of embedding and head: {_LATER}; train without it", _Flag),
     "layer_replication": Field("refuse", f"changes the depth of the model and the layout of its KV cache; {MERGE}"),
     "alora_invocation_tokens": Field("refuse", f"activated LoRA: {_LATER}; train plain LoRA", harmless=_absent),
-    "use_qalora": Field("refuse", "QALoRA: A is grouped for a quantised base; train with use_qalora=false", _Flag),
-    "kasa_config": Field(
-        "refuse", f"KaSA changes the base weights by their singular values; {MERGE}", harmless=_absent
-    ),
-    "use_bdlora": Field("refuse", f"block-diagonal A or B: {_LATER}; {MERGE}", harmless=_absent),
     "arrow_config": Field("refuse", "Arrow mixes many adapters per token; serve one of them", harmless=_absent),
 }
 
@@ -144,10 +142,14 @@ _CONVERT_INIT = (
     "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL), which writes a plain LoRA "
     "adapter (INITIAL: the adapter saved before the first training step)"
 )
-_INITS = dict.fromkeys(("pissa", "olora", "corda", "lora_ga"), _CONVERT_INIT) | {
-    "loftq": "LoftQ replaced the base weights by quantised ones, which are not in the adapter; merge it into the model "
-    "that it was trained on (PEFT's merge_and_unload) and serve the result as a model"
-}
+_INITS = (
+    {"pissa_niter": f"its decomposition is drawn at random; {_CONVERT_INIT}"}
+    | {
+        "loftq": "LoftQ replaced the base weights by quantised ones, which are not in the adapter; merge it into the "
+        "model that it was trained on (PEFT's merge_and_unload) and serve the result as a model",
+    }
+    | dict.fromkeys(("pissa", "corda", "lora_ga"), _CONVERT_INIT)
+)
 
 
 def refuse_method(name: str) -> AdapterError:
@@ -220,6 +222,12 @@ def _contradictions(config: Mapping[str, Any]) -> list[FieldRow]:
         rows.append(FieldRow("layers_to_transform", _short(layers), "refuse", "target_modules is a regular expression"))
     if isinstance(config.get("target_modules"), str) and pattern is not None:
         rows.append(FieldRow("layers_pattern", _short(pattern), "refuse", "target_modules is a regular expression"))
+    variants = ("use_dora", "use_bdlora", "use_qalora", "kasa_config", "alora_invocation_tokens")
+    given = [name for name in variants if config.get(name) not in (None, False)]
+    if len(given) > 1:
+        rows.append(FieldRow(given[1], _short(config[given[1]]), "refuse", f"PEFT does not combine it with {given[0]}"))
+    if config.get("lora_bias") and config.get("use_dora"):
+        rows.append(FieldRow("lora_bias", "true", "refuse", "PEFT does not combine it with use_dora"))
     if pattern and layers is None:
         rows.append(FieldRow("layers_pattern", _short(pattern), "refuse", "needs layers_to_transform"))
     return rows
@@ -238,6 +246,17 @@ class LoraSettings(msgspec.Struct, frozen=True):
     exclude_modules: _Names = None
     layers_to_transform: _Layers = None
     layers_pattern: _Names = None
+    init_lora_weights: _Init = None
+    bias: str | None = None
+    lora_bias: _Flag = None
+    modules_to_save: _List = None
+    use_dora: _Flag = None
+    trainable_token_indices: _Ids | dict[str, _Ids] | None = None
+    ensure_weight_tying: _Flag = None
+    use_qalora: _Flag = None
+    qalora_group_size: int = 16
+    kasa_config: dict[str, Any] | None = None
+    use_bdlora: BlockDiagonal | None = None
 
 
 def read_settings(config: Mapping[str, Any]) -> LoraSettings:

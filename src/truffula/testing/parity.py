@@ -20,8 +20,8 @@ from truffula.kernels.backend import Backend, Executable, Part, as_array
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Linear, Op, Probe, Program, RowOrder, WeightDecl
 from truffula.kernels.select import select_backend
+from truffula.lora.base import BaseWeights, base_source
 from truffula.lora.peft import BaseFacts, validate_adapter
-from truffula.lora.tables import base_tables
 from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.testing.oracle import Oracle
 from truffula.testing.programs import Driver, capacity_for
@@ -195,7 +195,8 @@ def load_model(
         reader.finish()
         slot = None
         if adapter is not None:
-            base = BaseFacts(plan.program.name, base_tables(plan.tables, checkpoint))
+            source = base_source(plan, checkpoint, dtype=dtype)
+            base = BaseFacts(plan.program.name, opened.enter_context(contextlib.closing(BaseWeights(source))))
             found = validate_adapter(adapter, plan.program.sites, base=base)
             slot = executable.adapter(make_image(executable.layout, found.sites, generation=found.generation))
         yield LoadedModel(plan, sequences, executable, capacity, slot)
