@@ -76,6 +76,8 @@ class Site:
     ``modules[0]`` is the site's own module path as PEFT names it without ``base_model.model.``, e.g.
     ``model.layers.3.self_attn.q_proj``; further entries are other names of it, and fused modules that cover it with
     some of their rows. ``stacked`` is the place of an expert's site in a parameter that holds all experts.
+    ``virtual_scale``, of an embedding: what multiplies the embeddings that are given in place of token ids; None: they
+    cannot be given.
     """
 
     id: int
@@ -85,6 +87,7 @@ class Site:
     out_features: int
     modules: tuple[ModuleSlice, ...]
     stacked: StackedSlice | None = None
+    virtual_scale: float | None = 1.0
 
     @property
     def module(self) -> str:

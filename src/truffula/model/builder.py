@@ -141,10 +141,12 @@ class ProgramBuilder:
 
     def site(
         self, kind: Literal["linear", "embed", "head"], layer: int | None, width_in: int, width_out: int,
-        modules: Sequence[ModuleSlice], stacked: StackedSlice | None = None,
+        modules: Sequence[ModuleSlice], stacked: StackedSlice | None = None, virtual_scale: float | None = 1.0,
     ) -> int:  # fmt: skip
         """The id of a new site. Tables are sites on each side even when they are one tensor: tying is of the base."""
-        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, tuple(modules), stacked))
+        self.sites.append(
+            Site(len(self.sites), kind, layer, width_in, width_out, tuple(modules), stacked, virtual_scale)
+        )
         return len(self.sites) - 1
 
     def module(self, path: str) -> str:

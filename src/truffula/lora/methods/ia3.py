@@ -8,17 +8,15 @@ from typing import Any
 
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import Bias, ColumnScale, InputScale, Part, SiteTensors
-from truffula.lora.fields import Field
+from truffula.lora.fields import Field, FieldTable
+from truffula.lora.matching import BaseFacts, Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     COMMON,
     ORIENTATION,
     SAVED,
     TARGETS,
-    AdapterSource,
+    Metadata,
     Method,
-    MethodPlan,
-    Parts,
-    PlannedModule,
     Tensors,
     as_float32,
     check_shape,
@@ -28,12 +26,13 @@ from truffula.lora.methods.method import (
     require,
 )
 from truffula.lora.patterns import compiled
+from truffula.lora.saved import Parts
 from truffula.weights.checkpoint import TensorInfo
 
 _LEAF = "ia3_l"
 _Names = str | list[str] | None
 
-FIELDS_OF = {
+_FIELDS = {
     **COMMON,
     "target_modules": TARGETS["target_modules"],
     "exclude_modules": TARGETS["exclude_modules"],
@@ -44,17 +43,14 @@ FIELDS_OF = {
 }
 
 
-def _plan(source: AdapterSource) -> MethodPlan:
+def _parse(source: Metadata) -> ParsedAdapter:
     keys = group_keys(source.infos, (_LEAF,))
-    found, warnings = match(source, keys)
+    found, parsed = match(source, keys)
     is_feedforward = _matcher(source.config.get("feedforward_modules"))
-    modules = []
     for module, parts in found.items():
         (info,) = require(module, keys.modules[module], _LEAF)
         inputs, outputs = parts[0][0].in_features, parts[0][1].of
         scales_input = info.shape == (1, inputs)
-        if is_feedforward is not None and is_feedforward(module) != scales_input and info.shape != (outputs, 1):
-            scales_input = is_feedforward(module)
         check_shape(info, (1, inputs) if scales_input else (outputs, 1), source.base)
         if is_feedforward is not None and is_feedforward(module) != scales_input:
             what = "scales its input" if scales_input else "scales its output"
@@ -64,8 +60,9 @@ def _plan(source: AdapterSource) -> MethodPlan:
                 param="feedforward_modules",
                 key=info.name,
             )
-        modules.append(PlannedModule(module, (info,), _maker(parts, info, source, scales_input=scales_input)))
-    return MethodPlan(tuple(modules), warnings=tuple(warnings))
+        make = _maker(parts, info, source.base, scales_input=scales_input)
+        parsed.computed.append(Computed(module, (info,), make))
+    return parsed
 
 
 def _matcher(named: Any) -> Callable[[str], bool] | None:
@@ -79,7 +76,7 @@ def _matcher(named: Any) -> Callable[[str], bool] | None:
 
 
 def _maker(
-    parts: Parts, info: TensorInfo, source: AdapterSource, *, scales_input: bool
+    parts: Parts, info: TensorInfo, base: BaseFacts, *, scales_input: bool
 ) -> Callable[[Tensors], Iterable[SiteTensors]]:
     def make(tensors: Tensors) -> Iterable[SiteTensors]:
         vector = as_float32(tensors[info.name]).reshape(-1)
@@ -89,11 +86,11 @@ def _maker(
                 continue
             factor = rows.rows(vector)
             made: list[Part] = [ColumnScale(factor)]
-            if (bias := source.base.bias(site)) is not None:
+            if (bias := base.need("IA3").bias(site)) is not None:
                 made.append(Bias((factor - 1) * bias))
             yield SiteTensors(site.id, tuple(made))
 
     return make
 
 
-IA3 = Method(FIELDS_OF, _plan, "scales of inputs and outputs, also of biases")
+IA3 = Method(FieldTable(_FIELDS), _parse, "scales of inputs and outputs, also of biases")

@@ -13,23 +13,24 @@ import numpy as np
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import Rows, SiteTensors
 from truffula.kernels.program import Site
-from truffula.lora.fields import Field
+from truffula.lora.fields import Field, FieldTable
 from truffula.lora.image import AdapterFacts
+from truffula.lora.matching import Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     COMMON,
     SAVED,
-    AdapterSource,
+    Metadata,
     Method,
-    MethodPlan,
-    PlannedModule,
     Tensors,
     as_float32,
     check_shape,
     for_training,
     group_keys,
+    own_settings,
 )
 
 KEY = "prompt_embeddings"
+_REQUIRED = ("num_virtual_tokens",)
 
 VIRTUAL = {
     **COMMON,
@@ -38,14 +39,14 @@ VIRTUAL = {
     "token_dim": Field("check", "must be the width of the embedding", int | None),
     "modules_to_save": SAVED,
 }
-_FIELDS_OF = {
+_FIELDS = {
     **VIRTUAL,
     "num_attention_heads": Field("ignore", "only prefix tuning depends on it"),
     "num_layers": Field("ignore", "only prefix tuning depends on it"),
 }
 
 
-def submodules_are_one(source: AdapterSource) -> None:
+def submodules_are_one(source: Metadata) -> None:
     """Raise ``AdapterError`` for an adapter of an encoder-decoder."""
     if source.config.get("num_transformer_submodules") not in (None, 1):
         raise AdapterError(
@@ -54,7 +55,7 @@ def submodules_are_one(source: AdapterSource) -> None:
         )
 
 
-def _plan(source: AdapterSource) -> MethodPlan:
+def _parse(source: Metadata) -> ParsedAdapter:
     submodules_are_one(source)
     count, width = int(source.config["num_virtual_tokens"]), source.config.get("token_dim")
     keys = group_keys(source.infos, (), alone=(KEY,))
@@ -73,11 +74,11 @@ def _plan(source: AdapterSource) -> MethodPlan:
         values = as_float32(tensors[KEY]) * np.float32(site.virtual_scale or 1.0)
         yield SiteTensors(site.id, (Rows(np.array(ids, np.int32), values),))
 
-    facts = AdapterFacts(virtual_ids=tuple(ids))
-    return MethodPlan((PlannedModule("the virtual tokens", (info,), make),), facts=facts)
+    computed = [Computed("the virtual tokens", (info,), make)]
+    return ParsedAdapter(own_settings(), computed=computed, facts=AdapterFacts(virtual_ids=tuple(ids)))
 
 
-def _embedding(source: AdapterSource) -> Site:
+def _embedding(source: Metadata) -> Site:
     site = next((site for site in source.sites if site.kind == "embed"), None)
     if site is None or site.virtual_scale is None:
         raise AdapterError(
@@ -89,23 +90,23 @@ def _embedding(source: AdapterSource) -> Site:
 
 
 PROMPT_TUNING = Method(
-    {
-        **_FIELDS_OF,
-        **for_training(
-            "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"
-        ),
-    },
-    _plan,
+    FieldTable(
+        _FIELDS
+        | for_training("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+        _REQUIRED,
+    ),
+    _parse,
     "virtual tokens before the prompt",
-)  # fmt: skip
+)
 P_TUNING = Method(
-    {
-        **_FIELDS_OF,
-        **dict.fromkeys(
+    FieldTable(
+        _FIELDS
+        | dict.fromkeys(
             ("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
             Field("ignore", "the file has what the encoder computed"),
         ),
-    },
-    _plan,
+        _REQUIRED,
+    ),
+    _parse,
     "virtual tokens before the prompt",
 )

@@ -5,24 +5,25 @@ PEFT writes the rows of a tied head as well, which are the embedding's.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import msgspec
 
 from truffula.errors import AdapterError
 from truffula.kernels.program import Site
-from truffula.lora.fields import Field, LoraSettings
+from truffula.lora.fields import Field, FieldTable
 from truffula.lora.keys import listed
-from truffula.lora.matching import Sites, check_known
+from truffula.lora.matching import ParsedAdapter, Sites, check_known, trained_on
 from truffula.lora.methods.method import (
     COMMON,
-    AdapterSource,
     Keys,
+    Metadata,
     Method,
-    MethodPlan,
     check_shape,
     for_training,
     group_keys,
+    own_settings,
 )
 from truffula.lora.patterns import Targets
 from truffula.lora.saved import RESIZED, Saved, table_shape
@@ -30,7 +31,7 @@ from truffula.lora.saved import RESIZED, Saved, table_shape
 _LEAF = "trainable_tokens_delta"
 _Id = Annotated[int, msgspec.Meta(ge=0)]
 
-FIELDS_OF = {
+_FIELDS = {
     **COMMON,
     "token_indices": Field("serve", "rows of the table that are replaced", list[_Id]),
     "target_modules": Field("check", "must name the tables that have rows", str | list[str] | None),
@@ -38,11 +39,11 @@ FIELDS_OF = {
 }
 
 
-def _plan(source: AdapterSource) -> MethodPlan:
+def _parse(source: Metadata) -> ParsedAdapter:
     keys = group_keys(source.infos, (_LEAF,))
     plan = keys.plan()
     sites = Sites(source.sites, plan.a)
-    check_known(plan, sites, source.base, source.config)
+    check_known(plan, sites, source.base, trained_on(source.config))
     _check_targets(source, keys, sites)
     ids = tuple(source.config["token_indices"])
     if len(set(ids)) < len(ids):
@@ -57,19 +58,18 @@ def _plan(source: AdapterSource) -> MethodPlan:
                 param="token_indices", found=max(highest), limit=rows,
             )  # fmt: skip
         check_shape(info, (len(ids), width), source.base)
-        saved.append(Saved("rows", module, info, parts, ids))
+        saved.append(Saved("rows", module, info, parts, ids, shared=source.base.tied, by="token_indices"))
     tables = {one.parts[0][0].kind for one in saved}
-    head = [parts for parts in sites.by_name.values() if parts[0][0].kind == "head"]
-    if source.base.tied and tables == {"embed"} and head:
-        saved.append(Saved("rows", saved[0].module, saved[0].info, tuple(head[0]), ids, shared=True))
-    equal = tuple(one.info.name for one in saved) if source.base.tied and len(tables) > 1 else ()
-    return MethodPlan((), saved=tuple(saved), equal=equal)
+    head = [tuple(parts) for parts in sites.by_name.values() if parts[0][0].kind == "head"]
+    if source.base.tied and tables == {"embed"}:
+        saved += [replace(saved[0], parts=parts) for parts in head]
+    return ParsedAdapter(own_settings(), saved=saved)
 
 
-def _check_targets(source: AdapterSource, keys: Keys, sites: Sites) -> None:
+def _check_targets(source: Metadata, keys: Keys, sites: Sites) -> None:
     """The tables with rows are those that ``target_modules`` names, and on a tied base the head."""
     named = source.config.get("target_modules")
-    settings = LoraSettings(r=1, lora_alpha=1.0, target_modules=["embed_tokens"] if named is None else named)
+    settings = own_settings(target_modules=["embed_tokens"] if named is None else named)
     targets = Targets(settings, sites.linear_names)
     tables: dict[str, Site] = {
         name: site for name, parts in sites.by_name.items() for site, _ in parts if site.kind in ("embed", "head")
@@ -85,4 +85,4 @@ def _check_targets(source: AdapterSource, keys: Keys, sites: Sites) -> None:
         )
 
 
-TRAINABLE_TOKENS = Method(FIELDS_OF, _plan, "replaced rows of embedding and head")
+TRAINABLE_TOKENS = Method(FieldTable(_FIELDS, ("token_indices",)), _parse, "replaced rows of embedding and head")
