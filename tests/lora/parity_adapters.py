@@ -21,6 +21,7 @@ if __name__ == "__main__":
         sys.path.insert(0, str(place))
 
 import numpy as np  # noqa: E402
+import transformers  # noqa: E402
 from folder_loader import FolderLoader  # noqa: E402
 from parity import LOGITS, SOME_TOKENS, ParityModel, parity_model  # noqa: E402
 from parity_kinds import KINDS, Kind  # noqa: E402
@@ -145,9 +146,11 @@ def results(model: ParityModel, kinds: list[Kind], checks: list[str]) -> Iterato
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", help=", ".join(FAMILIES))
+    parser.add_argument("--backend", default="auto")
     parser.add_argument("--kind", action="append", help="only kinds whose name contains this")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     failed = []
     columns = [*EACH, "mixed"]
     print(f"{'':46}" + "".join(f"{name:16}" for name in columns), flush=True)
@@ -156,7 +159,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 base = write_base(Path(folder) / "model", family, tied=tied)
                 some = [k for k in KINDS if k.applies(base) and any(t in k.name for t in options.kind or [""])]
-                with served_kinds(Path(folder), base, some) as model:
+                with served_kinds(Path(folder), base, some, backend=options.backend) as model:
                     rows: dict[str, dict[str, str]] = {}
                     for kind, check, why in results(model, some, list(EACH)):
                         rows.setdefault(kind, {})[check] = why

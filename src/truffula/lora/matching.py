@@ -98,8 +98,8 @@ class ParsedAdapter:
 class Sites:
     """The base's sites, by the module paths of the class that the adapter with these ``modules`` was saved from."""
 
-    def __init__(self, all_sites: Sequence[Site], modules: Collection[str]) -> None:
-        self.all = sites = [site for site in all_sites if site.kind != "norm"]
+    def __init__(self, sites: Sequence[Site], modules: Collection[str]) -> None:
+        self.all = sites
         linear = [site for site in sites if site.kind == "linear"]
         self._own_root = text_root_of(site.module for site in linear)
         tails = {m.name.removeprefix(self._own_root) for site in sites if site.kind != "head" for m in site.modules}
