@@ -118,8 +118,8 @@ def _oracle(folder: Path, adapter: Path | None, tied: bool) -> Any:
 
 
 @contextlib.contextmanager
-def parity_model(folder: Path, **options: Any) -> Iterator[ParityModel]:
-    """The model in ``folder``, loaded in float32 with small blocks; its adapters are written beside it."""
+def parity_model(folder: Path, adapters: dict[str, Path] | None = None, **options: Any) -> Iterator[ParityModel]:
+    """The model in ``folder``, loaded in float32 with small blocks; without ``adapters`` two are written beside it."""
     usual = {
         "dtype": "float32", "memory_bytes": 2**29, "block_size": BLOCK, "step_tokens": 64, "max_running": 6,
         "max_model_len": 128, "threads": 1,
@@ -136,7 +136,7 @@ def parity_model(folder: Path, **options: Any) -> Iterator[ParityModel]:
                 base=base_source(loaded.plan, checkpoint),
                 limits=LoadLimits(),
             )
-            yield ParityModel(folder, loaded, setup, _write_adapters(folder, loaded.plan))
+            yield ParityModel(folder, loaded, setup, adapters or _write_adapters(folder, loaded.plan))
         finally:
             loaded.executable.close()
             _oracle.cache_clear()

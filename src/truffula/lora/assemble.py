@@ -74,10 +74,10 @@ class Assembly:
         base = self._base(saved.field)
         for site, module in saved.parts:
             if site.kind == "norm":
-                own: Array = values.astype(np.float32) + np.float32(base.part(site).transform == "plus_one")
+                own: Array = values.astype(np.float32) + np.float32(site.transform == "plus_one")
                 same = np.array_equal(own, base.vector(site))
             elif site.kind == "linear":
-                own = module.rows(values.T if base.part(site).transform == "transpose" else values)
+                own = module.rows(values.T if site.transform == "transpose" else values)
                 if own.shape != (site.out_features, site.in_features):
                     raise AdapterError(
                         f"{saved.info.name} is not stored as the base's weight is.", param=saved.info.name
@@ -176,7 +176,7 @@ class Assembly:
             return None
         name = "kasa_config" if self.settings.kasa_config is not None else "init_lora_weights"
         base = self._base(name)
-        transposed = base.part(pair.parts[0][0]).transform == "transpose"
+        transposed = pair.parts[0][0].transform == "transpose"
         weight = np.concatenate([self._matrix(site) for site, _ in pair.parts])
         if pair.rank >= min(weight.shape) if name == "kasa_config" else pair.rank > min(weight.shape):
             raise AdapterError(

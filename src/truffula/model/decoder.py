@@ -46,6 +46,7 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
     for index, layer in enumerate(spec.layers):
         _write_layer(build, index, layer)
     logits = _write_logits(build, head, hidden)
+    build.add_norm_sites()
     return Program(
         name=spec.model_type,
         vocab_size=spec.vocab_size,
