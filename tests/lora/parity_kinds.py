@@ -141,4 +141,4 @@ def _config(name: str, **fields: Any) -> Any:
     import peft
     from peft.tuners.lora import config
 
-    return getattr(peft, name, None) and getattr(peft, name)(**fields) or getattr(config, name)(**fields)
+    return (getattr(peft, name, None) and getattr(peft, name)(**fields)) or getattr(config, name)(**fields)
