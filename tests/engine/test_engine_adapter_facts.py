@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from rig import DEPTHS, FACTS, INVOCATION, VOCAB, Rig, alone, composed, limits, request
 
-from truffula.engine.sequence import last_occurrence
+from truffula.lora.image import AdapterFacts
 
 PLAIN = [1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13, 14]
 CALLED = [*PLAIN, *INVOCATION, 15, 16, 17]
@@ -24,7 +24,7 @@ CALLED = [*PLAIN, *INVOCATION, 15, 16, 17]
     ],
 )
 def test_the_last_occurrence(ids, part, first) -> None:
-    assert last_occurrence(ids, part) == first
+    assert AdapterFacts(invocation=tuple(part)).acts_from(ids) == first
 
 
 def test_without_an_invocation_in_the_prompt_the_base_answers() -> None:

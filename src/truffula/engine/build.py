@@ -25,10 +25,10 @@ from truffula.kernels.cpu.formats import BLOCK_KINDS
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallback_warning, select_backend
+from truffula.lora.base import base_source
 from truffula.lora.generations import OWNER
 from truffula.lora.loading import LoadingWorker
 from truffula.lora.pool import AdapterPool
-from truffula.lora.tables import base_tables
 from truffula.lora.worker import LoadLimits, Setup
 from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.model.plan import PackingFails
@@ -310,7 +310,7 @@ def _assemble(
             sites=plan.interface.sites,
             model=config.model,
             layout=executable.layout,
-            tables=base_tables(plan.tables, checkpoint),
+            base=base_source(plan, checkpoint, dtype=settings.info.dtype, quantize=config.quantize),
             limits=LoadLimits(
                 image_bytes=budget.limit_of(OWNER),
                 file_bytes=config.max_adapter_file_bytes,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence as Items
 
 import numpy as np
 
@@ -131,7 +130,7 @@ class Sequence:
         self.acts_from = max([one.acts_from for one in self.adapters], default=0)
 
     def _acts_from(self, facts: AdapterFacts) -> int:
-        first = last_occurrence(self.request.prompt_ids, facts.invocation) if facts.invocation else 0
+        first = facts.acts_from(self.request.prompt_ids)
         return NEVER if first is None else first
 
     @property
@@ -457,15 +456,6 @@ class Sequence:
             return None
         self._scores_sent = True
         return [None, *self.scores]
-
-
-def last_occurrence(ids: Items[int], part: Items[int]) -> int | None:
-    """Where ``part``, which is not empty, occurs in ``ids`` for the last time; None: nowhere."""
-    if len(ids) < len(part):
-        return None
-    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(ids), len(part))
-    found = np.flatnonzero((windows == np.asarray(part)).all(axis=1))
-    return int(found[-1]) if len(found) else None
 
 
 def resolve_seed(request: EngineRequest) -> int:

@@ -8,7 +8,7 @@ float32.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +35,17 @@ class AdapterFacts(msgspec.Struct, frozen=True):
 
     invocation: tuple[int, ...] = ()
     virtual_ids: tuple[int, ...] = ()
+
+    def acts_from(self, prompt_ids: Sequence[int]) -> int | None:
+        """The token of a prompt from which on the adapter acts; None: it does not act on this prompt."""
+        part = self.invocation
+        if not part:
+            return 0
+        if len(prompt_ids) < len(part):
+            return None
+        windows = np.lib.stride_tricks.sliding_window_view(np.asarray(prompt_ids), len(part))
+        found = np.flatnonzero((windows == np.asarray(part)).all(axis=1))
+        return int(found[-1]) if len(found) else None
 
 
 NO_FACTS = AdapterFacts()

@@ -31,6 +31,7 @@ from truffula.errors import AdapterError, AdapterLoadError, ErrorInfo, TruffulaE
 from truffula.frames import Channel, Disconnected, Frame
 from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
+from truffula.lora.base import BaseSource, BaseWeights
 from truffula.lora.disk_cache import DiskCache
 from truffula.lora.folder import open_adapter, open_folder
 from truffula.lora.hub import download
@@ -40,7 +41,6 @@ from truffula.lora.paths import CONFIG, TENSORS, OpenFolder, fingerprint
 from truffula.lora.peft import BaseFacts, PeftAdapter, validate_adapter
 from truffula.lora.remote import Fetched, fetch
 from truffula.lora.staging import remove_abandoned, sweep
-from truffula.lora.tables import BaseTable
 from truffula.types import AdapterRef
 
 VERSION = 4
@@ -67,8 +67,7 @@ class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
 class Setup(Frame, frozen=True, kw_only=True):
     """The first frame to a worker: the base, the layout and the limits of all its loads.
 
-    ``model`` is the base's name, for messages; ``tables`` where its tables are stored, by kind of site; ``layout`` the
-    executable's. ``offline`` and ``cache_dir`` are for adapters of the Hub, ``adapter_cache`` (a folder; "": none) and
+    ``model`` is the base's name, for messages; ``base`` where its weights are; ``layout`` the executable's. ``offline`` and ``cache_dir`` are for adapters of the Hub, ``adapter_cache`` (a folder; "": none) and
     its limit in bytes for those of URLs.
     """
 
@@ -76,7 +75,7 @@ class Setup(Frame, frozen=True, kw_only=True):
     model: str
     limits: LoadLimits = LoadLimits()
     layout: AdapterLayout = STORED
-    tables: dict[str, BaseTable] = msgspec.field(default_factory=dict)
+    base: BaseSource | None = None
     offline: bool = False
     cache_dir: str | None = None
     adapter_cache: str = ""
@@ -216,11 +215,14 @@ def _prepare(
     on_files: Callable[[int], None],
 ) -> LoadResponse:
     """Validate the adapter in ``folder`` and write its image."""
-    with contextlib.closing(open_folder(folder, _root(request.ref))) as opened:
+    with (
+        contextlib.closing(open_folder(folder, _root(request.ref))) as opened,
+        _base(setup) as base,
+    ):
         before = fingerprint(opened.stat)
         on_files(_files_nbytes(opened))
-        adapter = _validate(opened, request.ref, setup)
-        image = ImageWriter(adapter.generation, adapter.rank, adapter.sites, setup.layout)
+        adapter = _validate(opened, request.ref, setup, base)
+        image = ImageWriter(adapter.generation, adapter.rank, adapter.sites, setup.layout, adapter.facts)
         check_size(image.header.nbytes, setup.limits.image_bytes)
         path = _new_file(request, staging, image.header.nbytes)
         image.write(path)
@@ -231,11 +233,21 @@ def _prepare(
     return LoadResponse(ticket=request.ticket, image_path=str(path), image=image.header, warnings=adapter.warnings)
 
 
-def _validate(folder: OpenFolder, ref: AdapterRef, setup: Setup) -> PeftAdapter:
+@contextlib.contextmanager
+def _base(setup: Setup) -> Iterator[BaseFacts]:
+    """The base, whose weights can be read while the block runs."""
+    if setup.base is None:
+        yield BaseFacts(setup.model)
+        return
+    with contextlib.closing(BaseWeights(setup.base)) as weights:
+        yield BaseFacts(setup.model, weights)
+
+
+def _validate(folder: OpenFolder, ref: AdapterRef, setup: Setup, base: BaseFacts) -> PeftAdapter:
     return validate_adapter(
         folder,
         setup.sites,
-        base=BaseFacts(model=setup.model, tables=setup.tables),
+        base=base,
         max_bytes=setup.limits.image_bytes,
         max_file_bytes=setup.limits.file_bytes,
         untrained=ref.untrained,
@@ -307,6 +319,7 @@ def _merge(
     opened: list[tuple[OpenFolder, str]] = []
     nbytes = 0
     with contextlib.ExitStack() as stack:
+        base = stack.enter_context(_base(setup))
         for part in request.ref.parts:
             wanted = msgspec.structs.replace(request, ref=part.ref, has="")
             found = stack.enter_context(_located(wanted, setup, staging, on_files))
@@ -316,7 +329,7 @@ def _merge(
             nbytes += _files_nbytes(folder)
             on_files(nbytes)
             try:
-                _validate(folder, part.ref, setup)
+                _validate(folder, part.ref, setup, base)
                 files = stack.enter_context(open_adapter(folder, setup.limits.file_bytes))
             except AdapterError as error:
                 raise AdapterError(f"{part.ref.name}: {error.message}", param=error.param) from error

@@ -42,11 +42,12 @@ def pack_panels(layout: AdapterLayout, sites: Sequence[SiteTensors]) -> list[Pac
     made = []
     for site, place, part in found:
         dtype = "F32" if place.op in wide else "BF16"
-        key = (id(part.a), dtype, place.gathers, place.heads is not None)
+        gathers = place.kind == "embed"
+        key = (id(part.a), dtype, gathers, place.heads is not None)
         if key not in shared:
             rows = replace(copied(part.a.T, dtype), shape=part.a.shape)
             pieces = [(part.a, 0), *([(part.a.T, 0)] if place.heads else [])]
-            shared[key] = rows if place.gathers else _panels(part.a.shape, dtype, pieces)
+            shared[key] = rows if gathers else _panels(part.a.shape, dtype, pieces)
         pieces = _of_heads(part.b, *place.heads) if place.heads else [(part.b[lo:hi], n) for lo, hi, n in runs(place)]
         b = _panels(part.b.shape, "BF16" if part.b.dtype == BFLOAT16 else "F32", pieces)
         made.append(PackedPart(site, LowRank.kind, part.scale, (shared[key], b)))

@@ -13,15 +13,13 @@ import numpy as np
 
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
-from truffula.lora.fields import FIELDS, Alpha, Field, Rank
+from truffula.lora.fields import FIELDS, Alpha, Field, FieldTable, Rank
+from truffula.lora.matching import Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     COMMON,
     TARGETS,
-    AdapterSource,
+    Metadata,
     Method,
-    MethodPlan,
-    Parts,
-    PlannedModule,
     Tensors,
     as_float32,
     check_shape,
@@ -33,12 +31,13 @@ from truffula.lora.methods.method import (
     refused,
     require,
 )
+from truffula.lora.saved import Parts
 from truffula.weights.checkpoint import TensorInfo
 
 LEAVES = ("lora_A", "lora_B", "lora_E")
 _EPSILON = np.float32(1e-5)
 
-FIELDS_OF = {
+_FIELDS = {
     **COMMON,
     **TARGETS,
     "lora_alpha": Field("serve", "scale is lora_alpha / (init_r + 1e-5)", Alpha),
@@ -48,12 +47,12 @@ FIELDS_OF = {
     "use_rslora": Field("ignore", "PEFT's AdaLoRA has no such scale"),
     "alpha_pattern": Field("ignore", "PEFT's AdaLoRA has one lora_alpha"),
     **for_training("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+    **for_training("init_lora_weights", "qalora_group_size"),
     **{
         name: FIELDS[name]
         for name in (
-            "init_lora_weights", "lora_dropout", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config",
+            "lora_dropout", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config",
             "lora_ga_config", "runtime_config", "velora_config", "monteclora_config", "megatron_core",
-            "qalora_group_size",
         )
     },
     "bias": no_bias("lora_only"),
@@ -80,11 +79,11 @@ class _Settings(msgspec.Struct, frozen=True):
         return float(np.float32(alpha) / (np.float32(self.init_r) + _EPSILON))
 
 
-def _plan(source: AdapterSource) -> MethodPlan:
+def _parse(source: Metadata) -> ParsedAdapter:
     settings = msgspec.convert(source.config, _Settings)
     keys = group_keys(source.infos, LEAVES, may_be_empty=True)
-    found, warnings = match(source, keys)
-    modules, dropped, ranks = [], [], [0]
+    found, parsed = match(source, keys)
+    dropped = 0
     for module, parts in found.items():
         a, b, e = require(module, keys.modules[module], *LEAVES)
         rank = settings.rank(module)
@@ -95,14 +94,13 @@ def _plan(source: AdapterSource) -> MethodPlan:
             )
         for info, shape in ((a, (rank, parts[0][0].in_features)), (b, (parts[0][1].of, rank)), (e, (rank, 1))):
             check_shape(info, shape, source.base)
-        ranks.append(rank)
         if rank:
-            modules.append(PlannedModule(module, (a, b, e), _maker(parts, a, b, e, settings.scale(rank))))
-        else:
-            dropped.append(module)
+            make = _maker(parts, a, b, e, settings.scale(rank))
+            parsed.computed.append(Computed(module, (a, b, e), make, rank))
+        dropped += not rank
     if dropped:
-        warnings.append(f"{len(dropped)} of {len(found)} modules have kept no rank and change nothing.")
-    return MethodPlan(tuple(modules), max(ranks), warnings=tuple(warnings))
+        parsed.warnings.append(f"{dropped} of {len(found)} modules have kept no rank and change nothing.")
+    return parsed
 
 
 def _maker(
@@ -115,4 +113,4 @@ def _maker(
     return make
 
 
-ADALORA = Method(FIELDS_OF, _plan, "LoRA with the rows of A multiplied by E")
+ADALORA = Method(FieldTable(_FIELDS, ("lora_alpha", "init_r")), _parse, "LoRA with the rows of A multiplied by E")

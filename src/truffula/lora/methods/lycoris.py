@@ -19,16 +19,14 @@ import numpy as np
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
 from truffula.kernels.backend import Array
-from truffula.lora.fields import FIELDS, MERGE, Alpha, Field, Rank
+from truffula.lora.fields import FIELDS, MERGE, Alpha, Field, FieldTable, Rank
+from truffula.lora.matching import Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     COMMON,
     SAVED,
     TARGETS,
-    AdapterSource,
+    Metadata,
     Method,
-    MethodPlan,
-    Parts,
-    PlannedModule,
     Tensors,
     as_float32,
     check_shape,
@@ -39,12 +37,13 @@ from truffula.lora.methods.method import (
     require,
 )
 from truffula.lora.patterns import PatternTable
+from truffula.lora.saved import Parts
 from truffula.weights.checkpoint import TensorInfo
 
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
-_FIELDS_OF = {
+_FIELDS = {
     **COMMON,
     **TARGETS,
     "r": Field("serve", "rank of modules without an entry in rank_pattern", Rank),
@@ -68,16 +67,15 @@ _Infos = Mapping[str, TensorInfo]
 _Expand = Callable[[Tensors, _Infos], tuple[Array, Array]]
 
 
-def _plan(
-    source: AdapterSource, leaves: tuple[str, ...], check: Callable[[str, _Infos, Parts, int, AdapterSource], int],
+def _parse(
+    source: Metadata, leaves: tuple[str, ...], check: Callable[[str, _Infos, Parts, int, Metadata], int],
     expand: _Expand,
-) -> MethodPlan:  # fmt: skip
+) -> ParsedAdapter:  # fmt: skip
     """``check`` returns the expanded rank of a module, after it has checked its tensors; ``expand`` its A and B."""
     settings = msgspec.convert(source.config, _Settings)
     keys = group_keys(source.infos, leaves)
-    found, warnings = match(source, keys)
+    found, parsed = match(source, keys)
     ranks, alphas = (PatternTable(getattr(settings, name) or {}, name) for name in ("rank_pattern", "alpha_pattern"))
-    modules, highest = [], 0
     for module, parts in found.items():
         r = ranks.value(module, settings.r)
         scale = float(np.float32(alphas.value(module, settings.alpha) / r))
@@ -92,9 +90,9 @@ def _plan(
                 param="r",
                 rank=expanded,
             )
-        highest = max(highest, expanded)
-        modules.append(PlannedModule(module, tuple(infos.values()), _maker(parts, infos, scale, expand)))
-    return MethodPlan(tuple(modules), highest, warnings=tuple(warnings))
+        make = _maker(parts, infos, scale, expand)
+        parsed.computed.append(Computed(module, tuple(infos.values()), make, expanded))
+    return parsed
 
 
 def _maker(parts: Parts, infos: _Infos, scale: float, expand: _Expand) -> Callable[[Tensors], Iterable[SiteTensors]]:
@@ -105,7 +103,7 @@ def _maker(parts: Parts, infos: _Infos, scale: float, expand: _Expand) -> Callab
     return make
 
 
-def _check_loha(module: str, infos: _Infos, parts: Parts, r: int, source: AdapterSource) -> int:
+def _check_loha(module: str, infos: _Infos, parts: Parts, r: int, source: Metadata) -> int:
     inputs, outputs = parts[0][0].in_features, parts[0][1].of
     for info, shape in zip(require(module, infos, *_LOHA), [(outputs, r), (r, inputs)] * 2, strict=True):
         check_shape(info, shape, source.base)
@@ -119,7 +117,7 @@ def _expand_loha(tensors: Tensors, infos: _Infos) -> tuple[Array, Array]:
     return a.reshape(-1, a.shape[-1]), b.reshape(len(b), -1)
 
 
-def _check_lokr(module: str, infos: _Infos, parts: Parts, r: int, source: AdapterSource) -> int:
+def _check_lokr(module: str, infos: _Infos, parts: Parts, r: int, source: Metadata) -> int:
     leaves = []
     for name in ("lokr_w1", "lokr_w2"):
         leaves += [name] if name in infos else [f"{name}_a", f"{name}_b"]
@@ -166,15 +164,19 @@ def _factors(tensors: Tensors, infos: _Infos, name: str) -> tuple[Array, Array]:
 
 
 LOHA = Method(
-    _FIELDS_OF, lambda source: _plan(source, _LOHA, _check_loha, _expand_loha), "LoRA of rank r², where that is smaller"
+    FieldTable(_FIELDS, ("r", "alpha")),
+    lambda source: _parse(source, _LOHA, _check_loha, _expand_loha),
+    "LoRA of rank r², where that is smaller than the weight",
 )
 LOKR = Method(
-    {
-        **_FIELDS_OF,
-        "decompose_both": Field("check", "the tensors tell"),
-        "decompose_factor": Field("check", "the tensors tell"),
-        **for_training("rank_dropout_scale"),
-    },
-    lambda source: _plan(source, _LOKR, _check_lokr, _expand_lokr),
-    "LoRA of the product's rank, where that is smaller",
+    FieldTable(
+        {
+            **_FIELDS,
+            **dict.fromkeys(("decompose_both", "decompose_factor"), Field("check", "the tensors tell")),
+            **for_training("rank_dropout_scale"),
+        },
+        ("r", "alpha"),
+    ),
+    lambda source: _parse(source, _LOKR, _check_lokr, _expand_lokr),
+    "LoRA of the product's rank, where that is smaller than the weight",
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,8 @@ import numpy as np
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors, low_rank
 from truffula.kernels.backend import Array
-from truffula.kernels.program import ModuleSlice, Site
-from truffula.lora.fields import FIELDS, Field, LoraSettings, is_empty, no_text_modules
-from truffula.lora.image import NO_FACTS, AdapterFacts
+from truffula.kernels.program import Site
+from truffula.lora.fields import FIELDS, Field, FieldTable, LoraSettings, is_empty
 from truffula.lora.keys import MAX_KEY_CHARS, PREFIX, KeyPlan, listed
 from truffula.lora.matching import (
     BaseFacts,
@@ -26,25 +25,39 @@ from truffula.lora.matching import (
     check_values,
     cross_check,
     left_out_warnings,
+    trained_on,
 )
 from truffula.lora.patterns import Targets
 from truffula.lora.roots import other_part
+from truffula.lora.saved import Parts
 from truffula.weights.checkpoint import TensorInfo
 
 Tensors = Mapping[str, Array]
 """Tensors by key."""
-Parts = Sequence[tuple[Site, ModuleSlice]]
-"""The sites of one module, with their rows of it."""
+
+
+def _no_text_modules(value: Any) -> bool:
+    """Nothing, or image and audio parts, which text does not pass through."""
+    return is_empty(value) or all(isinstance(name, str) and other_part(f"{name}.") is not None for name in value)
+
 
 TRAINING = "affects only training"
 COMMON = {
     name: FIELDS[name]
-    for name in ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode")
+    for name in (
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "peft_version",
+        "inference_mode",
+    )
 }
 TARGETS = {
     name: FIELDS[name] for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 }
-SAVED = Field("refuse", "fully trained modules beside this method; train without it", harmless=no_text_modules)
+SAVED = Field("refuse", "fully trained modules beside this method; train without it", harmless=_no_text_modules)
 ORIENTATION = FIELDS["fan_in_fan_out"]
 
 
@@ -65,33 +78,8 @@ def no_bias(own: str) -> Field:
 
 
 @dataclass(frozen=True)
-class PlannedModule:
-    """A module and its tensors; ``make`` turns these into parts."""
-
-    name: str
-    infos: tuple[TensorInfo, ...]
-    make: Callable[[Tensors], Iterable[SiteTensors]]
-
-
-@dataclass(frozen=True)
-class MethodPlan:
-    """What an adapter's metadata says. ``shared`` are tensors of all modules."""
-
-    modules: tuple[PlannedModule, ...]
-    rank: int = 0
-    shared: tuple[TensorInfo, ...] = ()
-    facts: AdapterFacts = NO_FACTS
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def infos(self) -> list[TensorInfo]:
-        """The tensors that are served."""
-        return [*self.shared, *(info for module in self.modules for info in module.infos)]
-
-
-@dataclass(frozen=True)
-class AdapterSource:
-    """The metadata of an adapter and of its base."""
+class Metadata:
+    """What is known of an adapter and of its base before a tensor is read."""
 
     config: Mapping[str, Any]
     infos: Mapping[str, TensorInfo]
@@ -101,12 +89,17 @@ class AdapterSource:
 
 @dataclass(frozen=True)
 class Method:
-    """How adapters of one ``peft_type`` are served. ``fields`` has a verdict for each field of its configuration;
-    ``how`` is what they become, for the docs."""
+    """How adapters of one ``peft_type`` are served. ``table`` has a verdict for each field of its configuration;
+    ``parse`` raises ``AdapterError``; ``becomes`` is for the docs."""
 
-    fields: Mapping[str, Field]
-    plan: Callable[[AdapterSource], MethodPlan]
-    how: str
+    table: FieldTable
+    parse: Callable[[Metadata], ParsedAdapter]
+    becomes: str
+
+
+def own_settings(**targets: Any) -> LoraSettings:
+    """The target fields as those of LoRA."""
+    return LoraSettings(r=1, lora_alpha=1.0, **targets)
 
 
 @dataclass
@@ -120,11 +113,14 @@ class Keys:
     def plan(self) -> KeyPlan:
         """The first key of each module, for messages and checks."""
         firsts = {module: min(info.name for info in infos.values()) for module, infos in self.modules.items()}
-        return KeyPlan(a=firsts, b=firsts, left_out=self.left_out)
+        return KeyPlan(a=firsts, left_out=self.left_out)
 
 
-def group_keys(infos: Mapping[str, TensorInfo], leaves: Iterable[str], *, alone: Iterable[str] = ()) -> Keys:
+def group_keys(
+    infos: Mapping[str, TensorInfo], leaves: Sequence[str], *, alone: Sequence[str] = (), may_be_empty: bool = False
+) -> Keys:
     """The file's tensors by module. ``leaves`` are the names that a module's tensors have, ``alone`` whole keys.
+    ``may_be_empty``: tensors may have no values.
 
     Raises:
         AdapterError: No tensor, or one with another name.
@@ -148,7 +144,8 @@ def group_keys(infos: Mapping[str, TensorInfo], leaves: Iterable[str], *, alone:
             "method, or was not written by PEFT's save_pretrained.",
             param=min(unexpected, default="adapter_model.safetensors")[:80],
         )
-    check_values(infos, keys.plan())
+    served = [*keys.alone.values(), *(info for each in keys.modules.values() for info in each.values())]
+    check_values(served, may_be_empty=may_be_empty)
     return keys
 
 
@@ -175,22 +172,24 @@ def check_shape(info: TensorInfo, expected: tuple[int, ...], base: BaseFacts) ->
         )
 
 
-def match(source: AdapterSource, keys: Keys) -> tuple[dict[str, Parts], list[str]]:
-    """The sites of each module that has tensors, and warnings.
+def match(source: Metadata, keys: Keys) -> tuple[dict[str, Parts], ParsedAdapter]:
+    """The sites of each module that has tensors, and an adapter without any yet.
 
     Raises ``AdapterError`` for modules that the base does not have, or that do not agree with the target fields.
     """
-    config, plan = source.config, keys.plan()
+    plan = keys.plan()
     sites = Sites(source.sites, plan.a)
-    check_modules(plan, sites, source.base, config)
-    targets = {name: config.get(name) for name in TARGETS}
-    parsed = ParsedAdapter(LoraSettings(r=1, lora_alpha=1.0, **targets))
-    for module, infos in keys.modules.items():
-        first = next(iter(infos.values()))
-        parsed.pairs.append(Pair(module, first, first, 1.0, tuple(sites.by_name[module])))
-    check_sites_once(parsed.pairs)
-    cross_check(parsed, Targets(parsed.settings, sites.linear_names), sites, plan)
-    return {pair.module: pair.parts for pair in parsed.pairs}, [*parsed.warnings, *left_out_warnings(plan)]
+    check_modules(plan, sites, source.base, trained_on(source.config), ())
+    parsed = ParsedAdapter(own_settings(**{name: source.config.get(name) for name in TARGETS}))
+    matched = [
+        Pair(module, first, first, 1.0, tuple(sites.by_name[module]), 0)
+        for module, infos in keys.modules.items()
+        for first in [next(iter(infos.values()))]
+    ]
+    check_sites_once(matched)
+    cross_check(replace(parsed, pairs=matched), Targets(parsed.settings, sites.linear_names), sites, plan, tied=False)
+    parsed.warnings += left_out_warnings(plan)
+    return {pair.module: pair.parts for pair in matched}, parsed
 
 
 def as_float32(array: Array) -> Array:

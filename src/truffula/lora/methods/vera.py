@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterable
 
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
-from truffula.lora.fields import Field, Rank
+from truffula.lora.fields import Field, FieldTable, Rank
+from truffula.lora.matching import Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     COMMON,
     ORIENTATION,
     SAVED,
     TARGETS,
-    AdapterSource,
+    Metadata,
     Method,
-    MethodPlan,
-    Parts,
-    PlannedModule,
     Tensors,
     as_float32,
     check_shape,
@@ -28,12 +26,13 @@ from truffula.lora.methods.method import (
     products,
     require,
 )
+from truffula.lora.saved import Parts
 from truffula.weights.checkpoint import TensorInfo
 
 LEAVES = ("vera_lambda_b", "vera_lambda_d")
 SHARED = ("base_model.vera_A", "base_model.vera_B")
 
-FIELDS_OF = {
+_FIELDS = {
     **COMMON,
     **TARGETS,
     "r": Field("check", "must be the rank of the projections", Rank),
@@ -46,7 +45,7 @@ FIELDS_OF = {
 }
 
 
-def _plan(source: AdapterSource) -> MethodPlan:
+def _parse(source: Metadata) -> ParsedAdapter:
     keys = group_keys(source.infos, LEAVES, alone=SHARED)
     if keys.alone.keys() != set(SHARED):
         raise AdapterError(
@@ -56,9 +55,8 @@ def _plan(source: AdapterSource) -> MethodPlan:
             param="save_projection",
         )
     a, b = (keys.alone[key] for key in SHARED)
-    rank = int(source.config.get("r", 256))
-    found, warnings = match(source, keys)
-    modules = []
+    rank = int(source.config["r"])
+    found, parsed = match(source, keys)
     for module, parts in found.items():
         own_b, own_d = require(module, keys.modules[module], *LEAVES)
         inputs, outputs = parts[0][0].in_features, parts[0][1].of
@@ -66,8 +64,8 @@ def _plan(source: AdapterSource) -> MethodPlan:
         check_shape(own_d, (rank,), source.base)
         check_shape(a, (rank, max(inputs, a.shape[-1] if a.shape else 0)), source.base)
         check_shape(b, (max(outputs, b.shape[0] if b.shape else 0), rank), source.base)
-        modules.append(PlannedModule(module, (own_b, own_d), _maker(parts, own_b, own_d)))
-    return MethodPlan(tuple(modules), rank, (a, b), warnings=tuple(warnings))
+        parsed.computed.append(Computed(module, (own_b, own_d, a, b), _maker(parts, own_b, own_d), rank))
+    return parsed
 
 
 def _maker(parts: Parts, own_b: TensorInfo, own_d: TensorInfo) -> Callable[[Tensors], Iterable[SiteTensors]]:
@@ -81,4 +79,4 @@ def _maker(parts: Parts, own_b: TensorInfo, own_d: TensorInfo) -> Callable[[Tens
     return make
 
 
-VERA = Method(FIELDS_OF, _plan, "LoRA, where the file has the projections (save_projection)")
+VERA = Method(FieldTable(_FIELDS, ("r",)), _parse, "LoRA, where the file has the projections (save_projection)")
