@@ -23,7 +23,7 @@ from truffula.engine.limits import EngineLimits
 from truffula.engine.sequence import Sequence
 from truffula.errors import AdapterLoadError, ErrorInfo
 from truffula.items import Grammar
-from truffula.kernels.adapters import Replace, SiteTensors, low_rank
+from truffula.kernels.adapters import SiteTensors, low_rank
 from truffula.kernels.backend import Executable
 from truffula.kernels.inputs import Capacity
 from truffula.lora.compose import compose
@@ -67,13 +67,10 @@ class StubAdapter:
     nbytes: int = 64
     rank: int = 1
     facts: AdapterFacts = NO_FACTS
-    replaces: bool = False
 
     @property
     def sites(self) -> list[SiteTensors]:
         ballast = np.zeros((1, max(1, self.nbytes // 4)), np.float32)
-        if self.replaces:
-            return [SiteTensors(0, (Replace(ballast),))]
         return [low_rank(0, ballast, np.zeros((1, 1), np.float32), 1.0)]
 
 
@@ -81,8 +78,7 @@ class HandLoader:
     """A ``LoadingWorker`` without processes, whose loads end when the test says. ``automatic``: on the next poll.
 
     The generation is locator and fingerprint, so a source has the same adapter in every test; a locator in
-    ``same_bytes`` has that of another. Locators and fingerprints that begin with ``bad`` fail. Those in ``replacing``
-    replace weights.
+    ``same_bytes`` has that of another. Locators and fingerprints that begin with ``bad`` fail.
     """
 
     def __init__(self, *, automatic: bool = True, nbytes: int = 64) -> None:
@@ -90,7 +86,6 @@ class HandLoader:
         self.nbytes = nbytes
         self.started: list[str] = []
         self.same_bytes: dict[str, str] = {}
-        self.replacing: set[str] = set()
         self._next = 0
         self._paused = False
         self._queued: dict[int, AdapterRef] = {}
@@ -145,7 +140,6 @@ class HandLoader:
         locator = self.same_bytes.get(ref.locator, ref.locator)
         stub = StubAdapter(
             f"{locator}@{ref.fingerprint}", self.nbytes, facts=FACTS.get(locator, NO_FACTS),
-            replaces=locator in self.replacing,
         )  # fmt: skip
         path = self._folder / str(ticket)
         writer = ImageWriter(stub.generation, stub.rank, stub.sites, facts=stub.facts)

@@ -246,14 +246,12 @@ def test_a_sum_waits_until_all_its_adapters_are_loaded_and_fails_with_the_first_
     )
 
 
-def test_an_adapter_that_replaces_weights_is_refused_in_a_sum():
-    loader = HandLoader()
-    loader.replacing = {"saved"}
-    for weights in ({"saved": 0.5}, {"saved": 1.0, "red": 1.0}):
-        answer = Rig(loader=loader).run([request("r", [1, 2], adapter=composed(weights))])["r"]
-        assert answer.code == "invalid_request" and "'saved'" in answer.final.error.message
-    for weights in ({"saved": 1.0}, {"saved": 1.0, "red": 0.0}):
-        assert Rig(loader=loader).run([request("r", [1, 2], adapter=composed(weights))])["r"].code is None
+def test_an_adapter_with_virtual_tokens_is_refused_in_a_sum():
+    for weights in ({"soft": 0.5}, {"soft": 1.0, "red": 1.0}):
+        answer = Rig().run([request("r", [1, 2], adapter=composed(weights))])["r"]
+        assert answer.code == "invalid_request" and "'soft'" in answer.final.error.message
+    for weights in ({"soft": 1.0}, {"soft": 1.0, "red": 0.0}):
+        assert Rig().run([request("r", [1, 2], adapter=composed(weights))])["r"].code is None
 
 
 def test_generated_blocks_are_hit_by_the_next_turn_of_a_conversation():

@@ -34,7 +34,9 @@ TARGETS: Mapping[str, Target] = {
         saved="layers.0.linear_attn.out_proj",
     ),
     "gpt2": Target(("c_attn", "mlp.c_proj"), "wte", ("ln_1", "ln_f"), "h.1.mlp.c_fc"),
-    "mixtral": Target(("q_proj", "o_proj"), experts=("experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight")),
+    "mixtral": Target(
+        ("q_proj", "o_proj"), experts=("experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight")
+    ),
     "deepseek_v3": Target(
         ("q_b_proj", "kv_b_proj", "o_proj"), norms=("kv_a_layernorm", "model.norm"), experts=("experts.down_proj",)
     ),
@@ -57,7 +59,9 @@ class Kind:
         config = json.loads((base / "config.json").read_text())
         tied = config.get("tie_word_embeddings", config["model_type"] in ("gpt2", "gemma3_text"))
         has_biases = config["model_type"] in ("gpt2", "qwen2") or bool(config.get("attention_bias"))
-        return config["model_type"] in self.only and self.tied in (None, tied) and (has_biases or not self.biases)
+        return (
+            config["model_type"] in self.only and self.tied in (None, tied) and (has_biases or not self.biases)
+        )
 
 
 @dataclass(frozen=True)
@@ -119,16 +123,10 @@ KINDS: list[Kind] = [
     Kind("saved norms and layer", Lora(lambda t: {"modules_to_save": [*t.norms, t.saved]})),
     Kind("trained tokens", Lora(lambda t: {"trainable_token_indices": [50, 7, 60]})),
     Kind("trained tokens of each", Lora(lambda t: {"trainable_token_indices": {t.embed: [7, 9], "lm_head": [11, 3]}})),
-    Kind(
-        "tied tokens",
-        Lora(lambda t: {"trainable_token_indices": {t.embed: [7, 9], "lm_head": [7, 9]}, "ensure_weight_tying": True}),
-        tied=True,
-    ),  # fmt: skip
-    Kind(
-        "tied embedding",
-        Lora(lambda t: {"target_modules": [*t.linear[:1], t.embed], "ensure_weight_tying": True}),
-        tied=True,
-    ),  # fmt: skip
+    Kind("tied tokens", Lora(lambda t: {"trainable_token_indices": {t.embed: [7, 9], "lm_head": [7, 9]},
+                                        "ensure_weight_tying": True}), tied=True),  # fmt: skip
+    Kind("tied embedding", Lora(lambda t: {"target_modules": [*t.linear[:1], t.embed], "ensure_weight_tying": True}),
+         tied=True),  # fmt: skip
     Kind("tied saved table", Lora(lambda t: {"modules_to_save": [t.embed], "ensure_weight_tying": True}), tied=True),
     Kind("experts", Lora(lambda t: {"target_parameters": list(t.experts)}), only=("mixtral", "deepseek_v3")),
     Kind("PiSSA", Lora(_pick(init_lora_weights="pissa"), noise=0.05)),

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from parity import LENGTHS, prompt_ids
-from parity_kinds import TARGETS, Kind, Target, move
+from parity_kinds import DENSE, TARGETS, Kind, Target, move
 
 LINEAR = tuple(family for family in TARGETS if family != "gpt2")  # of the others PEFT's LoHa and LoKr know no layer
 FEED_FORWARD = {"gpt2": ["mlp.c_proj"]}

@@ -187,15 +187,13 @@ class WaitingQueues:
         """Why the adapters of ``sequence``, which are bound, cannot act together or weighted; None where they can."""
         if len(sequence.adapters) == 1 and sequence.adapters[0].weight == 1.0:
             return None
+        bound = {one.generation for one in sequence.adapters}
         for source, ref in sources_of(sequence).items():
             lease = sequence.loaded_leases[source]
-            kind = self._adapters.replacing_part(lease.generation)
-            if lease.facts.virtual_ids:
-                kind = "virtual tokens"
-            if kind is not None and any(one.generation == lease.generation for one in sequence.adapters):
+            if lease.facts.virtual_ids and lease.generation in bound:
                 return InvalidRequest(
-                    f"Adapter {ref.name!r} does more than add to the base ({kind}), so it cannot be weighted or added "
-                    "to another adapter. Name it alone.",
+                    f"Adapter {ref.name!r} puts virtual tokens before the prompt, so it cannot be weighted or added to "
+                    "another adapter. Name it alone.",
                     param="adapters",
                     adapter=ref.name,
                 ).info()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import numpy as np
 from truffula.errors import AdapterError, InvalidRequest
 from truffula.kernels.backend import Array
 from truffula.kernels.inputs import Float32
-from truffula.lora.fields import LoraSettings, parse_config, read_settings
+from truffula.lora.fields import LoraSettings, is_empty, parse_config, read_settings
 from truffula.lora.folder import AdapterFiles
 from truffula.lora.keys import PREFIX, KeyPlan, listed, plan_keys
 from truffula.lora.matching import check_values, left_out_warnings
@@ -233,14 +234,43 @@ def drawn(shape: tuple[int, ...], density: float, seed: str) -> Float32:
 
 def _check_plain(part: MergePart) -> None:
     """Raise ``AdapterError`` unless ``part`` consists of pairs of A and B on modules of their own."""
-    if part.settings.target_parameters:
-        raise AdapterError(
-            f"Adapter {part.name!r} adapts stacked experts (target_parameters), which are not merged; adapters with "
-            "tensors per expert are.",
-            param="target_parameters",
-            adapter=part.name,
-        )
-    check_values(part.files.tensors.tensors, part.keys)
+    found = next((name for name, harmless in _NOT_PLAIN.items() if not harmless(part.config.get(name))), None)
+    if found is None:
+        keys = part.keys
+        others = set(keys.read()) - {*keys.a.values(), *keys.b.values(), *keys.copies.values()}
+        others |= {key for module, key in keys.copies.items() if module not in keys.a}
+        if not others:
+            check_values([part.files.tensors.tensors[key] for key in keys.read()])
+            return
+        found = f"the tensors {listed(others)}"
+    raise AdapterError(
+        f"Adapter {part.name!r} is more than plain LoRA ({found}), and only the A and B of plain LoRA can be merged. A "
+        "request can add it to others as it is (a linear merge), if it replaces no weights.",
+        param=found if found in _NOT_PLAIN else min(others),
+        adapter=part.name,
+    )
+
+
+def _plain_init(value: Any) -> bool:
+    return not isinstance(value, str) or value in ("gaussian", "eva", "orthogonal", "mica")
+
+
+_NOT_PLAIN: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
+    {
+        "peft_type": lambda value: value in (None, "LORA"),
+        "init_lora_weights": _plain_init,
+        "bias": lambda value: value in (None, "none"),
+        **dict.fromkeys(
+            (
+                *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+                *("target_parameters", "use_qalora", "kasa_config", "use_bdlora"),
+            ),
+            is_empty,
+        ),
+        "alora_invocation_tokens": lambda value: value is None,
+    }
+)
+"""Fields by which an adapter does more than add products of A and B, and whether a value asks for that not."""
 
 
 def _shapes(parts: Sequence[MergePart]) -> dict[str, tuple[int, int]]:

@@ -169,12 +169,6 @@ class AdapterPool:
         entries = [entry for one in generations if (entry := self._generations.get(one)) is not None]
         return any(not entry.resident and (entry.slot is not None or not self._may_upload) for entry in entries)
 
-    def replacing_part(self, generation: str) -> str | None:
-        """The kind of a part of this adapter that replaces weights of the base, so that it has no multiple and no sum
-        with another's; None where there is none.
-        """
-        return self._generations[generation].image.replacing_part()
-
     def release(self, lease: AdapterLease) -> None:
         """End a lease of either kind, once. A resident adapter stays resident until its bytes are needed."""
         entry = self._generations.release(lease)

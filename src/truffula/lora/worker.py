@@ -67,8 +67,9 @@ class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
 class Setup(Frame, frozen=True, kw_only=True):
     """The first frame to a worker: the base, the layout and the limits of all its loads.
 
-    ``model`` is the base's name, for messages; ``base`` where its weights are; ``layout`` the executable's. ``offline`` and ``cache_dir`` are for adapters of the Hub, ``adapter_cache`` (a folder; "": none) and
-    its limit in bytes for those of URLs.
+    ``model`` is the base's name, for messages; ``base`` where its weights are; ``layout`` the executable's.
+    ``offline`` and ``cache_dir`` are for adapters of the Hub, ``adapter_cache`` (a folder; "": none) and its limit in
+    bytes for those of URLs.
     """
 
     sites: Sequence[Site]
