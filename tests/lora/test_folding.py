@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fallback_types import small_config, write_small
+from gguf_models import write_tiny_gguf
 from parity_adapters import FAMILIES, KINDS, write_base
 from parity_kinds import Kind
+from quantised_files import Fixture, as_model, write_folder
 from transformers import AutoModelForCausalLM
 
 from truffula.errors import AdapterError, UnsupportedModel
@@ -19,6 +23,7 @@ from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter
 from truffula.testing.files import write_safetensors
 from truffula.testing.oracle import Oracle
 from truffula.weights.folder import INDEX
+from truffula.weights.open import open_checkpoint
 from truffula.weights.safetensors import SafetensorsFile
 
 PROMPT = [5, 9, 4, 31, 7, 50, 12, 60]
@@ -112,15 +117,6 @@ def test_shards_dtypes_and_other_files_stay(tmp_path: Path, base: Path) -> None:
             assert np.array_equal(read, half[name]) == ("q_proj.weight" not in name)
 
 
-def test_what_is_not_folded(tmp_path: Path, base: Path) -> None:
-    adapter = adapter_of(tmp_path / "adapter", base)
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    other = write_base(tmp_path / "other", "qwen2", tied=False)
-    for place, error in ((other, AdapterError),):
-        with pytest.raises(error):
-            fold_adapter(place, adapter, tmp_path)
-
-
 def test_a_value_that_its_dtype_cannot_hold_is_refused(tmp_path: Path, base: Path) -> None:
     whole = SafetensorsFile(base / "model.safetensors")
     tensors = {name: whole.read(name).astype(np.float16) for name in whole.tensors}
@@ -131,7 +127,26 @@ def test_a_value_that_its_dtype_cannot_hold_is_refused(tmp_path: Path, base: Pat
         fold_adapter(base, adapter, tmp_path / "out")
 
 
-def test_a_quantised_base_is_dequantised_on_request(tmp_path: Path, base: Path) -> None:
-    from quantised_files import write_fp8
+def test_a_quantised_base_is_dequantised_on_request(tmp_path: Path) -> None:
+    config, tensors = as_model(Fixture("gptq-4"))
+    quantised = write_folder(tmp_path / "quantised", {**config, "torch_dtype": "float32"}, tensors)
+    with closing(open_checkpoint(quantised)) as opened:
+        values = {name: np.array(opened.read(name), np.float32) for name in opened.tensors}
+    del config["quantization_config"]
+    plain = write_folder(tmp_path / "plain", config, values)
+    adapter = adapter_of(tmp_path / "adapter", plain, alpha=1)
+    with pytest.raises(UnsupportedModel, match="--dequantize"):
+        fold_adapter(quantised, adapter, tmp_path / "refused")
+    fold_adapter(quantised, adapter, tmp_path / "folded", dequantize=True)
+    fold_adapter(plain, adapter, tmp_path / "expected")
+    assert "quantization_config" not in json.loads((tmp_path / "folded/config.json").read_text())
+    np.testing.assert_allclose(logits(tmp_path / "folded"), logits(tmp_path / "expected"), atol=1e-4)
+    assert np.abs(logits(tmp_path / "folded") - logits(plain)).max() > 1e-2
 
-    del write_fp8, UnsupportedModel
+
+def test_bases_that_are_not_folded(tmp_path: Path, base: Path) -> None:
+    adapter = adapter_of(tmp_path / "adapter", base)
+    write_tiny_gguf(tmp_path / "model.gguf", "llama")
+    for place in (tmp_path / "model.gguf", write_small(tmp_path / "small", small_config("persimmon"))):
+        with pytest.raises(UnsupportedModel):
+            fold_adapter(place, adapter, tmp_path / "out")

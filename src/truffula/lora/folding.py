@@ -116,7 +116,6 @@ class _Change:
     hi: int
     expert: int
     kind: str
-    module: str
     parts: tuple[Part, ...]
 
 
@@ -135,22 +134,22 @@ class _Fold:
         self._changes: dict[int, list[_Change]] = {}
         self._tables: dict[str, tuple[Part, ...]] = {}  # of a tied base, by kind of site
         program = self.plan.program
-        self._tied = self.plan.tying.tie is not Tie.SEPARATE
+        tied = self.plan.tying.tie is not Tie.SEPARATE
         for tensors in self.adapter:
             site, place = program.sites[tensors.site], self.places[tensors.site]
-            if site.kind in ("embed", "head") and self._tied:
-                self._tables[site.kind] = tensors.parts
-                continue
-            decl, lo, expert = program.weights[place.weight], place.lo, 0
-            if len(decl.shape) == 3:
-                expert, lo = divmod(lo, decl.shape[1])
-            of_weight = tuple(part for part in tensors.parts if site.kind == "embed" or not isinstance(part, Bias))
-            biases = tuple(part for part in tensors.parts if isinstance(part, Bias) and site.kind != "embed")
-            if of_weight:
-                change = _Change(lo, lo + place.hi - place.lo, expert, site.kind, site.module, of_weight)
-                self._changes.setdefault(place.weight, []).append(change)
+            of_embed = site.kind == "embed"  # there a bias is added to rows of the table
+            of_weight = tuple(part for part in tensors.parts if of_embed or not isinstance(part, Bias))
+            biases = tuple(part for part in tensors.parts if not of_embed and isinstance(part, Bias))
             if biases:
                 self._add_bias(place, site.module, biases)
+            if of_weight and site.kind in ("embed", "head") and tied:
+                self._tables[site.kind] = of_weight
+            elif of_weight:
+                decl, lo, expert = program.weights[place.weight], place.lo, 0
+                if len(decl.shape) == 3:
+                    expert, lo = divmod(lo, decl.shape[1])
+                change = _Change(lo, lo + place.hi - place.lo, expert, site.kind, of_weight)
+                self._changes.setdefault(place.weight, []).append(change)
         self._decls = {part.name: decl for decl in program.weights if decl.id in self._changes for part in decl.parts}
 
     def _add_bias(self, place: SiteWeight, module: str, biases: tuple[Part, ...]) -> None:
@@ -158,7 +157,7 @@ class _Fold:
             raise AdapterError(
                 f"The adapter has a bias on {module}, and the base has none there to add it to.", param="bias"
             )
-        change = _Change(place.lo, place.hi, 0, "bias", module, biases)
+        change = _Change(place.lo, place.hi, 0, "bias", biases)
         self._changes.setdefault(place.bias, []).append(change)
 
     def value(self, info: TensorInfo) -> Array:
@@ -190,7 +189,7 @@ class _Fold:
         made: dict[str, Array] = {}
         for kind, name in (("embed", names.embed), ("head", names.head)):
             values = np.array(self.checkpoint.read(shared.name), np.float32)
-            _change_rows(_Change(0, len(values), 0, kind, name, self._tables.get(kind, ())), values, 0)
+            _change_rows(_Change(0, len(values), 0, kind, self._tables.get(kind, ())), values, 0)
             made[name] = rounded(values, self._dtype(shared), name)
         self.untied = not np.array_equal(made[names.embed], made[names.head])
         for name, values in made.items():
@@ -207,7 +206,8 @@ def _change_tensor(
 ) -> bool:
     """Apply ``changes`` of weight ``decl`` to the ``values`` of its tensor ``name``; whether some concern it."""
     if len(decl.shape) == 1:
-        return any([_change_vector(decl, name, values.reshape(-1), change, infos) for change in changes])
+        found = [_change_vector(decl, name, values.reshape(-1), change, infos) for change in changes]
+        return any(found)
     changed = False
     for expert, first, rows, order in _matrices(decl, name, values, infos):
         for change in changes:
@@ -247,7 +247,10 @@ def _matrices(
 def _change_vector(
     decl: WeightDecl, name: str, flat: Float32, change: _Change, infos: Mapping[str, TensorInfo]
 ) -> bool:
-    """Apply a change of a norm or a bias; whether it concerns the tensor. The entries of the vector are found by reading numbers in their place."""
+    """Apply a change of a norm or a bias; whether it concerns the tensor.
+
+    Where the vector's entries are in the tensors is found by reading numbers in their place.
+    """
     starts = np.cumsum([0, *(int(np.prod(infos[part.name].shape)) for part in decl.parts)])
     numbered: list[Any] = []
     for part, lo, hi in zip(decl.parts, starts, starts[1:], strict=False):
