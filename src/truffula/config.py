@@ -103,7 +103,18 @@ class EngineConfig:
     )
     adapter_load_timeout_s: float = _option(120.0, "Adapters", "maximum time to load a local adapter", low=0.001)
     adapter_download_timeout_s: float = _option(
-        1800.0, "Adapters", "maximum time to download and load an adapter from the Hub", low=0.001
+        1800.0, "Adapters", "maximum time to download and load an adapter from the Hub or a URL", low=0.001
+    )
+    adapter_cache_dir: Path | None = _option(
+        None,
+        "Adapters",
+        "folder for the files of adapters that are fetched from URLs; servers may share it",
+        metavar="FOLDER",
+        unset="adapters in the folder for downloads",
+        must_be="new folder",
+    )
+    adapter_cache_bytes: int = _option(
+        16 * 2**30, "Adapters", "maximum size of that folder; those not used for longest are removed", low=0
     )
     adapter_failure_ttl_s: float = _option(
         10.0, "Adapters", "time before the loading of a failed adapter is tried again", low=0
@@ -212,6 +223,21 @@ class ServerConfig:
     )
     allow_local: tuple[Path, ...] = _option(
         (), "Adapters", "folder below which clients may name adapters by path", must_be="folder"
+    )
+    allow_sources: tuple[str, ...] = _option(
+        (),
+        "Adapters",
+        "URLs that clients may name as adapters (s3, gs, az, https), such as s3://bucket/adapters/*",
+        metavar="PATTERN",
+    )
+    allow_client_credentials: bool = _option(
+        False,
+        "Adapters",
+        "send a client's api_token to the Hub id or https URL that it names; what is loaded by it serves only requests "
+        "with the same token",
+    )
+    adapter_recheck_s: float = _option(
+        300.0, "Adapters", "period in which an adapter of the Hub or a URL is checked for changes once", low=1.0
     )
     adapter_source: str = _option(
         "hub",

@@ -206,6 +206,16 @@ def internal_error(error: BaseException) -> TruffulaError:
     return TruffulaError(f"{type(error).__name__}: {str(error)[:1000]}")
 
 
+def unknown_adapter(name: str, reason: str, param: str = "adapter") -> AdapterNotFound:
+    """The error for a client that names no adapter it may use: the same one whether the adapter is absent or forbidden.
+
+    ``reason`` is for the log alone: it may contain paths and names that the client must not know.
+    """
+    shown = name if len(name) <= 80 else name[:77] + "..."
+    text = f"There is no model or adapter {shown!r}; GET /v1/models lists them."
+    return AdapterNotFound(text, param=param, adapter=shown, reason=reason)
+
+
 def is_rust_panic(error: BaseException) -> bool:
     """Whether ``error`` is a panic of a Rust library, which pyo3 raises as a ``BaseException`` of a private type."""
     return type(error).__name__ == "PanicException"

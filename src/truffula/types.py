@@ -21,24 +21,83 @@ Progress = Callable[[str, int, int | None], None]
 """A callback (stage, done, total or None) for the progress of a start, in bytes while downloading and loading."""
 
 
+MAX_ADAPTERS = 8
+"""Adapters that may act together in one request, or be merged into one."""
+
+
+class Credential(msgspec.Struct, frozen=True):
+    """A client's own token for the source of an adapter. ``id`` is a salted digest of it, which identifies the right
+    that it proves; ``token`` is sent to the source and nowhere else. Its repr shows neither.
+    """
+
+    id: str
+    token: str
+
+    def __repr__(self) -> str:
+        return "Credential(...)"
+
+
+AdapterKind = Literal["local", "hub", "s3", "gcs", "azure", "http", "composed", "merged"]
+
+
 class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     """The adapter of a request, after the check that the client may use it.
 
     ``name`` is the name in the request, for logs and metrics. ``kind`` and ``locator`` are its location (an absolute
-    folder for ``local``, a repository id for ``hub``). ``fingerprint`` identifies the state of the location without
-    reading the files (sizes and mtimes, or a revision): when it changes, the pool loads it again. Identity in the
-    engine is the content hash found on loading (the generation), never the name. ``root``: a parent folder of
-    ``locator``; no link may lead outside of it when the files are opened. "" when the operator configured the adapter's
+    folder for ``local``, a repository id for ``hub``, the URL of a folder for the others). ``fingerprint`` identifies
+    the state of the location without reading the files (sizes and mtimes, or the period in which it is checked once):
+    when it changes, the pool loads or checks it again. Identity in the engine is the content hash found on loading (the
+    generation), never the name. ``root``: what contains ``locator`` (a parent folder, or a pattern of URLs); neither a
+    link nor a redirect may lead outside of it when the files are read. "" when the operator configured the adapter's
     folder itself. ``untrained``: its tensors may all be zero, as those of a trainer's first version are.
+    ``credential``: the client's own, by which the source is read instead of the operator's.
+
+    ``composed``: ``parts`` act together, each by its weight; the engine loads them one by one. ``merged``: a loading
+    worker makes one adapter of ``parts`` by ``merge``. ``lora/compose.py`` makes both; ``locator`` describes them.
     """
 
     name: str
-    kind: Literal["local", "hub"] = "local"
+    kind: AdapterKind = "local"
     locator: str
     revision: str | None = None
     fingerprint: str = ""
     root: str = ""
     untrained: bool = False
+    credential: Credential | None = None
+    parts: tuple[WeightedAdapter, ...] = ()
+    merge: MergeMethod | None = None
+
+    @property
+    def acting(self) -> tuple[WeightedAdapter, ...]:
+        """The adapters that the engine loads for it, and their weights."""
+        return self.parts if self.kind == "composed" else (WeightedAdapter(self),)
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics: of several adapters their names without weights, so that there are few."""
+        return "+".join(sorted({part.ref.name for part in self.parts})) or self.name
+
+
+class WeightedAdapter(msgspec.Struct, frozen=True):
+    """One of several adapters; its change of the base counts ``weight`` times."""
+
+    ref: AdapterRef
+    weight: float = 1.0
+
+
+MergeStrategy = Literal["ties", "dare_linear", "dare_ties", "magnitude_prune"]
+MergeSign = Literal["total", "frequency"]
+
+
+class MergeMethod(msgspec.Struct, frozen=True, kw_only=True):
+    """How A and B of several adapters become those of one, by the definitions of peft's ``add_weighted_adapter``.
+
+    ``density`` is the share of values that are kept; ``sign`` how ties elects the sign of a value.
+    """
+
+    strategy: MergeStrategy
+    density: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    sign: MergeSign = "total"
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):

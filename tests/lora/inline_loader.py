@@ -23,9 +23,9 @@ class InlineLoader:
         self._queue: deque[LoadRequest] = deque()
         self._next_ticket = 0
 
-    def start(self, ref: AdapterRef) -> int:
+    def start(self, ref: AdapterRef, has: str = "") -> int:
         self._next_ticket += 1
-        self._queue.append(LoadRequest(ticket=self._next_ticket, ref=ref))
+        self._queue.append(LoadRequest(ticket=self._next_ticket, ref=ref, has=has))
         return self._next_ticket
 
     def poll(self, *, paused: bool = False) -> list[LoadResponse]:

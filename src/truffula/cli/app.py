@@ -241,6 +241,64 @@ def verify(
     run_verify(resolve(options, model=model).engine, adapter, tokens, as_json=as_json)
 
 
+@app.command(rich_help_panel=MODELS)
+def merge(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", help="PEFT folders or Hugging Face ids.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The new adapter's folder.")],
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", "-w", metavar="W,W,...", help="A number for each adapter. [default: 1 for each]"),
+    ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            "--strategy",
+            "-s",
+            metavar="NAME",
+            help="linear (the exact sum), ties, dare_linear, dare_ties or magnitude_prune, as PEFT defines them.",
+        ),
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option("--density", metavar="D", help="Of ties, dare and prune: the share that is kept.")
+    ] = None,
+    sign: Annotated[
+        str, typer.Option("--sign", metavar="NAME", help="Of ties: total or frequency elects the sign.")
+    ] = "total",
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", metavar="R", help="Of linear: the best approximation of this rank, instead of the sum."),
+    ] = None,
+) -> None:
+    """Merge several adapters into one, by weights.
+
+    A linear merge is exact: its rank is the sum of theirs. A server mixes adapters without merging them: see
+    merged_adapters in requests.
+    """
+    from truffula.cli.merge import run_merge
+
+    run_merge(adapters, weights, strategy, density, sign, rank, output)
+
+
+@app.command(rich_help_panel=MODELS)
+@with_options("engine", only=("revision", "offline", "cache_dir"))
+def fold(
+    model: Model,
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT folder or a Hugging Face id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The new model's folder.")],
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Of a quantised MODEL, write plain weights.")
+    ] = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Fold ADAPTER into MODEL, and write the model that they make together."""
+    from truffula.cli.merge import run_fold
+
+    run_fold(resolve(options, model=model).engine, adapter, output, dequantize=dequantize)
+
+
 @app.command(rich_help_panel=SERVER)
 def ps(url: Url = None, port: Port = None, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """Show the model, the adapters and the requests of a running server."""

@@ -33,7 +33,7 @@ from truffula.types import (
     Vocabulary,
 )
 
-VERSION = 4
+VERSION = 5
 
 
 class Start(Frame, frozen=True):

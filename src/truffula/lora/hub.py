@@ -1,17 +1,25 @@
-"""An adapter's two files from the Hugging Face Hub, or from its cache. Blocks: runs in the loading worker only."""
+"""An adapter's two files from the Hugging Face Hub, or from its cache. Blocks: runs in the loading worker only.
+
+``download`` uses the operator's login and the library's cache, ``HubStore`` a client's token and neither.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound, TruffulaError
+from truffula.lora.disk_cache import Stamp
 from truffula.lora.extra_files import MAX_BYTES, READ
 from truffula.lora.fields import MAX_CONFIG_BYTES
 from truffula.lora.foreign import describe_names, latest_first
 from truffula.lora.paths import CONFIG, TENSORS
+from truffula.lora.stores import CHUNK, SourceError
+from truffula.types import AdapterRef
 from truffula.weights.hub import HubError, explain
 
 
@@ -97,3 +105,59 @@ def _check_listing(info: Any, repo: str, max_file_bytes: int) -> tuple[str, ...]
                 f"{repo}: {name} has {sizes[name]} bytes; the limit is {most} (--max-adapter-file).", param=name
             )
     return tuple(name for name in READ if name in sizes and (sizes[name] or 0) <= MAX_BYTES)
+
+
+class HubStore:
+    """A repository of the Hub, read with a client's token (``stores.Store``). Its files are of the one commit that was
+    the revision's when it was opened. They never are in the Hub library's cache, which loads without the token read.
+    """
+
+    def __init__(self, ref: AdapterRef) -> None:
+        import huggingface_hub as hub
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+        assert ref.credential is not None
+        self._repo, self._token = ref.locator, ref.credential.token
+        self._folder = tempfile.TemporaryDirectory(prefix="truffula-hub-")
+        self._commit, self._sizes = "", dict[str, int | None]()
+        try:
+            info = hub.HfApi().model_info(self._repo, revision=ref.revision, files_metadata=True, token=self._token)
+            self._commit = str(info.sha)
+            self._sizes = {file.rfilename: file.size for file in info.siblings or ()}
+        except MemoryError:
+            raise
+        except Exception as error:  # as in ``download``
+            failure = explain(error, offline=False)
+            if failure.kind == "unexpected":
+                raise
+            if failure.kind not in ("repository", "revision", "access"):  # absent or forbidden: it has no file
+                raise _source_error(failure) from None
+
+    def stat(self, name: str) -> Stamp | None:
+        return Stamp(self._commit, self._sizes[name]) if name in self._sizes else None
+
+    def read(self, name: str, stamp: Stamp) -> Iterator[bytes]:
+        import huggingface_hub as hub
+
+        try:
+            path = hub.hf_hub_download(
+                self._repo, name, revision=stamp.mark, token=self._token, cache_dir=self._folder.name
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # as in ``download``
+            failure = explain(error, offline=False)
+            if failure.kind == "unexpected":
+                raise
+            raise _source_error(failure) from None
+        with Path(path).open("rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
+def _source_error(failure: HubError) -> SourceError:
+    return SourceError("network" if failure.kind == "network" else "refused", failure.text)

@@ -2,9 +2,10 @@
 
     start(ref) ─► queue ─► worker process (niced, limited, killable) ─► image in a staging folder ─► poll() ─► pool
 
-A worker does one load at a time. Up to ``max_workers`` are started, when they are needed, so that one slow source does
-not delay the others; downloads from the Hub never take the last of them. When a worker dies, hangs or computes for too
-long, only its own load fails; queued loads go to another worker.
+A worker does one load at a time. Workers are started when they are needed: up to ``max_workers`` for local adapters,
+and up to ``MAX_DOWNLOADS`` for others, of which one origin (a host, a bucket, the Hub) has at most
+``ORIGIN_DOWNLOADS``. So a slow source delays neither local adapters nor other sources. When a worker dies, hangs or
+computes for too long, only its own load fails; queued loads go to another worker.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import msgspec
 
 from truffula.errors import AdapterLoadError, WireError
 from truffula.frames import Channel, Disconnected
+from truffula.lora.locations import origin_of
 from truffula.lora.staging import Staging
 from truffula.lora.worker import VERSION, LoadLimits, LoadRequest, LoadResponse, Setup
 from truffula.types import AdapterRef
@@ -36,6 +38,7 @@ NICE = 10
 """Added to the niceness of the workers."""
 IDLE_WORKER_S = 60.0
 STARTUP_S = 60.0
+MAX_DOWNLOADS, ORIGIN_DOWNLOADS = 6, 2
 _STDERR_BYTES = 4096
 
 
@@ -133,7 +136,7 @@ class LoadingWorker:
 
     Args:
         setup: The base, the layout and the limits of all loads; sent to each worker once.
-        max_workers: Processes at most.
+        max_workers: Processes that load local adapters at most.
         staging_roots: Where to make the staging folders; None: in shared memory and the temporary folder.
         clock: Monotonic seconds.
 
@@ -162,10 +165,10 @@ class LoadingWorker:
         self._responses: list[LoadResponse] = []
         self._next_ticket = 0
 
-    def start(self, ref: AdapterRef) -> int:
-        """Queue one load; returns its ticket."""
+    def start(self, ref: AdapterRef, has: str = "") -> int:
+        """Queue one load; returns its ticket. ``has``: as in ``LoadRequest``."""
         self._next_ticket += 1
-        self._queue.append(LoadRequest(ticket=self._next_ticket, ref=ref))
+        self._queue.append(LoadRequest(ticket=self._next_ticket, ref=ref, has=has))
         self._dispatch()
         return self._next_ticket
 
@@ -284,16 +287,13 @@ class LoadingWorker:
         self._ending.append(worker.process)
 
     def _dispatch(self) -> None:
-        """Send queued loads to free workers; start workers for the others, up to ``max_workers``."""
+        """Send queued loads to free workers; start workers for the others, as many as are allowed."""
         while self._queue and not self._paused:
-            on_hub = sum(w.request is not None and w.request.ref.kind == "hub" for w in self._workers)
-            hub_room = on_hub < max(1, self._max_workers - 1)
-            request = next((r for r in self._queue if r.ref.kind != "hub" or hub_room), None)
+            loading = Counter(origin_of(worker.request.ref) for worker in self._workers if worker.request is not None)
+            request = next((one for one in self._queue if self._has_room(one.ref, loading)), None)
             if request is None:
                 return
             worker = next((w for w in self._workers if w.request is None and not w.exhausted), None)
-            if worker is None and len(self._workers) >= self._max_workers:
-                return
             self._queue.remove(request)
             startup_s = 0.0
             if worker is None:
@@ -307,6 +307,13 @@ class LoadingWorker:
             worker.deadline = self._clock() + startup_s + self._seconds(request)
             worker.send(request)
 
+    def _has_room(self, ref: AdapterRef, loading: Counter[str]) -> bool:
+        """Whether another load of this kind may begin. ``loading``: how many there are by origin."""
+        origin = origin_of(ref)
+        if origin == "local":
+            return loading[origin] < self._max_workers
+        return loading[origin] < ORIGIN_DOWNLOADS and loading.total() - loading["local"] < MAX_DOWNLOADS
+
     def _start_worker(self) -> _Worker:
         if self._staging is None:
             self._staging = Staging(self._staging_roots)
@@ -316,7 +323,7 @@ class LoadingWorker:
 
     def _seconds(self, request: LoadRequest) -> float:
         limits = self._setup.limits
-        return limits.download_s if request.ref.kind == "hub" else limits.wall_s
+        return limits.wall_s if request.ref.kind == "local" else limits.download_s
 
 
 def _failed(request: LoadRequest, reason: str, stderr: str) -> LoadResponse:

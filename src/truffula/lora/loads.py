@@ -19,14 +19,14 @@ MAX_COUNTED_NAMES = 1000
 """Names with a load counter of their own; the others share ``OTHER_NAMES``."""
 OTHER_NAMES = "__other__"
 
-AdapterSource = tuple[str, str, str | None]
-"""Where an adapter is read from: kind, locator, revision."""
+AdapterSource = tuple[str, str, str | None, str]
+"""Where an adapter is read from, and by what right: kind, locator, revision, id of the client's credential or ""."""
 SourceState = tuple[AdapterSource, str]
 """One state of a source: the source and its fingerprint."""
 
 
 def source_of(ref: AdapterRef) -> AdapterSource:
-    return ref.kind, ref.locator, ref.revision
+    return ref.kind, ref.locator, ref.revision, "" if ref.credential is None else ref.credential.id
 
 
 def source_state(ref: AdapterRef) -> SourceState:
@@ -64,11 +64,13 @@ class AdapterLoads:
         """Whether this state is being loaded."""
         return state in self._open
 
-    def begin(self, ref: AdapterRef) -> None:
-        """Begin a load unless this state is being loaded already."""
+    def begin(self, ref: AdapterRef, has: str = "") -> None:
+        """Begin a load unless this state is being loaded already. ``has``: the commit that is loaded; with it the load
+        may end without an image, because that is the current one.
+        """
         state = source_state(ref)
         if state not in self._open:
-            self._open[state] = self.loader.start(ref), ref
+            self._open[state] = self.loader.start(ref, has), ref
 
     def cancel(self, name: str) -> list[AdapterSource]:
         """Cancel the loads that ``name`` asked for; returns their sources."""
@@ -109,6 +111,10 @@ class AdapterLoads:
             "adapter %r (%s) loaded in %.2f s: rank %d, %d bytes, generation %s",
             ref.name, where, response.seconds, image.rank, image.nbytes, image.generation[:12],
         )  # fmt: skip
+        self.warn(ref, response)
+
+    def warn(self, ref: AdapterRef, response: LoadResponse) -> None:
+        """Log the warnings of a load."""
         for warning in response.warnings:
             logger.warning("adapter %r (%s): %s", ref.name, ref.locator, warning)
 
@@ -117,7 +123,8 @@ class AdapterLoads:
     def fail(self, state: SourceState, name: str, error: ErrorInfo, now: float) -> None:
         """Count, log and remember the failure of an adapter that ``name`` asked for."""
         self.failed += 1
-        logger.warning("adapter %r (%s) is not loaded (%s): %s", name, state[0][1], error.code, error.message)
+        why = error.data.get("reason", error.message)  # one that only the operator is told, if there is one
+        logger.warning("adapter %r (%s) is not loaded (%s): %s", name, state[0][1], error.code, why)
         self._failures[state] = _Failure(name, error, now + self._failure_ttl_s)
 
     def error(self, state: SourceState, now: float) -> ErrorInfo | None:

@@ -5,6 +5,8 @@
 - Lookups of one source and fingerprint share one load; sources with equal bytes share one generation.
 - A changed fingerprint is read again. The source then has the new generation and the former one is *retired*:
   sequences that have a lease keep it, and it is dropped with its last lease. Until then its bytes count.
+- The fingerprint of a remote source is the period in which it is checked once. While it is checked, requests get the
+  generation that it had; those with a client's credential wait, since the check is the proof of its right.
 - A waiting or preempted sequence has a ``loaded`` lease: when its generation is evicted, the image stays mapped, so
   that it returns without its source, which may have changed or disappeared.
 - Mapped images without a slot are outside the budget, so they are bounded: no load begins while they exceed
@@ -15,21 +17,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from truffula.errors import AdapterNotFound, InsufficientMemory, ShuttingDown, TruffulaError
+from truffula.errors import AdapterLoadError, AdapterNotFound, InsufficientMemory, ShuttingDown, TruffulaError
 from truffula.kernels.backend import Executable
 from truffula.lora.generations import NO_SLOT, OWNER, Budget, Generation, Generations
 from truffula.lora.generations import AdapterLease as AdapterLease
 from truffula.lora.generations import AdapterStatus as AdapterStatus
 from truffula.lora.loading import LoadingWorker
 from truffula.lora.loads import AdapterLoads, AdapterSource, SourceState, source_of, source_state
+from truffula.lora.worker import LoadResponse
 from truffula.types import AdapterCommand, AdapterRef, AdapterState
 
 MAX_NAMES = 32
 """Names kept of one source: clients may name it in many ways."""
+MAX_FINGERPRINTS = 8
 ROOM_TIMEOUT_S = 60.0
 """How long a load command waits for memory that running requests use, once the adapter is read."""
 RETRY_POLL_S = 0.002
@@ -41,8 +45,12 @@ class _LoadedSource:
     """A source whose bytes are mapped: its generation, the fingerprints they were read under, and the names used."""
 
     generation: Generation
-    fingerprints: set[str] = field(default_factory=set)
+    fingerprints: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+
+    def add(self, fingerprint: str) -> None:
+        """Keep the newest: a source that is checked every few minutes has ever new ones."""
+        self.fingerprints = [*self.fingerprints[1 - MAX_FINGERPRINTS :], fingerprint]
 
 
 @dataclass
@@ -95,19 +103,23 @@ class AdapterPool:
         """
         state = source_state(ref)
         loaded = self._loaded(state)
-        if loaded is not None:
-            if len(loaded.names) < MAX_NAMES:
-                loaded.names.add(ref.name)
-            self._generations.touch(loaded.generation, now)
-            return AdapterStatus("ready", loaded.generation.id)
-        if (error := self.loads.error(state, now)) is not None:
-            return AdapterStatus("failed", error=error)
-        self.loads.begin(ref)
-        return AdapterStatus("loading")
+        if loaded is None:
+            loaded, error = self._checked_meanwhile(ref), self.loads.error(state, now)
+            if error is None:
+                known = self._sources.get(state[0])
+                self.loads.begin(ref, "" if known is None else known.generation.commit)
+            elif loaded is None:
+                return AdapterStatus("failed", error=error)
+        if loaded is None:
+            return AdapterStatus("loading")
+        if len(loaded.names) < MAX_NAMES:
+            loaded.names.add(ref.name)
+        self._generations.touch(loaded.generation, now)
+        return AdapterStatus("ready", loaded.generation.id)
 
     def is_loaded(self, ref: AdapterRef) -> bool:
         """Whether ``lookup`` would answer ready."""
-        return self._loaded(source_state(ref)) is not None
+        return (self._loaded(source_state(ref)) or self._checked_meanwhile(ref)) is not None
 
     def retain(self, generation: str) -> AdapterLease:
         """A lease that keeps a loaded generation available, though not resident."""
@@ -126,10 +138,36 @@ class AdapterPool:
         self._generations.touch(entry, self._clock())
         return lease
 
-    def is_pending(self, generation: str) -> bool:
-        """Whether ``acquire`` gave None only because an upload has not ended, its own or another of this step."""
-        entry = self._generations.get(generation)
-        return entry is not None and not entry.resident and (entry.slot is not None or not self._may_upload)
+    def acquire_all(self, generations: Sequence[str]) -> tuple[AdapterLease, ...] | None:
+        """A resident lease on each of ``generations``, in their order; None, and none taken, when that is not possible
+        in this step.
+
+        Raises as ``acquire``; ``InsufficientMemory`` also when their bytes never fit together.
+        """
+        needed, limit = sum(self._generations[one].nbytes for one in generations), self._generations.limit
+        if len(generations) > 1 and needed > limit:
+            raise InsufficientMemory(
+                f"The {len(generations)} adapters of the request take {needed} bytes together, and adapters may use "
+                f"{limit}. Name fewer adapters, or give the server more memory (--memory, --adapter-memory).",
+                param="adapters", requested_bytes=needed, limit_bytes=limit,
+            )  # fmt: skip
+        leases: dict[str, AdapterLease] = {}
+        try:
+            # The resident ones first: the upload of another must not evict them.
+            for one in sorted(generations, key=lambda one: not self._generations[one].resident):
+                if (lease := self.acquire(one)) is None:
+                    break
+                leases[one] = lease
+        finally:
+            if len(leases) < len(generations):
+                for lease in leases.values():
+                    self.release(lease)
+        return tuple(leases[one] for one in generations) if len(leases) == len(generations) else None
+
+    def is_pending(self, generations: Sequence[str]) -> bool:
+        """Whether ``acquire_all`` gave None only because an upload has not ended, of one of these or another."""
+        entries = [entry for one in generations if (entry := self._generations.get(one)) is not None]
+        return any(not entry.resident and (entry.slot is not None or not self._may_upload) for entry in entries)
 
     def release(self, lease: AdapterLease) -> None:
         """End a lease of either kind, once. A resident adapter stays resident until its bytes are needed."""
@@ -287,7 +325,7 @@ class AdapterPool:
                 self.release(former)
         if self._ensure_resident(entry):
             return entry.state(ref.name)
-        if self.is_pending(entry.id):
+        if self.is_pending([entry.id]):
             return None
         command.no_room_since = now if command.no_room_since is None else command.no_room_since
         waited = now - command.no_room_since
@@ -309,13 +347,29 @@ class AdapterPool:
         """Record failed loads, and map the image of one that succeeded."""
         while (ended := self.loads.next_response()) is not None:
             ref, response = ended
+            if response.error is None and response.image is None:
+                self._confirm(ref, response)
+                continue
             try:
                 entry = self._generations.add(response, now)
             except TruffulaError as error:
                 self.loads.fail(source_state(ref), ref.name, error.info(), now)
+                # A source that cannot be read now keeps what it had. One that has something else now does not.
+                if self._checked_meanwhile(ref) is not None and not isinstance(error, AdapterLoadError):
+                    self._detach(source_of(ref))
             else:
                 self.loads.complete(ref, response, entry.image)
                 return self._attach(ref, entry, response.commit)
+
+    def _confirm(self, ref: AdapterRef, response: LoadResponse) -> None:
+        """A source still has the commit that was loaded. If that is no longer here, it is loaded."""
+        source, fingerprint = source_state(ref)
+        self.loads.warn(ref, response)
+        loaded = self._sources.get(source)
+        if loaded is None or loaded.generation.commit != response.commit:
+            self.loads.begin(ref)
+        else:
+            loaded.add(fingerprint)
 
     # Generations
 
@@ -350,6 +404,11 @@ class AdapterPool:
         loaded = self._sources.get(state[0])
         return loaded if loaded is not None and state[1] in loaded.fingerprints else None
 
+    def _checked_meanwhile(self, ref: AdapterRef) -> _LoadedSource | None:
+        """What a remote source of the operator had at its last check, which requests get while it is checked again."""
+        usable = ref.kind not in ("local", "merged") and ref.credential is None
+        return self._sources.get(source_of(ref)) if usable else None
+
     def _attach(self, ref: AdapterRef, entry: Generation, commit: str) -> None:
         """Make this the generation of the source; a former one that no other source has is retired."""
         source, fingerprint = source_state(ref)
@@ -357,7 +416,7 @@ class AdapterPool:
         if loaded is not None and loaded.generation is not entry:
             self._detach(source)
         loaded = self._sources.setdefault(source, _LoadedSource(entry))
-        loaded.fingerprints.add(fingerprint)
+        loaded.add(fingerprint)
         loaded.names.add(ref.name)
         entry.sources.add(source)
         entry.commit = commit or entry.commit

@@ -6,7 +6,7 @@ A name is looked up in this order:
    for such a NAME, what follows in NAME@VERSION is one of its versions and nothing else;
 2. names the operator gave (``name=path-or-hub-id``);
 3. the adapter folder: each of its subfolders by name, looked up when it is asked for;
-4. loading on first use: a path below an allowed folder, or a Hub id that matches an allowed pattern.
+4. loading on first use: a path below an allowed folder, or a Hub id or URL that matches an allowed pattern.
 
 An unknown name raises ``AdapterNotFound`` with the same message for every reason, so that clients cannot find out the
 server's paths.
@@ -15,11 +15,14 @@ server's paths.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import logging
 import os
 import re
+import secrets
 import stat
 import time
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +30,17 @@ from pathlib import Path
 from msgspec.structs import replace as _replace
 
 from truffula.environment import expanded
-from truffula.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest
-from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config, read_settings
+from truffula.errors import AdapterError, ConfigError, InvalidRequest, unknown_adapter
+from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config
 from truffula.lora.foreign import close_path, describe_file, describe_folder, meant_as_adapter
+from truffula.lora.locations import URL_KINDS, Location, allows, is_url, parse_location, parse_pattern, url_of
+from truffula.lora.methods import check_config
 from truffula.lora.paths import CONFIG, TENSORS, fingerprint
 from truffula.lora.registry import AdapterRegistry
-from truffula.types import AdapterRef
+from truffula.types import AdapterRef, Credential
 
-SOURCES = ("local", "hub")
+SOURCES = ("local", "hub", *URL_KINDS)
+DEFAULT_SOURCES = ("local", "hub")
 # Names that clients of huggingface_hub and text-generation send for the base, whatever its name is.
 BASE_WORDS = ("", "tgi", "dummy")
 MAX_NAME_CHARS = 512
@@ -48,13 +54,6 @@ log = logging.getLogger(__name__)
 def reserved(name: str, base_names: Collection[str]) -> bool:
     """Whether ``name`` means the base to some client, or (``base:…``) an adapter by another name: no adapter has it."""
     return name in BASE_WORDS or name in base_names or any(name.startswith(f"{base}:") for base in base_names if base)
-
-
-def _not_found(name: str, reason: str) -> AdapterNotFound:
-    """The error for a client. ``reason`` is only logged: it may contain paths that the client must not know."""
-    shown = name if len(name) <= 80 else name[:77] + "..."
-    text = f"There is no adapter {shown!r} on this server."
-    return AdapterNotFound(text, param="adapter", adapter=shown, reason=reason)
 
 
 def _printable(name: str) -> bool:
@@ -111,6 +110,11 @@ class AdapterDirectory:
         allow_local: Folders below which a client may name an adapter by absolute path (or by a path relative to one).
         allow_hub: Shell patterns of Hub ids a client may name, such as ``my-org/*``.
         default_source: Where a name is looked up that is in neither of the first two and names no source.
+        allow_source: Patterns of URLs a client may name, such as ``s3://bucket/adapters/*``.
+        allow_credentials: Whether a client's own token is sent to what it names (Hub ids and https URLs). It proves the
+            client's right: nothing that was loaded by it serves requests without it.
+        recheck_s: A source that is not local is checked for changes by the first use in each period of this length;
+            None: only when it is loaded.
         base_names: The names of the base. Names that are ``reserved`` besides them are not served as adapters. None:
             the caller is the only client, and nothing is reserved.
         registry: What is registered at run time; by default, nothing yet, and kept in memory.
@@ -126,11 +130,14 @@ class AdapterDirectory:
         allow_local: tuple[Path, ...] = (),
         allow_hub: tuple[str, ...] = (),
         default_source: str = "hub",
+        allow_source: tuple[str, ...] = (),
+        allow_credentials: bool = False,
+        recheck_s: float | None = None,
         base_names: Collection[str] | None = None,
         registry: AdapterRegistry | None = None,
     ) -> None:
-        if default_source not in SOURCES:
-            raise ConfigError(f"adapter source {default_source!r} must be one of {', '.join(SOURCES)}.")
+        if default_source not in DEFAULT_SOURCES:
+            raise ConfigError(f"adapter source {default_source!r} must be one of {', '.join(DEFAULT_SOURCES)}.")
         self._base_names = base_names
         self._left_out: set[str] = set()
         self._listing: _Listing | None = None
@@ -147,11 +154,21 @@ class AdapterDirectory:
         self._allow_local = tuple(map(_resolved, allow_local))
         self._allow_hub = allow_hub
         self._default_source = default_source
+        self._allow_source = tuple(map(parse_pattern, allow_source))
+        self._allow_credentials = allow_credentials
+        self._recheck_s = recheck_s
+        self._salt = secrets.token_bytes(16)
 
     def resolve(
-        self, name: str | None, source: str | None = None, base_names: Collection[str] = ()
+        self,
+        name: str | None,
+        source: str | None = None,
+        base_names: Collection[str] = (),
+        token: str | None = None,
     ) -> AdapterRef | None:
         """The adapter called ``name``; None when the name means the base (None, empty, or one of ``base_names``).
+
+        ``token``: the client's own for the source of the adapter. It has no effect on what the operator named.
 
         Raises ``AdapterNotFound`` when the operator allows no such adapter, ``InvalidRequest`` for an unknown source.
         Costs a few ``stat`` calls for local adapters: their fingerprint is taken here, so that a changed folder is read
@@ -163,28 +180,57 @@ class AdapterDirectory:
             raise InvalidRequest(
                 f"adapter_source {source[:40]!r} is not one of {', '.join(SOURCES)}.", param="adapter_source"
             )
-        ref = self._find(name, source)
+        ref = self._find(name, source, token)
         renewed = self._renewed.get((ref.kind, ref.locator, ref.revision))
-        return ref if renewed is None else _replace(ref, fingerprint=renewed)
+        return ref if renewed is None else _replace(ref, fingerprint=f"{ref.fingerprint}+{renewed}")
 
-    def _find(self, name: str, source: str | None) -> AdapterRef:
+    def _find(self, name: str, source: str | None, token: str | None) -> AdapterRef:
         if not _printable(name):
             reason = f"an adapter's name has 1 to {MAX_NAME_CHARS} printable characters"
-            raise _not_found(name, reason)
+            raise unknown_adapter(name, reason)
         if self._is_reserved(name):
-            raise _not_found(name, "the name is reserved for the base model")
+            raise unknown_adapter(name, "the name is reserved for the base model")
         for named in (self.registry.find(name), self._named.get(name)):
             if named is not None and source in (None, named.kind):
-                return _with_fingerprint(named)
+                return self._current(named)
         if source is None and self.registry.owns(name):
-            raise _not_found(name, "that adapter has no such version")
+            raise unknown_adapter(name, "that adapter has no such version")
         if source in (None, "local"):
             folder = self._in_dir(name)
             if folder is not None:
                 return _with_fingerprint(AdapterRef(name=name, kind="local", locator=str(folder), root=str(self._dir)))
+        if is_url(name) or (source is not None and source in URL_KINDS):
+            return self._current(self._with_token(self._at_url(name, source), token))
         if (source or self._default_source) == "hub":
-            return self._on_hub(name)
+            return self._current(self._with_token(self._on_hub(name), token))
         return self._allowed_path(name)
+
+    def _at_url(self, name: str, source: str | None) -> AdapterRef:
+        try:
+            location = parse_location(url_of(source, name) if source in URL_KINDS else name)
+        except ValueError as error:
+            raise unknown_adapter(name, f"{_UNKNOWN}, and {error}") from None
+        root = next((pattern for pattern in self._allow_source if allows(pattern, location)), None)
+        if root is None or source not in (None, location.kind):
+            above = location.url.rpartition("/")[0]
+            raise unknown_adapter(name, f"{_UNKNOWN}; as a URL --allow-source '{above}/*' allows it")
+        return _of_location(location.url, location, root)
+
+    def _with_token(self, ref: AdapterRef, token: str | None) -> AdapterRef:
+        if not token or not self._allow_credentials or ref.kind not in ("hub", "http"):
+            return ref
+        digest = hashlib.blake2b(token.encode(), key=self._salt, digest_size=16).hexdigest()
+        return _replace(ref, credential=Credential(digest, token))
+
+    def _current(self, ref: AdapterRef) -> AdapterRef:
+        """``ref`` with the fingerprint that it has now."""
+        if ref.kind == "local":
+            return _with_fingerprint(ref)
+        if self._recheck_s is None:
+            return ref
+        # Not all of them at one time. The clock is the machine's, so that the period is the same after a restart.
+        shift = zlib.crc32(ref.locator.encode()) / 2**32
+        return _replace(ref, fingerprint=str(int(time.time() / self._recheck_s + shift)))
 
     def names(self) -> list[str]:
         """The names of registered adapters, of aliases, of the operator's adapters and of the folder's, sorted.
@@ -221,12 +267,15 @@ class AdapterDirectory:
 
     def renewed(self, ref: AdapterRef) -> AdapterRef:
         """``ref`` as another state of its source, so that it is read again: a branch of the Hub may have moved."""
-        return _with_fingerprint(ref) if ref.kind == "local" else _replace(ref, fingerprint=f"renewed-{time.time_ns()}")
+        current = self._current(_replace(ref, fingerprint=""))
+        return (
+            current if ref.kind == "local" else _replace(current, fingerprint=f"{current.fingerprint}+{time.time_ns()}")
+        )
 
     def accept(self, ref: AdapterRef) -> None:
         """From now on ``resolve`` gives its source the state of ``ref``, which ``renewed`` returned."""
         if ref.kind != "local":
-            self._renewed[ref.kind, ref.locator, ref.revision] = ref.fingerprint
+            self._renewed[ref.kind, ref.locator, ref.revision] = ref.fingerprint.rpartition("+")[2]
 
     def warnings(self) -> list[str]:
         """Warnings for the operator at the start: sources without an adapter, and adapters that cannot be served.
@@ -322,7 +371,7 @@ class AdapterDirectory:
             except (OSError, RuntimeError, ValueError):
                 continue
         where = ", ".join(map(str, self._allow_local)) or "none is allowed; --allow-local FOLDER allows one"
-        raise _not_found(
+        raise unknown_adapter(
             name, f"{_UNKNOWN}, and it is not a path to an adapter below a folder that clients may name ({where})"
         )
 
@@ -333,10 +382,10 @@ class AdapterDirectory:
                 return AdapterRef(name=name, kind="hub", locator=repo, revision=revision or None)
             if "/" in repo:
                 owner = repo.split("/")[0]
-                raise _not_found(
+                raise unknown_adapter(
                     name, f"{_UNKNOWN}; if it is a Hub id, --allow-hub {repo!r} or --allow-hub '{owner}/*' allows it"
                 )
-        raise _not_found(name, f"{_UNKNOWN}, and it is not a Hub id")
+        raise unknown_adapter(name, f"{_UNKNOWN}, and it is not a Hub id")
 
 
 def _parse_source(name: str, source: Path | str) -> AdapterRef:
@@ -351,6 +400,12 @@ def _parse_source(name: str, source: Path | str) -> AdapterRef:
         return AdapterRef(name=name, kind="local", locator=str(_resolved(folder)))
     text = str(source)
     who = "" if text == name else f"Adapter {name!r}: "
+    if isinstance(source, str) and is_url(text):
+        try:
+            location = parse_location(text)
+        except ValueError as error:
+            raise ConfigError(f"{who}{text!r} is not the URL of an adapter: {error}.", param="adapters") from None
+        return _of_location(name, location, f"{location.url}/*")
     if folder.is_file():
         raise ConfigError(f"{who}{describe_file(folder)}", param="adapters")
     if isinstance(source, str) and _HUB_ID.match(text) and "/" in text and not text.startswith("."):
@@ -362,8 +417,14 @@ def _parse_source(name: str, source: Path | str) -> AdapterRef:
     )
 
 
+def _of_location(name: str, location: Location, root: str) -> AdapterRef:
+    return AdapterRef(name=name, kind=location.kind, locator=location.url, root=root)
+
+
 def _named_warning(ref: AdapterRef) -> str | None:
     """Why an operator's adapter cannot be served, from file names and ``adapter_config.json`` alone."""
+    if ref.kind in URL_KINDS:
+        return None  # it is fetched when it is used
     if ref.kind == "hub":
         # A Hub id looks like a relative path: a mistyped folder would only show when the Hub does not know it.
         folder = Path(ref.locator)
@@ -380,7 +441,7 @@ def _why_refused(folder: Path) -> str | None:
         if (lacking := describe_folder(folder)) is not None:
             return lacking[0]
         with (folder / CONFIG).open("rb") as file:
-            read_settings(parse_config(file.read(MAX_CONFIG_BYTES + 1)))
+            check_config(parse_config(file.read(MAX_CONFIG_BYTES + 1)))
     except AdapterError as error:
         return error.message
     except OSError as error:

@@ -15,31 +15,35 @@ import os
 import queue
 import resource
 import select
+import shutil
 import socket
 import sys
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
-from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError, WireError
+from truffula.errors import AdapterError, AdapterLoadError, ErrorInfo, TruffulaError, WireError
 from truffula.frames import Channel, Disconnected, Frame
 from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
-from truffula.lora.folder import open_folder
+from truffula.lora.base import BaseSource, BaseWeights
+from truffula.lora.disk_cache import DiskCache
+from truffula.lora.folder import open_adapter, open_folder
 from truffula.lora.hub import download
 from truffula.lora.image import ImageHeader, ImageWriter, check_size
+from truffula.lora.merging import MergePart, merge_adapters
 from truffula.lora.paths import CONFIG, TENSORS, OpenFolder, fingerprint
-from truffula.lora.peft import BaseFacts, validate_adapter
+from truffula.lora.peft import BaseFacts, PeftAdapter, validate_adapter
+from truffula.lora.remote import Fetched, fetch
 from truffula.lora.staging import remove_abandoned, sweep
-from truffula.lora.tables import BaseTable
 from truffula.types import AdapterRef
 
-VERSION = 3
+VERSION = 4
 CLEAN_UP_TRIES, CLEAN_UP_PAUSE_S = 10, 0.05
 MAX_MESSAGE_CHARS = 4000
 _SPARE_BYTES = 1 << 20
@@ -63,28 +67,33 @@ class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
 class Setup(Frame, frozen=True, kw_only=True):
     """The first frame to a worker: the base, the layout and the limits of all its loads.
 
-    ``model`` is the base's name, for messages; ``tables`` where its tables are stored, by kind of site; ``layout`` the
-    executable's. ``offline`` and ``cache_dir`` are for adapters of the Hub.
+    ``model`` is the base's name, for messages; ``base`` where its weights are; ``layout`` the executable's.
+    ``offline`` and ``cache_dir`` are for adapters of the Hub, ``adapter_cache`` (a folder; "": none) and its limit in
+    bytes for those of URLs.
     """
 
     sites: Sequence[Site]
     model: str
     limits: LoadLimits = LoadLimits()
     layout: AdapterLayout = STORED
-    tables: dict[str, BaseTable] = msgspec.field(default_factory=dict)
+    base: BaseSource | None = None
     offline: bool = False
     cache_dir: str | None = None
+    adapter_cache: str = ""
+    adapter_cache_bytes: int = 0
 
 
 class LoadRequest(Frame, frozen=True, kw_only=True):
-    """One adapter to load; answered by one ``LoadResponse``."""
+    """One adapter to load; answered by one ``LoadResponse``. ``has``: the commit that is loaded already, or ""."""
 
     ticket: int
     ref: AdapterRef
+    has: str = ""
 
 
 class LoadResponse(Frame, frozen=True, kw_only=True):
-    """The result of one load: an image and its file (the receiver maps it, then unlinks it), or the error.
+    """The result of one load: an image and its file (the receiver maps it, then unlinks it), or the error, or neither:
+    the commit that the request ``has`` is the current one.
 
     ``last``: the worker ends after this response, because it has reached its memory limit.
     """
@@ -93,7 +102,7 @@ class LoadResponse(Frame, frozen=True, kw_only=True):
     image_path: str | None = None
     image: ImageHeader | None = None
     error: ErrorInfo | None = None
-    commit: str = ""  # of an adapter of the Hub
+    commit: str = ""  # of an adapter that is not local: identifies the state of its source
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
     last: bool = False
@@ -171,29 +180,12 @@ def load(
     """
     started = time.monotonic()
     try:
-        folder = _find(request.ref, setup)
-        root = Path(request.ref.root) if request.ref.root else None
-        with contextlib.closing(open_folder(folder, root)) as opened:
-            before = fingerprint(opened.stat)
-            on_files(_files_nbytes(opened))
-            adapter = validate_adapter(
-                opened,
-                setup.sites,
-                base=BaseFacts(model=setup.model, tables=setup.tables),
-                max_bytes=setup.limits.image_bytes,
-                max_file_bytes=setup.limits.file_bytes,
-                untrained=request.ref.untrained,
-            )
-            image = ImageWriter(adapter.generation, adapter.rank, adapter.sites, setup.layout)
-            check_size(image.header.nbytes, setup.limits.image_bytes)
-            path = _new_file(request, staging, image.header.nbytes)
-            image.write(path)
-            if fingerprint(opened.stat) != before:
-                # The image was copied from the mapped file, which may have been written to after it was checked.
-                path.unlink()
-                raise AdapterLoadError(
-                    "The adapter's files changed while they were read; send the request again.", param="adapter"
-                )
+        with _located(request, setup, staging, on_files) as found:
+            response = LoadResponse(ticket=request.ticket, commit=found.commit, warnings=found.warnings)
+            if found.folder is not None:
+                made = _prepare(found.folder, request, setup, staging, on_files)
+                warnings = (*found.warnings, *made.warnings)
+                response = msgspec.structs.replace(made, commit=found.commit, warnings=warnings)
     except TruffulaError as error:
         info = error.info()
         if len(info.message) > MAX_MESSAGE_CHARS:  # it quotes the adapter's files, which may hold texts of any length
@@ -213,14 +205,64 @@ def load(
             unexpected=True,
         )
         return LoadResponse(ticket=request.ticket, error=failed.info())
-    return LoadResponse(
-        ticket=request.ticket,
-        image_path=str(path),
-        image=image.header,
-        commit=folder.name if request.ref.kind == "hub" else "",  # the cache names a snapshot by its commit
-        warnings=adapter.warnings,
-        seconds=time.monotonic() - started,
+    return msgspec.structs.replace(response, seconds=time.monotonic() - started)
+
+
+def _prepare(
+    folder: Path,
+    request: LoadRequest,
+    setup: Setup,
+    staging: Sequence[Path],
+    on_files: Callable[[int], None],
+) -> LoadResponse:
+    """Validate the adapter in ``folder`` and write its image."""
+    with (
+        contextlib.closing(open_folder(folder, _root(request.ref))) as opened,
+        _base(setup) as base,
+    ):
+        before = fingerprint(opened.stat)
+        on_files(_files_nbytes(opened))
+        adapter = _validate(opened, request.ref, setup, base)
+        image = ImageWriter(adapter.generation, adapter.rank, adapter.sites, setup.layout, adapter.facts)
+        check_size(image.header.nbytes, setup.limits.image_bytes)
+        path = _new_file(request, staging, image.header.nbytes)
+        image.write(path)
+        if fingerprint(opened.stat) != before:
+            # The image was copied from the mapped file, which may have been written to after it was checked.
+            path.unlink()
+            raise _changed()
+    return LoadResponse(ticket=request.ticket, image_path=str(path), image=image.header, warnings=adapter.warnings)
+
+
+@contextlib.contextmanager
+def _base(setup: Setup) -> Iterator[BaseFacts]:
+    """The base, whose weights can be read while the block runs."""
+    if setup.base is None:
+        yield BaseFacts(setup.model)
+        return
+    with contextlib.closing(BaseWeights(setup.base)) as weights:
+        yield BaseFacts(setup.model, weights)
+
+
+def _validate(folder: OpenFolder, ref: AdapterRef, setup: Setup, base: BaseFacts) -> PeftAdapter:
+    return validate_adapter(
+        folder,
+        setup.sites,
+        base=base,
+        max_bytes=setup.limits.image_bytes,
+        max_file_bytes=setup.limits.file_bytes,
+        untrained=ref.untrained,
     )
+
+
+def _root(ref: AdapterRef) -> Path | None:
+    """The folder that no link may lead out of."""
+    return Path(ref.root) if ref.root and ref.kind == "local" else None
+
+
+def _changed() -> AdapterLoadError:
+    text = "The adapter's files changed while they were read; send the request again."
+    return AdapterLoadError(text, param="adapter")
 
 
 def out_of_memory(request: LoadRequest, setup: Setup) -> LoadResponse:
@@ -233,17 +275,83 @@ def out_of_memory(request: LoadRequest, setup: Setup) -> LoadResponse:
     return LoadResponse(ticket=request.ticket, error=AdapterLoadError(what, limit_bytes=limit).info())
 
 
-def _find(ref: AdapterRef, setup: Setup) -> Path:
-    """The adapter's folder, downloaded if it is on the Hub."""
-    if ref.kind == "local":
-        return Path(ref.locator)
-    return download(
-        ref.locator,
-        ref.revision,
-        cache_dir=setup.cache_dir,
-        offline=setup.offline,
-        max_file_bytes=setup.limits.file_bytes,
-    )
+@contextlib.contextmanager
+def _located(
+    request: LoadRequest, setup: Setup, staging: Sequence[Path], on_files: Callable[[int], None]
+) -> Iterator[Fetched]:
+    """The adapter's folder, on this machine or fetched."""
+    ref = request.ref
+    if ref.kind == "merged":
+        with _merged(request, setup, staging, on_files) as found:
+            yield found
+    elif ref.kind == "local":
+        yield Fetched(Path(ref.locator), "")
+    elif ref.kind == "hub" and ref.credential is None:
+        yield _from_hub(request, setup)
+    else:
+        folder = Path(setup.adapter_cache) if setup.adapter_cache else staging[-1] / "fetched"
+        cache = DiskCache(folder, setup.adapter_cache_bytes)
+        most = setup.limits.file_bytes
+        with fetch(ref, request.has, cache, offline=setup.offline, max_file_bytes=most) as found:
+            yield found
+
+
+@contextlib.contextmanager
+def _merged(
+    request: LoadRequest, setup: Setup, staging: Sequence[Path], on_files: Callable[[int], None]
+) -> Iterator[Fetched]:
+    """The merged adapter of the parts of ``request``, in a folder that is removed afterwards."""
+    with contextlib.ExitStack() as made:
+        folder, warnings = _merge(request, setup, staging, on_files, made)
+        yield Fetched(folder, "", warnings)
+
+
+def _merge(
+    request: LoadRequest,
+    setup: Setup,
+    staging: Sequence[Path],
+    on_files: Callable[[int], None],
+    made: contextlib.ExitStack,
+) -> tuple[Path, tuple[str, ...]]:
+    """Write the merged adapter into a new folder, which ``made`` removes. Each part must be an adapter that is served
+    by itself.
+    """
+    parts: list[MergePart] = []
+    opened: list[tuple[OpenFolder, str]] = []
+    nbytes = 0
+    with contextlib.ExitStack() as stack:
+        base = stack.enter_context(_base(setup))
+        for part in request.ref.parts:
+            wanted = msgspec.structs.replace(request, ref=part.ref, has="")
+            found = stack.enter_context(_located(wanted, setup, staging, on_files))
+            assert found.folder is not None
+            folder = stack.enter_context(contextlib.closing(open_folder(found.folder, _root(part.ref))))
+            opened.append((folder, fingerprint(folder.stat)))
+            nbytes += _files_nbytes(folder)
+            on_files(nbytes)
+            try:
+                _validate(folder, part.ref, setup, base)
+                files = stack.enter_context(open_adapter(folder, setup.limits.file_bytes))
+            except AdapterError as error:
+                raise AdapterError(f"{part.ref.name}: {error.message}", param=error.param) from error
+            parts.append(MergePart(part.ref.name, files, part.weight))
+        merged = merge_adapters(parts, request.ref.merge)
+        check_size(merged.nbytes, setup.limits.image_bytes)
+        path = _new_file(request, staging, 2 * merged.nbytes)  # the image comes beside it
+        path.mkdir()
+        made.callback(shutil.rmtree, path)
+        merged.write(path)
+        if any(fingerprint(folder.stat) != before for folder, before in opened):
+            raise _changed()
+    return path, tuple(merged.warnings)
+
+
+def _from_hub(request: LoadRequest, setup: Setup) -> Fetched:
+    """The snapshot of a repository in the Hub library's cache, which names it by its commit."""
+    ref, most = request.ref, setup.limits.file_bytes
+    folder = download(ref.locator, ref.revision, cache_dir=setup.cache_dir, offline=setup.offline, max_file_bytes=most)
+    unchanged = folder.name == request.has
+    return Fetched(None if unchanged else folder, folder.name)
 
 
 def _files_nbytes(folder: OpenFolder) -> int:

@@ -71,8 +71,9 @@ def describe_positions(spec: ModelSpec, config: Mapping[str, Any]) -> str:
 
 
 def site_kinds(interface: ModelInterface) -> dict[str, int]:
-    """The number of sites of each kind of module, named relative to its layer; ``*`` for the number of an expert."""
-    return dict(Counter(_without_layer(site.module) for site in interface.sites))
+    """The number of sites of each kind of module but norms, named relative to its layer; ``*`` for the number of an
+    expert."""
+    return dict(Counter(_without_layer(site.module) for site in interface.sites if site.kind != "norm"))
 
 
 def _without_layer(module: str) -> str:

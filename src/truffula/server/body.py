@@ -19,6 +19,7 @@ from starlette.requests import Request
 
 from truffula.errors import InvalidRequest, TruffulaError
 from truffula.json_text import json_value
+from truffula.server.adapter_mix import AdapterMix
 from truffula.server.errors import MalformedBody, UnsupportedMedia, from_validation
 from truffula.server.foreign_fields import RouteFields, is_ignored
 from truffula.server.limits import RequestLimits
@@ -92,13 +93,18 @@ class Address(NamedTuple):
     """What a body says of its adapter and its sender.
 
     ``models`` are its values of ``model``, ``adapters`` the other fields that name an adapter, each with its place.
+    ``token`` is the client's own credential for the adapter's source.
     """
 
     models: list[str | None]
-    adapters: list[tuple[str, str]]
+    adapters: list[tuple[str, str | AdapterMix]]
     source: str | None
     salt: str | None
     request_id: str | None = None
+    token: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Address({self.models}, {self.adapters})"
 
 
 class BodyJob(NamedTuple):

@@ -70,6 +70,20 @@ class Access:
 EVERYTHING = Access()
 
 
+@dataclass(frozen=True)
+class Caller:
+    """Who names an adapter: its rights, ``key``, which chooses among the targets of an alias, and its own ``token`` for
+    the adapter's source.
+    """
+
+    access: Access = EVERYTHING
+    key: str = ""
+    token: str | None = None
+
+
+OPERATOR = Caller()
+
+
 class _Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A table of the file. By default the tenant is the id: other keys share nothing with it."""
 

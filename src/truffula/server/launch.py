@@ -95,6 +95,9 @@ def adapter_directory(resolved: Resolved) -> AdapterDirectory:
         allow_local=config.allow_local,
         allow_hub=config.allow_hub,
         default_source=config.adapter_source,
+        allow_source=config.allow_sources,
+        allow_credentials=config.allow_client_credentials,
+        recheck_s=config.adapter_recheck_s,
         base_names=tuple(name for name in names if name),
         registry=AdapterRegistry(None if config.state_dir is None else config.state_dir / "adapters.db"),
     )

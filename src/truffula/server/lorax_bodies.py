@@ -32,6 +32,9 @@ class Parameters(NativeConstraints):
 
     adapter_id: Any = Field(default=None, description="Name of an adapter; null and the base's name mean the base.")
     adapter_source: str | None = None
+    merged_adapters: Any = Field(
+        default=None, description="Several adapters with weights: ids, weights, merge_strategy, density."
+    )
     api_token: str | None = Field(default=None, repr=False)
     best_of: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0)
@@ -159,7 +162,8 @@ class GenerateBody(GeneratingBody):
     def address(self) -> Address:
         params, use = self.params, NATIVE.adapter
         named = adapters_named(self.items(), "", use) + adapters_named(params.items(), "parameters.", use)
-        return Address([self.model, params.model], named, params.adapter_source, params.cache_salt)
+        models = [self.model, params.model]
+        return Address(models, named, params.adapter_source, params.cache_salt, token=params.api_token)
 
     def requests(
         self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None

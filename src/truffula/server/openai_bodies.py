@@ -110,12 +110,16 @@ class OpenAIBody(OpenAIConstraints, GeneratingBody):
     # LoRAX
     adapter_id: Any = Field(default=None, description="Name of an adapter, as in model; LoRAX's field.")
     adapter_source: str | None = None
+    merged_adapters: Any = Field(
+        default=None, description="Several adapters with weights: ids, weights, merge_strategy, density; LoRAX's field."
+    )
     api_token: str | None = Field(default=None, repr=False)
     ignore_eos_token: bool | None = None
 
     def address(self) -> Address:
         named = adapters_named(self.items(), "", "model")
-        return Address([self.model], named, self.adapter_source, self.cache_salt, self.request_id or self.rid)
+        sender = self.request_id or self.rid
+        return Address([self.model], named, self.adapter_source, self.cache_salt, sender, self.api_token)
 
     def check(self) -> None:
         """Raises ``InvalidRequest`` for fields that contradict each other."""

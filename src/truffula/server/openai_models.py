@@ -13,6 +13,7 @@ from truffula.errors import InvalidRequest, ModelNotFound
 from truffula.lora.sources import BASE_WORDS
 from truffula.server.auth import access_of
 from truffula.server.errors import dialect_of_request
+from truffula.server.keys import Caller
 from truffula.server.replies import json_reply
 from truffula.server.state import ServerState, state_of
 
@@ -101,6 +102,6 @@ async def one_model(request: Request) -> Response:
     name: str = request.path_params["model_id"]
     if not name or (name in BASE_WORDS and name != state.model_id):
         raise ModelNotFound(f"There is no model {name!r}.", param="model")
-    adapter = await state.named_model(name, None, access_of(request))
+    adapter = await state.named_model(name, None, Caller(access_of(request)))
     made = anthropic_entry if dialect_of_request(request.scope) == "anthropic" else entry
     return json_reply(made(state, None if adapter is None else name))

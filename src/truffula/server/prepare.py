@@ -32,7 +32,7 @@ from truffula.server.body import (
 from truffula.server.constraint_fields import NATIVE_FIELDS, OPENAI_FIELDS
 from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.foreign_fields import is_adapter_field
-from truffula.server.keys import Access
+from truffula.server.keys import Caller
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import GenerateBody, Parameters
 from truffula.server.messages_bodies import CountTokensBody, MessagesBody
@@ -119,9 +119,15 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
             head, body, made = await _read_in_worker(request, BodyJob(kind, raw, state.limits, stored))
         unknown, characters = head.unknown, head.characters
     request.state.body = body
-    note_ignored(request, unknown)
     at = time.monotonic()
-    return Read(body, await addressed(request, made, body.address()), characters, at)
+    used: tuple[str, ...] = ()
+    try:
+        made = await addressed(request, made, body.address())
+        if made[0].adapter is not None and made[0].adapter.credential is not None:
+            used = ("api_token", "parameters.api_token")
+    finally:
+        note_ignored(request, [name for name in unknown if name not in used])
+    return Read(body, made, characters, at)
 
 
 async def _read_in_worker(request: Request, job: BodyJob) -> tuple[_Head, GeneratingBody, list[GenerateRequest]]:
@@ -142,35 +148,40 @@ async def addressed(request: Request, made: Sequence[GenerateRequest], address: 
     state, record, access = state_of(request), record_of(request), access_of(request)
     if address.request_id is not None:
         record.request_id = request_id(address.request_id)
-    key = request.headers.get(SPLIT_KEY) or record.request_id
-    adapter = await answering(address, state, access, key)
-    request.state.shadow = await state.shadow((*address.models, *(name for _, name in address.adapters)), key)
-    record.adapter = None if adapter is None else adapter.name
+    caller = Caller(access, request.headers.get(SPLIT_KEY) or record.request_id, address.token)
+    adapter = await answering(address, state, caller)
+    named = (name for _, name in address.adapters if isinstance(name, str))
+    request.state.shadow = await state.shadow((*address.models, *named), caller.key)
+    record.adapter = None if adapter is None else adapter.label
     record.max_tokens = made[0].params.max_tokens
     salt = prefix_salt(request, address.salt, state.config.salt_by_api_key)
     whose = {"salt": salt, "tenant": access.tenant or "", "weight": access.weight}
     return [replace(one, adapter=adapter, request_id=record.request_id, **whose) for one in made]
 
 
-async def answering(address: Address, state: ServerState, access: Access, key: str) -> AdapterRef | None:
-    """The adapter that a body names; None is the base. ``key``: as in ``ServerState.adapter``.
+async def answering(address: Address, state: ServerState, caller: Caller) -> AdapterRef | None:
+    """The adapter that a body names; None is the base.
 
     An adapter may be named beside a ``model`` that is the base's or the adapter's own name. Raises ``InvalidRequest``
     where two fields name different adapters, ``AdapterNotFound`` for a name that this server does not serve.
     """
     found: AdapterRef | None = None
     for model in address.models:
-        ref = await state.named_model(model, address.source, access, key)
+        ref = await state.named_model(model, address.source, caller)
         if found is not None and ref is not None and ref.name != found.name:
             raise InvalidRequest("model is given twice, for different adapters; give one of them.", param="model")
         found = found or ref
     if not address.adapters:
         return found
-    first, name = address.adapters[0]
+    first, named = address.adapters[0]
     for place, other in address.adapters[1:]:
-        if other != name:
+        if other != named:
             raise InvalidRequest(f"{first} and {place} mean the same and differ; give one of them.", param=place)
-    adapter = await state.adapter(name, address.source, access, key)
+
+    def find(name: str) -> Awaitable[AdapterRef | None]:
+        return state.adapter(name, address.source, caller)
+
+    adapter = await (find(named) if isinstance(named, str) else named.resolve(first, find))
     if found is not None and (adapter is None or adapter.name != found.name):
         raise InvalidRequest(f"model names one adapter and {first} another; give one of them.", param=first)
     return adapter

@@ -14,10 +14,10 @@ from weakref import WeakValueDictionary
 from starlette.requests import Request
 
 from truffula.config import ServerConfig
-from truffula.errors import AdapterNotFound, InvalidRequest
-from truffula.lora.sources import BASE_WORDS, AdapterDirectory
+from truffula.errors import AdapterNotFound, InvalidRequest, unknown_adapter
+from truffula.lora.sources import BASE_WORDS, SOURCES, AdapterDirectory
 from truffula.metrics import Metrics, RequestRecord
-from truffula.server.keys import EVERYTHING, Access
+from truffula.server.keys import OPERATOR, Access, Caller
 from truffula.server.limits import RequestLimits
 from truffula.server.shadows import Shadows
 from truffula.service import AsyncService
@@ -93,33 +93,34 @@ class ServerState:
         return (self.model_id, self.service.info.model)
 
     async def adapter(
-        self, name: str | None, source: str | None = None, access: Access = EVERYTHING, key: str = ""
+        self, name: str | None, source: str | None = None, caller: Caller = OPERATOR
     ) -> AdapterRef | None:
         """The adapter called ``name``; None is the base. Raises ``AdapterNotFound``, never falls back to the base.
 
-        What ``access`` does not allow is not found. ``key`` chooses one of several targets of an alias. The file system
-        is asked in another thread, so that a slow disk does not delay running streams.
+        What the rights of ``caller`` do not allow is not found. The file system is asked in another thread, so that a
+        slow disk does not delay running streams.
         """
-        if source is not None and source not in ("hub", "local"):
+        if source is not None and source not in SOURCES:
             raise InvalidRequest(
-                f"adapter_source {source[:40]!r} is not supported by this server; use hub or local.",
+                f"adapter_source {source[:40]!r} is not supported by this server; use one of {', '.join(SOURCES)}.",
                 param="adapter_source",
             )
         try:
             if not name or name == self.model_id:
-                access.require_base()
+                caller.access.require_base()
                 return None
-            return await self.service.look_up(self._resolve, name, source, access, key)
+            return await self.service.look_up(self._resolve, name, source, caller)
         except AdapterNotFound as error:
             raise self._not_found(name or self.model_id, error) from error
 
-    def _resolve(self, name: str, source: str | None, access: Access, key: str) -> AdapterRef | None:
+    def _resolve(self, name: str, source: str | None, caller: Caller) -> AdapterRef | None:
+        access = caller.access
         access.require(name)
         alias = self.directory.registry.alias(name) if source is None else None
         if alias is not None:
-            name = alias.choose(key)
+            name = alias.choose(caller.key)
             access.require(name)
-        ref = self.service.core.resolve_adapter(name, source)
+        ref = self.service.core.resolve_adapter(name, source, caller.token)
         if ref is None:
             access.require_base()
         else:
@@ -130,16 +131,16 @@ class ServerState:
         """What the client is told, the same whatever the reason, so that it learns nothing of adapters and paths that
         it may not name. The operator's log has the reason, once per name and for at most ``MAX_LOGGED_NAMES``.
         """
-        shown = name if len(name) <= 80 else name[:77] + "..."
+        told = unknown_adapter(name, error.data.get("reason", error.message), param="model")
+        shown = told.data["adapter"]
         if shown not in self.seen_not_found and len(self.seen_not_found) < MAX_LOGGED_NAMES:
             self.seen_not_found.add(shown)
             last = len(self.seen_not_found) == MAX_LOGGED_NAMES
             log.warning(
                 "no model or adapter %r: %s (logged once per name%s)",
-                shown, error.data.get("reason", error.message), "; further names are not logged" if last else "",
+                shown, told.data["reason"], "; further names are not logged" if last else "",
             )  # fmt: skip
-        told = f"There is no model or adapter {shown!r}; GET /v1/models lists them."
-        return AdapterNotFound(told, param="model", adapter=shown)
+        return told
 
     async def adapter_names(self) -> list[str]:
         """All names of adapters, sorted."""
@@ -152,14 +153,14 @@ class ServerState:
         return names + list(filter(access.may_use, await self.adapter_names()))
 
     async def named_model(
-        self, model: str | None, source: str | None = None, access: Access = EVERYTHING, key: str = ""
+        self, model: str | None, source: str | None = None, caller: Caller = OPERATOR
     ) -> AdapterRef | None:
         """OpenAI's ``model``: the base, an adapter, or SGLang's ``base:adapter``."""
         if model is not None and model.startswith(f"{self.model_id}:"):
             model = model.removeprefix(f"{self.model_id}:")
         elif model in BASE_WORDS:
             model = None
-        return await self.adapter(model, source, access, key)
+        return await self.adapter(model, source, caller)
 
 
 def state_of(request: Request) -> ServerState:

@@ -218,9 +218,11 @@ class Service:
         """Whether messages can be rendered without a template of the request."""
         return self.tokenizer is not None and bool(self.templates)
 
-    def resolve_adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
+    def resolve_adapter(
+        self, name: str | None, source: str | None = None, token: str | None = None
+    ) -> AdapterRef | None:
         """The adapter ``name``; None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
-        return self.directory.resolve(name, source, self.limits.base_names)
+        return self.directory.resolve(name, source, self.limits.base_names, token)
 
     def is_plain(self, request: GenerateRequest) -> bool:
         """Whether the prompt of ``request`` is made without a template, or by one that needs no limits."""
