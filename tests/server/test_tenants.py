@@ -271,7 +271,7 @@ def test_tenant_and_weight_reach_the_engine(live: Live, monkeypatch: pytest.Monk
     for headers in (ACME, ACME_2, GLOBEX):
         cached(live, headers)
     assert [(one.tenant, one.weight) for one in seen] == [
-        (named_tenant("acme"), 2.5), (named_tenant("acme"), 1.0), (named_tenant("globex"), 1.0),
+        (named_tenant("acme"), 2.5), (named_tenant("acme"), 2.5), (named_tenant("globex"), 1.0),
     ]  # fmt: skip
 
 
@@ -302,6 +302,10 @@ def test_the_file_is_read_again_when_it_changes(tmp_path: Path, live: Live) -> N
         ("[[keys]]\nid = 'a'\nkey = 'x'\nadmn = true", "unknown field `admn`"),
         ("[[keys]]\nid = 'a'\nkey = 'x'\n[[keys]]\nid = 'a'\nkey = 'y'", "'a' has the id or the key of another"),
         ("[[keys]]\nid = 'a'\nkey = 'secret-x'\n[[keys]]\nid = 'b'\nkey = 'secret-x'", "'b' has the id or the key"),
+        (
+            "[[keys]]\nid = 'a'\nkey = 'x'\nweight = 2\n[[keys]]\nid = 'b'\ntenant = 'a'\nkey = 'y'\nweight = 3",
+            "another weight",
+        ),
         ("not toml", "cannot be used"),
     ],
 )

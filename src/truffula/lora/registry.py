@@ -164,17 +164,25 @@ class AdapterRegistry:
         """The names of the aliases one of whose targets is ``name`` or a version of it."""
         return [one.name for one in self.aliases() if any(_is_of(name, target) for target in _targets(one))]
 
+    def is_pinned(self, name: str) -> bool:
+        return name in self._pins
+
     def pins(self) -> list[str]:
         """The names of adapters that stay in memory."""
         return sorted(self._pins)
 
     # Changes
 
-    def add(self, refs: Iterable[AdapterRef]) -> None:
-        """Register adapters under their names, all of them or none. One of the same name and version is replaced."""
+    def add(self, refs: Iterable[AdapterRef], *, replace: bool = True) -> None:
+        """Register adapters under their names, all of them or none. One of the same name and version is replaced, or,
+        without ``replace``, an ``InvalidRequest``.
+        """
         now = time.time()
         rows = [(*split_name(ref.name), Registered(ref, now)) for ref in refs]
         with self._lock:
+            taken = next((one.ref.name for n, v, one in rows if v in self.versions(n)), None)
+            if taken is not None and not replace:
+                raise InvalidRequest(f"{taken[:80]!r} is already registered.", param="name")
             self._write(_ADD, ((n, v, msgspec.json.encode(one.ref), one.created) for n, v, one in rows))
             for name, version, one in rows:
                 self._set(name, version, one)

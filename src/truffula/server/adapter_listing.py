@@ -74,7 +74,7 @@ class Known:
             "sites": None if one is None else one.sites or None,
             "size_bytes": None if one is None else one.nbytes or None,
             "generation": None if one is None else one.generation,
-            "pinned": name in self.state.directory.registry.pins() or (one is not None and one.pinned),
+            "pinned": self.state.directory.registry.is_pinned(name) or (one is not None and one.pinned),
             "requests": 0 if one is None else one.leases,
             "last_used": None if one is None or one.used_at is None else _wall_time(one.used_at),
             "source_kind": None if ref is None else ref.kind,
@@ -210,9 +210,14 @@ async def shown(request: Request, name: str) -> Response:
 
 async def mistral_list(request: Request) -> Response:
     """The adapters that are loaded, in the form of mistral.rs."""
-    state, access = state_of(request), access_of(request)
-    found = await known(state, access)
-    loaded = [one for one in found.listed if one.generation is not None and access.may_see(one.name)]
+    state = state_of(request)
+    found = await known(state, access_of(request))
+    return json_reply(await state.service.look_up(_as_mistral, found))
+
+
+def _as_mistral(found: Known) -> dict[str, Any]:
+    state = found.state
+    loaded = [one for one in found.listed if one.generation is not None and found.access.may_see(one.name)]
     generations: dict[str, dict[str, Any]] = {}
     data = []
     for one in loaded:
@@ -243,16 +248,14 @@ async def mistral_list(request: Request) -> Response:
             )
     stats, info = state.service.known_stats(), state.service.info
     retired = sum(row["retired"] for row in generations.values())
-    return json_reply(
-        {
-            "object": "list",
-            "data": data,
-            "generations": list(generations.values()),
-            "max_adapters": max_loras(stats, info),
-            "max_bytes": info.budget_bytes if stats is None else stats.adapter_limit_bytes,
-            "max_rank": 512,  # any rank is served; this is the highest that clients of vLLM know
-            "resident_bytes": sum(row["bytes"] for row in generations.values()),
-            "resident_generations": len(generations) - retired,
-            "retired_generations": retired,
-        }
-    )
+    return {
+        "object": "list",
+        "data": data,
+        "generations": list(generations.values()),
+        "max_adapters": max_loras(stats, info),
+        "max_bytes": info.budget_bytes if stats is None else stats.adapter_limit_bytes,
+        "max_rank": 512,  # any rank is served; this is the highest that clients of vLLM know
+        "resident_bytes": sum(row["bytes"] for row in generations.values()),
+        "resident_generations": len(generations) - retired,
+        "retired_generations": retired,
+    }

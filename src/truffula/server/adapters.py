@@ -117,7 +117,7 @@ async def reload(state: ServerState, ref: AdapterRef, new: AdapterRef | None, ex
                 present=present or "",
             )
         wanted = state.directory.renewed(ref) if new is None else new
-        generation = await load(state, wanted, pinned=ref.name in state.directory.registry.pins())
+        generation = await load(state, wanted, pinned=state.directory.registry.is_pinned(ref.name))
         if new is None:
             state.directory.accept(wanted)
         else:
@@ -166,7 +166,8 @@ async def restore_pins(state: ServerState) -> None:
     """Load what was pinned when the server ended. What cannot be loaded is logged and stays pinned."""
     for name in state.directory.registry.pins():
         try:
-            if (ref := await state.adapter(name)) is not None:
+            # Not an alias of the same name: pins are of adapters.
+            if (ref := await state.service.look_up(state.service.core.resolve_adapter, name)) is not None:
                 await load(state, ref, pinned=True)
         except TruffulaError as error:
             log.warning("the pinned adapter %r is not loaded (%s): %s", name, error.code, error.message)
@@ -209,7 +210,7 @@ async def register(request: Request) -> Response:
     wanted = [ref for ref, one in zip(refs, body.adapters, strict=True) if body.load or one.pinned]
     pinned = {one.full_name for one in body.adapters if one.pinned}
     loaded = await asyncio.gather(*(load(state, ref, pinned=ref.name in pinned) for ref in wanted))
-    await state.service.look_up(state.directory.registry.add, refs)
+    await state.service.look_up(lambda: state.directory.registry.add(refs, replace=bool(body.replace)))
     generations = {ref.name: generation for ref, generation in zip(wanted, loaded, strict=True)}
     rows = [{"id": name, "object": "adapter", "generation": generations.get(name)} for name in names]
     return json_reply({"object": "list", "data": rows})

@@ -85,7 +85,9 @@ OPERATOR = Caller()
 
 
 class _Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A table of the file. By default the tenant is the id: other keys share nothing with it."""
+    """A table of the file. By default the tenant is the id: other keys share nothing with it. ``weight`` is the
+    tenant's, whichever of its keys gives it.
+    """
 
     id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
     key: Annotated[str, msgspec.Meta(min_length=1)] | None = None
@@ -94,7 +96,7 @@ class _Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapters: list[Annotated[str, msgspec.Meta(min_length=1)]] = []
     base: bool = True
     admin: bool = False
-    weight: Annotated[float, msgspec.Meta(ge=0.01, le=100)] = 1.0
+    weight: Annotated[float, msgspec.Meta(ge=0.01, le=100)] | None = None
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -124,6 +126,10 @@ def read_keys(path: Path) -> dict[str, Access]:
         raise ConfigError(f"The file of API keys {path} cannot be used: {error}.", param="api_keys_file") from error
     keys: dict[str, Access] = {}
     ids: set[str] = set()
+    weights: dict[str, float] = {}
+    for one in found:
+        if one.weight is not None and weights.setdefault(one.tenant or one.id, one.weight) != one.weight:
+            raise _wrong(path, one, "has another weight than an entry of the same tenant")
     for one in found:
         if (one.key is None) == (one.key_sha256 is None):
             raise _wrong(path, one, "needs either key or key_sha256")
@@ -131,8 +137,9 @@ def read_keys(path: Path) -> dict[str, Access]:
         if one.id in ids or known in keys:
             raise _wrong(path, one, "has the id or the key of another entry")
         ids.add(one.id)
-        tenant = named_tenant(one.tenant or one.id)
-        keys[known] = Access(one.id, tenant, tuple(one.adapters), one.base, one.admin, one.weight)
+        name = one.tenant or one.id
+        rights = tuple(one.adapters), one.base, one.admin, weights.get(name, 1.0)
+        keys[known] = Access(one.id, named_tenant(name), *rights)
     return keys
 
 
