@@ -18,7 +18,7 @@ import pytest
 from live_server import MODEL, Live, assert_canonical_error, ok, serving, until, write_model
 from safetensors.numpy import load_file, save_file
 
-from truffula.errors import ConfigError
+from truffula.errors import AdapterNotFound, ConfigError
 from truffula.lora.registry import AdapterRegistry, Alias, point
 from truffula.lora.sources import AdapterDirectory
 from truffula.testing.adapters import write_tiny_adapter
@@ -381,7 +381,7 @@ def test_hub_ids_keep_their_revisions() -> None:
     directory.add(directory.locate("org/name@3", "org/other@abc"))
     three = directory.resolve("org/name")
     assert three is not None and (three.name, three.locator, three.revision) == ("org/name@3", "org/other", "abc")
-    with pytest.raises(Exception, match="There is no adapter"):
+    with pytest.raises(AdapterNotFound):
         directory.resolve("org/name@v1.0")
     directory.remove("org/name")
     assert directory.resolve("org/name@v1.0") == plain
