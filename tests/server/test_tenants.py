@@ -143,6 +143,22 @@ def test_forbidden_and_absent_are_answered_alike(live: Live, path: str) -> None:
             alike(got[0], got[1], ("acme/secret", "acme/sxcret"))
 
 
+def test_a_composition_reaches_no_other_tenants_adapter(live: Live) -> None:
+    def mixed(path: str, name: str, headers: dict[str, str]) -> httpx.Response:
+        body = json.loads(json.dumps(BODIES[path]))
+        if "parameters" in body:
+            body["parameters"]["merged_adapters"] = {"ids": ["shared", name], "weights": [0.5, 0.5]}
+        else:
+            body["lora"] = [{"name": "shared", "scale": 0.5}, {"name": name, "scale": 0.5}]
+        return live.client.post(path, json=body, headers={**headers, "x-request-id": "same"})
+
+    for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
+        assert mixed(path, "acme/secret", ACME).status_code == 200
+        for name, absent in NAMES.items():
+            if not name.startswith(MODEL):
+                alike(mixed(path, name, GLOBEX), mixed(path, absent, GLOBEX), (name, absent))
+
+
 def test_each_tenant_uses_its_own(live: Live) -> None:
     for name, headers in (
         ("acme/secret", ACME), ("acme/secret", ACME_2), ("acme/prod", ACME), ("acme/versioned@1", ACME_2),
