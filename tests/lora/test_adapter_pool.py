@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lora_bases import llama_sites, pairs, validate
+from msgspec.structs import replace
 from pool_rig import Rig, cached, rig
 
 from truffula.errors import AdapterLoadError, InsufficientMemory, KernelError, ShuttingDown
@@ -140,6 +141,27 @@ def test_a_pinned_adapter_stays_pinned_through_a_reload(tmp_path: Path) -> None:
         assert r.pool.oldest() is None
         r.unload(r.ref("a"))
         assert r.pool.states() == []
+
+
+def test_a_pin_ends_and_a_name_moves_to_another_source(tmp_path: Path) -> None:
+    with rig(tmp_path) as r:
+        a, b = r.write("a", seed=1), r.write("b", seed=2)
+        r.load(a, pinned=True)
+        assert r.pool.oldest() is None
+        r.command("unpin", a).result(0)
+        assert r.pool.oldest() is not None and not any(state.pinned for state in r.pool.states())
+        r.load(replace(a, name="other"))
+        moved = replace(b, name="a")
+        r.load(moved)
+        assert sorted((s.name, s.generation) for s in r.pool.states()) == [
+            ("a", r.loaded(moved)), ("other", r.loaded(replace(a, name="other"))),
+        ]  # fmt: skip
+        lease = r.pool.retain(r.loaded(moved))
+        r.load(a)
+        assert {s.status for s in r.pool.states() if s.generation == lease.generation} == {"retired"}
+        r.pool.release(lease)
+        assert lease.generation not in {s.generation for s in r.pool.states()}
+        r.check()
 
 
 def test_an_adapter_larger_than_the_budget_is_refused_with_the_numbers(tmp_path: Path) -> None:
