@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ import pytest
 from live_server import MODEL, Live, assert_canonical_error, ok, serving, until, write_model
 from safetensors.numpy import load_file, save_file
 
+from truffula.bench.server import free_port
 from truffula.errors import AdapterNotFound, ConfigError
 from truffula.lora.registry import AdapterRegistry, Alias, point
 from truffula.lora.sources import AdapterDirectory
@@ -361,6 +363,63 @@ def test_a_registry_survives_kill_9(tmp_path: Path) -> None:
     registry.close()
     reopened = AdapterRegistry(path).find("a@latest")
     assert reopened is not None and reopened.locator == "/48"
+
+
+@contextmanager
+def server_process(model: Path, state_dir: Path, keys: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """``truffula serve`` as an operator runs it."""
+    port = free_port()
+    options = ["--state-dir", state_dir, "--api-keys-file", keys, "--adapter-admin", "--memory", "1GiB"]
+    command = [sys.executable, "-m", "truffula", "serve", str(model), "--port", str(port), *map(str, options)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=KEY, timeout=60) as client:
+            until(lambda: answers(client))
+            yield server, client
+    finally:
+        server.kill()
+        server.wait(60)
+
+
+def answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+KEY, OTHER = ({"authorization": f"Bearer {key}"} for key in ("ops", "new"))
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_is_followed_by_one_that_knows_the_same(
+    model: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.toml"
+    written = "[[keys]]\nid = '{0}'\nkey = '{0}'\nadmin = true\nadapters = ['*']\n"
+    keys.write_text(written.format("ops"))
+    rows = [{"name": "s", "version": str(i), "source": str(folders[str(i)]), "pinned": i == 1} for i in range(3)]
+
+    def seen(client: httpx.Client) -> object:
+        names = [row["id"] for row in ok(client.get("/v1/models"))["data"]][1:]
+        one = ok(client.get("/v1/adapters/s@1"))
+        asked = {"model": "prod", "prompt": "Hello", "max_tokens": 8, "temperature": 0}
+        headers = {"x-truffula-split-key": "me"}
+        answer = client.post("/v1/completions", json=asked, headers=headers)
+        return names, one["pinned"], one["generation"], ok(answer)["choices"], answer.headers["x-truffula-adapter"]
+
+    with server_process(model, tmp_path / "state", keys) as (server, client):
+        ok(client.post("/v1/adapters", json={"adapters": rows}))
+        ok(client.put("/v1/adapter_aliases/prod", json={"targets": {"s@0": 1, "s@2": 1}}))
+        before = seen(client)
+        keys.write_text(written.format("ops") + written.format("new"))
+        server.send_signal(signal.SIGHUP)
+        until(lambda: client.get("/info", headers=OTHER).status_code == 200)
+        server.kill()
+        server.wait(60)
+    with server_process(model, tmp_path / "state", keys) as (_, client):
+        until(lambda: ok(client.get("/v1/adapters/s@1"))["status"] == "resident")
+        assert seen(client) == before
 
 
 def test_a_file_that_is_no_registry_ends_the_start(tmp_path: Path) -> None:
