@@ -58,17 +58,19 @@ def test_every_kind_on_every_family(tmp_path: Path, family: str, tied: bool, kin
     base = write_base(tmp_path / "base", family, tied=tied)
     if not kind.applies(base):
         pytest.skip("peft does not make it for this base")
+    if family == "gpt2" and kind.name in ("tied embedding", "tied saved table"):
+        pytest.skip("peft does not tie GPT-2's head")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapter = kind.make(tmp_path / "adapter", base, 3)
-        expected = Oracle(base, tied=tied, adapter=adapter).logits(PROMPT)
     try:
         folded = fold_adapter(base, adapter, tmp_path / "folded")
     except AdapterError as error:
         reason = next((text for name, text in REFUSED.items() if name.lower() in kind.name.lower()), None)
-        no_bias = "the base has none there" in error.message
-        assert no_bias or (reason is not None and reason in error.message), error.message
+        elsewhere = any(text in error.message for text in ("the base has none there", "takes more numbers than"))
+        assert elsewhere or (reason is not None and reason in error.message), error.message
         return
+    expected = Oracle(base, tied=tied, adapter=adapter).logits(PROMPT)
     got = logits(tmp_path / "folded")
     scale = max(1.0, float(np.abs(expected).max()) / 10)
     np.testing.assert_allclose(got, expected, atol=1e-4 * scale)

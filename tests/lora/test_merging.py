@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import peft
 import pytest
@@ -24,7 +25,7 @@ from truffula.lora.compose import MAX_WEIGHT, compose, merge
 from truffula.lora.folder import open_adapter
 from truffula.lora.merging import MergePart, combined, drawn, merge_adapters
 from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
-from truffula.types import MAX_ADAPTERS, AdapterRef, MergeMethod, WeightedAdapter
+from truffula.types import MAX_ADAPTERS, AdapterRef, Credential, MergeMethod, WeightedAdapter
 
 STRATEGIES = ["ties", "dare_linear", "dare_ties", "magnitude_prune"]
 SHAPE = (5, 7)
@@ -234,6 +235,15 @@ def test_what_a_sum_is():
     assert (both.name, both.label, both.kind) == ("a=0.7+b=-0.3", "a+b", "composed")
     assert compose([WeightedAdapter(both, 2.0), part("b", 0.6)]) == compose([part("a", 1.4)])
     assert compose([part("a", 1.0, fingerprint="1"), part("b", 1.0)]) != both
+    for ref in (both, merge(both.parts, method("ties"))):  # they cross to the engine and to the loading workers
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(ref), type=AdapterRef) == ref
+
+
+def test_a_clients_right_is_part_of_a_merge_and_its_token_of_no_text():
+    rights = [Credential("one", "hf_secret"), Credential("two", "hf_secret"), None]
+    refs = [merge([part("a", 1.0, kind="hub", credential=right)], method("ties")) for right in rights]
+    assert len({ref.locator for ref in refs}) == 3
+    assert "hf_secret" not in str([(ref.name, ref.locator, ref.label, ref) for ref in refs])
 
 
 @pytest.mark.parametrize("weight", [MAX_WEIGHT * 1.01, -2 * MAX_WEIGHT, float("nan"), float("inf")])

@@ -222,6 +222,13 @@ CASES: tuple[Case, ...] = (
     Case("model", "pirate", (CHAT, COMPLETION, RESPONSES, MESSAGES, DECISIONS, NATIVE)),
     Case("lora_path adapter_id", "pirate", (CHAT, COMPLETION, RESPONSES, DECISIONS), same_as={"model": "pirate"}),
     Case("parameters.adapter_id parameters.model", "pirate", (NATIVE,), same_as={"model": "pirate"}),
+    Case("merged_adapters", {"ids": ["pirate"]}, (CHAT, COMPLETION, RESPONSES), same_as={"model": "pirate"}),
+    Case(
+        "parameters.merged_adapters",
+        {"ids": ["pirate", "pirate"], "weights": [0.5, 0.5]},
+        (NATIVE,),
+        same_as={"model": "pirate"},
+    ),
     Case(
         "adapter_source parameters.adapter_source",
         test="test_unknown_names.py::test_the_operator_is_told_the_name_and_the_reason_once",

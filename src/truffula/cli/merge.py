@@ -114,7 +114,7 @@ def _weights(given: str | None, count: int) -> list[float]:
     except ValueError:
         raise ConfigError(f"--weights is {given!r}; give numbers separated by commas.", param="weights") from None
     if len(found) != count:
-        raise ConfigError(f"--weights has {len(found)} numbers for {count} adapters.", param="weights")
+        raise ConfigError(f"--weights is {given!r}; {count} adapters need {count} numbers.", param="weights")
     for weight in found:
         check_weight(weight, "--weights")
     return found

@@ -164,12 +164,12 @@ class _Fold:
         """The values of a tensor in the dtype it is written in."""
         stored = self.checkpoint.read(info.name)
         decl = self._decls.get(info.name)
-        if decl is None:
-            return stored if not info.parts else rounded(stored, self._dtype(info), info.name)
-        values = np.array(stored, np.float32)
-        if _change_tensor(decl, info.name, values, self._changes[decl.id], self.checkpoint.tensors):
-            self.changed.add(info.name)
-        return rounded(values, self._dtype(info), info.name)
+        if decl is not None:
+            values = np.array(stored, np.float32)
+            if _change_tensor(decl, info.name, values, self._changes[decl.id], self.checkpoint.tensors):
+                self.changed.add(info.name)
+                return rounded(values, self._dtype(info), info.name)
+        return rounded(np.asarray(stored, np.float32), self._dtype(info), info.name) if info.parts else stored
 
     def declared(self, info: TensorInfo) -> tuple[str, tuple[int, ...]]:
         return self._dtype(info), info.shape

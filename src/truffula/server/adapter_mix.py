@@ -44,7 +44,7 @@ class AdapterMix:
         for name, weight in zip(self.names, self.weights, strict=True):
             ref = None if name == BASE_ADAPTER else await find(name)
             if ref is None:
-                raise InvalidRequest(f"{place} names the base model, which is no adapter; leave it out.", param=place)
+                raise InvalidRequest(f"{place} names the base model, not an adapter; leave it out.", param=place)
             parts.append(WeightedAdapter(ref, weight))
         return compose(parts, place) if self.method is None else merge(parts, self.method, place)
 
@@ -111,6 +111,7 @@ def _checked(model: type[_M], place: str, value: Any) -> _M:
         return model.model_validate(value)
     except ValidationError as error:
         found = from_validation(error)
-        where = f"{place}.{found.param}" if found.param else place
+        inside = found.param is not None and error.errors()[0]["loc"]  # not the object itself
+        where = f"{place}.{found.param}" if inside else place
         text = found.message.removeprefix(f"{found.param}").removeprefix(":").strip()
         raise InvalidRequest(f"{where}: {text}", param=where) from error
