@@ -142,8 +142,8 @@ def test_a_tenant_that_holds_every_place_with_many_adapters_gives_one_up():
     for i in range(20):
         more = {"adapter": f"a{i}", "tenant": "flood", "ignore_eos": True}
         rig.add(request(f"flood{i}", [i] * 4, max_tokens=100, **more))
-    rig.step()
-    rig.step()
+    while len(rig.running()) < 4 or rig.steps < 6:
+        rig.step()
     rig.add(request("lonely", [7] * 4, adapter="a0", max_tokens=3, tenant="other", ignore_eos=True))
     entered = rig.steps
     while rig.answers["lonely"].final is None:

@@ -303,8 +303,12 @@ class Scheduler:
     # 3. Starvation
 
     def _prevent_starvation(self, now: float) -> None:
-        """Preempt a sequence for an adapter that runs nothing and was refused ``patience`` times. A sequence that was
-        refused four times as often is admitted before all others. One without weight waits until there is room.
+        """Preempt a sequence for a tenant, or for an adapter, that runs nothing and was refused ``patience`` times. A
+        sequence that was refused four times as often is admitted before all others. One without weight waits until
+        there is room.
+
+        Bound: while one tenant has two places or more, another one with a loaded adapter waits ``patience`` steps for
+        its first one, and a step more for each that waits likewise and is older.
         """
         self._reserved_for = None
         patience = self._limits.patience
@@ -312,7 +316,12 @@ class Scheduler:
         if self._paused or not late:
             return
         running = self._running.count_by_key()
-        starved = min((head for head in late if not running[head.key]), key=_age, default=None)
+        served = {tenant for tenant, _ in running}
+        starved = min(
+            (head for head in late if not running[head.key]),
+            key=lambda head: (head.key[0] in served, head.serial),  # first of a tenant that runs nothing at all
+            default=None,
+        )
         victim = None if starved is None else self._running.newest_of_largest(starved)
         if victim is not None:
             if self._running.num_unfinished:
