@@ -136,7 +136,9 @@ def test_what_cannot_be_an_alias_or_a_version(served: Live, folders: dict[str, P
         (put("x", target="prod"), "'prod' is an alias"),
         (put("x", target=MODEL), "base model"),
         (put("tgi", target="one"), "means the base model"),
-        (put("x@1", target="one"), "has no version"),
+        (put("x@1", target="one"), "no version"),
+        (put("x%07", target="one"), "printable"),
+        (put("x", targets={"one": 1e300}), "at most 1e+09"),
         (put("x"), "either target or targets"),
         (put("x", targets={"one": 0}), "above 0"),
         (put("x", targets={}), "targets"),
@@ -159,6 +161,10 @@ def test_what_cannot_be_an_alias_or_a_version(served: Live, folders: dict[str, P
     assert_canonical_error(served.client.delete("/v1/adapters/one"), 400, "target of the alias 'prod'")
     assert_canonical_error(served.post("/v1/unload_lora_adapter", {"lora_name": "one"}), 400, "alias 'prod'")
     assert_canonical_error(served.client.delete("/v1/adapters/named"), 400, "--adapter")
+    register(served, ("v@1", folders["0"]), ("v@2", folders["1"]))
+    ok(put("of-v", target="v"))
+    ok(served.client.delete("/v1/adapters/v@2"))
+    assert_canonical_error(served.client.delete("/v1/adapters/v@1"), 400, "target of the alias 'of-v'")
     assert_canonical_error(served.client.delete("/v1/adapters/b"), 404)
     assert_canonical_error(served.client.delete("/v1/adapter_aliases/b"), 404)
 
@@ -261,9 +267,11 @@ def test_a_reload_that_fails_changes_nothing(served: Live, folders: dict[str, Pa
     (broken / "adapter_model.safetensors").write_bytes(b"not tensors")
     assert_canonical_error(act(served, "mine", "reload", source=str(broken)), 400)
     assert text(served, "mine") == good and show(served, "mine")["source"] == str(folders["0"])
-    rows = {"adapters": [{"name": "new", "source": str(broken)}], "load": True}
+    new = {"name": "new", "source": str(broken)}
+    rows = {"adapters": [{"name": "good", "source": str(folders["2"]), "pinned": True}, new], "load": True}
     assert_canonical_error(served.post("/v1/adapters", rows), 400)
-    assert_canonical_error(served.client.get("/v1/adapters/new"), 404)
+    for name in ("new", "good"):
+        assert_canonical_error(served.client.get(f"/v1/adapters/{name}"), 404)
 
 
 def test_pins(served: Live, folders: dict[str, Path]) -> None:

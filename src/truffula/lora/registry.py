@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from truffula.errors import ConfigError, InvalidRequest
+from truffula.errors import ConfigError, ErrorInfo, InvalidRequest, TruffulaError
 from truffula.types import AdapterRef
 
 if TYPE_CHECKING:
@@ -123,10 +123,18 @@ class AdapterRegistry:
         self._pins = {name for (name,) in db.execute("SELECT name FROM pins")}
 
     def _write(self, text: str, rows: Iterable[tuple[Any, ...]]) -> None:
-        """Execute ``text`` for each of ``rows`` in one transaction, which is on disk when this returns."""
-        if self._db is not None:
+        """Execute ``text`` for each of ``rows`` in one transaction, which is on disk when this returns.
+
+        Raises ``TruffulaError`` (``store_failed``) when it cannot be written; nothing has changed then.
+        """
+        if self._db is None:
+            return
+        try:
             with self._db:
                 self._db.executemany(text, rows)
+        except self._db.Error as error:
+            info = ErrorInfo(code="store_failed", message=f"The registered adapters cannot be written: {error}.")
+            raise TruffulaError.from_info(info) from error
 
     def _set(self, name: str, version: str, one: Registered) -> None:
         self._adapters[name] = MappingProxyType({**self.versions(name), version: one})
@@ -161,7 +169,12 @@ class AdapterRegistry:
         return [self._aliases[name] for name in sorted(self._aliases)]
 
     def aliases_of(self, name: str) -> list[str]:
-        """The names of the aliases one of whose targets is ``name`` or a version of it."""
+        """The names of the aliases one of whose targets is ``name``, a version of it, or, where ``name`` is the only
+        version of an adapter, that adapter.
+        """
+        base, at, version = name.partition("@")
+        if at and list(self.versions(base)) == [version]:
+            name = base
         return [one.name for one in self.aliases() if any(_is_of(name, target) for target in _targets(one))]
 
     def is_pinned(self, name: str) -> bool:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
 from truffula.lora.registry import MAX_TARGETS, Alias, split_name
-from truffula.lora.sources import reserved
+from truffula.lora.sources import MAX_NAME_CHARS, reserved
 from truffula.server.adapter_listing import known, shown, visible
 from truffula.server.auth import access_of
 from truffula.server.body import Body, decode_object, note_ignored, raw_body, read_body, validate
@@ -28,7 +28,8 @@ from truffula.server.state import ServerState, state_of
 from truffula.types import AdapterCommand, AdapterRef
 
 log = logging.getLogger(__name__)
-_Name = Annotated[str, Field(min_length=1, max_length=512)]
+_Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+MAX_WEIGHT = 1e9
 
 
 class NewAdapter(Body):
@@ -152,7 +153,7 @@ async def forget(state: ServerState, name: str) -> list[AdapterRef]:
     Raises ``InvalidRequest`` while an alias leads to it.
     """
     registry = state.directory.registry
-    if aliases := registry.aliases_of(name):
+    if registry.find(name) is not None and (aliases := registry.aliases_of(name)):
         raise InvalidRequest(
             f"{name[:80]!r} is a target of the alias {aliases[0]!r}; change or delete the alias first.", param="model"
         )
@@ -209,11 +210,24 @@ async def register(request: Request) -> Response:
     refs = await state.service.look_up(find)
     wanted = [ref for ref, one in zip(refs, body.adapters, strict=True) if body.load or one.pinned]
     pinned = {one.full_name for one in body.adapters if one.pinned}
-    loaded = await asyncio.gather(*(load(state, ref, pinned=ref.name in pinned) for ref in wanted))
+    loaded = await _load_all(state, wanted, pinned)
     await state.service.look_up(lambda: state.directory.registry.add(refs, replace=bool(body.replace)))
     generations = {ref.name: generation for ref, generation in zip(wanted, loaded, strict=True)}
     rows = [{"id": name, "object": "adapter", "generation": generations.get(name)} for name in names]
     return json_reply({"object": "list", "data": rows})
+
+
+async def _load_all(state: ServerState, refs: Sequence[AdapterRef], pinned: Collection[str]) -> list[str | None]:
+    """Load ``refs``; their generations. If one cannot be loaded, those of new names are unloaded, and it raises why."""
+    loads = (load(state, ref, pinned=ref.name in pinned) for ref in refs)
+    found = await asyncio.gather(*loads, return_exceptions=True)
+    error = next((one for one in found if isinstance(one, BaseException)), None)
+    if error is None:
+        return [one for one in found if not isinstance(one, BaseException)]
+    for ref in refs:
+        if state.directory.registry.find(ref.name) is None:
+            await unload(state, ref)
+    raise error
 
 
 async def load_named(request: Request) -> Response:
@@ -304,11 +318,13 @@ async def set_alias(request: Request) -> Response:
         raise InvalidRequest("An alias needs either target or targets.", param="targets")
     if reserved(name, state.base_names):
         raise InvalidRequest(f"{name[:80]!r} means the base model; choose another alias.", param="name")
-    if "@" in name:
-        raise InvalidRequest(f"{name[:80]!r}: an alias has no version.", param="name")
+    if "@" in name or len(name) > MAX_NAME_CHARS or not name.isprintable():
+        text = f"{name[:80]!r}: an alias has 1 to {MAX_NAME_CHARS} printable characters and no version."
+        raise InvalidRequest(text, param="name")
     targets = {str(body.target): 1.0} if body.targets is None else dict(body.targets)
-    if not all(weight > 0 for weight in targets.values()):
-        raise InvalidRequest("targets: each weight must be above 0; leave a target out to end it.", param="targets")
+    if not all(0 < weight <= MAX_WEIGHT for weight in targets.values()):
+        text = f"targets: each weight must be above 0 and at most {MAX_WEIGHT:g}; leave a target out to end it."
+        raise InvalidRequest(text, param="targets")
     if body.shadow is None and body.shadow_percent is not None:
         raise InvalidRequest("shadow_percent needs shadow.", param="shadow_percent")
     await state.service.look_up(_require_adapters, state, [*targets, *([body.shadow] if body.shadow else [])])

@@ -232,10 +232,10 @@ class LoadingApp:
             self.app = await self._loaded()
             service = self.app.service
             await service.start()
+            pins = asyncio.ensure_future(restore_pins(self.app.asgi.state.truffula))
             try:
                 self._asgi = self.app.asgi
                 self.app.announce()
-                pins = asyncio.ensure_future(restore_pins(self.app.asgi.state.truffula))
                 await self._watch(service)
                 await self._ended.wait()
             finally:
