@@ -51,7 +51,7 @@ def test_an_admitted_request_among_a_adapters_gets_tokens_within_a_plus_1_steps(
     assert rig.engine.stats().preemptions == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(
         st.tuples(
