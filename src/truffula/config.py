@@ -210,6 +210,14 @@ class ServerConfig:
     adapter_admin: bool = _option(
         False, "Adapters", "enable the routes that load and unload adapters and pause the engine"
     )
+    state_dir: Path | None = _option(
+        None,
+        "Adapters",
+        "folder where adapters registered at run time, their versions, aliases and pins are kept across restarts",
+        metavar="FOLDER",
+        must_be="new folder",
+        unset="in memory",
+    )
     allow_hub: tuple[str, ...] = _option(
         (), "Adapters", "Hub ids that clients may name as adapters, such as my-org/*", metavar="PATTERN"
     )
@@ -256,7 +264,16 @@ class ServerConfig:
     response_ttl_s: float = _option(
         30 * 86400.0, "Stored responses", "time after which a stored response is removed", low=1.0
     )
-    protect_metrics: bool = _option(False, "Access", "require an API key for /metrics too")
+    api_keys_file: Path | None = _option(
+        None,
+        "Access",
+        "TOML or JSON file of API keys with a tenant, adapters, a weight and rights; read again when it changes",
+        metavar="FILE",
+        must_be="file",
+    )
+    protect_metrics: bool = _option(
+        False, "Access", "require an API key for /metrics too; with --api-keys-file it needs one that may administer"
+    )
     cors_origins: tuple[str, ...] = _option(
         ("auto",),
         "Access",
@@ -271,7 +288,7 @@ class ServerConfig:
         metavar="NAME",
         unset="addresses and localhost",
     )
-    salt_by_api_key: bool = _option(True, "Access", "keep the prefix caches of different API keys apart")
+    salt_by_api_key: bool = _option(True, "Access", "keep the prefix caches of different API keys' tenants apart")
     max_open_requests: int = _option(
         2048, "Request limits", "maximum number of open requests; further ones are refused (overloaded)", low=1
     )
@@ -324,9 +341,14 @@ class ServerConfig:
     )
     transport: str = _option("process", ENGINE_PROCESS, "where the engine runs", choices=("process", "inline"))
 
+    @property
+    def keyed(self) -> bool:
+        """Whether requests need an API key."""
+        return bool(self.api_keys) or self.api_keys_file is not None
+
     def __post_init__(self) -> None:
         _check(self)
-        if self.api_keys:
+        if self.keyed:
             return
         if self.adapter_admin and not is_loopback(self.host):
             raise ConfigError(

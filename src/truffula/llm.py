@@ -16,6 +16,7 @@ from truffula.config import ENGINE_PROCESS, EngineConfig, options_of
 from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
 from truffula.items import Constraint, Message, Tool, ToolChoice
+from truffula.lora.compose import compose, merge
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
 from truffula.service.core import Service
@@ -23,10 +24,22 @@ from truffula.service.openai_items import messages_from_openai, tool_choice_from
 from truffula.service.outputs import ChoiceOutput, RequestOutput, request_output
 from truffula.service.progress import ProgressBar
 from truffula.service.sync import SyncService
-from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineInfo, EngineStats, GenerateRequest, TextDelta
+from truffula.types import (
+    AdapterCommand,
+    AdapterRef,
+    AdapterState,
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    MergeMethod,
+    MergeSign,
+    MergeStrategy,
+    TextDelta,
+    WeightedAdapter,
+)
 
 Prompt = str | Sequence[int]
-Adapter = str | Path | AdapterRef | None
+Adapter = str | Path | AdapterRef | Mapping[str, float] | None
 Messages = Sequence[Mapping[str, Any] | Message]
 
 __all__ = ["LLM", "Adapters", "ChoiceOutput", "RequestOutput"]
@@ -63,12 +76,15 @@ class Adapters:
         return self._directory.names()
 
     def resolve(self, adapter: Adapter) -> AdapterRef | None:
-        """The reference of a known name, a folder or a Hub id; without restrictions, unlike in a server.
+        """The reference of a known name, a folder or a Hub id; without restrictions, unlike in a server. Of a mapping
+        of these to weights, the weighted sum.
 
-        Raises ``AdapterNotFound``.
+        Raises ``AdapterNotFound``, and ``InvalidRequest`` for a weight out of range.
         """
         if adapter is None or isinstance(adapter, AdapterRef):
             return adapter
+        if isinstance(adapter, Mapping):
+            return compose(self._weighted(adapter))
         name, names = str(adapter), self.names()
         try:
             return self._directory.resolve(name) if name in names else self._directory.locate(name, adapter)
@@ -79,6 +95,31 @@ class Adapters:
                 param="adapters",
                 adapter=name,
             ) from error
+
+    def merge(
+        self, weights: Mapping[str, float], strategy: MergeStrategy, *, density: float, sign: MergeSign = "total"
+    ) -> AdapterRef:
+        """The adapter that ``weights`` (by name, folder or Hub id) merge to by one of peft's strategies; it is made
+        when it is first used. A weighted sum needs no ``merge``: give the mapping as the adapter.
+
+        ``density`` (above 0, up to 1): the share of values that are kept. ``sign``: how ``ties`` elects a sign.
+
+        Raises ``AdapterNotFound`` and ``InvalidRequest``.
+        """
+        try:
+            method = msgspec.convert({"strategy": strategy, "density": density, "sign": sign}, MergeMethod)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(f"The merge is invalid: {error}.", param="strategy") from error
+        return merge(self._weighted(weights), method)
+
+    def _weighted(self, weights: Mapping[str, float]) -> list[WeightedAdapter]:
+        parts = []
+        for name, weight in weights.items():
+            ref = self.resolve(name)
+            if ref is None or not isinstance(weight, int | float) or isinstance(weight, bool):
+                raise InvalidRequest(f"adapters has {name!r}: {weight!r}; give a name and a number.", param="adapters")
+            parts.append(WeightedAdapter(ref, float(weight)))
+        return parts
 
     def list(self) -> list[AdapterState]:
         """The adapters of the engine: loading, ready, resident, failed or retired."""
@@ -164,7 +205,8 @@ class LLM:
         Args:
             prompts: One text, one list of token ids, or a list of these.
             params: One for all, or one per prompt.
-            adapters: A name, a folder or Hub id, None for the base; or a list of these, one per prompt.
+            adapters: A name, a folder or Hub id, None for the base, or several with weights
+            (``{"pirate": 0.7, "formal": -0.3}``); or a list of these, one per prompt.
             constraint: What every completion must match: a JSON Schema, or a ``Constraint``.
             errors: ``return`` returns a request's ``TruffulaError`` in its place; ``raise`` raises the first error and
             aborts the others. Every prompt is checked before the first one is computed.
@@ -297,7 +339,7 @@ class LLM:
     ) -> list[GenerateRequest]:
         count = len(given)
         every_params = _spread(params if params is not None else SamplingParams(), SamplingParams, count, "params")
-        every_adapter = _spread(adapters, str | Path | AdapterRef | None, count, "adapters")
+        every_adapter = _spread(adapters, str | Path | AdapterRef | Mapping | None, count, "adapters")
         refs = [self.adapters.resolve(adapter) for adapter in every_adapter]
         try:
             return [

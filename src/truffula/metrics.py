@@ -166,6 +166,7 @@ class Metrics(Collector):
         self._queue = seconds("truffula_queue_seconds", "Time from arrival to admission to the batch")
         self._total = seconds("truffula_request_seconds", "Time from arrival to the last byte")
         self._loading = seconds("truffula_adapter_wait_seconds", "Time spent waiting for an adapter to load")
+        self._shadows = counter("truffula_shadow_requests", "Shadows of requests by outcome", ["outcome"])
         self.on_request: list[Callable[[RequestRecord], None]] = []  # called with each generating request that ended
         self.registry.register(self)
 
@@ -214,6 +215,10 @@ class Metrics(Collector):
             self._loading.labels(label).observe(record.load_s)
         for count in self.on_request:
             count(record)
+
+    def shadow_ended(self, outcome: str) -> None:
+        """Count a copy of a request whose answer was discarded, or one that was dropped."""
+        self._shadows.labels(outcome).inc()
 
     def text(self) -> bytes:
         """The metrics in Prometheus's text format."""

@@ -21,6 +21,10 @@ Progress = Callable[[str, int, int | None], None]
 """A callback (stage, done, total or None) for the progress of a start, in bytes while downloading and loading."""
 
 
+MAX_ADAPTERS = 8
+"""Adapters that may act together in one request, or be merged into one."""
+
+
 class Credential(msgspec.Struct, frozen=True):
     """A client's own token for the source of an adapter. ``id`` is a salted digest of it, which identifies the right
     that it proves; ``token`` is sent to the source and nowhere else. Its repr shows neither.
@@ -33,7 +37,7 @@ class Credential(msgspec.Struct, frozen=True):
         return "Credential(...)"
 
 
-AdapterKind = Literal["local", "hub", "s3", "gcs", "azure", "http"]
+AdapterKind = Literal["local", "hub", "s3", "gcs", "azure", "http", "composed", "merged"]
 
 
 class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +51,9 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     link nor a redirect may lead outside of it when the files are read. "" when the operator configured the adapter's
     folder itself. ``untrained``: its tensors may all be zero, as those of a trainer's first version are.
     ``credential``: the client's own, by which the source is read instead of the operator's.
+
+    ``composed``: ``parts`` act together, each by its weight; the engine loads them one by one. ``merged``: a loading
+    worker makes one adapter of ``parts`` by ``merge``. ``lora/compose.py`` makes both; ``locator`` describes them.
     """
 
     name: str
@@ -57,6 +64,46 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     root: str = ""
     untrained: bool = False
     credential: Credential | None = None
+    parts: tuple[WeightedAdapter, ...] = ()
+    merge: MergeMethod | None = None
+
+    @property
+    def acting(self) -> tuple[WeightedAdapter, ...]:
+        """The adapters that the engine loads for it, and their weights."""
+        return self.parts if self.kind == "composed" else (WeightedAdapter(self),)
+
+    @property
+    def rights(self) -> tuple[str, ...]:
+        """The ids of the clients' credentials by which it and its parts are read."""
+        own = set() if self.credential is None else {self.credential.id}
+        return tuple(sorted(own.union(*(part.ref.rights for part in self.parts))))
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics: of several adapters their names without weights, so that there are few."""
+        return "+".join(sorted({part.ref.name for part in self.parts})) or self.name
+
+
+class WeightedAdapter(msgspec.Struct, frozen=True):
+    """One of several adapters; its change of the base counts ``weight`` times."""
+
+    ref: AdapterRef
+    weight: float = 1.0
+
+
+MergeStrategy = Literal["ties", "dare_linear", "dare_ties", "magnitude_prune"]
+MergeSign = Literal["total", "frequency"]
+
+
+class MergeMethod(msgspec.Struct, frozen=True, kw_only=True):
+    """How A and B of several adapters become those of one, by the definitions of peft's ``add_weighted_adapter``.
+
+    ``density`` is the share of values that are kept; ``sign`` how ties elects the sign of a value.
+    """
+
+    strategy: MergeStrategy
+    density: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    sign: MergeSign = "total"
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +113,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     generation continues after them and they are not emitted again. With ``grammar`` no token is drawn that it forbids;
     ``EngineClient.set_vocabulary`` comes before the first such request. Times are of ``time.monotonic()``, which all
     processes of a machine share. ``salt`` separates tenants in the prefix cache.
+    ``tenant`` is whose turn it takes, ``weight`` that tenant's share beside others'; with 0 it takes what others leave.
     """
 
     request_id: str
@@ -76,12 +124,14 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     resume_ids: list[int] = []
     grammar: Grammar | None = None
     salt: str = ""
+    tenant: str = ""
+    weight: float = 1.0
     arrival: float = 0.0
     queue_deadline: float | None = None
     deadline: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("request_id", "salt"):  # both cross to the engine's process as UTF-8
+        for name in ("request_id", "salt", "tenant"):  # these cross to the engine's process as UTF-8
             try:
                 getattr(self, name).encode()
             except UnicodeEncodeError:
@@ -156,6 +206,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ``prepared`` is the prompt where a text worker has made it (``service/prompts.py``), in place of ``prompt`` and of
     what ``messages`` hold. ``queue_timeout_s`` and ``deadline_s`` count from acceptance. ``request_id`` is the client's
     word, for logs; it need not be unique. ``salt`` separates tenants in the prefix cache.
+    ``tenant`` and ``weight``: as in ``EngineRequest``.
     """
 
     prompt: str | list[int] | None = None
@@ -183,6 +234,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     truncate: int | None = None
     prepared: bytes | None = None
     salt: str = ""
+    tenant: str = ""
+    weight: float = 1.0
     queue_timeout_s: float | None = None
     deadline_s: float | None = None
 
@@ -320,11 +373,11 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """``load`` waits until the adapter is ready, or raises; ``unload`` waits for running requests; ``list`` returns the
-    states.
+    """``load`` waits until the adapter is ready, or raises; ``unload`` waits for running requests; ``unpin`` ends what
+    a ``load`` that was ``pinned`` began; ``list`` returns the states.
     """
 
-    action: Literal["load", "unload", "list"]
+    action: Literal["load", "unload", "unpin", "list"]
     ref: AdapterRef | None = None
     pinned: bool = False
 
@@ -337,7 +390,9 @@ was computed before.
 
 
 class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of one adapter in the pool."""
+    """The state of one adapter in the pool. ``parts`` are the kinds of its parts, ``sites`` counts where they act;
+    ``used_at`` is the monotonic time of its last use.
+    """
 
     name: str
     generation: str | None = None
@@ -347,6 +402,9 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
     commit: str = ""  # of the Hub, as of its last load
     leases: int = 0
     pinned: bool = False
+    parts: list[str] = []
+    sites: int = 0
+    used_at: float | None = None
     error: ErrorInfo | None = None
 
 

@@ -71,13 +71,13 @@ def test_sources_are_for_those_who_may_load_by_path(plain: Live, admin: Live, fo
 def test_loading_failures_are_listed_for_the_operator(admin: Live, folders: dict[str, Path], tmp_path: Path) -> None:
     broken = folders["in-dir"].parent / "broken"
     broken.mkdir()
-    (broken / "adapter_config.json").write_text('{"peft_type": "LOHA", "r": 2}')
+    (broken / "adapter_config.json").write_text('{"peft_type": "BOFT", "r": 2}')
     (broken / "adapter_model.safetensors").write_bytes((folders["pirate"] / "adapter_model.safetensors").read_bytes())
     headers = {"authorization": f"Bearer {KEY}"}
     body = {"model": "broken", "prompt": "a", "max_tokens": 1}
     assert admin.client.post("/v1/completions", json=body, headers=headers).status_code == 400
     found = rows(admin, "--api-key", KEY)["broken"]
-    assert found["status"] == "failed" and "LOHA" in found["error"]
+    assert found["status"] == "failed" and "BOFT" in found["error"]
 
 
 def test_an_adapter_that_is_gone_does_not_end_the_list(admin: Live, folders: dict[str, Path]) -> None:
@@ -96,11 +96,46 @@ def test_an_adapter_that_is_gone_does_not_end_the_list(admin: Live, folders: dic
 def test_load_and_unload(admin: Live, folders: dict[str, Path]) -> None:
     at = ("--url", admin.url, "--api-key", KEY)
     done = here("adapters", "load", "added", str(folders["org/poet"]), *at)
-    assert done.returncode == 0 and "added successfully" in done.stdout
+    assert done.returncode == 0 and done.stdout == "added is loaded.\n"
     assert rows(admin, "--api-key", KEY)["added"]["rank"] == 2
     done = here("adapters", "unload", "added", *at)
     assert done.returncode == 0 and "removed successfully" in done.stdout and "still offers" not in done.stdout
     assert "added" not in rows(admin, "--api-key", KEY)
+
+
+def test_versions_aliases_pins_and_reloads(admin: Live, folders: dict[str, Path], tmp_path: Path) -> None:
+    at = ("--url", admin.url, "--api-key", KEY)
+
+    def run(*args: str) -> str:
+        done = here("adapters", *args, *at)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run("load", "support@7", str(folders["pirate"]), "--pin") == "support@7 is loaded.\n"
+    run("load", "support@8", str(folders["org/poet"]))
+    shown = run("show", "support")
+    assert "generation" in shown and "\x1b" not in shown
+    table = [line.split() for line in shown.splitlines()][-2:]
+    assert [row[:2] for row in table] == [["7", "resident"], ["8", "resident"]]
+    found = json.loads(run("show", "support@7", "--json"))
+    assert found["pinned"] and found["rank"] == 4 and [one["version"] for one in found["versions"]] == ["7", "8"]
+    assert run("unpin", "support@7") == "support@7 is no longer pinned.\n"
+    assert json.loads(run("pin", "support@8", "--json"))["pinned"]
+    assert run("alias", "prod", "support@7") == "prod means support@7.\n"
+    run("split", "canary", "support@7=90", "support@8=10", "--shadow", "named", "--shadow-percent", "5")
+    lines = [line.split("   ") for line in run("aliases").splitlines()]
+    assert lines[1][0] == "canary" and "support@7 (90), support@8 (10)" in lines[1] and "named (5 %)" in lines[1][-1]
+    assert json.loads(run("aliases", "--json"))[1] == {
+        "id": "prod", "object": "adapter_alias", "targets": {"support@7": 1.0},
+    }  # fmt: skip
+    assert run("reload", "support@7", str(folders["in-dir"]), "--expect", found["generation"]) == (
+        "support@7 is reloaded.\n"
+    )
+    assert json.loads(run("show", "support@7", "--json"))["rank"] == 3
+    assert [row["id"] for row in json.loads(run("list", "--prefix", "can", "--json"))] == ["canary"]
+    assert {row["id"] for row in json.loads(run("list", "--json"))} >= {"tiny/llama", "support", "prod", "canary"}
+    run("unalias", "prod"), run("unalias", "canary"), run("unload", "support")
+    assert "support" not in rows(admin, "--api-key", KEY)
 
 
 @pytest.mark.parametrize("name", ["named", "in-dir"])
@@ -120,8 +155,18 @@ def test_refusals_keep_the_servers_code_and_words(admin: Live, folders: dict[str
     for args, code, words in (
         (("load", "x", "/nope"), "model_not_found", "'/nope' does not contain an adapter"),
         (("load", "tiny/llama", pirate), "invalid_request", "means the base model"),
-        (("load", "named", pirate), "invalid_request", "already loaded"),
+        (("load", "named", pirate), "invalid_request", "already registered"),
+        (("load", "x@latest", pirate), "invalid_request", "not NAME@VERSION"),
         (("unload", "nope"), "model_not_found", "'nope'"),
+        (("show", "nope"), "model_not_found", "'nope'"),
+        (("reload", "nope"), "model_not_found", "'nope'"),
+        (("pin", "nope"), "model_not_found", "'nope'"),
+        (("alias", "x", "nope"), "invalid_request", "no adapter 'nope'"),
+        (("unalias", "nope"), "model_not_found", "'nope'"),
+        (("split", "x", "named"), "config_invalid", "'named' is not TARGET=WEIGHT"),
+        (("split", "x", "named=much"), "config_invalid", "'named=much' is not TARGET=WEIGHT"),
+        (("reload", "named", "--expect", "abc"), "generation_mismatch", "expected_generation is 'abc'"),
+        (("list", "--status", "fine"), "invalid_request", "status: should be one of"),
     ):
         done = here("adapters", *args, *at)
         assert done.returncode == 1 and f"({code})" in done.stderr and words in done.stderr, done.stderr
@@ -129,7 +174,10 @@ def test_refusals_keep_the_servers_code_and_words(admin: Live, folders: dict[str
 
 
 def test_a_server_without_the_routes_says_which_option_it_lacks(plain: Live, folders: dict[str, Path]) -> None:
-    for args in (("load", "x", str(folders["pirate"])), ("unload", "named")):
+    for args in (
+        ("load", "x", str(folders["pirate"])), ("unload", "named"), ("reload", "named"), ("pin", "named"),
+        ("unpin", "named"), ("alias", "a", "named"), ("split", "a", "named=1"), ("unalias", "a"),
+    ):  # fmt: skip
         done = here("adapters", *args, "--url", plain.url)
         assert done.returncode == 1 and "runs without --adapter-admin" in done.stderr
         assert "There is no route" not in done.stderr

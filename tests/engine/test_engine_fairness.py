@@ -1,4 +1,4 @@
-"""The order of service: no stream stalls, no adapter starves, and every request ends."""
+"""The order of service: no stream stalls, no adapter and no tenant starves, and every request ends."""
 
 from __future__ import annotations
 
@@ -49,6 +49,108 @@ def test_an_admitted_request_among_a_adapters_gets_tokens_within_a_plus_1_steps(
             waited[serial] = 0 if serial in served.get(rig.steps, []) else waited[serial] + 1
             assert waited[serial] <= len(active) + 1
     assert rig.engine.stats().preemptions == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["red", "blue", "green"]), st.sampled_from([None, "a", "b", "c"]), st.integers(1, 60),
+            st.integers(1, 12),
+        ),
+        min_size=1, max_size=14,
+    ),
+    st.tuples(*[st.sampled_from([0.1, 1.0, 3.0])] * 3), st.integers(8, 40), st.integers(1, 8),
+)  # fmt: skip
+def test_the_stated_bound_on_waiting_holds_for_tenants(crowd, weights, step_tokens, max_running):
+    """An admitted request has tokens within T * A steps, and one more: T tenants with work, A adapters of its own."""
+    weight = dict(zip(("red", "blue", "green"), weights, strict=True))
+    rig = Rig(limits(step_tokens=step_tokens, max_running=max_running, num_blocks=400, patience=10**6))
+    served = watch(rig)
+    for i, (tenant, adapter, prompt, new) in enumerate(crowd):
+        more = {"tenant": tenant, "weight": weight[tenant], "ignore_eos": True}
+        rig.add(request(f"r{i}", [i] * prompt, adapter=adapter, max_tokens=new, **more))
+    waited: dict[int, int] = defaultdict(int)
+    while not rig.engine.idle():
+        before = {sequence.serial: sequence.key for sequence in rig.running()}
+        active = {sequence.key for sequence in [*rig.running(), *rig.waiting()]}
+        tenants = {tenant for tenant, _ in active}
+        rig.step()
+        for serial, (tenant, _) in before.items():
+            own = sum(one == tenant for one, _ in active)
+            waited[serial] = 0 if serial in served.get(rig.steps, []) else waited[serial] + 1
+            assert waited[serial] <= len(tenants) * own + 1
+    rig.assert_clean()
+
+
+def test_tenants_share_prompt_tokens_by_their_weights_whatever_their_adapters():
+    rig = Rig(limits(max_model_len=4000, step_tokens=128, max_running=16, num_blocks=12000))
+    for i in range(8):  # eight adapters do not make a tenant's share larger
+        rig.add(request(f"many{i}", [i] * 3900, adapter=f"a{i}", max_tokens=1, tenant="many", weight=1.0))
+    rig.add(request("one", [50] * 3900, adapter="a0", max_tokens=1, tenant="one", weight=1.0))
+    rig.add(request("heavy", [60] * 3900, max_tokens=1, tenant="heavy", weight=2.0))
+    while len(rig.running()) < 10:
+        rig.step()
+    begin = {sequence.serial: sequence.num_computed for sequence in rig.running()}
+    for _ in range(40):
+        rig.step()
+    gained: dict[str, int] = defaultdict(int)
+    for sequence in rig.running():
+        # One token a step is not by turns: each running sequence gets it.
+        gained[sequence.key[0]] += sequence.num_computed - begin[sequence.serial] - 40
+    assert len(rig.running()) == 10 and sum(gained.values()) == 40 * (128 - 10)
+    for tenant, share in (("many", 1 / 4), ("one", 1 / 4), ("heavy", 1 / 2)):
+        assert abs(gained[tenant] - share * 40 * 118) <= 128, dict(gained)
+
+
+def test_a_sequence_without_weight_takes_what_others_leave():
+    free = {"tenant": "shadow", "weight": 0.0, "ignore_eos": True}
+    rig = Rig(limits(max_model_len=600, step_tokens=32, max_running=2, num_blocks=800, patience=4))
+    rig.add(request("shadow", [9] * 500, adapter="s", max_tokens=2, **free))
+    rig.step()
+    rig.add(request("prompt", [1] * 300, adapter="a", max_tokens=1, tenant="t"))
+    begun = rig.steps
+    while rig.answers["prompt"].final is None:
+        rig.step()
+    assert rig.steps - begun <= 1 + -(-300 // 29) + 1, "all but a few tokens of each step"
+    rig.drain()
+    # It waits for as long as others fill the places, and takes none of them.
+    for i in range(2):
+        rig.add(request(f"stream{i}", [i] * 4, max_tokens=60, tenant="t", ignore_eos=True))
+    rig.step()
+    rig.add(request("waits", [9] * 4, adapter="s", max_tokens=200, **free))
+    rig.step()
+    while rig.answers["stream0"].final is None:
+        rig.step()
+        assert rig.answers["waits"].steps == []
+    assert rig.engine.stats().preemptions == 0
+    # Where it has one, it gives it up.
+    rig.add(request("too", [8] * 4, adapter="s", max_tokens=200, **free))
+    rig.step()
+    rig.step()
+    rig.add(request("late", [7] * 4, adapter="b", max_tokens=3, tenant="t", ignore_eos=True))
+    begun = rig.steps
+    while rig.answers["late"].final is None:
+        rig.step()
+    assert rig.steps - begun <= rig.limits.patience + 6
+    rig.drain()
+    rig.assert_clean()
+
+
+def test_a_tenant_that_holds_every_place_with_many_adapters_gives_one_up():
+    rig = Rig(limits(step_tokens=16, max_running=4, num_blocks=400, patience=8))
+    for i in range(20):
+        more = {"adapter": f"a{i}", "tenant": "flood", "ignore_eos": True}
+        rig.add(request(f"flood{i}", [i] * 4, max_tokens=100, **more))
+    while len(rig.running()) < 4 or rig.steps < 6:
+        rig.step()
+    rig.add(request("lonely", [7] * 4, adapter="a0", max_tokens=3, tenant="other", ignore_eos=True))
+    entered = rig.steps
+    while rig.answers["lonely"].final is None:
+        rig.step()
+    assert rig.steps - entered <= rig.limits.patience + 6
+    rig.drain()
+    rig.assert_clean()
 
 
 def test_a_long_prompt_stalls_no_running_stream():

@@ -16,7 +16,7 @@ from folder_loader import FolderLoader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_backends import SINGLE
-from rig import Answer, Rig, limits, request
+from rig import Answer, Rig, composed, limits, request
 
 from truffula.kernels.inputs import Capacity
 from truffula.lora.worker import LoadLimits, Setup
@@ -24,13 +24,13 @@ from truffula.model.load import WeightReader, plan_model
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.oracle import Oracle
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
-from truffula.types import EngineRequest
+from truffula.types import AdapterRef, EngineRequest
 from truffula.weights.open import open_checkpoint
 from truffula.weights.tying import Tie
 
 NEAR = 1e-4
 CAPACITY = Capacity(
-    max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=8, num_blocks=80, block_size=4, max_blocks_per_seq=32,
+    max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=64, num_blocks=80, block_size=4, max_blocks_per_seq=32,
     num_states=60,
 )  # fmt: skip
 
@@ -152,14 +152,20 @@ def crowds(draw):
     for i in range(draw(st.integers(1, 6))):
         shared = draw(st.sampled_from(SHARED))
         prompt = shared[: draw(st.integers(0, len(shared)))] + draw(st.lists(st.integers(0, 59), max_size=6))
-        adapter = draw(st.sampled_from([None, "thin", "wide"]))
+        adapter = draw(st.sampled_from([None, "thin", "wide", "both"]))
         crowd.append((f"r{i}", prompt or [3], adapter, draw(st.integers(1, 8))))
     return crowd
 
 
+def named(real: Real, adapter: str) -> str | AdapterRef | None:
+    if adapter == "both":
+        return composed({real.adapters["thin"]: 0.75, real.adapters["wide"]: -0.5})
+    return real.adapters[adapter]
+
+
 def made(real: Real, crowd) -> list[EngineRequest]:
     return [
-        request(name, prompt, adapter=adapter and real.adapters[adapter], max_tokens=new)
+        request(name, prompt, adapter=adapter and named(real, adapter), max_tokens=new)
         for name, prompt, adapter, new in crowd
     ]
 
@@ -270,8 +276,8 @@ def test_greedy_tokens_are_those_of_transformers(real):
 
 def test_base_and_adapters_differ_at_all(real):
     tokens = {
-        tuple(real.alone(request("r", [5, 9, 4, 4], adapter=a and real.adapters[a], max_tokens=12)).token_ids)
-        for a in (None, "thin", "wide")
+        tuple(real.alone(request("r", [5, 9, 4, 4], adapter=a and named(real, a), max_tokens=12)).token_ids)
+        for a in (None, "thin", "wide", "both")
     }
     assert len(tokens) >= 2
 

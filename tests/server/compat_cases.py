@@ -140,6 +140,7 @@ TOOLS = "test_openai_tools.py::"
 KEPT = "test_responses_client.py::"
 CALLED = "test_responses_tools.py::"
 ANTHROPIC = "test_messages_tools.py::"
+ADAPTERS, RELOAD = ("/v1/adapters",), ("/v1/adapters/{name:path}/reload",)
 ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter")
 TOOLS_GIVEN = [{"type": "function", "function": {"name": "f"}}]
 BY_TEMPLATE = "Where the model's chat template does not use it, it is listed as ignored."
@@ -221,6 +222,13 @@ CASES: tuple[Case, ...] = (
     Case("model", "pirate", (CHAT, COMPLETION, RESPONSES, MESSAGES, DECISIONS, NATIVE)),
     Case("lora_path adapter_id", "pirate", (CHAT, COMPLETION, RESPONSES, DECISIONS), same_as={"model": "pirate"}),
     Case("parameters.adapter_id parameters.model", "pirate", (NATIVE,), same_as={"model": "pirate"}),
+    Case("merged_adapters", {"ids": ["pirate"]}, (CHAT, COMPLETION, RESPONSES), same_as={"model": "pirate"}),
+    Case(
+        "parameters.merged_adapters",
+        {"ids": ["pirate", "pirate"], "weights": [0.5, 0.5]},
+        (NATIVE,),
+        same_as={"model": "pirate"},
+    ),
     Case(
         "adapter_source parameters.adapter_source",
         test="test_unknown_names.py::test_the_operator_is_told_the_name_and_the_reason_once",
@@ -302,5 +310,12 @@ CASES: tuple[Case, ...] = (
     Case(
         "lora_name lora_path load_inplace", test="test_server_auth.py::test_adapters_by_an_administrator", routes=ADMIN
     ),
-    Case("pinned", test="test_vllm_routes.py::test_sglangs_forms"),
+    Case("pinned", test="test_vllm_routes.py::test_sglangs_forms", routes=ADMIN),
+    Case("expected_generation", test="test_adapter_lifecycle.py::test_reload_is_compare_and_set"),
+    Case("adapters load replace", test="test_adapter_lifecycle.py::test_registering_one_and_many", routes=ADAPTERS),
+    Case("source", test="test_adapter_lifecycle.py::test_reload_is_compare_and_set", routes=RELOAD),
+    Case(
+        "target targets shadow shadow_percent",
+        test="test_adapter_lifecycle.py::test_a_shadow_gets_a_copy_and_changes_nothing",
+    ),
 )

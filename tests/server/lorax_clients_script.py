@@ -47,18 +47,39 @@ def lorax_constrained(url: str) -> None:
     assert holds_age(whole.generated_text)
 
 
+def merged_of(ids: list[str], strategy: str | None, density: float) -> lorax.types.MergedAdapters:
+    weights = [1.0 / len(ids)] * len(ids)
+    return lorax.types.MergedAdapters(ids=ids, weights=weights, merge_strategy=strategy, density=density)
+
+
+def lorax_merged(url: str) -> None:
+    client = lorax.Client(url, timeout=60)
+    pirate = client.generate("Hello", adapter_id="pirate", max_new_tokens=8).generated_text
+    for merged in (
+        merged_of(["pirate", "pirate"], None, 0.0),
+        merged_of(["pirate"], "linear", 0.5),
+        merged_of(["pirate"], "ties", 1.0),
+        merged_of(["pirate"], "dare_linear", 1.0),
+    ):
+        assert client.generate("Hello", merged_adapters=merged, max_new_tokens=8).generated_text == pirate
+    for strategy in ("linear", "ties", "dare_linear", "dare_ties"):
+        merged = merged_of(["pirate", "org/poet"] if strategy == "linear" else ["pirate"] * 3, strategy, 0.5)
+        whole = client.generate("Hello", merged_adapters=merged, max_new_tokens=8).generated_text
+        *_, last = client.generate_stream("Hello", merged_adapters=merged, max_new_tokens=8)
+        assert last.generated_text == whole
+        assert whole != client.generate("Hello", max_new_tokens=8).generated_text
+
+
 def refused(url: str) -> dict:
     """What this server does not do: the classes that clients raise, by call."""
     client, found = lorax.Client(url, timeout=60), {}
-    merged = lorax.types.MergedAdapters(ids=["pirate", "org/poet"], weights=[0.5, 0.5], density=0.5)
     calls = {
         "embed": lambda: client.embed("Hello"),
         "classify": lambda: client.classify("Hello"),
         "classify_batch": lambda: client.classify_batch(["Hello"]),
         "async embed": lambda: asyncio.run(lorax.AsyncClient(url, timeout=60).embed("Hello")),
         "async classify": lambda: asyncio.run(lorax.AsyncClient(url, timeout=60).classify("Hello")),
-        "merged": lambda: client.generate("Hello", merged_adapters=merged),
-        "merged stream": lambda: list(client.generate_stream("Hello", merged_adapters=merged)),
+        "merged": lambda: client.generate("Hello", merged_adapters=merged_of(["pirate", "org/poet"], "ties", 0.5)),
         "watermark": lambda: client.generate("Hello", watermark=True),
         "adapter_source": lambda: client.generate("Hello", adapter_id="pirate", adapter_source="s3"),
         "unknown adapter": lambda: list(client.generate_stream("Hello", adapter_id="nobody")),
@@ -163,6 +184,7 @@ def tgi(url: str) -> dict:
 def main() -> None:
     url = sys.argv[1]
     lorax_constrained(url)
+    lorax_merged(url)
     tgi_constrained(url)
     tgi_tools(url)
     report = {

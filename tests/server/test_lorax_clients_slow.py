@@ -42,7 +42,8 @@ def test_the_shipped_clients_work_unchanged(live, python):
     for name, word in (("embed", "Embeddings"), ("classify", "Classification"), ("classify_batch", "Classification")):
         assert refused[name][0] == "UnprocessableEntityError" and word in refused[name][1]
     assert refused["async embed"] == refused["embed"] and refused["async classify"] == refused["classify"]
-    for name in ("merged", "merged stream", "watermark", "adapter_source"):
+    assert refused["merged"][0] == "ValidationError" and "equal ranks" in refused["merged"][1]
+    for name in ("watermark", "adapter_source"):
         assert refused[name][0] == "ValidationError" and name.split()[0] in refused[name][1]
     assert refused["unknown adapter"][0] == "GenerationError" and "nobody" in refused["unknown adapter"][1]
 

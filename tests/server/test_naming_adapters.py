@@ -22,7 +22,7 @@ VALUES = [
     *([], {}, ["pirate"], ["pirate", "org/poet"], [{"id": 0, "scale": 1.0}], {"name": "pirate"}),
     *(0, 7, 1.5, True),
 ]
-OTHERS = sorted([*ADAPTER_FIELDS["other"], *ADAPTER_FIELDS["scale"]])
+OTHERS = sorted([*ADAPTER_FIELDS["other"], *ADAPTER_FIELDS["scale"], *ADAPTER_FIELDS["merged"]])
 
 
 def answer(response):
@@ -136,7 +136,9 @@ def test_ids_weights_and_several_adapters_are_refused_with_the_word_to_use(live,
     for place in ("top", "parameters") if path == "/generate" else ("top",):
         for value in ([{"id": 0, "scale": 1.0}], {"lora_name": "pirate"}, 7, True, ["pirate", "org/poet"]):
             body, status, word = with_field(path, place, field, value)
-            error = assert_canonical_error(live.post(path, body), status, f"in {word}")
+            error = assert_canonical_error(
+                live.post(path, body), status, "" if field == "merged_adapters" else f"in {word}"
+            )
             message = error.get("message") or error["error"]
             assert field in message
 

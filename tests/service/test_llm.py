@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from truffula.errors import (
     PromptTooLong,
     ShuttingDown,
 )
+from truffula.lora.folder import open_adapter
+from truffula.lora.merging import MergePart, merge_adapters
 from truffula.service.choices import collect
 from truffula.testing.oracle import Oracle
 from truffula.types import TextDelta
@@ -89,6 +92,36 @@ def test_a_mixed_batch_gives_each_prompt_what_it_gets_alone(llm: LLM, folders: d
     assert together[1].prompt_token_ids == [9, 8, 7]
     base = llm.generate(prompts[0], GREEDY)[0]
     assert base.token_ids != together[0].token_ids, "an adapter changes what is said"
+
+
+def test_a_weighted_sum_of_adapters(llm: LLM, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Against one adapter that is their sum, made from their files."""
+    weights = {"one": 0.75, "two": -0.5}
+    with contextlib.ExitStack() as stack:
+        files = [(name, stack.enter_context(open_adapter(folders[name]))) for name in weights]
+        merge_adapters([MergePart(name, file, weights[name]) for name, file in files]).write(tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=2)
+    prompt = "the Lorax spoke"
+    one, both, merged, base, alone = llm.generate(
+        [prompt] * 5, params, adapters=[{"one": 1.0, "two": 0.0}, weights, tmp_path, {"one": 0.0}, "one"]
+    )
+    assert both.token_ids == merged.token_ids != alone.token_ids
+    for row, expected in zip(both.logprobs or [], merged.logprobs or [], strict=True):
+        assert row == pytest.approx(expected, abs=1e-4)
+    assert one.logprobs == alone.logprobs
+    assert base.token_ids == llm.generate(prompt, params)[0].token_ids
+    twice = {"one": 0.75, str(folders["one"]): 0.5}  # ties needs equal ranks
+    ties = llm.adapters.merge(twice, "ties", density=0.5)
+    made, again = llm.generate([prompt] * 2, params, adapters=[ties, llm.adapters.merge(twice, "ties", density=0.5)])
+    assert made.token_ids == again.token_ids and made.logprobs != alone.logprobs
+    assert [state.name for state in llm.adapters.list() if "ties" in state.name] == [ties.name]
+    for bad in ({"one": "1"}, {"one": True}, {"one": 1e9}):
+        with pytest.raises(InvalidRequest):
+            llm.generate(prompt, adapters=bad)  # type: ignore[arg-type]
+    with pytest.raises(AdapterNotFound):
+        llm.generate(prompt, adapters={"nobody": 1.0})
+    with pytest.raises(InvalidRequest, match="density"):
+        llm.adapters.merge(weights, "ties", density=0.0)
 
 
 def test_seeds_choices_and_best_of(llm: LLM) -> None:

@@ -124,9 +124,13 @@ def test_pinned_adapters_are_loaded_again_after_a_death(
 ):
     client = start("process")
     soft = write_tiny_adapter(tmp_path / "soft", tiny_model, rank=3, alpha=3, seed=6)
-    for name, folder in (("loud", tiny_adapter), ("soft", soft)):
+    for name, folder in (("loud", tiny_adapter), ("soft", soft), ("brief", soft)):
         ref = AdapterRef(name=name, locator=str(folder))
         client.adapters(AdapterCommand(action="load", ref=ref, pinned=True))
+    client.adapters(AdapterCommand(action="unpin", ref=ref))  # also of "soft", whose bytes they are
+    client.adapters(AdapterCommand(action="load", ref=AdapterRef(name="soft", locator=str(soft)), pinned=True))
+    # To load it again ends no pin.
+    client.adapters(AdapterCommand(action="load", ref=AdapterRef(name="loud", locator=str(tiny_adapter))))
     first = client.pid
     os.kill(first, signal.SIGKILL)
     eventually(lambda: client.pid not in (None, first), "the next engine")

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from truffula.cli.adapters_app import app as adapters_app
 from truffula.cli.bench_app import app as bench_app
 from truffula.cli.help import GLUE, App
-from truffula.cli.options import AsJson, ConfigFile, Model, ModelOrVariable, resolve, with_options
+from truffula.cli.options import ApiKey, AsJson, ConfigFile, Model, ModelOrVariable, Port, Url, resolve, with_options
 from truffula.config import ENGINE_PROCESS, OPTIONS
 from truffula.settings import require_paths
 
@@ -19,7 +20,6 @@ app = App(
     help="Serve one base language model and any number of LoRA adapters on it, in one batch.\n\n"
     "Try `truffula chat smollm2`, or `truffula serve smollm2` and open http://127.0.0.1:8000.",
 )
-adapters_app = App(help="List, load and unload the adapters of a running server.")
 
 AdapterArg = Annotated[
     list[str] | None,
@@ -38,17 +38,8 @@ Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="Sampling temperature; 0 always takes the most likely token.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="The same seed gives the same tokens.")]
-Url = Annotated[
-    str | None,
-    typer.Option("--url", metavar="URL", help=f"Address of the server. [default:{GLUE}http://127.0.0.1:8000]"),
-]
-Port = Annotated[int | None, typer.Option("--port", metavar="PORT", help="Port of a server on this machine.")]
 ServerUrl = Annotated[
     str | None, typer.Option("--url", metavar="URL", help="Ask this running server instead of loading MODEL.")
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option("--api-key", metavar="KEY", help="API key of the server. [default: the first of TRUFFULA_API_KEYS]"),
 ]
 CacheDir = Annotated[
     Path | None,
@@ -86,6 +77,10 @@ def serve(model: ModelOrVariable = None, *, options: dict[str, Any]) -> None:
 
     resolved = resolve(options, model=model)
     require_paths(resolved.settings)
+    if resolved.server.api_keys_file is not None:
+        from truffula.server.keys import read_keys
+
+        read_keys(resolved.server.api_keys_file)  # report an error in it before the model is loaded
     if resolved.server.chat_template is not None:
         from truffula.text.chat_template import read_template
 
@@ -246,6 +241,64 @@ def verify(
     run_verify(resolve(options, model=model).engine, adapter, tokens, as_json=as_json)
 
 
+@app.command(rich_help_panel=MODELS)
+def merge(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", help="PEFT folders or Hugging Face ids.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The new adapter's folder.")],
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", "-w", metavar="W,W,...", help="A number for each adapter. [default: 1 for each]"),
+    ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            "--strategy",
+            "-s",
+            metavar="NAME",
+            help="linear (the exact sum), ties, dare_linear, dare_ties or magnitude_prune, as PEFT defines them.",
+        ),
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option("--density", metavar="D", help="Of ties, dare and prune: the share that is kept.")
+    ] = None,
+    sign: Annotated[
+        str, typer.Option("--sign", metavar="NAME", help="Of ties: total or frequency elects the sign.")
+    ] = "total",
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", metavar="R", help="Of linear: the best approximation of this rank, instead of the sum."),
+    ] = None,
+) -> None:
+    """Merge several adapters into one, by weights.
+
+    A linear merge is exact: its rank is the sum of theirs. A server mixes adapters without merging them: see
+    merged_adapters in requests.
+    """
+    from truffula.cli.merge import run_merge
+
+    run_merge(adapters, weights, strategy, density, sign, rank, output)
+
+
+@app.command(rich_help_panel=MODELS)
+@with_options("engine", only=("revision", "offline", "cache_dir"))
+def fold(
+    model: Model,
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT folder or a Hugging Face id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The new model's folder.")],
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Of a quantised MODEL, write plain weights.")
+    ] = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Fold ADAPTER into MODEL, and write the model that they make together."""
+    from truffula.cli.merge import run_fold
+
+    run_fold(resolve(options, model=model).engine, adapter, output, dequantize=dequantize)
+
+
 @app.command(rich_help_panel=SERVER)
 def ps(url: Url = None, port: Port = None, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """Show the model, the adapters and the requests of a running server."""
@@ -301,44 +354,3 @@ def print_help(
     from truffula.cli.help import help_of
 
     typer.echo(help_of(context, command or []))
-
-
-@adapters_app.command("list")
-def adapters_list(url: Url = None, port: Port = None, api_key: ApiKey = None, as_json: AsJson = False) -> None:
-    """List the base model and the adapters of a server: status, rank, size, source and base."""
-    from truffula.cli.server_client import ServerClient
-    from truffula.cli.server_state import list_adapters
-
-    with ServerClient(url, port, api_key) as server:
-        list_adapters(server, as_json=as_json)
-
-
-@adapters_app.command("load")
-def adapters_load(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter in requests.")],
-    path: Annotated[str, typer.Argument(metavar="FOLDER", help="Its folder, on the server's disk.")],
-    url: Url = None,
-    port: Port = None,
-    api_key: ApiKey = None,
-) -> None:
-    """Load the adapter in FOLDER as NAME; the server must run with --adapter-admin."""
-    from truffula.cli.output import out
-    from truffula.cli.server_client import ServerClient
-
-    with ServerClient(url, port, api_key) as server:
-        out().print(server.load_adapter(name, path))
-
-
-@adapters_app.command("unload")
-def adapters_unload(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="An adapter that `truffula adapters list` shows.")],
-    url: Url = None,
-    port: Port = None,
-    api_key: ApiKey = None,
-) -> None:
-    """Unload the adapter NAME and remove the name; requests that use it finish normally."""
-    from truffula.cli.output import out
-    from truffula.cli.server_client import ServerClient
-
-    with ServerClient(url, port, api_key) as server:
-        out().print(server.unload_adapter(name))

@@ -27,6 +27,15 @@ ModelOrVariable = Annotated[
     typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} [env:{GLUE}{OPTIONS['model'].env}]", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", metavar="URL", help=f"Address of the server. [default:{GLUE}http://127.0.0.1:8000]"),
+]
+Port = Annotated[int | None, typer.Option("--port", metavar="PORT", help="Port of a server on this machine.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", metavar="KEY", help="API key of the server. [default: the first of TRUFFULA_API_KEYS]"),
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(

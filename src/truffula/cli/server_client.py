@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote
 
 from truffula.environment import expanded
 from truffula.errors import ConfigError, ErrorInfo, TruffulaError
@@ -84,20 +85,19 @@ class ServerClient:
         return rows
 
     def load_adapter(self, name: str, source: str) -> Any:
-        """Load an adapter from the server's disk; a path that exists on this machine is made absolute."""
-        path = expanded(source)
-        location = str(path.resolve()) if path.exists() else source
-        return self._administer("/v1/load_lora_adapter", {"lora_name": name, "lora_path": location})
+        """Load an adapter from the server's disk as ``name``."""
+        return self.administer("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": server_path(source)})
 
     def unload_adapter(self, name: str) -> Any:
         """Unload an adapter and remove its name."""
-        return self._administer("/v1/unload_lora_adapter", {"lora_name": name})
+        return self.administer("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
-    def _administer(self, path: str, body: dict[str, Any]) -> Any:
+    def administer(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        """As ``call``, on a route of ``--adapter-admin``."""
         try:
-            return self.call("POST", path, body)
+            return self.call(method, path, body)
         except TruffulaError as error:
-            if error.code != "not_found":
+            if error.code not in ("not_found", "method_not_allowed"):
                 raise
             message = (
                 f"The server at {self.url} runs without --adapter-admin; start it with that option to load and unload "
@@ -158,6 +158,35 @@ class ServerClient:
             message = f"The server at {self.url} {what}: pass a valid one with --api-key, or set TRUFFULA_API_KEYS."
             return TruffulaError.from_info(ErrorInfo(code=error.code, message=message, param="api_key"))
         return error
+
+
+def adapter_path(name: str) -> str:
+    """The path of an adapter's routes."""
+    return f"/v1/adapters/{quote(name)}"
+
+
+def alias_path(name: str) -> str:
+    return f"/v1/adapter_aliases/{quote(name)}"
+
+
+def server_path(source: str) -> str:
+    """A source on the server's machine; a path that exists on this one is made absolute."""
+    path = expanded(source)
+    return str(path.resolve()) if path.exists() else source
+
+
+def weights_of(targets: list[str]) -> dict[str, float]:
+    """The weights of ``TARGET=WEIGHT``. Raises ``ConfigError``."""
+    found: dict[str, float] = {}
+    for one in targets:
+        name, _, weight = one.rpartition("=")
+        try:
+            found[name] = float(weight)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ConfigError(f"{one!r} is not TARGET=WEIGHT, such as support@7=90.", param="targets")
+    return found
 
 
 def _event_data(chunks: Iterator[bytes]) -> Iterator[str]:

@@ -1,27 +1,31 @@
-"""``truffula adapters list`` and ``truffula ps``: the state of a running server."""
+"""``truffula adapters`` and ``truffula ps``: the state of a running server."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
+from urllib.parse import urlencode
 
-from truffula.cli.output import note, out, table
-from truffula.cli.server_client import ServerClient
+from truffula.cli.output import note, out, print_table, table
+from truffula.cli.server_client import ServerClient, adapter_path
 from truffula.errors import TruffulaError
 from truffula.option import format_size
 
 ROUTE = "/v1/adapters"
 
 
-def list_adapters(server: ServerClient, *, as_json: bool) -> None:
-    """Print the base model and the adapters, one per line."""
-    models = server.models()
+def list_adapters(server: ServerClient, wanted: dict[str, str], *, as_json: bool) -> None:
+    """Print the base model and the adapters that the filters ``wanted`` leave, one per line."""
+    models = {model["id"]: model for model in server.models()}
     try:
-        details = {row["id"]: row for row in server.call("GET", ROUTE)["data"]}
+        details = {row["id"]: row for row in _pages(server, wanted)}
     except TruffulaError as error:
-        if error.code not in ("not_found", "http_404"):
+        if error.code not in ("not_found", "http_404") or wanted:
             raise
         details = {}  # the server is not truffula
-    rows = [{**model, **details.get(model["id"], {})} for model in models]
+    shown_names = details if wanted else {**models, **details}
+    rows = [{**models.get(name, {"id": name}), **details.get(name, {})} for name in shown_names]
     if as_json:
         out().print_json(data=rows)
         return
@@ -34,6 +38,74 @@ def list_adapters(server: ServerClient, *, as_json: bool) -> None:
     for row in rows:
         if row.get("error"):
             note(f"{row['id']}: {row['error']}")
+
+
+def _pages(server: ServerClient, wanted: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The rows of the server's list, page by page."""
+    more, after = True, ""
+    while more:
+        found = server.call("GET", f"{ROUTE}?{urlencode({**wanted, 'limit': 1000, 'after': after})}")
+        yield from found["data"]
+        more, after = found.get("has_more", False), found.get("last_id") or ""
+
+
+def show_adapter(server: ServerClient, name: str, *, as_json: bool) -> None:
+    """Print what the server knows of one adapter, a fact per line, then its versions."""
+    found = server.call("GET", adapter_path(name))
+    if as_json:
+        out().print_json(data=found)
+        return
+    versions = found.pop("versions", [])
+    facts = table("fact", "value")
+    facts.show_header = False
+    for fact, value in found.items():
+        if value not in (None, [], {}):
+            facts.add_row(fact.replace("_", " "), _text(fact, value))
+    print_table(out(), facts)
+    if len(versions) > 1 or any(one["version"] for one in versions):
+        shown = table("version", "status", ">memory", "generation", "source")
+        for one in versions:
+            size = format_size(one["size_bytes"]) if one["size_bytes"] else "-"
+            generation = (one["generation"] or "-")[:12]
+            shown.add_row(one["version"] or "-", one["status"], size, generation, str(one.get("source") or "-"))
+        print_table(out(), shown)
+
+
+def _text(fact: str, value: Any) -> str:
+    if fact == "size_bytes":
+        return format_size(value)
+    if fact == "last_used":
+        return datetime.fromtimestamp(value).astimezone().isoformat(" ")
+    if isinstance(value, dict):
+        return ", ".join(f"{name} ({weight:g})" for name, weight in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def list_aliases(server: ServerClient, *, as_json: bool) -> None:
+    """Print the aliases, one per line."""
+    found = server.call("GET", "/v1/adapter_aliases")["data"]
+    if as_json:
+        out().print_json(data=found)
+        return
+    shown = table("alias", "targets", "shadow")
+    for one in found:
+        percent = one.get("shadow_percent", 100)
+        shadow = f"{one['shadow']} ({percent:g} %)" if one.get("shadow") else "-"
+        shown.add_row(one["id"], _text("targets", one["targets"]), shadow)
+    print_table(out(), shown)
+
+
+def changed(
+    server: ServerClient, method: str, path: str, body: dict[str, Any] | None, done: str, *, as_json: bool
+) -> None:
+    """Carry out a change, and print ``done``, or the server's answer."""
+    found = server.administer(method, path, body)
+    if as_json:
+        out().print_json(data=found)
+    else:
+        out().print(done)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:

@@ -161,9 +161,9 @@ class ProcessClient:
         states = self._command(lambda number: wire.Adapter(number, command), timeout)
         if command.ref is not None and command.action != "list":
             with self._lock:
-                self._pinned.pop(command.ref.name, None)
-                if command.action == "load" and command.pinned:
-                    self._pinned[command.ref.name] = command
+                before = self._pinned.pop(command.ref.name, None)
+                if command.action == "load" and (command.pinned or before is not None):
+                    self._pinned[command.ref.name] = replace(command, pinned=True)
         return states
 
     def control(self, action: EngineAction) -> None:

@@ -13,7 +13,7 @@
 4. each running sequence gets one token, the oldest first: no stream stalls behind a prompt. If a block is missing, the
    newest sequence of the adapter that runs most is preempted, never the oldest of all, so every sequence ends. One
    that has grown too long for its rotary tables (longrope) is preempted, and computed again with others;
-5. the rest of the budget goes to prompts, running and waiting, by deficit round robin over adapters.
+5. the rest of the budget goes to prompts, running and waiting, by deficit round robin over tenants and their adapters.
 
 ``plan`` may be called while earlier steps are unfinished; ``commit`` takes their results in order. What an ended
 sequence held is released once the last step that was planned with it has finished. A preemption, and steps that are run
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Iterable
 from operator import attrgetter
 from typing import Literal
@@ -35,7 +36,7 @@ from truffula.engine.limits import EngineLimits, check_request
 from truffula.engine.plan import ChunkResult, StepPlan
 from truffula.engine.queues import WaitingQueues
 from truffula.engine.running import RunningBatch
-from truffula.engine.sequence import AdapterKey, Sequence
+from truffula.engine.sequence import Sequence, TurnKey
 from truffula.engine.step_budget import DeficitRoundRobin, StepBudget, reserved_rows
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.lora.pool import AdapterPool
@@ -68,7 +69,7 @@ class Scheduler:
         self._grammars = grammars
         self._compiling: dict[str, dict[int, Sequence]] = {}  # by key of the grammar and serial
         self._round_robin = DeficitRoundRobin(quantum=max(limits.block_size, limits.step_tokens // 2))
-        self._waiting = WaitingQueues(limits, adapters)
+        self._waiting = WaitingQueues(limits, adapters, lambda: blocks.longest(limits.max_model_len))
         self._running = RunningBatch(limits, blocks, adapters)
         self._by_id: dict[str, Sequence] = {}
         self._timeouts: list[tuple[float, int, str]] = []  # a heap of time, serial and request id
@@ -189,7 +190,7 @@ class Scheduler:
         if self._grammars.is_compiling():
             self._enqueue_compiled(now)
         for sequence, error in self._waiting.prefetch_adapters(now):
-            self._end(sequence, "error", now, error)
+            self._end(sequence, "length" if error is None else "error", now, error)
         if self._paused == "all":
             return self._make_plan({})
         if self._retries:
@@ -302,17 +303,26 @@ class Scheduler:
     # 3. Starvation
 
     def _prevent_starvation(self, now: float) -> None:
-        """Preempt a sequence for an adapter that runs nothing and was refused ``patience`` times. A sequence that was
-        refused four times as often is admitted before all others.
+        """Preempt a sequence for a tenant, or for an adapter, that runs nothing and was refused ``patience`` times. A
+        sequence that was refused four times as often is admitted before all others. One without weight waits until
+        there is room.
+
+        Bound: while one tenant has two places or more, another one with a loaded adapter waits ``patience`` steps for
+        its first one, and a step more for each that waits likewise and is older.
         """
         self._reserved_for = None
         patience = self._limits.patience
-        late = [head for head in self._waiting.ready_heads() if head.refused_steps >= patience]
+        late = [head for head in self._waiting.ready_heads() if head.refused_steps >= patience and head.weight]
         if self._paused or not late:
             return
         running = self._running.count_by_key()
-        starved = min((head for head in late if not running[head.key]), key=_age, default=None)
-        victim = None if starved is None else self._running.newest_of_largest(at_least=2)
+        served = {tenant for tenant, _ in running}
+        starved = min(
+            (head for head in late if not running[head.key]),
+            key=lambda head: (head.key[0] in served, head.serial),  # first of a tenant that runs nothing at all
+            default=None,
+        )
+        victim = None if starved is None else self._running.newest_of_largest(starved)
         if victim is not None:
             if self._running.num_unfinished:
                 raise _ResultsNeeded
@@ -358,29 +368,28 @@ class Scheduler:
     # 5. Prompts
 
     def _grant_prompts(self, budget: StepBudget, now: float) -> None:
-        prompts: dict[AdapterKey, list[Sequence]] = {}
+        prompts: dict[TurnKey, list[Sequence]] = {}
         for sequence in self._running:
             if sequence.num_wanted - sequence.num_computed > 1:
                 prompts.setdefault(sequence.key, []).append(sequence)
-        keys = dict.fromkeys(prompts)
+        keys = {key: some[0].weight for key, some in prompts.items()}
         if len(self._running) >= self._limits.most_running:
             for head in self._waiting.ready_heads():
                 head.refused_steps += 1
         else:
-            keys.update((head.key, None) for head in self._waiting.ready_heads())
-        turns = self._round_robin.order(keys) if keys else []
+            keys.update((head.key, head.weight) for head in self._waiting.ready_heads())
+        turns = self._round_robin.order(keys) if keys else deque()
         while turns and budget.tokens > 0:
-            next_turns = []
-            for key in turns:
-                spent = self._take_turn(key, prompts.setdefault(key, []), budget, now)
-                if spent:
-                    self._round_robin.end_turn(key, spent)
-                    next_turns.append(key)
-                if budget.tokens <= 0:
-                    return
-            turns = next_turns
+            adapters = turns.popleft()  # of one tenant; the first that can spend tokens has the turn
+            while adapters:
+                key = adapters.popleft()
+                if spent := self._take_turn(key, prompts.setdefault(key, []), budget, now):
+                    self._round_robin.end_turn(key, spent, interrupted=budget.tokens <= 0)
+                    adapters.append(key)
+                    turns.append(adapters)
+                    break
 
-    def _take_turn(self, key: AdapterKey, prompts: list[Sequence], budget: StepBudget, now: float) -> int:
+    def _take_turn(self, key: TurnKey, prompts: list[Sequence], budget: StepBudget, now: float) -> int:
         """One turn: first its running prompts, then at most one admission. Returns the tokens spent."""
         allowance = self._round_robin.begin_turn(key)
         spent = 0
@@ -405,7 +414,7 @@ class Scheduler:
         """Raise its grant by up to ``allowance`` tokens; returns by how many."""
         have = budget.counts.get(sequence, 0)
         count = have + min(allowance, sequence.num_uncomputed - have)
-        count = sequence.fit_rows(count, budget.rows + reserved_rows(sequence, have))
+        count = sequence.fit(count, budget.rows + reserved_rows(sequence, have))
         if count <= have:
             return 0
         if not self._blocks.extend(sequence.table, sequence.num_computed + count):
@@ -437,8 +446,8 @@ class Scheduler:
         sequence.refused_steps = 0
         if sequence.admitted_at is None:
             sequence.admitted_at = now
-            sequence.cached_tokens = min(sequence.num_computed, sequence.num_prompt)
-            self._counts["prompt_tokens"] += sequence.num_prompt
+            sequence.cached_tokens = max(0, min(sequence.num_computed, sequence.num_prompt) - sequence.num_virtual)
+            self._counts["prompt_tokens"] += sequence.prompt_tokens
             self._counts["prefix_hit_tokens"] += sequence.cached_tokens
         return budget.grant(sequence, count)
 
@@ -473,8 +482,8 @@ class Scheduler:
             self._remove_compiling(sequence, sequence.grammar.key)
         else:
             self._waiting.remove(sequence)
-        if sequence.loaded_lease is not None:
-            self._adapters.release(sequence.loaded_lease)
+        for lease in sequence.loaded_leases.values():
+            self._adapters.release(lease)
         del self._by_id[sequence.request_id]
 
     def _remove_compiling(self, sequence: Sequence, key: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Mapping
 
-from truffula.engine.sequence import AdapterKey, Sequence
+from truffula.engine.sequence import Sequence, TurnKey
 
 
 class StepBudget:
@@ -39,32 +40,59 @@ def reserved_rows(sequence: Sequence, count: int) -> int:
 
 
 class DeficitRoundRobin:
-    """The order of the adapters' turns, the base being one of them, and their deficits.
+    """The order of turns, and their deficits. Tenants take turns, and in those of a tenant its adapters do, the base
+    being one of them, so that a tenant's share does not grow with its adapters.
 
-    An adapter has a turn to spend a quantum of tokens on its prompts (those running and those waiting), and then moves
-    to the back. Tokens it could not spend remain for its next turn, up to one quantum. A new adapter is added at the
-    end. Source: Shreedhar and Varghese 1995, "Efficient fair queueing using deficit round robin".
+    In a turn an adapter spends a quantum of tokens on its prompts (those running and those waiting); then it moves to
+    the back of its tenant, and the tenant to the back of all. A turn that the end of a step interrupts is the first of
+    the next one. Tokens it could not spend remain for its next turn, up to one quantum. The quantum of a tenant is
+    proportional to its weight, the heaviest one's being ``quantum``. A new adapter is added at the end. Source:
+    Shreedhar and Varghese 1995, "Efficient fair queueing using deficit round robin".
+
+    Bound: with T tenants that have tokens to compute, and A adapters of one of these, each of these A has a turn after
+    at most T * A turns of others. A turn spends at most two quanta, a step's tokens, so that is after T * A steps,
+    where running streams (one token each) leave tokens, and the turn finds a place and memory.
     """
 
     def __init__(self, quantum: int) -> None:
         self._quantum = quantum
-        self._deficits: dict[AdapterKey, int] = {}  # in the order of turns
+        self._deficits: dict[str, dict[TurnKey, int]] = {}  # by tenant; both in the order of turns
+        self._quanta: dict[str, int] = {}  # of the tenants in the last order
+        self._interrupted: TurnKey | None = None  # whose turn has not ended
 
-    def order(self, keys: Collection[AdapterKey]) -> list[AdapterKey]:
-        """``keys``, all of which have tokens to compute, in the order of their turns."""
-        for key in keys:
-            self._deficits.setdefault(key, 0)
-        order = [key for key in self._deficits if key in keys]
-        if len(self._deficits) > 64 + 2 * len(keys):
+    def order(self, keys: Mapping[TurnKey, float]) -> deque[deque[TurnKey]]:
+        """``keys``, all of which have tokens to compute, by tenant and in the order of their turns. Their values are
+        the weights of the tenants.
+        """
+        heaviest, self._quanta = max(keys.values()) or 1.0, {}
+        for key, weight in keys.items():
+            self._deficits.setdefault(key[0], {}).setdefault(key, 0)
+            self._quanta[key[0]] = max(1, round(self._quantum * weight / heaviest))
+        order = deque(deque(filter(keys.__contains__, mine)) for mine in self._deficits.values())
+        if sum(map(len, self._deficits.values())) > 64 + 2 * len(keys):
             # The others have nothing to compute now: by the algorithm they lose their deficits and their turns.
-            self._deficits = {key: self._deficits[key] for key in order}
+            kept = {mine[0][0]: {key: self._deficits[key[0]][key] for key in mine} for mine in order if mine}
+            self._deficits = kept
         return order
 
-    def begin_turn(self, key: AdapterKey) -> int:
-        """Begin a turn; returns the tokens it may spend."""
-        self._deficits[key] = min(self._deficits[key] + self._quantum, 2 * self._quantum)
-        return self._deficits[key]
+    def begin_turn(self, key: TurnKey) -> int:
+        """Begin or continue a turn; returns the tokens it may spend."""
+        quantum, mine = self._quanta[key[0]], self._deficits[key[0]]
+        if key != self._interrupted:
+            mine[key] = min(mine[key] + quantum, 2 * quantum)
+        self._interrupted = None
+        return mine[key]
 
-    def end_turn(self, key: AdapterKey, spent: int) -> None:
-        """End a turn that spent tokens; one that could not spend any keeps its place, the first of the next step."""
-        self._deficits[key] = max(0, self._deficits.pop(key) - spent)
+    def end_turn(self, key: TurnKey, spent: int, *, interrupted: bool) -> None:
+        """End a turn that spent tokens, or, if it has some left, interrupt it. One that could not spend any keeps its
+        place.
+        """
+        left = max(0, self._deficits[key[0]][key] - spent)
+        if interrupted and left:
+            self._interrupted = key
+            self._deficits[key[0]][key] = left
+            return
+        mine = self._deficits.pop(key[0])
+        del mine[key]
+        mine[key] = left
+        self._deficits[key[0]] = mine

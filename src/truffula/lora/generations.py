@@ -22,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError
+from truffula.kernels.adapters import KIND, KINDS, SITE
 from truffula.kernels.backend import AdapterImage, Executable
-from truffula.lora.image import check_size, map_image
+from truffula.lora.image import NO_FACTS, AdapterFacts, check_size, map_image
 from truffula.lora.loads import AdapterSource, unlink_image
 from truffula.lora.worker import LoadResponse
 from truffula.types import AdapterState
@@ -65,6 +68,7 @@ class AdapterLease:
 
     generation: str
     slot: int
+    facts: AdapterFacts
 
 
 @dataclass(eq=False)
@@ -74,6 +78,7 @@ class Generation:
     image: AdapterImage
     nbytes: int  # charged while resident: the mapped image and the executable's own data for it
     used_at: float
+    facts: AdapterFacts = NO_FACTS
     sources: set[AdapterSource] = field(default_factory=set)  # that have these bytes now; none: it is retired
     names: list[str] = field(default_factory=list)  # by which a retired one was last known
     slot: int | None = None
@@ -84,6 +89,11 @@ class Generation:
     pinned: bool = False
     commit: str = ""
     counted: Account | None = None
+
+    def __post_init__(self) -> None:
+        table, kinds = self.image.table, tuple(KINDS)
+        self.parts = [kinds[kind] for kind in np.unique(table[:, KIND])]
+        self.sites = len(np.unique(table[:, SITE]))
 
     @property
     def id(self) -> str:
@@ -115,6 +125,9 @@ class Generation:
             commit=self.commit,
             leases=self.resident_leases,
             pinned=self.pinned,
+            parts=self.parts,
+            sites=self.sites,
+            used_at=self.used_at,
         )
 
 
@@ -162,7 +175,8 @@ class Generations:
             if entry is None:
                 image = map_image(Path(path), header)
                 nbytes = image.nbytes + self._executable.adapter_bytes(image)
-                entry = Generation(image, nbytes, now, uses=int(header.generation in self._dropped))
+                uses = int(header.generation in self._dropped)
+                entry = Generation(image, nbytes, now, header.facts, uses=uses)
                 self._entries[entry.id] = entry
         except OSError as error:
             raise AdapterLoadError(f"The prepared adapter file cannot be mapped: {error}.") from error
@@ -177,9 +191,8 @@ class Generations:
         Raises ``InsufficientMemory`` when they never are; the executable's error, with the bytes released again, as an
         ``AdapterLoadError`` where it is not a ``TruffulaError``.
         """
-        limit = self._budget.limit_of(OWNER)
-        check_size(entry.nbytes, limit)
-        if self.leased_bytes + entry.nbytes > limit or not self._budget.reserve(OWNER, entry.nbytes):
+        check_size(entry.nbytes, self.limit)
+        if self.leased_bytes + entry.nbytes > self.limit or not self._budget.reserve(OWNER, entry.nbytes):
             return False
         try:
             entry.slot = self._executable.adapter(entry.image)
@@ -244,7 +257,7 @@ class Generations:
         entry.leases += 1
         entry.uses += slot != NO_SLOT and not entry.resident_leases
         entry.resident_leases += slot != NO_SLOT
-        return AdapterLease(entry.id, slot)
+        return AdapterLease(entry.id, slot, entry.facts)
 
     def release(self, lease: AdapterLease) -> Generation:
         """End a lease; returns its generation."""
@@ -259,6 +272,11 @@ class Generations:
             self.drop(entry)
 
     # Totals
+
+    @property
+    def limit(self) -> int:
+        """Bytes that adapters may use."""
+        return self._budget.limit_of(OWNER)
 
     def victim(self) -> Generation | None:
         """The idle generation that is evicted next."""

@@ -104,8 +104,8 @@ class AdapterLoads:
     def complete(self, ref: AdapterRef, response: LoadResponse, image: AdapterImage) -> None:
         """Count and log a load whose image is mapped."""
         self.completed += 1
-        known = ref.name in self.completed_by_name or len(self.completed_by_name) < MAX_COUNTED_NAMES
-        self.completed_by_name[ref.name if known else OTHER_NAMES] += 1
+        known = ref.label in self.completed_by_name or len(self.completed_by_name) < MAX_COUNTED_NAMES
+        self.completed_by_name[ref.label if known else OTHER_NAMES] += 1
         where = f"{ref.locator}@{response.commit}" if response.commit else ref.locator
         logger.info(
             "adapter %r (%s) loaded in %.2f s: rank %d, %d bytes, generation %s",

@@ -91,5 +91,8 @@ def allows(pattern: str, location: Location) -> bool:
 
 
 def origin_of(ref: AdapterRef) -> str:
-    """What a slow or failing source has in common with others: its scheme and host or bucket; the kind elsewhere."""
+    """What a slow or failing source has in common with others: its scheme and host or bucket; the kind elsewhere. Of a
+    merge that of its first part which is not on this machine."""
+    if ref.parts:
+        return next((origin for part in ref.parts if (origin := origin_of(part.ref)) != "local"), "local")
     return parse_location(ref.locator).origin if ref.kind in URL_KINDS else ref.kind

@@ -8,76 +8,120 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from truffula.errors import AdapterError
+from truffula.kernels.adapters import SiteTensors
+from truffula.kernels.backend import Array
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.kernels.stacked import StackedSlice
+from truffula.lora.base import BaseWeights
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
+from truffula.lora.image import NO_FACTS, AdapterFacts
 from truffula.lora.keys import KeyPlan, left_out_words, listed, plan_keys
 from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import PatternTable, Targets, is_named, matching_limit
 from truffula.lora.roots import TEXT_ROOTS, root_used, tail_of, text_root_of
+from truffula.lora.saved import Parts, Saved, match_saved
 from truffula.lora.stacked import pair_shapes, parameters_of
-from truffula.lora.tables import FLOATS, BaseTable
+from truffula.lora.variants import PLAIN, Form, form_of
 from truffula.weights.checkpoint import TensorInfo
 
+FLOATS = ("F32", "F16", "BF16")
 _LAYER = re.compile(r"\.(\d+)\.")
 _CONVOLUTION = re.compile(r"(^|[._])conv(1d)?$")
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """The base's name, for messages, and where its tables are stored, by kind of site."""
+    """The base's name, for messages, and its weights, which some kinds of adapter need."""
 
     model: str = "the base model"
-    tables: Mapping[str, BaseTable] = field(default_factory=dict)
+    weights: BaseWeights | None = None
+
+    @property
+    def tied(self) -> bool:
+        return self.weights is not None and self.weights.tied
+
+    def need(self, what: str) -> BaseWeights:
+        """The weights. Raises ``AdapterError`` when they are not given."""
+        if self.weights is None:
+            raise AdapterError(f"{what} needs the base's weights, which are not given here.", param="base")
+        return self.weights
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A and B of one module, and the sites that B's rows belong to; or of a parameter of ``experts`` experts."""
+    """A and B of one module, and the sites that B's rows belong to; or of a parameter of ``experts`` experts.
+
+    ``form``: how A and B are stored. ``magnitude`` [O] (DoRA), ``b_bias`` [O] and ``diagonal`` [r] (KaSA): tensors of
+    variants.
+    """
 
     module: str
     a: TensorInfo
     b: TensorInfo
     scale: float
-    parts: tuple[tuple[Site, ModuleSlice], ...]
+    parts: Parts
+    rank: int
     experts: int = 0
+    form: Form = PLAIN
+    magnitude: TensorInfo | None = None
+    b_bias: TensorInfo | None = None
+    diagonal: TensorInfo | None = None
 
     @property
     def sites(self) -> list[Site]:
         return [site for site, _ in self.parts]
 
     @property
-    def rank(self) -> int:
-        return self.a.shape[0] // max(1, self.experts)
+    def tensors(self) -> list[TensorInfo]:
+        return [info for info in (self.a, self.b, self.magnitude, self.b_bias, self.diagonal) if info is not None]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A module of a method other than LoRA: ``make`` computes its parts from ``infos``, by key."""
+
+    module: str
+    infos: tuple[TensorInfo, ...]
+    make: Callable[[Mapping[str, Array]], Iterable[SiteTensors]]
+    rank: int = 0
 
 
 @dataclass
 class ParsedAdapter:
-    """An adapter's pairs, matched with the base from metadata alone."""
+    """An adapter's pairs and the tensors that take the place of the base's, matched with it from metadata alone."""
 
     settings: LoraSettings
     pairs: list[Pair] = field(default_factory=list)
-    copies: dict[str, str] = field(default_factory=dict)  # kind of a base table -> the key of its copy
+    saved: list[Saved] = field(default_factory=list)
+    computed: list[Computed] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    facts: AdapterFacts = NO_FACTS
 
     @property
     def rank(self) -> int:
-        return max(pair.rank for pair in self.pairs)
+        return max((item.rank for item in (*self.pairs, *self.computed)), default=0)
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor that is read."""
+        infos = [*(info for pair in self.pairs for info in pair.tensors), *(saved.info for saved in self.saved)]
+        infos += [info for item in self.computed for info in item.infos]
+        return {info.name: info for info in infos}
 
 
 class Sites:
     """The base's sites, by the module paths of the class that the adapter with these ``modules`` was saved from."""
 
-    def __init__(self, all_sites: Sequence[Site], modules: Collection[str]) -> None:
-        self.all = sites = [site for site in all_sites if site.kind != "norm"]
+    def __init__(self, sites: Sequence[Site], modules: Collection[str]) -> None:
+        self.all = sites
         linear = [site for site in sites if site.kind == "linear"]
         self._own_root = text_root_of(site.module for site in linear)
         tails = {m.name.removeprefix(self._own_root) for site in sites if site.kind != "head" for m in site.modules}
@@ -118,16 +162,23 @@ def parse_metadata(
     Raises ``AdapterError`` (``param``: the field or the tensor) where they don't fit each other or the base.
     """
     settings = read_settings(config)
+    invocation = tuple(settings.alora_invocation_tokens or ())
     plan = plan_keys(list(infos))
-    check_values(infos, plan)
-    sites = Sites(all_sites, plan.a)
-    parsed = ParsedAdapter(settings)
+    check_values([infos[key] for key in plan.read()])
+    sites = Sites(all_sites, plan.modules())
+    parsed = ParsedAdapter(settings, facts=AdapterFacts(invocation=invocation))
     ranks = PatternTable(settings.rank_pattern or {}, "rank_pattern")
     alphas = PatternTable(settings.alpha_pattern or {}, "alpha_pattern")
-    origin = _origin(config)
+    origin = trained_on(config)
     stacked = parameters_of(plan.a, sites.parameters, settings.target_parameters)
-    _check_modules(plan, sites, base, origin, stacked)
-    for wrapper, key in plan.a.items():
+    check_modules(plan, sites, base, origin, stacked)
+    if invocation and plan.embeddings:
+        raise AdapterError(
+            f"alora_invocation_tokens is set, but PEFT has no activated LoRA on an embedding: "
+            f"{listed(plan.embeddings)}.",
+            param="alora_invocation_tokens",
+        )
+    for wrapper in plan.a:
         module = stacked.get(wrapper, wrapper)
         of_experts = sites.parameters[module] if wrapper in stacked else []
         rank = ranks.value(module, settings.r)
@@ -135,12 +186,14 @@ def parse_metadata(
         scale = float(np.float32(alpha / (math.sqrt(rank) if settings.use_rslora else rank)))
         parts = tuple((site, site.modules[0]) for site in of_experts) or tuple(sites.by_name[module])
         experts = of_experts[0].stacked.experts if of_experts and of_experts[0].stacked is not None else 0
-        pair = Pair(module, infos[key], infos[plan.b[wrapper]], scale, parts, experts)
+        pair = _make_pair(module, wrapper, parts, rank, scale, experts, plan, infos, settings)
         _check_shapes(pair, rank, base, origin)
         parsed.pairs.append(pair)
-    _check_sites_once(parsed.pairs)
-    _cross_check(parsed, Targets(settings, sites.linear_names), sites, plan)
-    parsed.copies = {sites.by_name[module][0][0].kind: key for module, key in plan.copies.items()}
+    check_sites_once(parsed.pairs)
+    parsed.saved = match_saved(plan, infos, settings, sites, tied=base.tied)
+    cross_check(parsed, Targets(settings, sites.linear_names), sites, plan, tied=base.tied)
+    if settings.bias not in (None, "none") and not plan.biases:
+        parsed.warnings.append(f"bias is {settings.bias!r}, but the file has no biases: the base's are used.")
     parsed.warnings += left_out_warnings(plan)
     for table, name in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
         for module, winner, loser in table.conflicts[:10]:
@@ -156,50 +209,78 @@ def parse_metadata(
     return parsed
 
 
+def _make_pair(
+    module: str, wrapper: str, parts: Parts, rank: int, scale: float, experts: int, plan: KeyPlan,
+    infos: Mapping[str, TensorInfo], settings: LoraSettings,
+) -> Pair:  # fmt: skip
+    """The pair of ``module``, whose tensors are named by ``wrapper``, with those of its variant."""
+    asked = {
+        "use_dora": (plan.magnitudes, settings.use_dora, "lora_magnitude_vector"),
+        "lora_bias": (plan.b_biases, settings.lora_bias and wrapper not in plan.embeddings, "bias of lora_B"),
+        "kasa_config": (plan.diagonals, settings.kasa_config is not None, "lora_diag"),
+    }
+    extra = []
+    for name, (group, expected, what) in asked.items():
+        if bool(expected) != (wrapper in group):
+            key = group.get(wrapper, plan.a[wrapper])
+            found = f"the file has a {what} of {module}" if wrapper in group else f"the file has no {what} of {module}"
+            raise AdapterError(
+                f"{name} is {'set' if expected else 'not set'}, but {found}. The two files are of different adapters, "
+                "or the file is incomplete.", param=name, key=key,
+            )  # fmt: skip
+        extra.append(infos[group[wrapper]] if wrapper in group else None)
+    if experts and any(extra):
+        raise AdapterError(
+            f"{module}: PEFT has no DoRA, lora_bias or KaSA on parameters of experts.", param="target_parameters"
+        )
+    a, b = infos[plan.a[wrapper]], infos[plan.b[wrapper]]
+    form = form_of(settings, module, rank, parts[0][0].in_features, parts[0][1].of) if not experts else PLAIN
+    return Pair(module, a, b, scale, parts, rank, experts, form, *extra)
+
+
 def left_out_warnings(plan: KeyPlan) -> list[str]:
     """The modules of ``plan`` that are not served, named by part and counted."""
     if not plan.left_out:
         return []
     return [
         f"Left out, because text does not pass through them: {left_out_words(plan)}. "
-        f"The {len(plan.a)} modules of the text model are served."
+        f"The {len(plan.modules())} modules of the text model are served."
     ]
 
 
-def check_values(infos: Mapping[str, TensorInfo], plan: KeyPlan) -> None:
-    """Every tensor that is read must have values, of a dtype that is served. Raises ``AdapterError`` naming it."""
-    halves = [*plan.a.values(), *plan.b.values(), *plan.copies.values()]
-    if empty := [key for key in halves if 0 in infos[key].shape]:
+def check_values(infos: Sequence[TensorInfo], *, may_be_empty: bool = False) -> None:
+    """Every tensor that is read must have values, unless it ``may_be_empty``, of a dtype that is served. Raises
+    ``AdapterError`` naming it."""
+    if not may_be_empty and (empty := [info.name for info in infos if 0 in info.shape]):
         raise AdapterError(
-            f"{len(empty)} of {len(halves)} tensors hold no values: {listed(empty)}. DeepSpeed ZeRO-3 leaves such "
+            f"{len(empty)} of {len(infos)} tensors hold no values: {listed(empty)}. DeepSpeed ZeRO-3 leaves such "
             "placeholders when the weights are not gathered before saving. Save again with "
             "stage3_gather_16bit_weights_on_model_save=true, or run zero_to_fp32.py on the checkpoint.",
             param=min(empty),
             count=len(empty),
         )
-    for key in halves:
-        if infos[key].dtype not in FLOATS:
+    for info in infos:
+        if info.dtype not in FLOATS:
             raise AdapterError(
-                f"{key} is {infos[key].dtype}; supported are F32, F16 and BF16. Save the adapter in one of these.",
-                param=key,
-                dtype=infos[key].dtype,
+                f"{info.name} is {info.dtype}; supported are F32, F16 and BF16. Save the adapter in one of these.",
+                param=info.name,
+                dtype=info.dtype,
             )
 
 
-def _origin(config: Mapping[str, Any]) -> str:
+def trained_on(config: Mapping[str, Any]) -> str:
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named.strip():
         return "base_model_name_or_path does not name the base that it was trained on."
     return f"It was trained on {named[:200]!r} (base_model_name_or_path)."
 
 
-def _check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str, stacked: Collection[str]) -> None:
+def check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str, stacked: Collection[str]) -> None:
     """Every module of the file must be a linear layer or a table of the base, or ``stacked``."""
-    modules = [module for module in plan.a if module not in stacked]
-    unknown = [module for module in modules if module not in sites.by_name]
-    if unknown:
-        raise _unknown(unknown, plan, sites, base, origin)
-    for module in modules:
+    check_known(plan, sites, base, origin, stacked)
+    for module in plan.a:
+        if module in stacked:
+            continue
         parts = sites.by_name[module]
         if (parts[0][0].kind == "embed") != (module in plan.embeddings):
             raise AdapterError(
@@ -210,6 +291,12 @@ def _check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str, st
         starts, ends = [part.lo for _, part in parts], [part.hi for _, part in parts]
         if [*starts, parts[0][1].of] != [0, *ends]:  # with a gap, or an overlap
             raise AdapterError(f"{module} cannot be adapted as one module in {base.model}.", param=plan.a[module])
+
+
+def check_known(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str, stacked: Collection[str] = ()) -> None:
+    """Every module of the file must be in the base, or ``stacked``."""
+    if unknown := [module for module in plan.a if module not in stacked and module not in sites.by_name]:
+        raise _unknown(unknown, plan, sites, base, origin)
 
 
 def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) -> AdapterError:
@@ -250,8 +337,10 @@ def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, o
 
 def _check_shapes(pair: Pair, rank: int, base: BaseFacts, origin: str) -> None:
     site, part = pair.parts[0]
-    found_rank, times = pair.rank if pair.a.shape else 0, max(1, pair.experts)
-    if len(pair.a.shape) == len(pair.b.shape) == 2 and found_rank != rank and pair.b.shape[1] == found_rank * times:
+    times = max(1, pair.experts)
+    a, b = pair.a.shape, pair.b.shape
+    found_rank = a[0] // times if a else 0
+    if len(a) == len(b) == 2 and found_rank != rank and b[1] * pair.form.b_blocks == found_rank * times:
         raise AdapterError(
             f"{pair.a.name} has rank {found_rank}, but adapter_config.json says {rank} (r, rank_pattern). The scale "
             "depends on the rank, so it is not known which is right; correct the configuration or save the adapter "
@@ -260,21 +349,23 @@ def _check_shapes(pair: Pair, rank: int, base: BaseFacts, origin: str) -> None:
             found=found_rank,
             expected=rank,
         )
-    of_a, of_b = (rank, site.in_features), (part.of, rank)
+    of_a, of_b = pair.form.shapes(rank, site.in_features, part.of)
     if pair.experts and site.stacked is not None:
         of_a, of_b = pair_shapes(site, site.stacked, rank)
-    for info, expected in ((pair.a, of_a), (pair.b, of_b)):
-        if info.shape != expected:
+    expected = [(pair.a, of_a), (pair.b, of_b), (pair.magnitude, (part.of,)), (pair.b_bias, (part.of,)),
+                (pair.diagonal, (rank,))]  # fmt: skip
+    for info, shape in expected:
+        if info is not None and info.shape != shape:
             raise AdapterError(
-                f"{info.name} has shape {list(info.shape)}, but {pair.module} of {base.model} needs {list(expected)}: "
+                f"{info.name} has shape {list(info.shape)}, but {pair.module} of {base.model} needs {list(shape)}: "
                 f"the adapter was made for another base. {origin}",
                 param=info.name,
                 found=list(info.shape),
-                expected=list(expected),
+                expected=list(shape),
             )
 
 
-def _check_sites_once(pairs: Sequence[Pair]) -> None:
+def check_sites_once(pairs: Sequence[Pair]) -> None:
     """Each site is adapted by one pair: its own name and a fused one would be ambiguous."""
     owner: dict[int, Pair] = {}
     for pair in pairs:
@@ -286,10 +377,10 @@ def _check_sites_once(pairs: Sequence[Pair]) -> None:
                 )
 
 
-def _cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: KeyPlan) -> None:
+def cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: KeyPlan, *, tied: bool) -> None:
     """Every module of the file is targeted by the configuration, and every targeted module is in the file."""
     covered = {site.id for pair in parsed.pairs for site in pair.sites}
-    if parsed.settings.target_modules is None and not parsed.settings.target_parameters:
+    if parsed.settings.target_modules is None and not parsed.settings.target_parameters and parsed.pairs:
         parsed.warnings.append("target_modules is null; the tensors alone determine which modules are adapted.")
         return
     parameters = parsed.settings.target_parameters or ()
@@ -297,7 +388,12 @@ def _cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: Ke
     def is_target(module: str) -> bool:
         return targets.targeted(module) or is_named(module, parameters) or is_named(f"{module}.weight", parameters)
 
-    stray = [pair.a.name for pair in parsed.pairs if not is_target(pair.module)]
+    tables = {site.kind: name for name, parts in sites.by_name.items() for site, _ in parts if site.kind != "linear"}
+    if tied and parsed.settings.ensure_weight_tying and is_target(tables.get("embed", "")):
+        tied_head = tables.get("head")
+    else:
+        tied_head = None
+    stray = [pair.a.name for pair in parsed.pairs if not is_target(pair.module) and pair.module != tied_head]
     if stray:
         raise AdapterError(
             f"Tensors for modules that the configuration does not target (target_modules, target_parameters, "
@@ -315,6 +411,7 @@ def _cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: Ke
         sites.name_of(site, site.modules[0])
         for site in sites.all
         if site.id not in covered
+        and site.kind != "norm"
         and (as_modules or site.stacked is None)
         and any(is_target(name) for name in _names_in_use(site, fused, sites))
     ]

@@ -111,6 +111,9 @@ class Targets:
         self._linear = linear if isinstance(target, str) and target.lower() == "all-linear" else None
         self._include = compiled(target, "target_modules") if isinstance(target, str) and self._linear is None else None
         self._exclude = compiled(exclude, "exclude_modules") if isinstance(exclude, str) else None
+        # What is saved whole has no LoRA.
+        saved = settings.modules_to_save or ()
+        self._saved = [compiled(entry, "modules_to_save", r"(^|.*\.){}($|\..*)") for entry in saved]
         given = settings.layers_pattern or []
         self._layer_lists = [given] if isinstance(given, str) else given
         for pattern in self._layer_lists:
@@ -139,6 +142,8 @@ class Targets:
         return [entry for entry in entries if not any(is_named(module, (entry,)) for module in modules)]
 
     def _excluded(self, module: str) -> bool:
+        if any(pattern.match(module) for pattern in self._saved):
+            return True
         if self._exclude is not None:
             return self._exclude.fullmatch(module) is not None
         return is_named(module, self._settings.exclude_modules or ())

@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -138,10 +138,36 @@ class AdapterPool:
         self._generations.touch(entry, self._clock())
         return lease
 
-    def is_pending(self, generation: str) -> bool:
-        """Whether ``acquire`` gave None only because an upload has not ended, its own or another of this step."""
-        entry = self._generations.get(generation)
-        return entry is not None and not entry.resident and (entry.slot is not None or not self._may_upload)
+    def acquire_all(self, generations: Sequence[str]) -> tuple[AdapterLease, ...] | None:
+        """A resident lease on each of ``generations``, in their order; None, and none taken, when that is not possible
+        in this step.
+
+        Raises as ``acquire``; ``InsufficientMemory`` also when their bytes never fit together.
+        """
+        needed, limit = sum(self._generations[one].nbytes for one in generations), self._generations.limit
+        if len(generations) > 1 and needed > limit:
+            raise InsufficientMemory(
+                f"The {len(generations)} adapters of the request take {needed} bytes together, and adapters may use "
+                f"{limit}. Name fewer adapters, or give the server more memory (--memory, --adapter-memory).",
+                param="adapters", requested_bytes=needed, limit_bytes=limit,
+            )  # fmt: skip
+        leases: dict[str, AdapterLease] = {}
+        try:
+            # The resident ones first: the upload of another must not evict them.
+            for one in sorted(generations, key=lambda one: not self._generations[one].resident):
+                if (lease := self.acquire(one)) is None:
+                    break
+                leases[one] = lease
+        finally:
+            if len(leases) < len(generations):
+                for lease in leases.values():
+                    self.release(lease)
+        return tuple(leases[one] for one in generations) if len(leases) == len(generations) else None
+
+    def is_pending(self, generations: Sequence[str]) -> bool:
+        """Whether ``acquire_all`` gave None only because an upload has not ended, of one of these or another."""
+        entries = [entry for one in generations if (entry := self._generations.get(one)) is not None]
+        return any(not entry.resident and (entry.slot is not None or not self._may_upload) for entry in entries)
 
     def release(self, lease: AdapterLease) -> None:
         """End a lease of either kind, once. A resident adapter stays resident until its bytes are needed."""
@@ -225,7 +251,10 @@ class AdapterPool:
         done: Future[list[AdapterState]] = Future()
         if command.action == "list" or ref is None:
             done.set_result(self.states())
-        elif self._unload(ref.name):
+        elif command.action == "unpin" or self._unload(ref.name):
+            if command.action == "unpin":
+                self._generations.pins.discard(source_of(ref))
+                self._recount(source_of(ref))
             done.set_result([state for state in self.states() if state.name == ref.name])
         else:
             done.set_exception(AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter"))
@@ -251,18 +280,26 @@ class AdapterPool:
         named = [source for source, loaded in self._sources.items() if name in loaded.names]
         self._generations.pins.difference_update(cancelled, named)
         for source in named:
-            if self._sources[source].names == {name}:
-                self._detach(source)
-            else:
-                self._sources[source].names.discard(name)
-                self._recount(source)
+            self._remove_name(source, name)
         return bool(cancelled or failed or named)
+
+    def _remove_name(self, source: AdapterSource, name: str) -> None:
+        """Remove a name of a source; one without another name is forgotten, and its pin ends."""
+        if self._sources[source].names == {name}:
+            self._generations.pins.discard(source)
+            self._detach(source)
+        else:
+            self._sources[source].names.discard(name)
+            self._recount(source)
 
     def _advance(self, command: _LoadCommand, now: float, idle: bool) -> None:
         """Complete a load command whose adapter is resident or has failed."""
         try:
             if (state := self._progress(command, now, idle)) is None:
                 return
+            name, source = command.ref.name, source_of(command.ref)
+            for other in [one for one, loaded in self._sources.items() if name in loaded.names and one != source]:
+                self._remove_name(other, name)  # it meant another source before
             command.future.set_result([state])
         except TruffulaError as error:
             command.future.set_exception(error)
@@ -288,7 +325,7 @@ class AdapterPool:
                 self.release(former)
         if self._ensure_resident(entry):
             return entry.state(ref.name)
-        if self.is_pending(entry.id):
+        if self.is_pending([entry.id]):
             return None
         command.no_room_since = now if command.no_room_since is None else command.no_room_since
         waited = now - command.no_room_since
@@ -369,7 +406,7 @@ class AdapterPool:
 
     def _checked_meanwhile(self, ref: AdapterRef) -> _LoadedSource | None:
         """What a remote source of the operator had at its last check, which requests get while it is checked again."""
-        usable = ref.kind != "local" and ref.credential is None
+        usable = ref.kind not in ("local", "merged") and ref.credential is None
         return self._sources.get(source_of(ref)) if usable else None
 
     def _attach(self, ref: AdapterRef, entry: Generation, commit: str) -> None:

@@ -2,7 +2,8 @@
 
 A name is looked up in this order:
 
-1. names that were added while it runs (by an administrator, or by the caller of a library);
+1. names that were registered while it runs (by an administrator, or by the caller of a library), see ``registry.py``:
+   for such a NAME, what follows in NAME@VERSION is one of its versions and nothing else;
 2. names the operator gave (``name=path-or-hub-id``);
 3. the adapter folder: each of its subfolders by name, looked up when it is asked for;
 4. loading on first use: a path below an allowed folder, or a Hub id or URL that matches an allowed pattern.
@@ -26,14 +27,16 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
+from msgspec.structs import replace as _replace
 
 from truffula.environment import expanded
 from truffula.errors import AdapterError, ConfigError, InvalidRequest, unknown_adapter
-from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config, read_settings
+from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config
 from truffula.lora.foreign import close_path, describe_file, describe_folder, meant_as_adapter
 from truffula.lora.locations import URL_KINDS, Location, allows, is_url, parse_location, parse_pattern, url_of
+from truffula.lora.methods import check_config
 from truffula.lora.paths import CONFIG, TENSORS, fingerprint
+from truffula.lora.registry import AdapterRegistry
 from truffula.types import AdapterRef, Credential
 
 SOURCES = ("local", "hub", *URL_KINDS)
@@ -117,6 +120,7 @@ class AdapterDirectory:
             None: only when it is loaded.
         base_names: The names of the base. Names that are ``reserved`` besides them are not served as adapters. None:
             the caller is the only client, and nothing is reserved.
+        registry: What is registered at run time; by default, nothing yet, and kept in memory.
 
     Raises ``ConfigError`` for a name or a source that can't be used.
     """
@@ -133,6 +137,7 @@ class AdapterDirectory:
         allow_credentials: bool = False,
         recheck_s: float | None = None,
         base_names: Collection[str] | None = None,
+        registry: AdapterRegistry | None = None,
     ) -> None:
         if default_source not in DEFAULT_SOURCES:
             raise ConfigError(f"adapter source {default_source!r} must be one of {', '.join(DEFAULT_SOURCES)}.")
@@ -147,7 +152,8 @@ class AdapterDirectory:
             why = "is a file, not a folder of adapters" if adapter_dir.exists() else "does not exist"
             raise ConfigError(f"The adapter folder {adapter_dir} {why}.", param="adapter_dir")
         self._named = {name: _parse_source(name, source) for name, source in (adapters or {}).items()}
-        self._added: dict[str, AdapterRef] = {}
+        self.registry = registry or AdapterRegistry()
+        self._renewed: dict[tuple[str, str, str | None], str] = {}
         self._dir = _resolved(adapter_dir) if adapter_dir is not None else None
         self._allow_local = tuple(map(_resolved, allow_local))
         self._allow_hub = allow_hub
@@ -178,15 +184,21 @@ class AdapterDirectory:
             raise InvalidRequest(
                 f"adapter_source {source[:40]!r} is not one of {', '.join(SOURCES)}.", param="adapter_source"
             )
+        ref = self._find(name, source, token)
+        renewed = self._renewed.get((ref.kind, ref.locator, ref.revision))
+        return ref if renewed is None else _replace(ref, fingerprint=f"{ref.fingerprint}+{renewed}")
+
+    def _find(self, name: str, source: str | None, token: str | None) -> AdapterRef:
         if not _printable(name):
             reason = f"an adapter's name has 1 to {MAX_NAME_CHARS} printable characters"
             raise unknown_adapter(name, reason)
         if self._is_reserved(name):
             raise unknown_adapter(name, "the name is reserved for the base model")
-        for table in (self._added, self._named):
-            named = table.get(name)
+        for named in (self.registry.find(name), self._named.get(name)):
             if named is not None and source in (None, named.kind):
                 return self._current(named)
+        if source is None and self.registry.owns(name):
+            raise unknown_adapter(name, "that adapter has no such version")
         if source in (None, "local"):
             folder = self._in_dir(name)
             if folder is not None:
@@ -216,7 +228,7 @@ class AdapterDirectory:
                 f"api_token must have 1 to {MAX_TOKEN_CHARS} visible ASCII characters.", param="api_token"
             )
         digest = hashlib.blake2b(token.encode(), key=self._salt, digest_size=16).hexdigest()
-        return msgspec.structs.replace(ref, credential=Credential(digest, token))
+        return _replace(ref, credential=Credential(digest, token))
 
     def _current(self, ref: AdapterRef) -> AdapterRef:
         """``ref`` with the fingerprint that it has now."""
@@ -226,11 +238,21 @@ class AdapterDirectory:
             return ref
         # Not all of them at one time. The clock is the machine's, so that the period is the same after a restart.
         shift = zlib.crc32(ref.locator.encode()) / 2**32
-        return msgspec.structs.replace(ref, fingerprint=str(int(time.time() / self._recheck_s + shift)))
+        return _replace(ref, fingerprint=str(int(time.time() / self._recheck_s + shift)))
 
     def names(self) -> list[str]:
-        """The names of named adapters and the folder's, sorted. Those that are loaded on first use are not listed."""
-        return sorted({*self._added, *self._named, *self._listed()})
+        """The names of registered adapters, of aliases, of the operator's adapters and of the folder's, sorted.
+        Versions, and what is loaded on first use, are not listed.
+        """
+        return sorted({*self.registry.names(), *self._named, *self._listed()})
+
+    def peek(self, name: str) -> AdapterRef | None:
+        """The adapter that is listed as ``name``, without the state of its files; None for any other name."""
+        named = self.registry.find(name) or self._named.get(name)
+        folder = None if named is not None or self._is_reserved(name) else self._in_dir(name)
+        if folder is None:
+            return named
+        return AdapterRef(name=name, kind="local", locator=str(folder), root=str(self._dir))
 
     def locate(self, name: str, source: Path | str) -> AdapterRef:
         """The adapter that ``add`` would register as ``name`` for this folder or Hub id. Nothing is added.
@@ -241,15 +263,27 @@ class AdapterDirectory:
 
     def add(self, ref: AdapterRef) -> None:
         """Register ``ref``, which ``locate`` returned, under its name. It replaces an adapter of the same name."""
-        self._added[ref.name] = ref
+        self.registry.add([ref])
 
     def remove(self, name: str) -> None:
         """Remove the adapter that ``add`` registered under ``name``. The operator's own adapters remain."""
-        self._added.pop(name, None)
+        self.registry.remove(name)
 
-    def is_added(self, name: str) -> bool:
-        """Whether ``add`` registered it, so that ``remove`` ends it unless the operator offers the name too."""
-        return name in self._added and name not in self._named and self._in_dir(name) is None
+    def is_offered(self, name: str) -> bool:
+        """Whether the operator's options offer an adapter of this name, whatever is registered."""
+        return name in self._named or self._in_dir(name) is not None
+
+    def renewed(self, ref: AdapterRef) -> AdapterRef:
+        """``ref`` as another state of its source, so that it is read again: a branch of the Hub may have moved."""
+        current = self._current(_replace(ref, fingerprint=""))
+        return (
+            current if ref.kind == "local" else _replace(current, fingerprint=f"{current.fingerprint}+{time.time_ns()}")
+        )
+
+    def accept(self, ref: AdapterRef) -> None:
+        """From now on ``resolve`` gives its source the state of ``ref``, which ``renewed`` returned."""
+        if ref.kind != "local":
+            self._renewed[ref.kind, ref.locator, ref.revision] = ref.fingerprint.rpartition("+")[2]
 
     def warnings(self) -> list[str]:
         """Warnings for the operator at the start: sources without an adapter, and adapters that cannot be served.
@@ -434,7 +468,7 @@ def _why_refused(folder: Path) -> str | None:
         if (lacking := describe_folder(folder)) is not None:
             return lacking[0]
         with (folder / CONFIG).open("rb") as file:
-            read_settings(parse_config(file.read(MAX_CONFIG_BYTES + 1)))
+            check_config(parse_config(file.read(MAX_CONFIG_BYTES + 1)))
     except AdapterError as error:
         return error.message
     except OSError as error:
@@ -446,4 +480,4 @@ def _with_fingerprint(ref: AdapterRef) -> AdapterRef:
     if ref.kind != "local":
         return ref
     folder = Path(ref.locator)
-    return msgspec.structs.replace(ref, fingerprint=fingerprint(lambda name: (folder / name).stat()))
+    return _replace(ref, fingerprint=fingerprint(lambda name: (folder / name).stat()))

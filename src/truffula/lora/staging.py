@@ -37,7 +37,10 @@ class Staging:
         """Remove the files of a failed load."""
         for folder in self.folders:
             for path in folder.glob(f"{ticket}-*"):
-                path.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     def holds(self, path: Path) -> bool:
         """Whether ``path`` is a file directly in one of the folders."""

@@ -15,6 +15,7 @@ import os
 import queue
 import resource
 import select
+import shutil
 import socket
 import sys
 import threading
@@ -26,19 +27,20 @@ from pathlib import Path
 
 import msgspec
 
-from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError, WireError
+from truffula.errors import AdapterError, AdapterLoadError, ErrorInfo, TruffulaError, WireError
 from truffula.frames import Channel, Disconnected, Frame
 from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
+from truffula.lora.base import BaseSource, BaseWeights
 from truffula.lora.disk_cache import DiskCache
-from truffula.lora.folder import open_folder
+from truffula.lora.folder import open_adapter, open_folder
 from truffula.lora.hub import download
 from truffula.lora.image import ImageHeader, ImageWriter, check_size
+from truffula.lora.merging import MergePart, merge_adapters
 from truffula.lora.paths import CONFIG, TENSORS, OpenFolder, fingerprint
-from truffula.lora.peft import BaseFacts, validate_adapter
+from truffula.lora.peft import BaseFacts, PeftAdapter, validate_adapter
 from truffula.lora.remote import Fetched, fetch
 from truffula.lora.staging import remove_abandoned, sweep
-from truffula.lora.tables import BaseTable
 from truffula.types import AdapterRef
 
 VERSION = 4
@@ -65,16 +67,16 @@ class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
 class Setup(Frame, frozen=True, kw_only=True):
     """The first frame to a worker: the base, the layout and the limits of all its loads.
 
-    ``model`` is the base's name, for messages; ``tables`` where its tables are stored, by kind of site; ``layout`` the
-    executable's. ``offline`` and ``cache_dir`` are for adapters of the Hub, ``adapter_cache`` (a folder; "": none) and
-    its limit in bytes for those of URLs.
+    ``model`` is the base's name, for messages; ``base`` where its weights are; ``layout`` the executable's.
+    ``offline`` and ``cache_dir`` are for adapters of the Hub, ``adapter_cache`` (a folder; "": none) and its limit in
+    bytes for those of URLs.
     """
 
     sites: Sequence[Site]
     model: str
     limits: LoadLimits = LoadLimits()
     layout: AdapterLayout = STORED
-    tables: dict[str, BaseTable] = msgspec.field(default_factory=dict)
+    base: BaseSource | None = None
     offline: bool = False
     cache_dir: str | None = None
     adapter_cache: str = ""
@@ -178,11 +180,10 @@ def load(
     """
     started = time.monotonic()
     try:
-        with _located(request, setup, staging) as found:
+        with _located(request, setup, staging, on_files) as found:
             response = LoadResponse(ticket=request.ticket, commit=found.commit, warnings=found.warnings)
             if found.folder is not None:
-                root = Path(request.ref.root) if request.ref.root and request.ref.kind == "local" else None
-                made = _prepare(found.folder, root, request, setup, staging, on_files)
+                made = _prepare(found.folder, request, setup, staging, on_files)
                 warnings = (*found.warnings, *made.warnings)
                 response = msgspec.structs.replace(made, commit=found.commit, warnings=warnings)
     except TruffulaError as error:
@@ -209,35 +210,59 @@ def load(
 
 def _prepare(
     folder: Path,
-    root: Path | None,
     request: LoadRequest,
     setup: Setup,
     staging: Sequence[Path],
     on_files: Callable[[int], None],
 ) -> LoadResponse:
     """Validate the adapter in ``folder`` and write its image."""
-    with contextlib.closing(open_folder(folder, root)) as opened:
+    with (
+        contextlib.closing(open_folder(folder, _root(request.ref))) as opened,
+        _base(setup) as base,
+    ):
         before = fingerprint(opened.stat)
         on_files(_files_nbytes(opened))
-        adapter = validate_adapter(
-            opened,
-            setup.sites,
-            base=BaseFacts(model=setup.model, tables=setup.tables),
-            max_bytes=setup.limits.image_bytes,
-            max_file_bytes=setup.limits.file_bytes,
-            untrained=request.ref.untrained,
-        )
-        image = ImageWriter(adapter.generation, adapter.rank, adapter.sites, setup.layout)
+        adapter = _validate(opened, request.ref, setup, base)
+        image = ImageWriter(adapter.generation, adapter.rank, adapter.sites, setup.layout, adapter.facts)
         check_size(image.header.nbytes, setup.limits.image_bytes)
         path = _new_file(request, staging, image.header.nbytes)
         image.write(path)
         if fingerprint(opened.stat) != before:
             # The image was copied from the mapped file, which may have been written to after it was checked.
             path.unlink()
-            raise AdapterLoadError(
-                "The adapter's files changed while they were read; send the request again.", param="adapter"
-            )
+            raise _changed()
     return LoadResponse(ticket=request.ticket, image_path=str(path), image=image.header, warnings=adapter.warnings)
+
+
+@contextlib.contextmanager
+def _base(setup: Setup) -> Iterator[BaseFacts]:
+    """The base, whose weights can be read while the block runs."""
+    if setup.base is None:
+        yield BaseFacts(setup.model)
+        return
+    with contextlib.closing(BaseWeights(setup.base)) as weights:
+        yield BaseFacts(setup.model, weights)
+
+
+def _validate(folder: OpenFolder, ref: AdapterRef, setup: Setup, base: BaseFacts) -> PeftAdapter:
+    return validate_adapter(
+        folder,
+        setup.sites,
+        base=base,
+        max_bytes=setup.limits.image_bytes,
+        max_file_bytes=setup.limits.file_bytes,
+        untrained=ref.untrained,
+    )
+
+
+def _root(ref: AdapterRef) -> Path | None:
+    """The folder that no link may lead out of."""
+    return Path(ref.root) if ref.root and ref.kind == "local" else None
+
+
+def _changed() -> AdapterLoadError:
+    text = "The adapter's files changed while they were read; send the request again."
+    return AdapterLoadError(text, param="adapter")
 
 
 def out_of_memory(request: LoadRequest, setup: Setup) -> LoadResponse:
@@ -251,10 +276,15 @@ def out_of_memory(request: LoadRequest, setup: Setup) -> LoadResponse:
 
 
 @contextlib.contextmanager
-def _located(request: LoadRequest, setup: Setup, staging: Sequence[Path]) -> Iterator[Fetched]:
+def _located(
+    request: LoadRequest, setup: Setup, staging: Sequence[Path], on_files: Callable[[int], None]
+) -> Iterator[Fetched]:
     """The adapter's folder, on this machine or fetched."""
     ref = request.ref
-    if ref.kind == "local":
+    if ref.kind == "merged":
+        with _merged(request, setup, staging, on_files) as found:
+            yield found
+    elif ref.kind == "local":
         yield Fetched(Path(ref.locator), "")
     elif ref.kind == "hub" and ref.credential is None:
         yield _from_hub(request, setup)
@@ -264,6 +294,56 @@ def _located(request: LoadRequest, setup: Setup, staging: Sequence[Path]) -> Ite
         most = setup.limits.file_bytes
         with fetch(ref, request.has, cache, offline=setup.offline, max_file_bytes=most) as found:
             yield found
+
+
+@contextlib.contextmanager
+def _merged(
+    request: LoadRequest, setup: Setup, staging: Sequence[Path], on_files: Callable[[int], None]
+) -> Iterator[Fetched]:
+    """The merged adapter of the parts of ``request``, in a folder that is removed afterwards."""
+    with contextlib.ExitStack() as made:
+        folder, warnings = _merge(request, setup, staging, on_files, made)
+        yield Fetched(folder, "", warnings)
+
+
+def _merge(
+    request: LoadRequest,
+    setup: Setup,
+    staging: Sequence[Path],
+    on_files: Callable[[int], None],
+    made: contextlib.ExitStack,
+) -> tuple[Path, tuple[str, ...]]:
+    """Write the merged adapter into a new folder, which ``made`` removes. Each part must be an adapter that is served
+    by itself.
+    """
+    parts: list[MergePart] = []
+    opened: list[tuple[OpenFolder, str]] = []
+    nbytes = 0
+    with contextlib.ExitStack() as stack:
+        base = stack.enter_context(_base(setup))
+        for part in request.ref.parts:
+            wanted = msgspec.structs.replace(request, ref=part.ref, has="")
+            found = stack.enter_context(_located(wanted, setup, staging, on_files))
+            assert found.folder is not None
+            folder = stack.enter_context(contextlib.closing(open_folder(found.folder, _root(part.ref))))
+            opened.append((folder, fingerprint(folder.stat)))
+            nbytes += _files_nbytes(folder)
+            on_files(nbytes)
+            try:
+                _validate(folder, part.ref, setup, base)
+                files = stack.enter_context(open_adapter(folder, setup.limits.file_bytes))
+            except AdapterError as error:
+                raise AdapterError(f"{part.ref.name}: {error.message}", param=error.param) from error
+            parts.append(MergePart(part.ref.name, files, part.weight))
+        merged = merge_adapters(parts, request.ref.merge)
+        check_size(merged.nbytes, setup.limits.image_bytes)
+        path = _new_file(request, staging, 2 * merged.nbytes)  # the image comes beside it
+        path.mkdir()
+        made.callback(shutil.rmtree, path)
+        merged.write(path)
+        if any(fingerprint(folder.stat) != before for folder, before in opened):
+            raise _changed()
+    return path, tuple(merged.warnings)
 
 
 def _from_hub(request: LoadRequest, setup: Setup) -> Fetched:

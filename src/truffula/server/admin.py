@@ -1,31 +1,29 @@
 """vLLM's and SGLang's adapter administration, served only with ``--adapter-admin``, since a path is a path of this
-machine; and the list of adapters with what the engine knows of each, which tells where they lie only then.
+machine.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Awaitable, Iterable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Iterable
 
 from msgspec.structs import replace
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, ModelNotFound, TruffulaError
-from truffula.lora.sources import AdapterDirectory, reserved
+from truffula.errors import AdapterNotFound, InvalidRequest, ModelNotFound, TruffulaError
+from truffula.server.adapters import forget, is_taken, load, locate_new, reload, unload
 from truffula.server.body import Body, read_body
 from truffula.server.replies import json_reply
 from truffula.server.state import ServerState, record_of, state_of
-from truffula.types import AdapterCommand, AdapterRef, AdapterState
+from truffula.types import AdapterCommand
 
 
 class LoadBody(Body):
     lora_name: str = Field(min_length=1)
     lora_path: str = Field(min_length=1)
     load_inplace: bool | None = None
+    expected_generation: str | None = None
 
 
 class SglangLoadBody(LoadBody):
@@ -34,41 +32,6 @@ class SglangLoadBody(LoadBody):
 
 class UnloadBody(Body):
     lora_name: str = Field(min_length=1)
-
-
-STATUSES = ("resident", "uploading", "ready", "loading", "failed", "retired")
-"""Of several generations of one adapter, the first of these is shown."""
-
-
-async def list_adapters(request: Request) -> Response:
-    """Every adapter that can be named now: status, rank and size as the engine has them. ``source`` and the error of a
-    failed load name paths, so they are only given where clients may load by path."""
-    state = state_of(request)
-    found = await state.service.adapters(AdapterCommand(action="list"))
-    known = {one.name: one for one in sorted(found, key=lambda one: -STATUSES.index(one.status))}
-    names = await state.adapter_names()
-    sources = await state.service.look_up(_sources, state, names) if state.config.adapter_admin else None
-    return json_reply({"object": "list", "data": [_row(name, known.get(name), sources) for name in names]})
-
-
-def _sources(state: ServerState, names: Iterable[str]) -> dict[str, str]:
-    """Name → folder or Hub id of the adapters that are still there; asks the file system."""
-    found = {}
-    for name in names:
-        with contextlib.suppress(AdapterNotFound):  # removed since it was listed
-            if (ref := state.service.core.resolve_adapter(name)) is not None:
-                found[name] = ref.locator
-    return found
-
-
-def _row(name: str, found: AdapterState | None, sources: Mapping[str, str] | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": name, "status": "not loaded", "rank": None, "size_bytes": None}
-    if found is not None:
-        row |= {"status": found.status, "rank": found.rank or None, "size_bytes": found.nbytes or None}
-    if sources is not None:
-        row["source"] = sources.get(name)
-        row["error"] = None if found is None or found.error is None else found.error.message
-    return row
 
 
 async def load_adapter(request: Request) -> Response:
@@ -82,26 +45,19 @@ async def load_adapter(request: Request) -> Response:
 
 async def _load(state: ServerState, body: LoadBody, *, pinned: bool = False) -> None:
     name = body.lora_name
-    if reserved(name, state.base_names):
-        raise InvalidRequest(
-            f"{name[:80]!r} means the base model; choose another name for the adapter.", param="lora_name"
-        )
-    if name in await state.adapter_names() and not body.load_inplace:
+    taken = await state.service.look_up(is_taken, state, name)
+    fields = ("lora_name", "lora_path")
+    ref = await state.service.look_up(lambda: locate_new(state, name, body.lora_path, folder=True, fields=fields))
+    if taken and not body.load_inplace:
         raise InvalidRequest(f"{name!r} is already loaded; send load_inplace: true to replace it.", param="lora_name")
-    ref = await state.service.look_up(_find, state.directory, name, body.lora_path)
+    if body.expected_generation is not None and not taken:
+        raise InvalidRequest(f"expected_generation: there is no adapter {name!r}.", param="expected_generation")
     ref = replace(ref, untrained=True)  # a trainer loads the first version of its policy before the first step
-    await state.service.adapters(AdapterCommand(action="load", ref=ref, pinned=pinned))
-    state.directory.add(ref)
-
-
-def _find(directory: AdapterDirectory, name: str, path: str) -> AdapterRef:
-    """The adapter at ``path`` by its new name; asks the file system."""
-    if not os.path.isdir(path):  # noqa: PTH112  (``Path.is_dir`` raises for names that the system does not take)
-        raise AdapterNotFound(f"{path[:200]!r} does not contain an adapter.", param="lora_path")
-    try:
-        return directory.locate(name, path)
-    except ConfigError as error:
-        raise InvalidRequest(error.message, param="lora_name") from error
+    if body.expected_generation is not None and (present := await state.adapter(name)) is not None:
+        await reload(state, replace(present, name=name), ref, body.expected_generation)
+        return
+    await load(state, ref, pinned=pinned)
+    await state.service.look_up(state.directory.add, ref)
 
 
 async def unload_adapter(request: Request) -> Response:
@@ -119,20 +75,17 @@ async def unload_adapter(request: Request) -> Response:
 
 
 async def _unload(state: ServerState, name: str) -> bool:
-    """Unload an adapter that may be named; returns whether new requests no longer find it. Raises ``AdapterNotFound``
-    when there is nothing to unload.
+    """Unload an adapter that may be named, of NAME every version; returns whether new requests no longer find it.
+    Raises ``AdapterNotFound`` when there is nothing to unload.
     """
-    if name not in await state.adapter_names():
-        raise AdapterNotFound(f"There is no adapter {name[:80]!r} to unload.", param="lora_name")
-    ref = await state.adapter(name)
-    state.directory.remove(name)
-    offered = name in await state.adapter_names()
-    try:
-        await state.service.adapters(AdapterCommand(action="unload", ref=ref))
-    except AdapterNotFound:
-        if offered:
-            raise
-        # It was evicted, and now its name is forgotten, too.
+    directory = state.directory
+    offered = await state.service.look_up(directory.is_offered, name)
+    if not await forget(state, name):
+        ref = await state.service.look_up(directory.peek, name)
+        if ref is None:
+            raise AdapterNotFound(f"There is no adapter {name[:80]!r} to unload.", param="lora_name")
+        if not await unload(state, ref):
+            raise AdapterNotFound(f"Adapter {name[:80]!r} is not loaded.", param="adapter")
     return not offered
 
 
@@ -140,15 +93,15 @@ async def delete_model(request: Request) -> Response:
     """Unloads an adapter and forgets its name, as OpenAI deletes a fine-tuned model."""
     state = state_of(request)
     name: str = request.path_params["model_id"]
-    if name not in await state.adapter_names():
+    if not await state.service.look_up(is_taken, state, name):
         raise ModelNotFound(f"There is no adapter {name[:80]!r} to delete; GET /v1/models lists them.", param="model")
-    if not state.directory.is_added(name):
+    if state.directory.registry.find(name) is None or await state.service.look_up(state.directory.is_offered, name):
         raise InvalidRequest(
             f"{name[:80]!r} cannot be deleted: the server's --adapter or --adapter-dir offers it. POST "
             "/v1/unload_lora_adapter frees its memory.",
             param="model",
         )
-    await _unload(state, name)
+    await forget(state, name)
     return json_reply({"id": name, "object": "model", "deleted": True})
 
 
@@ -174,7 +127,13 @@ async def _sglang(request: Request, work: Awaitable[object]) -> Response:
         message = error.message
     found = await state.service.adapters(AdapterCommand(action="list"))
     names = {one.name for one in found if one.status in ("resident", "uploading", "ready")}
-    loaded = await state.service.look_up(_sources, state, names & set(await state.adapter_names()))
+    loaded = await state.service.look_up(_locators, state, sorted(names))
     reply = json_reply({"success": not message, "error_message": message, "loaded_adapters": loaded})
     reply.status_code = 400 if message else 200
     return reply
+
+
+def _locators(state: ServerState, names: Iterable[str]) -> dict[str, str]:
+    """Name → folder or Hub id of those that are still listed."""
+    refs = {name: state.directory.peek(name) for name in names}
+    return {name: ref.locator for name, ref in refs.items() if ref is not None}

@@ -17,6 +17,8 @@ from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
 from truffula.server import (
+    adapter_listing,
+    adapters,
     admin,
     control,
     decisions,
@@ -31,14 +33,15 @@ from truffula.server import (
     responses,
     tokens,
 )
-from truffula.server.auth import KeyCheck, WebRules
+from truffula.server.auth import KeyCheck, WebRules, access_of, require_admin
 from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.errors import MethodNotAllowed
+from truffula.server.keys import KeyRing
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
 from truffula.server.messages_bodies import CountTokensBody, MessagesBody
 from truffula.server.middleware import RequestPipeline, rejection
 from truffula.server.openai_bodies import ChatBody, CompletionBody
-from truffula.server.openapi import RouteSpec
+from truffula.server.openapi import Handler, RouteSpec
 from truffula.server.response_store import ResponseStore, default_file
 from truffula.server.responses_bodies import ResponsesBody
 from truffula.server.responses_kept import KeptResponses
@@ -97,7 +100,10 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("POST", "/chat_tokenize", tokens.chat_tokenize, "native", ChatTokenizeBody, {"messages": _TALK}),
     RouteSpec("GET", "/tokenizer_info", tokens.tokenizer_info, "native"),
     RouteSpec("GET", "/", pages.root, "probes"),
-    RouteSpec("GET", "/v1/adapters", admin.list_adapters, "admin"),
+    RouteSpec("GET", "/v1/adapters", adapter_listing.list_adapters, "admin"),
+    RouteSpec("GET", "/v1/adapters/{name:path}", adapter_listing.show_adapter, "admin"),
+    RouteSpec("GET", "/v1/adapter_aliases", adapters.list_aliases, "admin"),
+    RouteSpec("GET", "/v1/lora_adapters", adapter_listing.mistral_list, "admin"),
     RouteSpec("GET", "/health", probes.health, "probes"),
     RouteSpec("GET", "/ping", probes.health, "probes"),
     RouteSpec("GET", "/v1/health", probes.openai_health, "probes"),
@@ -113,6 +119,29 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("GET", "/server_info", probes.server_info, "probes"),
 )  # fmt: skip
 _ADMIN_ROUTES: tuple[RouteSpec, ...] = (
+    RouteSpec(
+        "POST",
+        "/v1/adapters",
+        adapters.register,
+        "admin",
+        adapters.RegisterBody,
+        {"adapters": [{"name": "support", "version": "7", "source": "/srv/adapters/support-7"}], "load": True},
+    ),
+    RouteSpec("DELETE", "/v1/adapters/{name:path}", adapters.delete_adapter, "admin"),
+    RouteSpec("POST", "/v1/adapters/{name:path}/load", adapters.load_named, "admin"),
+    RouteSpec("POST", "/v1/adapters/{name:path}/unload", adapters.unload_named, "admin"),
+    RouteSpec("POST", "/v1/adapters/{name:path}/pin", adapters.pin, "admin"),
+    RouteSpec("POST", "/v1/adapters/{name:path}/unpin", adapters.unpin, "admin"),
+    RouteSpec("POST", "/v1/adapters/{name:path}/reload", adapters.reload_named, "admin", adapters.ReloadBody),
+    RouteSpec(
+        "PUT",
+        "/v1/adapter_aliases/{name:path}",
+        adapters.set_alias,
+        "admin",
+        adapters.AliasBody,
+        {"targets": {"support@7": 90, "support@8": 10}},
+    ),
+    RouteSpec("DELETE", "/v1/adapter_aliases/{name:path}", adapters.delete_alias, "admin"),
     RouteSpec("POST", "/v1/load_lora_adapter", admin.load_adapter, "admin", admin.LoadBody),
     RouteSpec("POST", "/v1/unload_lora_adapter", admin.unload_adapter, "admin", admin.UnloadBody),
     RouteSpec("DELETE", "/v1/models/{model_id:path}", admin.delete_model, "admin"),
@@ -139,10 +168,10 @@ def create_app(
     """
 
     rows = _ROUTES + (_ADMIN_ROUTES if config.adapter_admin else ())
-    document, reference = pages.reference(rows, keyed=bool(config.api_keys))
+    document, reference = pages.reference(rows, keyed=config.keyed)
     app = Starlette(
         routes=[
-            *(Route(row.path, row.handler, methods=[row.method]) for row in rows),
+            *(Route(row.path, _handler(row, config), methods=[row.method]) for row in rows),
             Route("/openapi.json", document),
             Route("/api-doc/openapi.json", document),
             Route("/docs", reference),
@@ -150,17 +179,32 @@ def create_app(
     )
     app.router.redirect_slashes = False
     app.state.truffula = ServerState(service, config, directory, metrics, defaults=defaults or {})
+    app.state.keys = keys = KeyRing(config.api_keys, config.api_keys_file) if config.keyed else None
     app.state.responses = KeptResponses(response_store(config), config.max_open_requests)
-    closed = ["/metrics", "/v1/adapters", *(row.path for row in _ADMIN_ROUTES)]
+    closed = ["/metrics", "/v1/adapters", "/v1/adapters/", "/v1/adapter_aliases", "/v1/adapter_aliases/"]
+    closed += ["/v1/lora_adapters", *(row.path for row in _ADMIN_ROUTES)]
+    protect_metrics = config.protect_metrics or config.api_keys_file is not None  # they name every tenant's adapters
     app.middleware_stack = RequestPipeline(
         ExceptionMiddleware(app.router, handlers={TruffulaError: _error, HTTPException: _error}),
         config,
         metrics,
         WebRules(config, closed),
-        KeyCheck(config.api_keys, config.protect_metrics) if config.api_keys else None,
+        None if keys is None else KeyCheck(keys, protect_metrics),
         [route for route in app.routes if isinstance(route, Route)],
     )
     return app
+
+
+def _handler(row: RouteSpec, config: ServerConfig) -> Handler:
+    """The handler of a route; that of an administrator's is refused to keys without that right."""
+    if row not in _ADMIN_ROUTES and not (row.path == "/metrics" and config.api_keys_file is not None):
+        return row.handler
+
+    async def checked(request: Request) -> Response:
+        require_admin(access_of(request))
+        return await row.handler(request)
+
+    return checked
 
 
 def response_store(config: ServerConfig) -> ResponseStore | None:
@@ -184,6 +228,8 @@ async def _error(request: Request, error: Exception) -> Response:
     methods = {m for route in routes if route.matches(request.scope)[0] != Match.NONE for m in route.methods or ()}
     allowed = ", ".join(sorted(methods))
     text = f"{request.method[:16]} is not allowed on {path[:200]}; use {allowed}."
+    if path.startswith(("/v1/adapters", "/v1/adapter_aliases")):
+        text += " Adapters can be changed while the server runs with --adapter-admin."
     reply = rejection(request.scope, MethodNotAllowed(text))
     reply.headers["allow"] = allowed
     return reply

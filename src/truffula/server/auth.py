@@ -1,11 +1,9 @@
-"""API keys: one key of a list, compared exactly and in constant time."""
+"""Who may call the server: API keys, by their digests (``keys.py``), and the web pages of browsers."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -13,6 +11,7 @@ from starlette.types import ASGIApp, Scope
 
 from truffula.config import ServerConfig, is_loopback
 from truffula.server.errors import Forbidden, Unauthorized
+from truffula.server.keys import EVERYTHING, Access, KeyRing
 
 # Probes, scrapers and pages without data of the operator: a browser sends no key for a page it opens.
 OPEN_PATHS = frozenset(
@@ -21,7 +20,15 @@ OPEN_PATHS = frozenset(
         *("/docs", "/openapi.json", "/api-doc/openapi.json"),
     }
 )
-EXPOSED_HEADERS = ("x-request-id", "request-id", "x-truffula-ignored", "x-model-id", "x-adapter-id", "retry-after")
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "request-id",
+    "x-truffula-ignored",
+    "x-model-id",
+    "x-adapter-id",
+    "x-truffula-adapter",
+    "retry-after",
+)
 
 
 def is_open(method: str, path: str, protect_metrics: bool) -> bool:
@@ -37,22 +44,29 @@ def bearer(value: str) -> str | None:
     return credential.strip() if scheme.lower() == "bearer" else None
 
 
-def tenant_of(key: str) -> str:
-    """A digest that identifies the key in place of the key itself."""
-    return hashlib.blake2b(key.encode("latin-1"), digest_size=16, person=b"truffula-tenant").hexdigest()
+def access_of(request: Request) -> Access:
+    """What the sender of a request may do; everything, where there are no keys."""
+    access: Access = getattr(request.state, "access", EVERYTHING)
+    return access
+
+
+def require_admin(access: Access) -> None:
+    """Raise ``Forbidden`` for a key without the right to administer."""
+    if not access.admin:
+        raise Forbidden("This API key may not administer the server: it lacks admin = true in --api-keys-file.")
 
 
 def prefix_salt(request: Request, given: str | None, by_key: bool) -> str:
-    """The salt of a request's prefix-cache blocks: the client's own, after its key's digest if ``by_key``.
+    """The salt of a request's prefix-cache blocks: the client's own, after its tenant's digest if ``by_key``.
 
-    Digests have one length, so a client's salt cannot imitate that of another key.
+    Digests have one length, so a client's salt cannot imitate that of another tenant.
     """
     tenant: str | None = getattr(request.state, "tenant", None)
     return f"{tenant}:{given or ''}" if by_key and tenant is not None else given or ""
 
 
 def client_of(request: Request) -> str:
-    """The sender of a request: the digest of its key, else its address."""
+    """The sender of a request: the digest of its tenant, else its address."""
     tenant: str | None = getattr(request.state, "tenant", None)
     return tenant or (request.client.host if request.client is not None else "")
 
@@ -65,26 +79,23 @@ def _keys_in(scope: Scope) -> list[str]:
 
 
 class KeyCheck:
-    """Refuses a request that gives none of the keys. Every key is compared, whatever the outcome."""
+    """Refuses a request that gives none of the keys."""
 
-    def __init__(self, keys: Sequence[str], protect_metrics: bool) -> None:
+    def __init__(self, keys: KeyRing, protect_metrics: bool) -> None:
         self._protect_metrics = protect_metrics
-        self._keys = tuple(key.encode() for key in keys)
+        self.keys = keys
 
-    def error(self, scope: Scope) -> Unauthorized | None:
-        """Why the request is refused. The scope's state gets the tenant of its key."""
+    def error(self, scope: Scope) -> Unauthorized | Forbidden | None:
+        """Why the request is refused. The scope's state gets the rights of its key, and its tenant."""
         if is_open(scope["method"], scope["path"], self._protect_metrics):
             return None
         given = _keys_in(scope)
-        if (key := next(filter(self._known, given), None)) is not None:
-            scope["state"]["tenant"] = tenant_of(key)
+        if (access := next(filter(None, map(self.keys.find, given)), None)) is not None:
+            scope["state"]["access"] = access
+            scope["state"]["tenant"] = access.tenant
             return None
         what = "The API key is invalid" if given else "An API key is required"
         return Unauthorized(f"{what}; send it as 'Authorization: Bearer <key>' or 'x-api-key: <key>'.")
-
-    def _known(self, given: str) -> bool:
-        sent = given.encode("latin-1")  # the bytes of the header, whatever they spell
-        return sum([hmac.compare_digest(sent, key) for key in self._keys]) > 0
 
 
 class WebRules:
@@ -92,8 +103,8 @@ class WebRules:
 
     With API keys a page needs the key, so that pages of ``cors_origins`` may call ("*": any). Without keys any page in
     a browser on this machine could generate, so a request with an ``Origin`` is refused unless that is one of
-    ``cors_origins``, of this machine, or the server's own. ``closed`` paths have no CORS, and without keys no page may
-    call them at all.
+    ``cors_origins``, of this machine, or the server's own. ``closed`` paths (one that ends with a slash stands for all
+    below it) have no CORS, and without keys no page may call them at all.
 
     Where only this machine reaches a server without keys, its Host header must be an address, ``localhost``, or one of
     ``allowed_hosts``: a page whose name was made to point at this machine (DNS rebinding) has another, and the browser
@@ -102,7 +113,8 @@ class WebRules:
 
     def __init__(self, config: ServerConfig, closed: Collection[str]) -> None:
         self._closed = frozenset(closed)
-        self._keyed = bool(config.api_keys)
+        self._closed_below = tuple(path for path in closed if path.endswith("/"))
+        self._keyed = config.keyed
         self._hosts: frozenset[str] | None = None  # any
         if not self._keyed and "*" not in config.allowed_hosts and is_loopback(config.host):
             self._hosts = frozenset(name.lower() for name in (config.host, *config.allowed_hosts))
@@ -128,7 +140,7 @@ class WebRules:
         return self._cors
 
     def is_closed(self, scope: Scope) -> bool:
-        return scope["path"] in self._closed
+        return scope["path"] in self._closed or scope["path"].startswith(self._closed_below)
 
     def error(self, scope: Scope) -> Forbidden | None:
         """Why the request is refused."""

@@ -19,6 +19,7 @@ from starlette.requests import Request
 
 from truffula.errors import InvalidRequest, TruffulaError
 from truffula.json_text import json_value
+from truffula.server.adapter_mix import AdapterMix
 from truffula.server.errors import MalformedBody, UnsupportedMedia, from_validation
 from truffula.server.foreign_fields import RouteFields, is_ignored
 from truffula.server.limits import RequestLimits
@@ -96,7 +97,7 @@ class Address(NamedTuple):
     """
 
     models: list[str | None]
-    adapters: list[tuple[str, str]]
+    adapters: list[tuple[str, str | AdapterMix]]
     source: str | None
     salt: str | None
     request_id: str | None = None

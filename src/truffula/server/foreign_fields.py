@@ -2,8 +2,9 @@
 
 Such a field would change the answer there, so it is never ignored here. A field is also refused where it stands in the
 wrong object (``max_new_tokens`` beside ``inputs``, ``extra_body.top_k`` on ``/v1/``). Fields by which clients of other
-servers name an adapter are honoured where their value is one name, and refused otherwise: a request that is answered by
-the base although it named an adapter looks like any other answer. ``field_names.toml`` lists all of these names.
+servers name an adapter are honoured where their value is one name, or names with weights, and refused otherwise: a
+request that is answered by the base although it named an adapter looks like any other answer. ``field_names.toml``
+lists all of these names.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from truffula.errors import InvalidRequest
+from truffula.server.adapter_mix import AdapterMix, merged_adapters, scaled_adapters
 
 MAX_DEPTH = 4
 """How many objects inside each other are searched for fields."""
@@ -53,7 +55,7 @@ INERT: Mapping[str, list[Any]] = MappingProxyType(_TABLES["inert"])
 HOLDERS = frozenset(_TABLES["holders"])
 """Objects in which other servers and clients put fields of a request. What is inside has no effect here."""
 ADAPTER_FIELDS: Mapping[str, list[str]] = MappingProxyType(_TABLES["adapters"])
-"""Fields that say something of an adapter: by its ``name``, by its ``scale``, or by something ``other``."""
+"""Fields that say something of adapters: by ``name``, several ``merged``, by ``scale``, or by something ``other``."""
 
 _ALIASES: Mapping[str, Aliases] = _by_key({name: row for row in reversed(ALIASES) for name in row.names})
 _UNSUPPORTED = _by_key(UNSUPPORTED)
@@ -98,11 +100,12 @@ def is_adapter_field(name: str) -> bool:
     return key in _ADAPTERS or any(word.lower() in _WORDS for word in _WORD.findall(name.replace("oRA", "ora")))
 
 
-def adapter_named(place: str, name: str, value: Any, use: str) -> str | None:
-    """The adapter that field ``name`` names by ``value``, None where it names none.
+def adapter_named(place: str, name: str, value: Any, use: str) -> str | AdapterMix | None:
+    """The adapter that field ``name`` names by ``value``, or several with their weights; None where it names none.
 
-    Raises ``InvalidRequest`` for ids, weights and several adapters, and for a field that is not of the table: ``place``
-    is where the field stands, ``use`` the field that names an adapter on this route.
+    Raises ``InvalidRequest`` for numbers of adapters, weights without names and several adapters without weights, and
+    for a field that is not of the table: ``place`` is where the field stands, ``use`` the field that names an adapter
+    on this route.
     """
     kind = _ADAPTERS.get(squeezed(name))
     if has_no_effect(value, _NO_ADAPTER) or (kind == "scale" and has_no_effect(value, _NO_SCALE)):
@@ -110,14 +113,25 @@ def adapter_named(place: str, name: str, value: Any, use: str) -> str | None:
     one = value[0] if isinstance(value, list) and len(value) == 1 else value
     if kind == "name" and isinstance(one, str):
         return one
+    if kind == "merged":
+        return merged_adapters(place, value)
+    if kind == "name" and isinstance(value, list) and all(map(_names_adapter, value)):
+        return scaled_adapters(place, value)
     raise InvalidRequest(
-        f"{place} is not supported by this server; name one adapter, as a string, in {use}.", param=place
+        f"{place} is not supported by this server; name one adapter, as a string, in {use}, or several with their "
+        "weights in merged_adapters.",
+        param=place,
     )
 
 
-def adapters_named(fields: Iterable[tuple[str, Any]], prefix: str, use: str) -> list[tuple[str, str]]:
-    """Each of an object's fields that names an adapter, with its place and the name. Raises as ``adapter_named``."""
-    found = []
+def _names_adapter(item: Any) -> bool:
+    """Whether an item of a list is an object that names an adapter; llama.cpp numbers them."""
+    return isinstance(item, dict) and (isinstance(item.get("name"), str) or isinstance(item.get("id"), str))
+
+
+def adapters_named(fields: Iterable[tuple[str, Any]], prefix: str, use: str) -> list[tuple[str, str | AdapterMix]]:
+    """Each of an object's fields that names adapters, with its place and what it names. Raises as ``adapter_named``."""
+    found: list[tuple[str, str | AdapterMix]] = []
     for field, value in fields:
         if not is_adapter_field(field):
             continue

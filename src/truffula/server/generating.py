@@ -97,6 +97,8 @@ async def run(
     started = time.monotonic()
     try:
         streams = await state.service.open_all(requests)
+        if (shadow := getattr(request.state, "shadow", None)) is not None:
+            state.shadows.begin(shadow, requests)
         for i, one in enumerate(streams):
             one.on_arrival, one.wake_after = partial(watch.arrived, i), wake_after
             one.sink = None if sink is None else partial(sink, i)

@@ -16,6 +16,7 @@ from truffula.engine.client import EngineHandle, Transport, start_engine
 from truffula.errors import ConfigError
 from truffula.kernels.trim import defer_gc
 from truffula.logs import LogSettings, setup_logs
+from truffula.lora.registry import AdapterRegistry
 from truffula.lora.sources import AdapterDirectory
 from truffula.option import format_size
 from truffula.settings import Resolved
@@ -98,6 +99,7 @@ def adapter_directory(resolved: Resolved) -> AdapterDirectory:
         allow_credentials=config.allow_client_credentials,
         recheck_s=config.adapter_recheck_s,
         base_names=tuple(name for name in names if name),
+        registry=AdapterRegistry(None if config.state_dir is None else config.state_dir / "adapters.db"),
     )
 
 

@@ -32,6 +32,9 @@ class Parameters(NativeConstraints):
 
     adapter_id: Any = Field(default=None, description="Name of an adapter; null and the base's name mean the base.")
     adapter_source: str | None = None
+    merged_adapters: Any = Field(
+        default=None, description="Several adapters with weights: ids, weights, merge_strategy, density."
+    )
     api_token: str | None = Field(default=None, repr=False)
     best_of: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0)

@@ -23,7 +23,7 @@ from truffula.config import ServerConfig
 from truffula.errors import Overloaded, TruffulaError
 from truffula.metrics import Metrics, RequestRecord
 from truffula.server.auth import KeyCheck, WebRules
-from truffula.server.body import as_sent
+from truffula.server.body import as_sent, safe_header
 from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, dialect_of_request, render
 from truffula.server.sse import ClientGone, connection_of
 
@@ -97,6 +97,8 @@ class RequestPipeline:
                 extra = [(b"x-request-id", record.request_id.encode())]
                 if dialect_of_request(scope) == "anthropic":
                     extra.append((b"request-id", record.request_id.encode()))
+                if record.adapter:
+                    extra.append((b"x-truffula-adapter", safe_header(record.adapter).encode("latin-1")))
                 if record.ignored:
                     extra.append((b"x-truffula-ignored", record.ignored.encode("latin-1", "replace")))
                 if varies:

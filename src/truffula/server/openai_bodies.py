@@ -110,6 +110,9 @@ class OpenAIBody(OpenAIConstraints, GeneratingBody):
     # LoRAX
     adapter_id: Any = Field(default=None, description="Name of an adapter, as in model; LoRAX's field.")
     adapter_source: str | None = None
+    merged_adapters: Any = Field(
+        default=None, description="Several adapters with weights: ids, weights, merge_strategy, density; LoRAX's field."
+    )
     api_token: str | None = Field(default=None, repr=False)
     ignore_eos_token: bool | None = None
 

@@ -11,7 +11,9 @@ from starlette.responses import Response
 
 from truffula.errors import InvalidRequest, ModelNotFound
 from truffula.lora.sources import BASE_WORDS
+from truffula.server.auth import access_of
 from truffula.server.errors import dialect_of_request
+from truffula.server.keys import Caller
 from truffula.server.replies import json_reply
 from truffula.server.state import ServerState, state_of
 
@@ -83,14 +85,14 @@ async def list_models(request: Request) -> Response:
     """Lists the base model and the adapters that requests may name."""
     state = state_of(request)
     if dialect_of_request(request.scope) == "anthropic":
-        names = [None, *await state.adapter_names()]
+        names = await state.models(access_of(request))
         ids = [name or state.model_id for name in names]
         start, end = anthropic_page(request.query_params, ids)
         page = [anthropic_entry(state, name) for name in names[start:end]]
         more = start > 0 if "before_id" in request.query_params else end < len(ids)
         first, last = (ids[start], ids[end - 1]) if page else (None, None)
         return json_reply({"data": page, "has_more": more, "first_id": first, "last_id": last})
-    rows = [entry(state, None), *(entry(state, name) for name in await state.adapter_names())]
+    rows = [entry(state, name) for name in await state.models(access_of(request))]
     return json_reply({"object": "list", "data": rows})
 
 
@@ -100,6 +102,6 @@ async def one_model(request: Request) -> Response:
     name: str = request.path_params["model_id"]
     if not name or (name in BASE_WORDS and name != state.model_id):
         raise ModelNotFound(f"There is no model {name!r}.", param="model")
-    adapter = await state.named_model(name)
+    adapter = await state.named_model(name, None, Caller(access_of(request)))
     made = anthropic_entry if dialect_of_request(request.scope) == "anthropic" else entry
     return json_reply(made(state, None if adapter is None else name))

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from starlette.requests import Request
 
 from truffula.errors import InvalidRequest, TruffulaError
-from truffula.server.auth import client_of, prefix_salt
+from truffula.server.auth import access_of, client_of, prefix_salt
 from truffula.server.body import (
     Address,
     BodyJob,
@@ -32,6 +32,7 @@ from truffula.server.body import (
 from truffula.server.constraint_fields import NATIVE_FIELDS, OPENAI_FIELDS
 from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.foreign_fields import is_adapter_field
+from truffula.server.keys import Caller
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import GenerateBody, Parameters
 from truffula.server.messages_bodies import CountTokensBody, MessagesBody
@@ -59,6 +60,10 @@ _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
         **dict.fromkeys((*OPENAI_FIELDS, *NATIVE_FIELDS)),
     }
 )
+
+
+SPLIT_KEY = "x-truffula-split-key"
+"""The header whose value chooses among the targets of an alias; without it, the request's id does."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
     used: tuple[str, ...] = ()
     try:
         made = await addressed(request, made, body.address())
-        if made[0].adapter is not None and made[0].adapter.credential is not None:
+        if made[0].adapter is not None and made[0].adapter.rights:
             used = ("api_token", "parameters.api_token")
     finally:
         note_ignored(request, [name for name in unknown if name not in used])
@@ -140,19 +145,23 @@ async def addressed(request: Request, made: Sequence[GenerateRequest], address: 
 
     Raises as ``answering``.
     """
-    state, record = state_of(request), record_of(request)
-    adapter = await answering(address, state)
+    state, record, access = state_of(request), record_of(request), access_of(request)
     if address.request_id is not None:
         record.request_id = request_id(address.request_id)
-    record.adapter = None if adapter is None else adapter.name
+    caller = Caller(access, request.headers.get(SPLIT_KEY) or record.request_id, address.token)
+    adapter = await answering(address, state, caller)
+    named = (name for _, name in address.adapters if isinstance(name, str))
+    request.state.shadow = await state.shadow((*address.models, *named), caller.key)
+    record.adapter = None if adapter is None else adapter.label
     record.max_tokens = made[0].params.max_tokens
     salt = prefix_salt(request, address.salt, state.config.salt_by_api_key)
-    if adapter is not None and adapter.credential is not None:
-        salt = f"{adapter.credential.id}:{salt}"  # a right is a tenant: what one caches says nothing to another
-    return [replace(one, adapter=adapter, request_id=record.request_id, salt=salt) for one in made]
+    if adapter is not None and (rights := adapter.rights):
+        salt = f"{','.join(rights)}:{salt}"  # a right is a tenant: what one caches says nothing to another
+    whose = {"salt": salt, "tenant": access.tenant or "", "weight": access.weight}
+    return [replace(one, adapter=adapter, request_id=record.request_id, **whose) for one in made]
 
 
-async def answering(address: Address, state: ServerState) -> AdapterRef | None:
+async def answering(address: Address, state: ServerState, caller: Caller) -> AdapterRef | None:
     """The adapter that a body names; None is the base.
 
     An adapter may be named beside a ``model`` that is the base's or the adapter's own name. Raises ``InvalidRequest``
@@ -160,17 +169,21 @@ async def answering(address: Address, state: ServerState) -> AdapterRef | None:
     """
     found: AdapterRef | None = None
     for model in address.models:
-        ref = await state.named_model(model, address.source, address.token)
+        ref = await state.named_model(model, address.source, caller)
         if found is not None and ref is not None and ref.name != found.name:
             raise InvalidRequest("model is given twice, for different adapters; give one of them.", param="model")
         found = found or ref
     if not address.adapters:
         return found
-    first, name = address.adapters[0]
+    first, named = address.adapters[0]
     for place, other in address.adapters[1:]:
-        if other != name:
+        if other != named:
             raise InvalidRequest(f"{first} and {place} mean the same and differ; give one of them.", param=place)
-    adapter = await state.adapter(name, address.source, address.token)
+
+    def find(name: str) -> Awaitable[AdapterRef | None]:
+        return state.adapter(name, address.source, caller)
+
+    adapter = await (find(named) if isinstance(named, str) else named.resolve(first, find))
     if found is not None and (adapter is None or adapter.name != found.name):
         raise InvalidRequest(f"model names one adapter and {first} another; give one of them.", param=first)
     return adapter

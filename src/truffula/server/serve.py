@@ -37,6 +37,7 @@ from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
 from truffula.option import format_size
 from truffula.params import SamplingParams
+from truffula.server.adapters import restore_pins
 from truffula.server.app import create_app
 from truffula.server.connections import (
     ACCEPT_BURST,
@@ -183,7 +184,7 @@ def announce(
     log.info("adapters: %s%s", ", ".join(names[:10]) or "none", more)
     for text in warnings:
         log.warning("%s", text)
-    if resolved.server.host not in ("127.0.0.1", "localhost", "::1") and not resolved.server.api_keys:
+    if resolved.server.host not in ("127.0.0.1", "localhost", "::1") and not resolved.server.keyed:
         log.warning(
             "listening on more than this machine without --api-key: everyone who can reach the port can use the server"
         )
@@ -222,17 +223,24 @@ class LoadingApp:
             self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
 
+    def reload_keys(self) -> None:
+        """Read the file of API keys again."""
+        if self.app is not None:
+            self.app.asgi.state.keys.reload()
+
     async def _serve(self) -> None:
         try:
             self.app = await self._loaded()
             service = self.app.service
             await service.start()
+            pins = asyncio.ensure_future(restore_pins(self.app.asgi.state.truffula))
             try:
                 self._asgi = self.app.asgi
                 self.app.announce()
                 await self._watch(service)
                 await self._ended.wait()
             finally:
+                pins.cancel()
                 await self.app.asgi.state.responses.close()
                 await service.close()
         except Exception as error:  # noqa: BLE001  (``run_server`` raises it)
@@ -296,6 +304,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self.loading.app is not None:
+            self.loading.app.asgi.state.truffula.shadows.close()
             delay = self._delay_s if self._signalled else 0.0
             self._drain = asyncio.ensure_future(self.loading.app.service.drain(delay + self._timeout_s))
             await asyncio.sleep(delay)
@@ -352,6 +361,8 @@ def run_server(resolved: Resolved, listening: socket.socket, handle: EngineHandl
         return app
 
     server.loading.load = load_and_freeze
+    if resolved.server.api_keys_file is not None:
+        signal.signal(signal.SIGHUP, lambda *_: server.loading.reload_keys())
     gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTIONS)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:

@@ -16,8 +16,9 @@ from starlette.responses import Response
 
 from truffula.errors import InvalidRequest, PromptTooLong
 from truffula.items import Tool
-from truffula.server.auth import client_of
+from truffula.server.auth import access_of, client_of
 from truffula.server.body import Body, BodyJob, decode_object, note_ignored, raw_body, validate
+from truffula.server.keys import Caller
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, TokenizeBody
 from truffula.server.replies import Reply, json_reply, split
@@ -102,7 +103,8 @@ async def _answer(request: Request, kind: Kind) -> Response:
         head, reply = await texts.in_thread(len(raw), lambda: _reply(kind, value, state.limits, model))
         parts = [reply]
     note_ignored(request, head.unknown)
-    await state.named_model(head.model)
+    if head.model:  # the tokenizer is the same for all
+        await state.named_model(head.model, None, Caller(access_of(request)))
     return Reply(parts)
 
 

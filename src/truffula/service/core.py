@@ -288,6 +288,8 @@ class Service:
                 adapter=request.adapter,
                 grammar=grammar,
                 salt=request.salt,
+                tenant=request.tenant,
+                weight=request.weight,
                 arrival=now,
                 queue_deadline=None if request.queue_timeout_s is None else now + request.queue_timeout_s,
                 deadline=None if request.deadline_s is None else now + request.deadline_s,

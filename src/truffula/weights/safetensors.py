@@ -1,4 +1,4 @@
-"""Reads ``.safetensors`` files: the header is checked completely before data are used; the data are mapped.
+"""Reads and writes ``.safetensors`` files. The header is checked completely before data are used; data are mapped.
 
 Layout: ``u64`` header length, little endian; that many bytes of JSON ``{name: {dtype, shape, data_offsets}}``; then
 the data, which the tensors cover without gap or overlap. Source: the format's description in the safetensors project.
@@ -6,8 +6,9 @@ the data, which the tensors cover without gap or overlap. Source: the format's d
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +78,32 @@ def as_array(info: TensorInfo, raw: Array) -> Array:
     """The tensor whose bytes are ``raw``, in its stored dtype: a view, or a copy when it is not aligned."""
     view = raw.view(DTYPES[info.dtype]).reshape(info.shape)
     return view if view.flags.aligned else view.copy()
+
+
+def write_tensors(
+    path: Path,
+    declared: Mapping[str, tuple[str, tuple[int, ...]]],
+    arrays: Iterable[Array],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the file ``path``: ``declared`` has the dtype and shape of each tensor, ``arrays`` their values in the same
+    order, of which one is held at a time. The data begin at a multiple of eight bytes, as in the safetensors package.
+
+    Raises ``KeyError`` for a dtype that the format lacks.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in declared.items():
+        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for (dtype, shape), array in zip(declared.values(), arrays, strict=True):
+            if (array.dtype, array.shape) != (DTYPES[dtype], shape):
+                raise ValueError(f"an array of {array.dtype} {array.shape} was declared as {dtype} {shape}")
+            file.write(np.ascontiguousarray(array).tobytes())
 
 
 def _error(path: Path, why: str, tensor: str | None = None) -> CheckpointError:
