@@ -108,6 +108,8 @@ def test_inspect_a_model_tells_tying_and_every_key(model: Path) -> None:
     assert found["weights_bytes"] == sum(kind["bytes"] for kind in found["stored"].values())
     parts = [value for key, value in found.items() if key.startswith("weights_of_")]
     assert sum(parts) == found["weights_bytes"] == 4 * found["parameters"]
+    if available():  # vectors are float32 in either; panels have room for whole lines
+        assert found["weights_bytes"] <= found["memory_bytes"] and found["memory_formats"].startswith("float32 ")
 
 
 def test_inspect_a_config_alone_tells_what_it_tells_of_the_model(tmp_path: Path) -> None:

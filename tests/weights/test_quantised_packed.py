@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ import pytest
 from quantised_files import CAPACITY, MODEL, PATH, PROMPT, Fixture, as_model, run, write_folder
 
 from truffula.errors import CheckpointError
+from truffula.kernels.backend import QuantisedArray
 from truffula.kernels.cpu import CpuBackend
+from truffula.kernels.cpu.formats import WeightOptions
+from truffula.kernels.cpu.weights import planned_weights
+from truffula.kernels.program import RowOrder
+from truffula.model.load import WeightReader, plan_model
 from truffula.testing.oracle import Oracle
 from truffula.testing.tiny import tiny_tensors
 from truffula.weights.open import open_checkpoint
@@ -160,3 +166,18 @@ def test_integers_that_do_not_fit_eight_signed_bits_are_not_packed(tmp_path: Pat
     assert (blocks is None) is (zero == 100)
     if blocks is not None:
         np.testing.assert_allclose(blocks.dequantise(), values, atol=np.abs(values).max() * 2**-8)
+
+
+def test_a_matrix_whose_rows_are_sorted_is_planned_as_it_is_read(tmp_path: Path) -> None:
+    """By its values: blocks of fused modules (GPT-NeoX, Falcon) are not sorted."""
+    opened = open_checkpoint(write_folder(tmp_path, *as_model(Fixture("fp8-channel"))))
+    plan = plan_model(opened)
+    last = next(decl for decl in reversed(plan.program.weights) if decl.parts[0].name.endswith("down_proj.weight"))
+    parts = (replace(last.parts[0], order=RowOrder(2, (last.shape[0] // 2,))),)
+    weights = tuple(replace(decl, parts=parts) if decl is last else decl for decl in plan.program.weights)
+    plan = replace(plan, program=replace(plan.program, weights=weights))
+    planned = planned_weights(plan.program, WeightOptions("bfloat16"), plan.stored_types)
+    pull = WeightReader(opened, plan, block_kinds=CpuBackend(1).block_kinds)
+    for decl, (form, _) in zip(plan.program.weights, planned, strict=True):
+        packed = [isinstance(part, QuantisedArray) for part in pull(decl)]
+        assert packed == [form == "fp8_128"] * len(packed) and (decl.id != last.id or form == "bfloat16")

@@ -100,10 +100,10 @@ TF_INLINE void multiply_line(V (&sums)[MR][NP], const RowsAt<MR, T>& at, const u
       }
     }
   } else {
-    Lines lines[NP];
-    for (int p = 0; p < NP; ++p) lines[p] = unpack_line(line + p * bytes);
-    for (int r = 0; r < MR; ++r)
-      for (int p = 0; p < NP; ++p) sums[r][p] = add_products(sums[r][p], lines[p], at.row(r));
+    for (int p = 0; p < NP; ++p) {
+      const Lines w = unpack_line(line + p * bytes);
+      for (int r = 0; r < MR; ++r) sums[r][p] = add_products(sums[r][p], w, at.row(r));
+    }
   }
 }
 
@@ -150,14 +150,12 @@ static void scaled_rows(int rows, const T* x, int64_t stride, const Packed* w, i
 template <int FORMAT, class T>
 static void few_rows(const LinearCall* c, int rows, int panels, const T* x, int64_t stride, const uint8_t* panel,
                      float* y, int64_t y_stride, PrefetchDistance ahead) {
-#if defined(__AVX512F__)
-  constexpr int kTogether = 2;
-#else
-  constexpr int kTogether = 1;  // two take more registers than there are
-#endif
   const int64_t each = group_inputs(c->w.format);
-  if (panels == kTogether)
-    return scaled_rows<FORMAT, kTogether>(rows, x, stride, &c->w, each, panel, y, y_stride, ahead);
+#if defined(__AVX512F__)
+  if (panels == 2) return scaled_rows<FORMAT, 2>(rows, x, stride, &c->w, each, panel, y, y_stride, ahead);
+#else  // registers suffice for a row alone
+  if (panels == 2 && rows == 1) return scaled_tile<FORMAT, 1, 2>(x, stride, &c->w, each, panel, y, y_stride, ahead);
+#endif
   for (int p = 0; p < panels; ++p)
     scaled_rows<FORMAT, 1>(rows, x, stride, &c->w, each, panel + p * c->w.panel_bytes, y + kLanes * p, y_stride,
                            single_panel(ahead, p));
