@@ -300,10 +300,8 @@ class HashModel:
 
     def write_kv(self, op: int, slots: Int32, keys: Array, values: Array) -> None:
         _need(op == 0 and not len(self._states), "keys and values are given to a model of one attention")
-        _need(
-            bool((slots >= self.capacity.block_size).all()) and len({*slots.tolist()}) == len(slots),
-            "slots of a prefix",
-        )
+        distinct = len({*slots.tolist()}) == len(slots)
+        _need(distinct and bool((slots >= self.capacity.block_size).all()), "slots of a prefix")
         given = [mix(rows.copy().view(np.uint32)[:, 0]) for rows in (keys, values)]
 
         def write() -> None:
