@@ -22,7 +22,7 @@ from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.keys import KeyPlan, left_out_words, listed, plan_keys
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import PatternTable, Targets, is_named, matching_limit
+from truffula.lora.patterns import PatternTable, Targets, is_named, matching_limit, tied_tables
 from truffula.lora.roots import TEXT_ROOTS, root_used, tail_of, text_root_of
 from truffula.lora.saved import Parts, Saved, match_saved
 from truffula.lora.stacked import pair_shapes, parameters_of
@@ -355,10 +355,7 @@ def cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: Key
         return targets.targeted(module) or is_named(module, parameters) or is_named(f"{module}.weight", parameters)
 
     tables = {site.kind: name for name, parts in sites.by_name.items() for site, _ in parts if site.kind != "linear"}
-    if tied and parsed.settings.ensure_weight_tying and is_target(tables.get("embed", "")):
-        tied_head = tables.get("head")
-    else:
-        tied_head = None
+    tied_head = tables.get("head") if tied and tied_tables(parsed.settings) == "targets" else None
     stray = [pair.a.name for pair in parsed.pairs if not is_target(pair.module) and pair.module != tied_head]
     if stray:
         raise AdapterError(
