@@ -111,7 +111,9 @@ class CpuBackend:
         return converted + products + absorbed + self._threads * (attention + delta + experts + sampling)
 
     def adapter_layout(self, program: Program) -> AdapterLayout:
-        return layout_of(program, "panels")
+        layout = layout_of(program, "panels")
+        places = tuple(None if place is None or place.kind == "norm" else place for place in layout.places)
+        return AdapterLayout(layout.storage, places)
 
     def faster_dtype(self) -> tuple[str, str]:
         return "bfloat16", "a step reads half as many bytes as in float32"

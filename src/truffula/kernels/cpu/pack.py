@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+from truffula.errors import KernelError
 from truffula.kernels.adapters import (
     AdapterLayout,
     LowRank,
@@ -36,6 +37,12 @@ def pack_panels(layout: AdapterLayout, sites: Sequence[SiteTensors]) -> list[Pac
 
     All A of one op have the same format, because an image of mixed dtypes must be summed in one order.
     """
+    for tensors in sites:
+        for part in tensors.parts:
+            if not isinstance(part, LowRank):
+                raise KernelError(
+                    f"no kernel of the native backend serves the adapter part {part.kind!r}.", param=part.kind
+                )
     found = [(s.site, check_place(layout, s.site), p) for s in sites for p in s.parts if isinstance(p, LowRank)]
     wide = {place.op for _, place, part in found if part.a.dtype != BFLOAT16}
     shared: dict[tuple[int, str, bool, bool], PackedTensor] = {}
