@@ -24,9 +24,12 @@ import numpy as np  # noqa: E402
 import transformers  # noqa: E402
 from folder_loader import FolderLoader  # noqa: E402
 from parity import SOME_TOKENS, ParityModel, parity_model  # noqa: E402
-from parity_kinds import KINDS, Kind  # noqa: E402
+from parity_kinds import KINDS as LORA_KINDS  # noqa: E402
+from parity_kinds import Kind  # noqa: E402
+from parity_methods import KINDS as OTHER_KINDS  # noqa: E402
 from rig import Rig  # noqa: E402
 
+from truffula.lora.image import AdapterFacts  # noqa: E402
 from truffula.testing.programs import Driver  # noqa: E402
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint  # noqa: E402
 
@@ -40,6 +43,7 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
     "deepseek_v3": {"num_hidden_layers": 2},
 }
 UNTIED = "untied"
+KINDS = [*LORA_KINDS, *OTHER_KINDS]
 
 
 def write_base(folder: Path, model_type: str, *, tied: bool) -> Path:
@@ -60,15 +64,15 @@ def served_kinds(folder: Path, base: Path, kinds: list[Kind], **options: Any) ->
 
 def check_alone(model: ParityModel, kind: Kind) -> None:
     """Logits of a prompt, and that the adapter shows."""
-    prompt, slot = model.prompt(0), _slot(model, kind.name)
-    ours = Driver(model.loaded.executable, model.settings.capacity, slot).feed(prompt)
+    prompt = model.prompt(0)
+    ours = Driver(model.loaded.executable, model.settings.capacity, *_load(model, kind.name)).feed(prompt)
     theirs = model.transformers(prompt, kind.name)
     limit = kind.tolerance * max(1.0, float(np.abs(theirs).max()) / 10)
     np.testing.assert_allclose(ours, theirs, atol=limit)
     assert np.abs(theirs - model.transformers(prompt)).max() > 30 * limit, "the adapter does not show"
 
 
-def _slot(model: ParityModel, name: str) -> int:
+def _load(model: ParityModel, name: str) -> tuple[int, AdapterFacts]:
     """The adapter in a slot of the executable, loaded as a server does."""
     from truffula.lora.image import map_image
     from truffula.lora.worker import LoadRequest, load
@@ -78,7 +82,8 @@ def _slot(model: ParityModel, name: str) -> int:
         ref = AdapterRef(name="adapter", locator=str(model.adapters[name]))
         response = load(LoadRequest(ticket=1, ref=ref), model.setup, [Path(staging)])
         assert response.error is None and response.image is not None, response.error
-        return model.loaded.executable.adapter(map_image(Path(str(response.image_path)), response.image))
+        image = map_image(Path(str(response.image_path)), response.image)
+        return model.loaded.executable.adapter(image), response.image.facts
 
 
 def check_mixed(model: ParityModel, names: list[str]) -> dict[str, str]:

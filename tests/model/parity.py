@@ -22,6 +22,7 @@ from rig import Answer, Rig, request
 from truffula.config import EngineConfig
 from truffula.engine.build import EngineSettings, LoadedModel, load_model
 from truffula.lora.base import base_source
+from truffula.lora.image import AdapterFacts
 from truffula.lora.worker import LoadLimits, Setup
 from truffula.model.plan import ModelPlan
 from truffula.testing.adapters import PREFIX, tiny_config, write_adapter
@@ -68,8 +69,7 @@ class ParityModel:
         return rope.get("rope_type") in ("longrope", "dynamic")
 
     def prompt(self, number: int) -> list[int]:
-        vocab_size = self.plan.interface.vocab_size
-        return np.random.default_rng(number).integers(5, vocab_size, LENGTHS[number % 3]).tolist()
+        return prompt_ids(number, self.plan.interface.vocab_size)
 
     def request(self, name: str, prompt: list[int], adapter: str | None = None, **params: Any) -> EngineRequest:
         where = None if adapter is None else str(self.adapters[adapter])
@@ -89,21 +89,31 @@ class ParityModel:
         assert answer.code is None, answer.final
         ids = answer.token_ids
         if self.rope_by_length:
-            theirs = np.stack([self.transformers([*prompt, *ids[:at]], adapter)[-1] for at in range(len(ids))])
+            many = [self.transformers([*prompt, *ids[:at]], adapter, len(prompt))[-1] for at in range(len(ids))]
+            theirs = np.stack(many)
         else:
-            theirs = self.transformers([*prompt, *ids[:-1]], adapter)[len(prompt) - 1 :]
+            theirs = self.transformers([*prompt, *ids[:-1]], adapter, len(prompt))[len(prompt) - 1 :]
         below = theirs.max(1) - theirs[range(len(ids)), ids]
         assert len(ids) > 0 and below.max() < NEAR_TIE, f"token {int(below.argmax())} of {ids}: {below.max():.2g} below"
 
-    def transformers(self, ids: list[int], adapter: str | None = None) -> Float32:
-        """Logits ``[len(ids), V]``."""
+    def transformers(self, ids: list[int], adapter: str | None = None, prompt: int | None = None) -> Float32:
+        """Logits ``[len(ids), V]``; the first ``prompt`` of ``ids`` are the prompt, None: all."""
         import torch
 
         tied, where = self.plan.tying.tie is not Tie.SEPARATE, self.adapters.get(adapter or "")
         model = _oracle(self.oracle or self.folder, where, tied, self.double)
+        more = {}
+        if invocation := getattr(getattr(model, "active_peft_config", None), "alora_invocation_tokens", None):
+            start = AdapterFacts(invocation=tuple(invocation)).acts_from(ids[:prompt])
+            more["alora_offsets"] = [None if start is None else len(ids) - start]
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-        return np.asarray(logits.float().numpy())
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False, **more).logits[0]
+        return np.asarray(logits[-len(ids) :].float().numpy())  # none of virtual tokens
+
+
+def prompt_ids(number: int, vocab_size: int) -> list[int]:
+    """Prompt number ``number`` of the checks."""
+    return np.random.default_rng(number).integers(5, vocab_size, LENGTHS[number % 3]).tolist()
 
 
 @cache

@@ -30,9 +30,10 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
 
     ``token_ids`` ``[count]`` are at positions ``start .. start + count``; the last may be ``RELAY``. ``block_tables``
     has one array ``[blocks]`` per KV group that covers all positions; the tuple is the same object until a table
-    changes. ``adapter_slot`` is None for the base. The last rows of the chunk have logits: one for each of ``targets``,
-    the ids to score, then one for each of ``draws``, the numbers of the completion tokens to draw. ``matcher``
-    says which ids may be drawn; None: all, or it draws none. ``spans`` divide the chunk of a model with states.
+    changes. ``adapters`` are the slots and weights of those that act on it, none for the base. The last rows of the
+    chunk have logits: one for each of ``targets``, the ids to score, then one for each of ``draws``, the numbers of the
+    completion tokens to draw. ``matcher`` says which ids may be drawn; None: all, or it draws none. ``spans`` divide
+    the chunk of a model with states.
     """
 
     serial: int
@@ -41,7 +42,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     start: int
     token_ids: Int32
     block_tables: tuple[Int32, ...]
-    adapter_slot: int | None
+    adapters: tuple[tuple[int, float], ...]
     targets: Int32
     draws: tuple[int, ...]
     matcher: Matcher | None = None
@@ -59,7 +60,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """Chunks in row order: by adapter slot, base last, then by age. ``step`` numbers plans from 1."""
+    """Chunks in row order: by adapter slots, base last, then by age. ``step`` numbers plans from 1."""
 
     step: int
     chunks: list[Chunk]

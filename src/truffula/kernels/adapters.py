@@ -381,6 +381,11 @@ class AdapterImage:
     table: npt.NDArray[np.int64]
     data: npt.NDArray[np.uint8]
 
+    def replacing_part(self) -> str | None:
+        """The kind of a part that replaces what the base has, rather than adding to it; None where there is none."""
+        kinds = tuple(KINDS)
+        return next((kind for kind in (Replace.kind, Rows.kind) if kinds.index(kind) in self.table[:, KIND]), None)
+
     def sites(self) -> tuple[SiteTensors, ...]:
         """Its parts as views of ``data``: of an image whose layout keeps tensors as they are (not ``panels``).
 

@@ -78,6 +78,8 @@ class Site:
     some of their rows. ``stacked`` is the place of an expert's site in a parameter that holds all experts.
     ``transform`` takes the module's own tensor as files have it to the base's weight, as in ``WeightPart``: a weight
     that replaces the base's is given after it. A ``norm`` is as wide as its weight, from and to.
+    ``virtual_scale``, of an embedding: what multiplies the embeddings that are given in place of token ids; None: they
+    cannot be given.
     """
 
     id: int
@@ -88,6 +90,7 @@ class Site:
     modules: tuple[ModuleSlice, ...]
     stacked: StackedSlice | None = None
     transform: Transform = "none"
+    virtual_scale: float | None = 1.0
 
     @property
     def module(self) -> str:

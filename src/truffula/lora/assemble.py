@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from truffula.errors import AdapterError
-from truffula.kernels.adapters import KINDS, Bias, ColumnScale, LowRank, Part, Replace, SiteTensors
+from truffula.kernels.adapters import KINDS, Bias, ColumnScale, InputScale, LowRank, Part, Replace, SiteTensors
 from truffula.kernels.adapters import Rows as RowsPart
 from truffula.kernels.backend import Array
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.base import BaseWeights, Float32
 from truffula.lora.fields import LoraSettings
-from truffula.lora.matching import Pair
+from truffula.lora.matching import Computed, Pair
 from truffula.lora.saved import Saved
 from truffula.lora.stacked import site_tensors
 from truffula.lora.variants import (
@@ -125,15 +125,24 @@ class Assembly:
         return True
 
     def _check_tied_copies(self, every: list[Saved]) -> None:
-        """PEFT loads copies into the base: on a tied base embedding and head must be given the same one."""
-        copies = [saved for saved in every if saved.kind == "weight" and saved.copy and saved.shared]
+        """PEFT loads copies and trained rows of a tied base into one tensor: both must be the same."""
+        copies = [saved for saved in every if saved.shared and (saved.copy or saved.kind == "rows")]
         for first, other in itertools.pairwise(copies):
             if not np.array_equal(self.tensors[first.info.name], self.tensors[other.info.name]):
                 raise AdapterError(
-                    f"{first.info.name} and {other.info.name} (save_embedding_layers) differ, but embedding and head "
-                    "of the base are one tensor: the adapter was trained on another base.",
-                    param="save_embedding_layers", key=other.info.name,
+                    f"{first.info.name} and {other.info.name} ({other.field}) differ, but embedding and head of the "
+                    "base are one tensor: the adapter was trained on another base.",
+                    param=other.field, key=other.info.name,
                 )  # fmt: skip
+
+    # ---- other methods
+
+    def add_computed(self, item: Computed) -> None:
+        made = list(item.make(self.tensors))
+        for tensors in made:
+            self.parts.setdefault(tensors.site, []).extend(tensors.parts)
+        if not any(_has_effect(part) for tensors in made for part in tensors.parts):
+            self.without_effect.append(item.module)
 
     # ---- pairs
 
@@ -238,6 +247,15 @@ class Assembly:
 def _equal(own: Array, rows: Iterator[tuple[int, Array]]) -> bool:
     """Whether the base's ``rows``, in the dtype of ``own``, are ``own``. Stops at the first block that differs."""
     return all(np.array_equal(values.astype(own.dtype), own[lo : lo + len(values)]) for lo, values in rows)
+
+
+def _has_effect(part: Part) -> bool:
+    """Whether a part may change a result."""
+    if isinstance(part, LowRank):
+        return part.scale != 0 and not _is_zero(part.a) and not _is_zero(part.b)
+    if isinstance(part, ColumnScale | InputScale):
+        return bool((part.factor != 1).any())
+    return not isinstance(part, Bias) or not _is_zero(part.values)
 
 
 def _is_zero(array: Array) -> bool:

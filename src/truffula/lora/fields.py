@@ -65,8 +65,8 @@ class Field:
     harmless: Callable[[Any], bool] = is_empty
 
 
-_Rank = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
-_Alpha = Annotated[float, msgspec.Meta(ge=-MAX_ALPHA, le=MAX_ALPHA)]
+Rank = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
+Alpha = Annotated[float, msgspec.Meta(ge=-MAX_ALPHA, le=MAX_ALPHA)]
 _Flag = bool | None
 _Names = str | list[str] | None
 _List = list[str] | None
@@ -76,20 +76,19 @@ _Init = bool | Literal["gaussian", "eva", "orthogonal", "mica", "pissa", "olora"
 
 MERGE = "merge it into its base (PEFT's merge_and_unload) and serve that as a model"
 _TRAINING = "affects only training"
-_LATER = "not served yet"
 _SUBTRACTED = "the part of the base that training began with is computed when the adapter is loaded, and subtracted"
 _FIRST_PATTERN = "the first matching pattern in the file's order applies"
 
 FIELDS: Mapping[str, Field] = {
-    "peft_type": Field("check", "must be LORA"),
+    "peft_type": Field("check", "the method"),
     "task_type": Field(
         "check", "must be CAUSAL_LM or null: other tasks need another head", Literal["CAUSAL_LM"] | None
     ),
-    "r": Field("serve", "rank of modules without an entry in rank_pattern", _Rank),
-    "lora_alpha": Field("serve", "scale is lora_alpha / r", _Alpha),
+    "r": Field("serve", "rank of modules without an entry in rank_pattern", Rank),
+    "lora_alpha": Field("serve", "scale is lora_alpha / r", Alpha),
     "use_rslora": Field("serve", "scale is lora_alpha / sqrt(r)", _Flag),
-    "rank_pattern": Field("serve", _FIRST_PATTERN, dict[str, _Rank] | None),
-    "alpha_pattern": Field("serve", _FIRST_PATTERN, dict[str, _Alpha] | None),
+    "rank_pattern": Field("serve", _FIRST_PATTERN, dict[str, Rank] | None),
+    "alpha_pattern": Field("serve", _FIRST_PATTERN, dict[str, Alpha] | None),
     "target_modules": Field("check", "must name exactly the modules that have tensors", _Names),
     "exclude_modules": Field("check", "takes precedence over target_modules", _Names),
     "layers_to_transform": Field("check", "limits target_modules to these layers", _Layers),
@@ -110,6 +109,11 @@ FIELDS: Mapping[str, Field] = {
         "serve", "trained rows of embedding and head; on a tied base of both", _Ids | dict[str, _Ids] | None
     ),
     "ensure_weight_tying": Field("serve", "on a tied base, what is trained of the embedding is the head's, too", _Flag),
+    "alora_invocation_tokens": Field(
+        "serve",
+        "activated LoRA: it acts from the last occurrence of these ids in the prompt on, and nowhere without one",
+        Annotated[_Ids, msgspec.Meta(min_length=1)] | None,
+    ),
     "use_qalora": Field("serve", "A acts on means of groups of inputs", _Flag),
     "qalora_group_size": Field("serve", "inputs of a group, with use_qalora", Annotated[int, msgspec.Meta(ge=1)]),
     "kasa_config": Field("serve", f"KaSA: {_SUBTRACTED}", dict[str, Any] | None),
@@ -132,9 +136,19 @@ FIELDS: Mapping[str, Field] = {
     "megatron_config": Field("refuse", "a parallel layer layout; export the adapter for the plain model"),
     "target_parameters": Field("check", "must name exactly the parameters (of experts) that have tensors", _List),
     "layer_replication": Field("refuse", f"changes the depth of the model and the layout of its KV cache; {MERGE}"),
-    "alora_invocation_tokens": Field("refuse", f"activated LoRA: {_LATER}; train plain LoRA", harmless=_absent),
     "arrow_config": Field("refuse", "Arrow mixes many adapters per token; serve one of them", harmless=_absent),
 }
+
+
+@dataclass(frozen=True)
+class FieldTable:
+    """The fields of one method. An adapter must have the ``required`` ones."""
+
+    fields: Mapping[str, Field]
+    required: tuple[str, ...] = ()
+
+
+LORA = FieldTable(FIELDS, ("r", "lora_alpha"))
 
 # What else to do about a refused initialisation, by how its name begins.
 _CONVERT_INIT = (
@@ -150,16 +164,6 @@ _INITS = (
     }
     | dict.fromkeys(("pissa", "corda", "lora_ga"), _CONVERT_INIT)
 )
-
-
-def refuse_method(name: str) -> AdapterError:
-    """The error for a ``peft_type`` other than LORA."""
-    return AdapterError(
-        f"peft_type is {name!r}, and truffula serves 'LORA'. Train with LoraConfig, convert it to LoRA where PEFT can "
-        f"(save_as_lora gives an approximate adapter), or {MERGE}.",
-        param="peft_type",
-        peft_type=name,
-    )
 
 
 def parse_config(raw: bytes) -> dict[str, Any]:
@@ -182,8 +186,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _field_row(name: str, value: Any) -> FieldRow:
-    field = FIELDS.get(name)
+def _field_row(name: str, value: Any, fields: Mapping[str, Field]) -> FieldRow:
+    field = fields.get(name)
     if field is None:
         if is_empty(value):
             return FieldRow(name, _short(value), "ignore", "unknown, and empty")
@@ -200,17 +204,13 @@ def _field_row(name: str, value: Any) -> FieldRow:
     return FieldRow(name, _short(value), field.verdict, field.note)
 
 
-def field_rows(config: Mapping[str, Any]) -> list[FieldRow]:
+def field_rows(config: Mapping[str, Any], table: FieldTable = LORA) -> list[FieldRow]:
     """A row per field that the file has, refusals included; never raises."""
-    rows = []
-    kind = config.get("peft_type")
-    if kind is None:
-        rows.append(FieldRow("peft_type", "", "refuse", "missing; PEFT writes LORA here"))
-    elif kind != "LORA":
-        rows.append(FieldRow("peft_type", _short(kind), "refuse", refuse_method(str(kind)[:60]).message.rstrip(".")))
-    rows += [_field_row(name, value) for name, value in config.items() if name != "peft_type" or kind == "LORA"]
-    missing = "missing, so the scale is unknown; PEFT writes this field"
-    rows += [FieldRow(name, "", "refuse", missing) for name in ("r", "lora_alpha") if name not in config]
+    rows = [_field_row(name, value, table.fields) for name, value in config.items()]
+    if config.get("peft_type") is None:
+        rows.insert(0, FieldRow("peft_type", "", "refuse", "missing; PEFT writes LORA here"))
+    missing = "missing; PEFT writes this field"
+    rows += [FieldRow(name, "", "refuse", missing) for name in table.required if name not in config]
     return rows + _contradictions(config)
 
 
@@ -226,6 +226,10 @@ def _contradictions(config: Mapping[str, Any]) -> list[FieldRow]:
     given = [name for name in variants if config.get(name) not in (None, False)]
     if len(given) > 1:
         rows.append(FieldRow(given[1], _short(config[given[1]]), "refuse", f"PEFT does not combine it with {given[0]}"))
+    if config.get("alora_invocation_tokens") is not None:
+        given = [name for name in ("target_parameters",) if config.get(name)]
+        given += ["init_lora_weights"] * (config.get("init_lora_weights") in ("pissa", "olora", "mica"))
+        rows += [FieldRow(one, _short(config[one]), "refuse", "not with alora_invocation_tokens") for one in given]
     if config.get("lora_bias") and config.get("use_dora"):
         rows.append(FieldRow("lora_bias", "true", "refuse", "PEFT does not combine it with use_dora"))
     if pattern and layers is None:
@@ -236,11 +240,11 @@ def _contradictions(config: Mapping[str, Any]) -> list[FieldRow]:
 class LoraSettings(msgspec.Struct, frozen=True):
     """The fields that are served or checked."""
 
-    r: _Rank
-    lora_alpha: _Alpha
+    r: Rank
+    lora_alpha: Alpha
     use_rslora: _Flag = None
-    rank_pattern: dict[str, _Rank] | None = None
-    alpha_pattern: dict[str, _Alpha] | None = None
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
     target_modules: _Names = None
     target_parameters: _List = None
     exclude_modules: _Names = None
@@ -253,6 +257,7 @@ class LoraSettings(msgspec.Struct, frozen=True):
     use_dora: _Flag = None
     trainable_token_indices: _Ids | dict[str, _Ids] | None = None
     ensure_weight_tying: _Flag = None
+    alora_invocation_tokens: _Ids | None = None
     use_qalora: _Flag = None
     qalora_group_size: int = 16
     kasa_config: dict[str, Any] | None = None
@@ -260,18 +265,20 @@ class LoraSettings(msgspec.Struct, frozen=True):
 
 
 def read_settings(config: Mapping[str, Any]) -> LoraSettings:
-    """The fields that decide how an adapter is served; ``AdapterError`` names those that are refused (``param``: the
-    first)."""
+    """The fields that decide how a LoRA adapter is served; raises as ``check_fields``."""
+    check_fields(config)
+    return msgspec.convert(config, LoraSettings)
+
+
+def check_fields(config: Mapping[str, Any], table: FieldTable = LORA) -> None:
+    """Raise ``AdapterError`` that names the fields that are refused (``param``: the first)."""
     if "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config):
         raise AdapterError(
             f"adapter_config.json is MLX's (lora_parameters, fine_tune_type); PEFT's format is served. {MLX}",
             param="peft_type",
         )
-    refused = [row for row in field_rows(config) if row.verdict == "refuse"]
-    if refused and refused[0].field == "peft_type" and config.get("peft_type") is not None:
-        raise refuse_method(str(config["peft_type"])[:60])
+    refused = [row for row in field_rows(config, table) if row.verdict == "refuse"]
     if refused:
         lines = "; ".join(f"{row.field} = {row.value}: {row.note}" if row.value else f"{row.field}: {row.note}"
                           for row in refused[:10])  # fmt: skip
         raise AdapterError(f"adapter_config.json cannot be served: {lines}.", param=refused[0].field)
-    return msgspec.convert(config, LoraSettings)

@@ -8,7 +8,7 @@ float32.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +25,32 @@ MAX_SCALE = 1e30  # far within float32; the comparison also fails for NaN and in
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
+class AdapterFacts(msgspec.Struct, frozen=True):
+    """What the scheduler must know of an adapter, besides its parts.
+
+    ``invocation``: the adapter acts from the last occurrence of these ids in a prompt on, and nowhere without one
+    (activated LoRA); empty: everywhere. ``virtual_ids`` come before the first token of every sequence. They are beyond
+    the vocabulary: the adapter's own rows of the embedding table.
+    """
+
+    invocation: tuple[int, ...] = ()
+    virtual_ids: tuple[int, ...] = ()
+
+    def acts_from(self, prompt_ids: Sequence[int]) -> int | None:
+        """The token of a prompt from which on the adapter acts; None: it does not act on this prompt."""
+        part = self.invocation
+        if not part:
+            return 0
+        if len(prompt_ids) < len(part):
+            return None
+        windows = np.lib.stride_tricks.sliding_window_view(np.asarray(prompt_ids), len(part))
+        found = np.flatnonzero((windows == np.asarray(part)).all(axis=1))
+        return int(found[-1]) if len(found) else None
+
+
+NO_FACTS = AdapterFacts()
+
+
 class ImageHeader(msgspec.Struct, frozen=True):
     """What a process must know to map an image: numbers of parts (rows of the table) and of bytes of tensors.
 
@@ -36,6 +62,7 @@ class ImageHeader(msgspec.Struct, frozen=True):
     rank: _Count
     parts: _Count
     data_bytes: _Count
+    facts: AdapterFacts = NO_FACTS
 
     @property
     def data_start(self) -> int:
@@ -54,10 +81,16 @@ class ImageWriter:
     """
 
     def __init__(
-        self, generation: str, rank: int, sites: Iterable[SiteTensors], layout: AdapterLayout = STORED
+        self,
+        generation: str,
+        rank: int,
+        sites: Iterable[SiteTensors],
+        layout: AdapterLayout = STORED,
+        facts: AdapterFacts = NO_FACTS,
     ) -> None:
         self._placed = place(pack(layout, sites))
-        self.header = ImageHeader(layout.name, generation, rank, len(self._placed.table), self._placed.data_bytes)
+        parts, data_bytes = len(self._placed.table), self._placed.data_bytes
+        self.header = ImageHeader(layout.name, generation, rank, parts, data_bytes, facts)
 
     def write(self, path: Path) -> None:
         """Make the file at ``path``, which must not exist, and pack into it where it is mapped.

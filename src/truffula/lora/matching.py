@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from truffula.errors import AdapterError
+from truffula.kernels.adapters import SiteTensors
+from truffula.kernels.backend import Array
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.kernels.stacked import StackedSlice
 from truffula.lora.base import BaseWeights
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
+from truffula.lora.image import NO_FACTS, AdapterFacts
 from truffula.lora.keys import KeyPlan, left_out_words, listed, plan_keys
 from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import PatternTable, Targets, is_named, matching_limit, tied_tables
@@ -44,6 +47,12 @@ class BaseFacts:
     @property
     def tied(self) -> bool:
         return self.weights is not None and self.weights.tied
+
+    def need(self, what: str) -> BaseWeights:
+        """The weights. Raises ``AdapterError`` when they are not given."""
+        if self.weights is None:
+            raise AdapterError(f"{what} needs the base's weights, which are not given here.", param="base")
+        return self.weights
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,16 @@ class Pair:
         return [info for info in (self.a, self.b, self.magnitude, self.b_bias, self.diagonal) if info is not None]
 
 
+@dataclass(frozen=True)
+class Computed:
+    """A module of a method other than LoRA: ``make`` computes its parts from ``infos``, by key."""
+
+    module: str
+    infos: tuple[TensorInfo, ...]
+    make: Callable[[Mapping[str, Array]], Iterable[SiteTensors]]
+    rank: int = 0
+
+
 @dataclass
 class ParsedAdapter:
     """An adapter's pairs and the tensors that take the place of the base's, matched with it from metadata alone."""
@@ -82,16 +101,19 @@ class ParsedAdapter:
     settings: LoraSettings
     pairs: list[Pair] = field(default_factory=list)
     saved: list[Saved] = field(default_factory=list)
+    computed: list[Computed] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    facts: AdapterFacts = NO_FACTS
 
     @property
     def rank(self) -> int:
-        return max((pair.rank for pair in self.pairs), default=0)
+        return max((item.rank for item in (*self.pairs, *self.computed)), default=0)
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor that is read."""
         infos = [*(info for pair in self.pairs for info in pair.tensors), *(saved.info for saved in self.saved)]
+        infos += [info for item in self.computed for info in item.infos]
         return {info.name: info for info in infos}
 
 
@@ -140,15 +162,22 @@ def parse_metadata(
     Raises ``AdapterError`` (``param``: the field or the tensor) where they don't fit each other or the base.
     """
     settings = read_settings(config)
+    invocation = tuple(settings.alora_invocation_tokens or ())
     plan = plan_keys(list(infos))
-    check_values(infos, plan)
+    check_values([infos[key] for key in plan.read()])
     sites = Sites(all_sites, plan.modules())
-    parsed = ParsedAdapter(settings)
+    parsed = ParsedAdapter(settings, facts=AdapterFacts(invocation=invocation))
     ranks = PatternTable(settings.rank_pattern or {}, "rank_pattern")
     alphas = PatternTable(settings.alpha_pattern or {}, "alpha_pattern")
     origin = trained_on(config)
     stacked = parameters_of(plan.a, sites.parameters, settings.target_parameters)
     check_modules(plan, sites, base, origin, stacked)
+    if invocation and plan.embeddings:
+        raise AdapterError(
+            f"alora_invocation_tokens is set, but PEFT has no activated LoRA on an embedding: "
+            f"{listed(plan.embeddings)}.",
+            param="alora_invocation_tokens",
+        )
     for wrapper in plan.a:
         module = stacked.get(wrapper, wrapper)
         of_experts = sites.parameters[module] if wrapper in stacked else []
@@ -219,23 +248,23 @@ def left_out_warnings(plan: KeyPlan) -> list[str]:
     ]
 
 
-def check_values(infos: Mapping[str, TensorInfo], plan: KeyPlan) -> None:
-    """Every tensor that is read must have values, of a dtype that is served. Raises ``AdapterError`` naming it."""
-    halves = plan.read()
-    if empty := [key for key in halves if 0 in infos[key].shape]:
+def check_values(infos: Sequence[TensorInfo], *, may_be_empty: bool = False) -> None:
+    """Every tensor that is read must have values, unless it ``may_be_empty``, of a dtype that is served. Raises
+    ``AdapterError`` naming it."""
+    if not may_be_empty and (empty := [info.name for info in infos if 0 in info.shape]):
         raise AdapterError(
-            f"{len(empty)} of {len(halves)} tensors hold no values: {listed(empty)}. DeepSpeed ZeRO-3 leaves such "
+            f"{len(empty)} of {len(infos)} tensors hold no values: {listed(empty)}. DeepSpeed ZeRO-3 leaves such "
             "placeholders when the weights are not gathered before saving. Save again with "
             "stage3_gather_16bit_weights_on_model_save=true, or run zero_to_fp32.py on the checkpoint.",
             param=min(empty),
             count=len(empty),
         )
-    for key in halves:
-        if infos[key].dtype not in FLOATS:
+    for info in infos:
+        if info.dtype not in FLOATS:
             raise AdapterError(
-                f"{key} is {infos[key].dtype}; supported are F32, F16 and BF16. Save the adapter in one of these.",
-                param=key,
-                dtype=infos[key].dtype,
+                f"{info.name} is {info.dtype}; supported are F32, F16 and BF16. Save the adapter in one of these.",
+                param=info.name,
+                dtype=info.dtype,
             )
 
 
@@ -248,11 +277,10 @@ def trained_on(config: Mapping[str, Any]) -> str:
 
 def check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str, stacked: Collection[str]) -> None:
     """Every module of the file must be a linear layer or a table of the base, or ``stacked``."""
-    modules = [module for module in plan.a if module not in stacked]
-    unknown = [module for module in modules if module not in sites.by_name]
-    if unknown:
-        raise _unknown(unknown, plan, sites, base, origin)
-    for module in modules:
+    check_known(plan, sites, base, origin, stacked)
+    for module in plan.a:
+        if module in stacked:
+            continue
         parts = sites.by_name[module]
         if (parts[0][0].kind == "embed") != (module in plan.embeddings):
             raise AdapterError(
@@ -263,6 +291,12 @@ def check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str, sta
         starts, ends = [part.lo for _, part in parts], [part.hi for _, part in parts]
         if [*starts, parts[0][1].of] != [0, *ends]:  # with a gap, or an overlap
             raise AdapterError(f"{module} cannot be adapted as one module in {base.model}.", param=plan.a[module])
+
+
+def check_known(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str, stacked: Collection[str] = ()) -> None:
+    """Every module of the file must be in the base, or ``stacked``."""
+    if unknown := [module for module in plan.a if module not in stacked and module not in sites.by_name]:
+        raise _unknown(unknown, plan, sites, base, origin)
 
 
 def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) -> AdapterError:

@@ -18,14 +18,15 @@ from truffula.kernels.backend import Array
 from truffula.kernels.program import Site
 from truffula.lora.assemble import Assembly
 from truffula.lora.extra_files import extra_file_warnings
-from truffula.lora.fields import FieldRow, field_rows, parse_config, read_settings
+from truffula.lora.fields import FieldRow, field_rows, parse_config
 from truffula.lora.folder import AdapterFiles, open_adapter
-from truffula.lora.image import check_size
+from truffula.lora.image import AdapterFacts, check_size
 from truffula.lora.keys import listed, plan_keys
 from truffula.lora.matching import BaseFacts as BaseFacts
 from truffula.lora.matching import ParsedAdapter, check_values, left_out_warnings, parse_metadata
+from truffula.lora.methods import Metadata, check_config, method_of, table_of
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import tied_tables
+from truffula.lora.patterns import matching_limit, tied_tables
 from truffula.weights.finite import first_non_finite
 
 
@@ -33,12 +34,14 @@ from truffula.weights.finite import first_non_finite
 class PeftAdapter:
     """A valid adapter. ``sites`` hold views of the mapped file: an image copies them.
 
-    ``generation`` is the hash of both files, ``rank`` the largest of its modules; ``warnings`` are for the operator.
+    ``generation`` is the hash of both files, ``rank`` the largest of its modules; ``facts`` are for the scheduler,
+    ``warnings`` for the operator.
     """
 
     generation: str
     rank: int
     sites: tuple[SiteTensors, ...]
+    facts: AdapterFacts
     warnings: tuple[str, ...]
 
 
@@ -72,14 +75,18 @@ def validate_adapter(
     """
     with open_adapter(folder, max_file_bytes) as files:
         config = parse_config(files.config_bytes)
-        parsed = parse_metadata(files.folder, files.tensors.tensors, config, sites, base)
+        parsed = _parse(files, config, sites, base)
         check_size(stored_bytes(parsed), max_bytes)
         assembly = Assembly(parsed.settings, _read_tensors(files, parsed), base.weights)
         assembly.add_saved(parsed.saved)
+        if parsed.facts.invocation and assembly.parts:
+            raise _acts_before(parsed)
         for pair in parsed.pairs:
             assembly.add_pair(pair)
+        for item in parsed.computed:
+            assembly.add_computed(item)
         _tie_head(parsed, assembly, sites, base)
-        idle, count = assembly.without_effect, len(parsed.pairs) + len(parsed.saved)
+        idle, count = assembly.without_effect, len(parsed.pairs) + len(parsed.saved) + len(parsed.computed)
         warnings = list(parsed.warnings)
         if len(idle) >= count and not (untrained and any(pair.scale for pair in parsed.pairs)):
             raise _no_effect(parsed)
@@ -88,9 +95,7 @@ def validate_adapter(
                 f"{len(idle)} of {count} modules or tensors are zero and change nothing, or are the base's own: "
                 f"{listed(idle)}."
             )
-        return PeftAdapter(
-            generation=files.generation(), rank=parsed.rank, sites=assembly.sites(), warnings=tuple(warnings)
-        )
+        return PeftAdapter(files.generation(), parsed.rank, assembly.sites(), parsed.facts, tuple(warnings))
 
 
 def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: BaseFacts | None = None) -> AdapterReport:
@@ -101,24 +106,44 @@ def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: Bas
     """
     with open_adapter(folder) as files:
         config = parse_config(files.config_bytes)
-        rows = field_rows(config)
+        rows: list[FieldRow] = []
         try:
+            rows += field_rows(config, table_of(config))
             if sites is None:
                 return _inspect_alone(files, config, rows)
-            parsed = parse_metadata(files.folder, files.tensors.tensors, config, sites, base or BaseFacts())
+            parsed = _parse(files, config, sites, base or BaseFacts())
         except TruffulaError as error:
             return AdapterReport(tuple(rows), (), error.info())
         nbytes = stored_bytes(parsed)
         report = (*rows, *_tensor_rows(parsed))
-        return AdapterReport(report, tuple(parsed.warnings), None, parsed.rank, nbytes, len(parsed.pairs))
+        return AdapterReport(
+            report, tuple(parsed.warnings), None, parsed.rank, nbytes, len(parsed.pairs) + len(parsed.computed)
+        )
+
+
+def _parse(files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site], base: BaseFacts) -> ParsedAdapter:
+    """The adapter as its metadata says, whatever its method."""
+    method, infos = method_of(config), files.tensors.tensors
+    if method is None:
+        return parse_metadata(files.folder, infos, config, sites, base)
+    check_config(config)
+    with matching_limit():
+        parsed = method.parse(Metadata(config, infos, sites, base))
+    parsed.warnings += extra_file_warnings(files.folder, config, sites=sites, model=base.model)
+    return parsed
 
 
 def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[FieldRow]) -> AdapterReport:
     """The report without a base."""
-    read_settings(config)
+    check_config(config)
     infos = files.tensors.tensors
+    if method_of(config) is not None:
+        nbytes = sum(info.nbytes for info in infos.values())
+        row = FieldRow("tensors", f"{len(infos)} tensors, {nbytes} bytes", "check", "not compared with a base")
+        notes = extra_file_warnings(files.folder, config, sites=None, model=None)
+        return AdapterReport((*rows, row), tuple(notes), None, 0, nbytes, 0)
     plan = plan_keys(list(infos))
-    check_values(infos, plan)
+    check_values([infos[key] for key in plan.read()])
     ranks = [infos[key].shape[0] for key in plan.a.values() if infos[key].shape]
     nbytes = sum(infos[key].nbytes for key in plan.read())
     row = FieldRow(
@@ -157,12 +182,25 @@ def _tie_head(parsed: ParsedAdapter, assembly: Assembly, sites: Sequence[Site], 
         assembly.tie_head(tables["embed"], head, tables.get("head"))
 
 
+def _acts_before(parsed: ParsedAdapter) -> AdapterError:
+    """The error of an activated LoRA with tensors that PEFT applies to all tokens."""
+    keys = [saved.info.name for saved in parsed.saved]
+    return AdapterError(
+        f"alora_invocation_tokens is set, but PEFT would apply {listed(keys)} to all tokens, not from the invocation "
+        "on, so that the base's cache could not be used. Train without modules_to_save, trained biases and tokens.",
+        param="alora_invocation_tokens",
+        key=keys[0],
+    )
+
+
 def _no_effect(parsed: ParsedAdapter) -> AdapterError:
     """The error of an adapter that changes nothing."""
     scales = bool(parsed.pairs) and all(pair.scale == 0 for pair in parsed.pairs)
     why = "its scale is zero (lora_alpha)" if scales else "its tensors are zero, as before training"
     if not parsed.pairs:
         why = "its tensors equal the base's"
+    if parsed.computed:
+        why = "with its tensors the results are the base's, as before training"
     key = parsed.pairs[0].b.name if parsed.pairs else next(iter(parsed.tensors), "adapter_model.safetensors")
     return AdapterError(
         f"The adapter changes nothing: {why} ({key}). Its answers would be those of the base.",
@@ -183,6 +221,12 @@ def _tensor_rows(parsed: ParsedAdapter) -> Iterator[FieldRow]:
         dtypes = ", ".join(sorted({info.dtype for info in infos}))
         note = f"ranks {_numbers([p.rank for p in pairs])}; scales {_numbers([p.scale for p in pairs])}; {dtypes}"
         yield FieldRow("tensors", f"{len(pairs)} pairs, {sum(info.nbytes for info in infos)} bytes", "serve", note)
+    if parsed.computed:
+        own = {info.name: info for item in parsed.computed for info in item.infos}
+        nbytes = sum(info.nbytes for info in own.values())
+        note = f"{len(parsed.computed)} modules; as LoRA of ranks {_numbers([item.rank for item in parsed.computed])}"
+        note = note if parsed.rank else listed(item.module for item in parsed.computed)
+        yield FieldRow("tensors", f"{len(own)} tensors, {nbytes} bytes", "serve", note)
     for kind, what in (("weight", "saved weights"), ("bias", "trained biases"), ("rows", "trained rows")):
         saved = {item.info.name: item for item in parsed.saved if item.kind == kind}
         if not saved:

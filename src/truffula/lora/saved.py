@@ -35,7 +35,8 @@ RESIZED = (
 class Saved:
     """A tensor that takes the place of the base's weights, biases or rows ``ids`` at the sites of ``parts``.
 
-    ``shared``: of embedding and head, which are one tensor. ``copy``: it may be the base's own.
+    ``shared``: of embedding and head, which are one tensor. ``copy``: it may be the base's own. ``by``: the field that
+    writes it in a method other than LoRA.
     """
 
     kind: Literal["weight", "bias", "rows"]
@@ -45,10 +46,13 @@ class Saved:
     ids: tuple[int, ...] = ()
     shared: bool = False
     copy: bool = False
+    by: str = ""
 
     @property
     def field(self) -> str:
         """The field of ``adapter_config.json``, or the argument of ``save_pretrained``, that writes such tensors."""
+        if self.by:
+            return self.by
         if self.kind == "weight":
             return "save_embedding_layers" if self.copy else "modules_to_save"
         return "bias" if self.kind == "bias" else "trainable_token_indices"
@@ -97,7 +101,7 @@ class _Matcher:
             if not copy and not is_saved(module, self.settings.modules_to_save):
                 raise _stray(key, "modules_to_save", "Its modules_to_save does not name this module")
             parts = self._parts(module, key)
-            _check_weight(self.infos[key], parts, "save_embedding_layers" if copy else "modules_to_save")
+            check_weight(self.infos[key], parts, "save_embedding_layers" if copy else "modules_to_save")
             # PEFT loads a copy into the base, whose embedding and head may be one tensor.
             shared = self.tied and _is_table(parts[0][0]) and (copy or tied_tables(self.settings) == "saved")
             yield from self._on_both("weight", module, key, parts, shared=shared, copy=copy)
@@ -127,7 +131,7 @@ class _Matcher:
             site = parts[0][0]
             if not _is_table(site):
                 raise AdapterError(f"{key}: trained rows are of an embedding or a head.", param=key)
-            rows, width = _table_shape(site)
+            rows, width = table_shape(site)
             if highest := [i for i in ids if i >= rows]:
                 raise AdapterError(
                     f"trainable_token_indices names token {max(highest)}, but {module} has {rows} rows. {RESIZED}.",
@@ -174,10 +178,11 @@ class _Matcher:
         return tuple(found)
 
 
-def _check_weight(info: TensorInfo, parts: Parts, field: str) -> None:
+def check_weight(info: TensorInfo, parts: Parts, field: str) -> None:
+    """Raise ``AdapterError`` unless a tensor, which ``field`` accounts for, may be the whole weight of a module."""
     site, module = parts[0]
     if _is_table(site):
-        rows, width = _table_shape(site)
+        rows, width = table_shape(site)
         if len(info.shape) == 2 and info.shape[1] == width and info.shape[0] != rows:
             raise AdapterError(
                 f"{info.name} ({field}) has {info.shape[0]} rows, but the base's table has {rows}. {RESIZED}.",
@@ -218,7 +223,8 @@ def _is_table(site: Site) -> bool:
     return site.kind in ("embed", "head")
 
 
-def _table_shape(site: Site) -> tuple[int, int]:
+def table_shape(site: Site) -> tuple[int, int]:
+    """Rows and width of an embedding or a head."""
     embeds = site.kind == "embed"
     return (site.in_features, site.out_features) if embeds else (site.out_features, site.in_features)
 

@@ -144,10 +144,12 @@ class ProgramBuilder:
     def site(
         self, kind: Literal["linear", "embed", "head", "norm"], layer: int | None, width_in: int, width_out: int,
         modules: Sequence[ModuleSlice], stacked: StackedSlice | None = None, transform: Transform = "none",
+        virtual_scale: float | None = 1.0,
     ) -> int:  # fmt: skip
         """The id of a new site. Tables are sites on each side even when they are one tensor: tying is of the base."""
-        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, tuple(modules), stacked, transform))
-        return len(self.sites) - 1
+        number, names = len(self.sites), tuple(modules)
+        self.sites.append(Site(number, kind, layer, width_in, width_out, names, stacked, transform, virtual_scale))
+        return number
 
     def add_norm_sites(self) -> None:
         """Give each norm whose weight is one module's a site, after all other sites: their ids stay as they are."""
