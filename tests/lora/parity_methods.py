@@ -1,4 +1,4 @@
-"""The methods of PEFT other than LoRA, and activated LoRA: rows of the parity table of adapters (``parity_kinds.py``)."""
+"""Methods of PEFT other than LoRA, and activated LoRA: rows of the parity table of adapters (``parity_kinds.py``)."""
 
 from __future__ import annotations
 
