@@ -18,7 +18,7 @@ from truffula.lora.base import BaseWeights, Float32
 from truffula.lora.fields import LoraSettings
 from truffula.lora.matching import Computed, Pair
 from truffula.lora.saved import Saved
-from truffula.lora.stacked import site_tensors
+from truffula.lora.stacked import of_each_expert, site_tensors
 from truffula.lora.variants import (
     PARTS,
     Rows,
@@ -150,7 +150,8 @@ class Assembly:
         a, b = self.tensors[pair.a.name], self.tensors[pair.b.name]
         empty = pair.scale == 0 or _is_zero(b) or _is_zero(a)
         if pair.experts:
-            for made in site_tensors(pair.sites, a, b, pair.scale):
+            split = of_each_expert if pair.grouped else site_tensors
+            for made in split(pair.sites, a, b, pair.scale):
                 self.parts.setdefault(made.site, []).extend(made.parts)
         else:
             a, b = pair.form.expand(a, b)

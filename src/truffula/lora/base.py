@@ -20,7 +20,7 @@ from truffula.errors import AdapterError, TruffulaError
 from truffula.kernels.backend import Array, ComputedArray, Part, QuantisedArray, expert_matrices
 from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
 from truffula.kernels.mapped import release_pages
-from truffula.kernels.program import Embed, ExpertLinear, Linear, Logits, Mla, Norm, Program, Site, SiteSlice
+from truffula.kernels.program import Attention, Embed, ExpertLinear, Linear, Logits, Mla, Norm, Program, Site, SiteSlice
 from truffula.kernels.weight_decl import WeightDecl, WeightPart
 from truffula.types import FileStamp
 from truffula.weights.tying import Tie
@@ -52,7 +52,8 @@ class BaseSource:
     """Where the base's weights are. ``files`` as they were when the engine opened them; ``sites`` by site.
 
     ``dtype`` and ``quantize`` are the engine's, which rounds matrices accordingly; it does not round ``exact`` ones,
-    and does not quantise those in ``unquantised``. ``tied``: embedding and head are one tensor.
+    and does not quantise those in ``unquantised``. ``tied``: embedding and head are one tensor;
+    ``kv_heads`` by layer.
     """
 
     path: str
@@ -60,6 +61,7 @@ class BaseSource:
     weights: dict[int, WeightDecl]
     sites: dict[int, SiteWeight]
     tied: bool = False
+    kv_heads: dict[int, int] = field(default_factory=dict)
     dtype: str = "float32"
     quantize: str = "none"
     exact: tuple[int, ...] = ()
@@ -80,6 +82,7 @@ def base_source(
         weights={decl.id: decl for decl in program.weights if decl.id in used},
         sites=sites,
         tied=plan.tying.tie is not Tie.SEPARATE,
+        kv_heads={op.layer: op.kv_heads for op in program.ops if isinstance(op, Attention) and op.layer is not None},
         dtype=dtype,
         quantize=quantize,
         exact=tuple(float32 | {decl.id for decl in program.weights if decl.dtype == "float32"}),
