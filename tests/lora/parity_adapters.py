@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import transformers  # noqa: E402
 from folder_loader import FolderLoader  # noqa: E402
-from parity import LOGITS, SOME_TOKENS, ParityModel, parity_model  # noqa: E402
+from parity import SOME_TOKENS, ParityModel, parity_model  # noqa: E402
 from parity_kinds import KINDS as LORA_KINDS  # noqa: E402
 from parity_kinds import Kind  # noqa: E402
 from parity_methods import KINDS as OTHER_KINDS  # noqa: E402
@@ -58,15 +58,16 @@ def served_kinds(folder: Path, base: Path, kinds: list[Kind], **options: Any) ->
         warnings.simplefilter("ignore")  # of peft, about ties and embeddings
         made = {kind.name: kind.make(folder / str(n), base, n) for n, kind in enumerate(kinds)}
     with parity_model(base, adapters=made, max_running=len(kinds) + 2, **options) as model:
+        model.double = True
         yield model
 
 
-def check_alone(model: ParityModel, name: str) -> None:
+def check_alone(model: ParityModel, kind: Kind) -> None:
     """Logits of a prompt, and that the adapter shows."""
     prompt = model.prompt(0)
-    ours = Driver(model.loaded.executable, model.settings.capacity, *_load(model, name)).feed(prompt)
-    theirs = model.transformers(prompt, name)
-    limit = LOGITS * max(1.0, float(np.abs(theirs).max()) / 10)
+    ours = Driver(model.loaded.executable, model.settings.capacity, *_load(model, kind.name)).feed(prompt)
+    theirs = model.transformers(prompt, kind.name)
+    limit = kind.tolerance * max(1.0, float(np.abs(theirs).max()) / 10)
     np.testing.assert_allclose(ours, theirs, atol=limit)
     assert np.abs(theirs - model.transformers(prompt)).max() > 30 * limit, "the adapter does not show"
 
@@ -98,8 +99,8 @@ def check_mixed(model: ParityModel, names: list[str]) -> dict[str, str]:
     return failed
 
 
-def check_preempted(model: ParityModel, name: str) -> None:
-    crowd = [(str(n), model.prompt(n)[:3], name if n % 2 else None) for n in range(6)]
+def check_preempted(model: ParityModel, kind: Kind) -> None:
+    crowd = [(str(n), model.prompt(n)[:3], kind.name if n % 2 else None) for n in range(6)]
     for blocks in (15, 12, 10):
         rig, answers = model.run(
             [model.request(*each, max_tokens=24) for each in crowd], num_blocks=blocks, prefix_cache=False
@@ -111,9 +112,9 @@ def check_preempted(model: ParityModel, name: str) -> None:
         model.expect(answers[label], prompt, adapter)
 
 
-def check_prefix_and_reload(model: ParityModel, name: str) -> None:
+def check_prefix_and_reload(model: ParityModel, kind: Kind) -> None:
     """A second request hits the first one's blocks; a third comes after the adapter was evicted and loaded again."""
-    prompt = model.prompt(0)
+    prompt, name = model.prompt(0), kind.name
     with tempfile.TemporaryDirectory() as staging:
         rig = Rig(model.settings.limits, executable=model.loaded.executable,
                   loader=FolderLoader(model.setup, Path(staging)))  # fmt: skip
@@ -127,7 +128,7 @@ def check_prefix_and_reload(model: ParityModel, name: str) -> None:
     model.expect(answers["again"], prompt, name)
 
 
-EACH: dict[str, Callable[[ParityModel, str], None]] = {
+EACH: dict[str, Callable[[ParityModel, Kind], None]] = {
     "alone": check_alone,
     "preempted": check_preempted,
     "prefix, reload": check_prefix_and_reload,
@@ -139,7 +140,7 @@ def results(model: ParityModel, kinds: list[Kind], checks: list[str]) -> Iterato
     for kind in kinds:
         for name in checks:
             try:
-                EACH[name](model, kind.name)
+                EACH[name](model, kind)
                 yield kind.name, name, ""
             except Exception as error:  # noqa: BLE001  (peft's, too: one row says so)
                 yield kind.name, name, " ".join(str(error).split())[:300] or type(error).__name__

@@ -124,7 +124,7 @@ def test_sites_cover_every_linear_row_once(model_type: str) -> None:
     [
         ("llama", "model.layers.1.input_layernorm", "none"),
         ("llama", "model.norm", "none"),
-        ("gemma3", "model.layers.1.self_attn.q_norm", "plus_one"),
+        ("gemma3", "model.language_model.layers.1.self_attn.q_norm", "plus_one"),
         ("gpt2", "transformer.h.1.ln_2", "none"),
     ],
 )

@@ -20,18 +20,7 @@ from truffula.errors import AdapterError, TruffulaError
 from truffula.kernels.backend import Array, ComputedArray, Part, QuantisedArray, expert_matrices
 from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
 from truffula.kernels.mapped import release_pages
-from truffula.kernels.program import (
-    Attention,
-    Embed,
-    ExpertLinear,
-    Linear,
-    Logits,
-    Mla,
-    Norm,
-    Program,
-    Site,
-    SiteSlice,
-)
+from truffula.kernels.program import Attention, Embed, ExpertLinear, Linear, Logits, Mla, Norm, Program, Site, SiteSlice
 from truffula.kernels.weight_decl import WeightDecl, WeightPart
 from truffula.types import FileStamp
 from truffula.weights.tying import Tie
@@ -74,7 +63,8 @@ class BaseSource:
     ``kv``: its attention in the order of layers, where all of them keep keys and values of all tokens and nothing else
     is kept; otherwise why not. ``serial``: it is computed one sequence at a time.
     ``dtype`` and ``quantize`` are the engine's, which rounds matrices accordingly; it does not round ``exact`` ones,
-    and does not quantise those in ``unquantised``. ``tied``: embedding and head are one tensor.
+    and does not quantise those in ``unquantised``. ``tied``: embedding and head are one tensor;
+    ``kv_heads`` by layer.
     """
 
     path: str
@@ -84,6 +74,7 @@ class BaseSource:
     tied: bool = False
     kv: tuple[KvLayer, ...] | str = ()
     serial: bool = False
+    kv_heads: dict[int, int] = field(default_factory=dict)
     dtype: str = "float32"
     quantize: str = "none"
     exact: tuple[int, ...] = ()
@@ -106,6 +97,7 @@ def base_source(
         tied=plan.tying.tie is not Tie.SEPARATE,
         kv=_kv_layers(program) if plan.transformers is None else "transformers' code computes it",
         serial=plan.implementation.kind == "serial",
+        kv_heads={op.layer: op.kv_heads for op in program.ops if isinstance(op, Attention) and op.layer is not None},
         dtype=dtype,
         quantize=quantize,
         exact=tuple(float32 | {decl.id for decl in program.weights if decl.dtype == "float32"}),

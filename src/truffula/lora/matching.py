@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,16 @@ from truffula.kernels.inputs import Float32
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.kernels.stacked import StackedSlice
 from truffula.lora.base import BaseWeights
+from truffula.lora.exports import rename, renamed_settings
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.image import NO_FACTS, AdapterFacts
 from truffula.lora.keys import KeyPlan, left_out_words, listed, plan_keys
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import PatternTable, Targets, is_named, matching_limit
+from truffula.lora.patterns import PatternTable, Targets, is_named, matching_limit, tied_tables
 from truffula.lora.roots import TEXT_ROOTS, root_used, tail_of, text_root_of
 from truffula.lora.saved import Parts, Saved, match_saved
-from truffula.lora.stacked import pair_shapes, parameters_of
+from truffula.lora.stacked import check_stacked, groups_of, pair_shapes, parameters_of, stacked_by_expert
 from truffula.lora.variants import PLAIN, Form, form_of
 from truffula.weights.checkpoint import TensorInfo
 
@@ -49,6 +50,11 @@ class BaseFacts:
     def tied(self) -> bool:
         return self.weights is not None and self.weights.tied
 
+    @property
+    def kv_heads(self) -> Mapping[int, int]:
+        """The number of KV heads of each layer."""
+        return {} if self.weights is None else self.weights.source.kv_heads
+
     def need(self, what: str) -> BaseWeights:
         """The weights. Raises ``AdapterError`` when they are not given."""
         if self.weights is None:
@@ -58,7 +64,8 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class Pair:
-    """A and B of one module, and the sites that B's rows belong to; or of a parameter of ``experts`` experts.
+    """A and B of one module, and the sites that B's rows belong to; or of a parameter of ``experts`` experts,
+    ``grouped``: stacked by expert.
 
     ``form``: how A and B are stored. ``magnitude`` [O] (DoRA), ``b_bias`` [O] and ``diagonal`` [r] (KaSA): tensors of
     variants.
@@ -75,6 +82,7 @@ class Pair:
     magnitude: TensorInfo | None = None
     b_bias: TensorInfo | None = None
     diagonal: TensorInfo | None = None
+    grouped: bool = False
 
     @property
     def sites(self) -> list[Site]:
@@ -110,7 +118,8 @@ class ParsedAdapter:
 
     @property
     def rank(self) -> int:
-        return max((item.rank for item in (*self.pairs, *self.computed)), default=0)
+        ranks = [pair.rank for pair in self.pairs] + [item.rank for item in self.computed]
+        return max(ranks, default=0)
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -140,8 +149,10 @@ class Sites:
         for site in linear:
             if site.stacked is not None:
                 self.parameters.setdefault(self.name_of(site, site.stacked), []).append(site)
+        self.groups = groups_of(linear, self.name_of)
         for parts in self.by_name.values():
             parts.sort(key=lambda part: part[1].lo)
+        self.head_name = TEXT_ROOTS[self.root]
         self.names = frozenset(self.by_name)
         self.linear_names = frozenset(self.name_of(site, module) for site in linear for module in site.modules)
         self.layers = 1 + max((site.layer for site in linear if site.layer is not None), default=0)
@@ -169,12 +180,19 @@ def parse_metadata(
     plan = plan_keys(list(infos))
     check_values([infos[key] for key in plan.read()])
     sites = Sites(all_sites, plan.modules())
+    renamed = rename(plan, sites, base.kv_heads)
+    settings = renamed_settings(settings, renamed)
     parsed = ParsedAdapter(settings, facts=AdapterFacts(invocation=invocation))
     ranks = PatternTable(settings.rank_pattern or {}, "rank_pattern")
     alphas = PatternTable(settings.alpha_pattern or {}, "alpha_pattern")
     origin = trained_on(config)
-    stacked = parameters_of(plan.a, sites.parameters, settings.target_parameters)
-    check_modules(plan, sites, base, origin, stacked)
+    grouped = {
+        name
+        for name, key in plan.a.items()
+        if name in sites.groups and stacked_by_expert(infos[key], infos[plan.b[name]], name, sites.parameters)
+    }
+    stacked = parameters_of(plan.a.keys() - grouped, sites.parameters, settings.target_parameters)
+    check_modules(plan, sites, base, origin, stacked.keys() | grouped)
     if invocation and base.weights is not None and base.weights.source.serial:
         raise AdapterError(
             "alora_invocation_tokens: transformers' code computes this model one sequence at a time, where an adapter "
@@ -190,13 +208,21 @@ def parse_metadata(
     for wrapper in plan.a:
         module = stacked.get(wrapper, wrapper)
         of_experts = sites.parameters[module] if wrapper in stacked else []
+        if wrapper in grouped:
+            of_experts = list(sites.groups[wrapper])
         rank = ranks.value(module, settings.r)
         alpha = alphas.value(module, settings.lora_alpha)
         scale = float(np.float32(alpha / (math.sqrt(rank) if settings.use_rslora else rank)))
         parts = tuple((site, site.modules[0]) for site in of_experts) or tuple(sites.by_name[module])
         experts = of_experts[0].stacked.experts if of_experts and of_experts[0].stacked is not None else 0
         pair = _make_pair(module, wrapper, parts, rank, scale, experts, plan, infos, settings)
-        _check_shapes(pair, rank, base, origin)
+        if module in renamed.orders:
+            pair = replace(pair, form=replace(pair.form, order=renamed.orders[module]))
+        if wrapper in grouped:
+            check_stacked(pair.a, pair.b, of_experts, rank, module)
+            pair = replace(pair, grouped=True)
+        else:
+            _check_shapes(pair, rank, base, origin)
         parsed.pairs.append(pair)
     check_sites_once(parsed.pairs)
     parsed.saved = match_saved(plan, infos, settings, sites, tied=base.tied)
@@ -398,11 +424,14 @@ def cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: Key
         return targets.targeted(module) or is_named(module, parameters) or is_named(f"{module}.weight", parameters)
 
     tables = {site.kind: name for name, parts in sites.by_name.items() for site, _ in parts if site.kind != "linear"}
-    if tied and parsed.settings.ensure_weight_tying and is_target(tables.get("embed", "")):
-        tied_head = tables.get("head")
-    else:
-        tied_head = None
-    stray = [pair.a.name for pair in parsed.pairs if not is_target(pair.module) and pair.module != tied_head]
+    tied_head = tables.get("head") if tied and tied_tables(parsed.settings) == "targets" else None
+    # Tinker writes all-linear, whatever it has trained, and means the head, too.
+    by_tensors = parsed.settings.target_modules == "all-linear" and any(
+        pair.grouped or pair.a.name.endswith("unembed_tokens.lora_A.weight") for pair in parsed.pairs
+    )
+    stray = [
+        pair.a.name for pair in parsed.pairs if not (by_tensors or is_target(pair.module) or pair.module == tied_head)
+    ]
     if stray:
         raise AdapterError(
             f"Tensors for modules that the configuration does not target (target_modules, target_parameters, "
@@ -429,7 +458,9 @@ def cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: Key
         for name, of_all in sites.parameters.items()
         if is_named(name, parameters) and not covered.issuperset(site.id for site in of_all)
     ]
-    if missing:
+    if missing and by_tensors:
+        parsed.warnings.append(f"target_modules is all-linear, but these have no tensors: {listed(missing)}.")
+    elif missing:
         raise AdapterError(
             f"Modules that target_modules names have no tensors in the file: {listed(missing)}. "
             "The file is incomplete, or of another adapter.",

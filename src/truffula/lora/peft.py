@@ -27,7 +27,7 @@ from truffula.lora.matching import BaseFacts as BaseFacts
 from truffula.lora.matching import ParsedAdapter, check_values, left_out_warnings, parse_metadata
 from truffula.lora.methods import Metadata, check_config, method_of, table_of
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import matching_limit
+from truffula.lora.patterns import matching_limit, tied_tables
 from truffula.weights.finite import first_non_finite
 
 
@@ -181,7 +181,8 @@ def _tie_head(parsed: ParsedAdapter, assembly: Assembly, sites: Sequence[Site], 
     """On a tied base, ``ensure_weight_tying`` gives the head the embedding's pair."""
     tables = {pair.parts[0][0].kind: pair for pair in parsed.pairs}
     head = next((site for site in sites if site.kind == "head"), None)
-    if base.tied and parsed.settings.ensure_weight_tying and "embed" in tables and head is not None:
+    tied = base.tied and tied_tables(parsed.settings) == "targets"
+    if tied and "embed" in tables and head is not None:
         assembly.tie_head(tables["embed"], head, tables.get("head"))
 
 

@@ -125,8 +125,8 @@ class Rounding:
         )
 
 
-def load_weights(native: Any, program: Program, options: WeightOptions, pull: PullWeight) -> None:
-    """Pull every weight of ``program`` into ``native``, in order, under the program's ids.
+def load_weights(native: Any, program: Program, options: WeightOptions, pull: PullWeight) -> list[str]:
+    """Pull every weight of ``program`` into ``native``, in order, under the program's ids. Returns their formats.
 
     In bfloat16 matrices are rounded to it. In float32 a matrix stored in bfloat16 stays in it: that is exact, and a
     step reads half as much. Blocks keep their format (see ``WeightOptions.matrix_format``).
@@ -135,23 +135,26 @@ def load_weights(native: Any, program: Program, options: WeightOptions, pull: Pu
         KernelError: Parts that do not make the declared shape, or a dtype that is not float32, float16 or bfloat16.
     """
     rounding = Rounding()
-    for decl, role in zip(program.weights, roles(program), strict=True):
+    formats = [
         load_one(native, decl, role, options, pull, rounding)
+        for decl, role in zip(program.weights, roles(program), strict=True)
+    ]
     if rounding.sums:
         logger.info("%s", rounding)
+    return formats
 
 
 def load_one(
     native: Any, decl: WeightDecl, role: Role, options: WeightOptions, pull: PullWeight, rounding: Rounding
-) -> None:
-    """Pull one weight into ``native``; its rounding error is added to ``rounding``."""
+) -> str:
+    """Pull one weight into ``native``; its rounding error is added to ``rounding``. Returns its format."""
     parts = pull_parts(pull, decl)
     if role.kind == "vector":
         values = np.concatenate([np.asarray(as_array(part), np.float32) for part in parts])
         if options.dtype == "bfloat16" and not role.exact:
             values = values.astype(BFLOAT16).astype(np.float32)
         native.add_vector(np.ascontiguousarray(values.T).ravel())  # a convolution's: [K, C]
-        return
+        return "vectors"
     kinds = {part.kind if isinstance(part, QuantisedArray) else part.dtype.name for part in parts}
     fmt, as_blocks = options.matrix_format(kinds, exact=role.exact, quantisable=role.quantisable)
     *experts, outputs, inputs = decl.shape
@@ -169,6 +172,7 @@ def load_one(
         if squares:
             before = rounding.sums.get(name, (0.0, 0.0))
             rounding.sums[name] = before[0] + squares, before[1] + lost
+    return fmt
 
 
 def _matrices(decl: WeightDecl, parts: Sequence[Part]) -> Iterator[tuple[str, int, int, Part]]:
