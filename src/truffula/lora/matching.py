@@ -195,13 +195,15 @@ def parse_metadata(
             f"{listed(plan.embeddings)}.",
             param="alora_invocation_tokens",
         )
+    targets = Targets(settings, sites.linear_names)
     for wrapper in plan.a:
         module = stacked.get(wrapper, wrapper)
+        patterned = _parameter(module, targets, settings, sites) or module
         of_experts = sites.parameters[module] if wrapper in stacked else []
         if wrapper in grouped:
             of_experts = list(sites.groups[wrapper])
-        rank = ranks.value(module, settings.r)
-        alpha = alphas.value(module, settings.lora_alpha)
+        rank = ranks.value(patterned, settings.r)
+        alpha = alphas.value(patterned, settings.lora_alpha)
         scale = float(np.float32(alpha / (math.sqrt(rank) if settings.use_rslora else rank)))
         parts = tuple((site, site.modules[0]) for site in of_experts) or tuple(sites.by_name[module])
         experts = of_experts[0].stacked.experts if of_experts and of_experts[0].stacked is not None else 0
@@ -216,7 +218,7 @@ def parse_metadata(
         parsed.pairs.append(pair)
     check_sites_once(parsed.pairs)
     parsed.saved = match_saved(plan, infos, settings, sites, tied=base.tied)
-    cross_check(parsed, Targets(settings, sites.linear_names), sites, plan, tied=base.tied)
+    cross_check(parsed, targets, sites, plan, tied=base.tied)
     if settings.bias not in (None, "none") and not plan.biases:
         parsed.warnings.append(f"bias is {settings.bias!r}, but the file has no biases: the base's are used.")
     parsed.warnings += left_out_warnings(plan)
@@ -232,6 +234,19 @@ def parse_metadata(
         parsed.warnings.append(f"Buffers that are used only in training: {listed(plan.unused)}.")
     parsed.warnings += extra_file_warnings(folder, config, sites=sites.all, model=base.model)
     return parsed
+
+
+def _parameter(module: str, targets: Targets, settings: LoraSettings, sites: Sites) -> str | None:
+    """The parameter of a linear module that ``target_parameters`` names, by which patterns call it."""
+    name = f"{module}.weight"
+    if not is_named(name, settings.target_parameters or ()) or targets.targeted(module):
+        return None
+    if any(site.transform == "transpose" for site, _ in sites.by_name.get(module, ())):
+        raise AdapterError(
+            f"target_parameters names {name}, which is stored transposed (Conv1D): PEFT takes its columns for rows. "
+            "Name the module in target_modules.", param="target_parameters",
+        )  # fmt: skip
+    return name
 
 
 def _make_pair(
