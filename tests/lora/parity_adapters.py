@@ -30,7 +30,7 @@ from parity_methods import KINDS as OTHER_KINDS  # noqa: E402
 from quantised_files import Fixture, as_model, write_folder  # noqa: E402
 from rig import Rig  # noqa: E402
 
-from truffula.lora.image import AdapterFacts  # noqa: E402
+from truffula.lora.image import AdapterFacts, KvPrefix  # noqa: E402
 from truffula.testing.programs import Driver  # noqa: E402
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint  # noqa: E402
 from truffula.weights.open import open_checkpoint  # noqa: E402
@@ -86,7 +86,7 @@ def check_alone(model: ParityModel, kind: Kind) -> None:
     assert np.abs(theirs - model.transformers(prompt)).max() > 30 * limit, "the adapter does not show"
 
 
-def _load(model: ParityModel, name: str) -> tuple[int, AdapterFacts]:
+def _load(model: ParityModel, name: str) -> tuple[int, AdapterFacts, KvPrefix | None]:
     """The adapter in a slot of the executable, loaded as a server does."""
     from truffula.lora.image import map_image
     from truffula.lora.worker import LoadRequest, load
@@ -97,7 +97,7 @@ def _load(model: ParityModel, name: str) -> tuple[int, AdapterFacts]:
         response = load(LoadRequest(ticket=1, ref=ref), model.setup, [Path(staging)])
         assert response.error is None and response.image is not None, response.error
         image = map_image(Path(str(response.image_path)), response.image)
-        return model.loaded.executable.adapter(image), response.image.facts
+        return model.loaded.executable.adapter(image), response.image.facts, response.image.prefix_of(image)
 
 
 def check_mixed(model: ParityModel, names: list[str]) -> dict[str, str]:

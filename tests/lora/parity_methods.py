@@ -1,4 +1,4 @@
-"""Methods of PEFT other than LoRA, and activated LoRA: rows of the parity table of adapters (``parity_kinds.py``)."""
+"""The methods of PEFT other than LoRA, and activated LoRA: rows of the parity table of adapters."""
 
 from __future__ import annotations
 
@@ -87,5 +87,6 @@ KINDS: list[Kind] = [
     Kind("trainable tokens method", Method("TrainableTokensConfig", lambda t, f: {"token_indices": [50, 7, 60]}, None)),
     Kind("LN tuning", Method("LNTuningConfig", lambda t, f: {"target_modules": list(t.norms)})),
     Kind("prompt tuning", Method("PromptTuningConfig", _virtual())),
+    Kind("prefix tuning", Method("PrefixTuningConfig", _virtual()), only=("llama", "qwen2", "gpt2", "mixtral")),
     Kind("P-tuning", Method("PromptEncoderConfig", _virtual(encoder_hidden_size=12))),
 ]

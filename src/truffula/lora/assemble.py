@@ -45,6 +45,7 @@ class Assembly:
     weights: BaseWeights | None
     parts: dict[int, list[Part]] = field(default_factory=dict)
     without_effect: list[str] = field(default_factory=list)
+    prefix: Float32 | None = None
     _replaced: dict[int, Array] = field(default_factory=dict)
 
     def sites(self) -> tuple[SiteTensors, ...]:
@@ -139,6 +140,9 @@ class Assembly:
 
     def add_computed(self, item: Computed) -> None:
         made = list(item.make(self.tensors))
+        if item.make_prefix is not None:
+            self.prefix = item.make_prefix(self.tensors)
+            return
         for tensors in made:
             self.parts.setdefault(tensors.site, []).extend(tensors.parts)
         if not any(_has_effect(part) for tensors in made for part in tensors.parts):

@@ -17,6 +17,7 @@ import numpy as np
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
 from truffula.kernels.backend import Array
+from truffula.kernels.inputs import Float32
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.kernels.stacked import StackedSlice
 from truffula.lora.base import BaseWeights
@@ -94,12 +95,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Computed:
-    """A module of a method other than LoRA: ``make`` computes its parts from ``infos``, by key."""
+    """A module of a method other than LoRA: ``make`` computes its parts from ``infos``, by key. With ``make_prefix`` it
+    is no module, but the values of ``KvPrefix``."""
 
     module: str
     infos: tuple[TensorInfo, ...]
     make: Callable[[Mapping[str, Array]], Iterable[SiteTensors]]
     rank: int = 0
+    make_prefix: Callable[[Mapping[str, Array]], Float32] | None = None
 
 
 @dataclass
@@ -115,7 +118,8 @@ class ParsedAdapter:
 
     @property
     def rank(self) -> int:
-        return max((item.rank for item in (*self.pairs, *self.computed)), default=0)
+        ranks = [pair.rank for pair in self.pairs] + [item.rank for item in self.computed]
+        return max(ranks, default=0)
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -189,6 +193,12 @@ def parse_metadata(
     }
     stacked = parameters_of(plan.a.keys() - grouped, sites.parameters, settings.target_parameters)
     check_modules(plan, sites, base, origin, stacked.keys() | grouped)
+    if invocation and base.weights is not None and base.weights.source.serial:
+        raise AdapterError(
+            "alora_invocation_tokens: transformers' code computes this model one sequence at a time, where an adapter "
+            "acts on all tokens or none. Train plain LoRA.",
+            param="alora_invocation_tokens",
+        )
     if invocation and plan.embeddings:
         raise AdapterError(
             f"alora_invocation_tokens is set, but PEFT has no activated LoRA on an embedding: "

@@ -15,6 +15,7 @@ from typing import Any
 from truffula.errors import AdapterError, ErrorInfo, TruffulaError
 from truffula.kernels.adapters import SiteTensors
 from truffula.kernels.backend import Array
+from truffula.kernels.inputs import Float32
 from truffula.kernels.program import Site
 from truffula.lora.assemble import Assembly
 from truffula.lora.extra_files import extra_file_warnings
@@ -34,14 +35,15 @@ from truffula.weights.finite import first_non_finite
 class PeftAdapter:
     """A valid adapter. ``sites`` hold views of the mapped file: an image copies them.
 
-    ``generation`` is the hash of both files, ``rank`` the largest of its modules; ``facts`` are for the scheduler,
-    ``warnings`` for the operator.
+    ``generation`` is the hash of both files, ``rank`` the largest of its modules; ``facts`` and ``prefix`` (the values
+    of ``KvPrefix``) are for the scheduler, ``warnings`` for the operator.
     """
 
     generation: str
     rank: int
     sites: tuple[SiteTensors, ...]
     facts: AdapterFacts
+    prefix: Float32 | None
     warnings: tuple[str, ...]
 
 
@@ -95,7 +97,9 @@ def validate_adapter(
                 f"{len(idle)} of {count} modules or tensors are zero and change nothing, or are the base's own: "
                 f"{listed(idle)}."
             )
-        return PeftAdapter(files.generation(), parsed.rank, assembly.sites(), parsed.facts, tuple(warnings))
+        return PeftAdapter(
+            files.generation(), parsed.rank, assembly.sites(), parsed.facts, assembly.prefix, tuple(warnings)
+        )
 
 
 def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: BaseFacts | None = None) -> AdapterReport:

@@ -188,7 +188,9 @@ def load(
                 max_file_bytes=setup.limits.file_bytes,
                 untrained=request.ref.untrained,
             )
-            image = ImageWriter(adapter.generation, adapter.rank, adapter.sites, setup.layout, adapter.facts)
+            image = ImageWriter(
+                adapter.generation, adapter.rank, adapter.sites, setup.layout, adapter.facts, adapter.prefix
+            )
             check_size(image.header.nbytes, setup.limits.image_bytes)
             path = _new_file(request, staging, image.header.nbytes)
             image.write(path)

@@ -13,7 +13,16 @@ from torch import Tensor
 from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterImage, AdapterLayout
 from truffula.kernels.arena import dead_after, written_by
-from truffula.kernels.inputs import Array, Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.inputs import (
+    Array,
+    Capacity,
+    Float32,
+    Int32,
+    SampleInputs,
+    SequenceSampling,
+    StepInputs,
+    StepOutput,
+)
 from truffula.kernels.program import (
     Attention,
     CausalConv,
@@ -200,6 +209,14 @@ class ReferenceExecutable(SynchronousExecutable):
         rows[0].zero_()
         return rows
 
+    @torch.inference_mode()
+    def write_kv(self, op: int, slots: Int32, keys: Float32, values: Float32) -> None:
+        at = self._program.ops[op]
+        assert isinstance(at, Attention)
+        for plane, rows in zip(at.planes, (keys, values), strict=True):
+            rows_there = torch.from_numpy(rows.copy()).to(self._device, self._dtype)
+            attention.write(self._planes[plane], self._long(slots), rows_there)
+
     def release_kv(self, group: int, blocks: Int32) -> None:
         self._planes.release(group, blocks)
 
@@ -247,12 +264,13 @@ class ReferenceExecutable(SynchronousExecutable):
         table, acting = self._weights[op.table].whole, step.acting()
         _check_ids(ids, len(table), (step.op, 0), acting)
         rows = table.index_select(0, ids.clamp(max=len(table) - 1))
+        virtual = ids >= len(table)
         if acting:
             rows = rows.float()
-            rows[ids >= len(table)] = 0.0
+            rows[virtual] = 0.0
             apply_adapters_(rows, ids, (step.op, 0), acting, self._weights[op.table])
         dtype = self._buffers.dtype(op.out)
-        self._buffers.put(op.out, ops.embed(rows, table.dtype, op.scale, self._get(op.add), dtype))
+        self._buffers.put(op.out, ops.embed(rows, table.dtype, op.scale, self._get(op.add), dtype, virtual))
 
     def _norm(self, op: Norm, step: _Step) -> None:
         weight, bias = self._vector(op.weight), self._vector(op.bias)

@@ -46,7 +46,7 @@ _FIELDS = {
 }
 
 
-def submodules_are_one(source: Metadata) -> None:
+def check_decoder(source: Metadata) -> None:
     """Raise ``AdapterError`` for an adapter of an encoder-decoder."""
     if source.config.get("num_transformer_submodules") not in (None, 1):
         raise AdapterError(
@@ -56,7 +56,7 @@ def submodules_are_one(source: Metadata) -> None:
 
 
 def _parse(source: Metadata) -> ParsedAdapter:
-    submodules_are_one(source)
+    check_decoder(source)
     count, width = int(source.config["num_virtual_tokens"]), source.config.get("token_dim")
     keys = group_keys(source.infos, (), alone=(KEY,))
     info = keys.alone[KEY]
