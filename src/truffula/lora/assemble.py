@@ -16,7 +16,7 @@ from truffula.kernels.backend import Array
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.base import BaseWeights, Float32
 from truffula.lora.fields import LoraSettings
-from truffula.lora.matching import Computed, Pair
+from truffula.lora.parsed import Computed, Pair
 from truffula.lora.saved import Saved
 from truffula.lora.stacked import of_each_expert, site_tensors
 from truffula.lora.variants import (

@@ -20,7 +20,7 @@ from truffula.lora.fields import LoraSettings
 from truffula.lora.keys import KeyPlan
 
 if TYPE_CHECKING:
-    from truffula.lora.matching import Sites
+    from truffula.lora.parsed import Sites
 
 _MEGATRON = re.compile(
     r"(?:.+\.)?decoder\.layers\.(?P<layer>\d+)\.(?:self_attention|mlp)\.(?P<leaf>linear_(?:qkv|proj|fc1|fc2))"

@@ -18,14 +18,16 @@ from truffula.kernels.backend import Array
 from truffula.kernels.inputs import Float32
 from truffula.kernels.program import Site
 from truffula.lora.assemble import Assembly
+from truffula.lora.checks import check_values, left_out_warnings
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import FieldRow, field_rows, parse_config
 from truffula.lora.folder import AdapterFiles, open_adapter
 from truffula.lora.image import AdapterFacts, check_size
 from truffula.lora.keys import listed, plan_keys
-from truffula.lora.matching import BaseFacts as BaseFacts
-from truffula.lora.matching import ParsedAdapter, check_values, left_out_warnings, parse_metadata
+from truffula.lora.matching import parse_metadata
 from truffula.lora.methods import Metadata, check_config, method_of, table_of
+from truffula.lora.parsed import BaseFacts as BaseFacts
+from truffula.lora.parsed import ParsedAdapter
 from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import matching_limit, tied_tables
 from truffula.weights.finite import first_non_finite

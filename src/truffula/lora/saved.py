@@ -22,7 +22,7 @@ from truffula.lora.patterns import tied_tables
 from truffula.weights.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
-    from truffula.lora.matching import Sites
+    from truffula.lora.parsed import Sites
 
 Parts = tuple[tuple[Site, ModuleSlice], ...]
 RESIZED = (

@@ -13,7 +13,6 @@ from truffula.kernels.inputs import Float32
 from truffula.lora.base import KvLayer
 from truffula.lora.fields import Field, FieldTable
 from truffula.lora.image import AdapterFacts
-from truffula.lora.matching import Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     Metadata,
     Method,
@@ -25,6 +24,7 @@ from truffula.lora.methods.method import (
     own_settings,
 )
 from truffula.lora.methods.prompts import KEY, VIRTUAL, check_decoder
+from truffula.lora.parsed import Computed, ParsedAdapter
 
 _FIELDS = {
     **VIRTUAL,

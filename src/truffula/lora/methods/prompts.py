@@ -15,7 +15,6 @@ from truffula.kernels.adapters import Rows, SiteTensors
 from truffula.kernels.program import Site
 from truffula.lora.fields import Field, FieldTable
 from truffula.lora.image import AdapterFacts
-from truffula.lora.matching import Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     COMMON,
     SAVED,
@@ -28,6 +27,7 @@ from truffula.lora.methods.method import (
     group_keys,
     own_settings,
 )
+from truffula.lora.parsed import Computed, ParsedAdapter
 
 KEY = "prompt_embeddings"
 _REQUIRED = ("num_virtual_tokens",)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
 from truffula.lora.fields import Field, FieldTable, Rank
-from truffula.lora.matching import Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     COMMON,
     ORIENTATION,
@@ -26,6 +25,7 @@ from truffula.lora.methods.method import (
     products,
     require,
 )
+from truffula.lora.parsed import Computed, ParsedAdapter
 from truffula.lora.saved import Parts
 from truffula.weights.checkpoint import TensorInfo
 
