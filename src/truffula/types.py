@@ -21,6 +21,10 @@ Progress = Callable[[str, int, int | None], None]
 """A callback (stage, done, total or None) for the progress of a start, in bytes while downloading and loading."""
 
 
+MAX_ADAPTERS = 8
+"""Adapters that may act together in one request, or be merged into one."""
+
+
 class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     """The adapter of a request, after the check that the client may use it.
 
@@ -30,15 +34,51 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     engine is the content hash found on loading (the generation), never the name. ``root``: a parent folder of
     ``locator``; no link may lead outside of it when the files are opened. "" when the operator configured the adapter's
     folder itself. ``untrained``: its tensors may all be zero, as those of a trainer's first version are.
+
+    ``composed``: ``parts`` act together, each by its weight; the engine loads them one by one. ``merged``: a loading
+    worker makes one adapter of ``parts`` by ``merge``. ``lora/compose.py`` makes both; ``locator`` describes them.
     """
 
     name: str
-    kind: Literal["local", "hub"] = "local"
+    kind: Literal["local", "hub", "composed", "merged"] = "local"
     locator: str
     revision: str | None = None
     fingerprint: str = ""
     root: str = ""
     untrained: bool = False
+    parts: tuple[WeightedAdapter, ...] = ()
+    merge: MergeMethod | None = None
+
+    @property
+    def acting(self) -> tuple[WeightedAdapter, ...]:
+        """The adapters that the engine loads for it, and their weights."""
+        return self.parts if self.kind == "composed" else (WeightedAdapter(self),)
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics: of several adapters their names without weights, so that there are few."""
+        return "+".join(sorted({part.ref.name for part in self.parts})) or self.name
+
+
+class WeightedAdapter(msgspec.Struct, frozen=True):
+    """One of several adapters; its change of the base counts ``weight`` times."""
+
+    ref: AdapterRef
+    weight: float = 1.0
+
+
+MergeStrategy = Literal["ties", "dare_linear", "dare_ties", "magnitude_prune"]
+
+
+class MergeMethod(msgspec.Struct, frozen=True, kw_only=True):
+    """How A and B of several adapters become those of one, by the definitions of peft's ``add_weighted_adapter``.
+
+    ``density`` (0 to 1) is the share of values that are kept; ``sign`` how ties elects the sign of a value.
+    """
+
+    strategy: MergeStrategy
+    density: float
+    sign: Literal["total", "frequency"] = "total"
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):

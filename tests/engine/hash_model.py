@@ -17,6 +17,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -196,7 +197,7 @@ class HashModel:
             raise DeviceLost("scripted")
         self._relay(i)
         ids = i.token_ids[: i.T]
-        _need(bool((ids >= 0).all() and (ids < self.vocab_size).all()), "a token id is outside the vocabulary")
+        _need(bool((ids >= 0).all()), "a token id is outside the vocabulary")
         self._forward(i, adapters)
         if self.steps == self.faults.raise_on_step or self.faults.raise_on_token in ids:
             # Half of the work is done when it fails: blocks of this step hold what must not be read.
@@ -228,8 +229,9 @@ class HashModel:
 
     def _forward(self, i: StepInputs, adapters: dict[int, np.uint64]) -> None:
         adapter = np.zeros(i.T, np.uint64)
-        for lo, hi, slot in i.seg[: i.G].tolist():
-            adapter[lo:hi] = adapters[slot]
+        for (lo, hi, slot), weight in zip(i.seg[: i.G].tolist(), i.seg_weight[: i.G], strict=True):
+            # Sums of floats depend on the order of the segments, so this does.
+            adapter[lo:hi] = mix(adapter[lo:hi] * _GOLDEN + (adapters[slot] ^ np.uint64(weight.view(np.uint32))))
         ids, position = i.token_ids[: i.T].astype(np.uint64), i.position[: i.T].astype(np.uint64)
         with np.errstate(over="ignore"):
             state = ids + (position << np.uint64(32))
@@ -295,6 +297,18 @@ class HashModel:
 
     def drop_adapter(self, slot: int) -> None:
         del self._adapters[slot]
+
+    def write_kv(self, op: int, slots: Int32, keys: Array, values: Array) -> None:
+        _need(op == 0 and not len(self._states), "keys and values are given to a model of one attention")
+        distinct = len({*slots.tolist()}) == len(slots)
+        _need(distinct and bool((slots >= self.capacity.block_size).all()), "slots of a prefix")
+        given = [mix(rows.copy().view(np.uint32)[:, 0]) for rows in (keys, values)]
+
+        def write() -> None:
+            for kv in self._kv:
+                kv[0, slots], kv[1, slots] = given
+
+        self._queue.append(write)
 
     def release_kv(self, group: int, blocks: Int32) -> None:
         slots = (blocks[:, None] * self.capacity.block_size + np.arange(self.capacity.block_size)).ravel()
@@ -370,7 +384,8 @@ class _Rules:
         _need(0 < i.T <= c.max_tokens and 0 < i.N <= c.max_seqs, f"T = {i.T}, N = {i.N}")
         _need(0 <= i.R <= c.max_logit_rows and 0 <= i.G <= c.max_segments, f"R = {i.R}, G = {i.G}")
         ids = i.token_ids[: i.T]
-        _need(bool((ids >= RELAY).all() and (ids < self._model.vocab_size).all()), "an id outside the vocabulary")
+        of_base = ids[int(i.seg[i.G - 1, 1]) if i.G else 0 :]
+        _need(bool((ids >= RELAY).all() and (of_base < self._model.vocab_size).all()), "an id outside the vocabulary")
         _need(i.q_start[0] == 0 and i.q_start[i.N] == i.T, "q_start does not cover the rows")
         _need(bool((np.diff(i.q_start[: i.N + 1]) > 0).all()), "a sequence without rows")
         _need(bool((np.diff(i.logit_rows[: i.R]) > 0).all()), "logit_rows do not ascend")
@@ -421,16 +436,18 @@ class _Rules:
     def _check_segments(self) -> None:
         i = self._inputs
         end = end_r = 0
-        last = -1
-        for g in range(i.G):
-            lo, hi, slot = i.seg[g].tolist()
-            lo_r, hi_r = i.seg_r[g].tolist()
-            _need(lo == end and hi > lo and slot > last, f"segment {g} is not sorted by adapter, base last")
-            _need(slot in self._adapters, f"segment {g} names slot {slot}, which was dropped")
-            _need(lo_r == end_r and i.seg_weight[g] == 1.0, f"segment {g} of the logit rows")
+        last: list[tuple[int, float]] = []
+        rows = np.hstack([i.seg[: i.G, :2], i.seg_r[: i.G]]).tolist()
+        for (lo, hi, lo_r, hi_r), run in groupby(range(i.G), key=rows.__getitem__):
+            acting = [(int(i.seg[g, 2]), float(i.seg_weight[g])) for g in run]
+            _need(lo == end and hi > lo and acting > last, f"rows {lo} to {hi} are not sorted by adapters, base last")
+            _need(all(slot in self._adapters for slot, _ in acting), f"{acting} names a slot that was dropped")
+            _need(len({slot for slot, _ in acting}) == len(acting), f"{acting} has one adapter twice")
+            _need(all(weight and np.isfinite(weight) for _, weight in acting), f"{acting} has a weight without effect")
+            _need(lo_r == end_r, f"logit rows of rows {lo} to {hi}")
             inside = i.logit_rows[lo_r:hi_r]
-            _need(bool((inside >= lo).all() and (inside < hi).all()), f"segment {g}'s logit rows are not its own")
-            end, end_r, last = hi, hi_r, slot
+            _need(bool((inside >= lo).all() and (inside < hi).all()), f"logit rows of {acting} are not its own")
+            end, end_r, last = hi, hi_r, acting
         _need(bool((i.logit_rows[end_r : i.R] >= end).all()), "a logit row of an adapter is in no segment")
 
 

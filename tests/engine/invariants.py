@@ -46,7 +46,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
         assert (sequence.matcher is None) == (sequence.grammar is None), "a sequence without its matcher"
         assert sequence.matcher is None or sequence.num_wanted <= sequence.num_known, "planned before its mask is known"
     for sequence in waiting:
-        assert not sequence.table.length and sequence.lease is None and sequence.seq_slot is None
+        assert not sequence.table.length and not sequence.leases and sequence.seq_slot is None
         assert sequence.num_computed == 0 and sequence.num_known == sequence.num_tokens, sequence.serial
     _check_waiting(scheduler._waiting)
     _check_running(scheduler._running)
@@ -69,15 +69,19 @@ def _check_running(batch: RunningBatch) -> None:
     assert set(running) == {s for s in batch._slots if s is not None}
     for sequence in running:
         assert sequence.seq_slot is not None and batch._slots[sequence.seq_slot] is sequence
-        assert (sequence.lease is None) == (sequence.key is None), "a lease is missing"
-        assert sequence.lease is None or sequence.lease.generation == sequence.generation
+        assert sequence.ready and sequence.loaded_leases.keys() == set(sequence.key), "it runs without an adapter"
+        held = [(lease.generation, lease.slot) for lease in sequence.leases]
+        assert [generation for generation, _ in held] == [one.generation for one in sequence.adapters]
+        assert sequence.slots == tuple(
+            (slot, one.weight) for (_, slot), one in zip(held, sequence.adapters, strict=True)
+        )
         assert sequence.num_committed <= sequence.num_computed <= sequence.num_wanted
         assert sequence.num_computed <= sequence.table.capacity, "computed tokens without blocks"
         assert sequence.num_tokens - sequence.num_known <= len(batch._unfinished)
     later = [holding for holdings in batch._unfinished.values() for holding in holdings]
     check_blocks(batch._blocks, [one.table for one in (*running, *later)])
     holders = [*running, *later]
-    leases = sum(holder.lease is not None for holder in holders)
+    leases = sum(len(holder.leases) for holder in holders)
     assert sum({s.generation: s.leases for s in batch._adapters.states()}.values()) == leases, "leases differ"
     slots = [holder.seq_slot for holder in holders if holder.seq_slot is not None]
     assert sorted(batch._free_slots + slots) == list(range(len(batch._slots))), "a slot is lost or owned twice"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from hash_model import HashModel
@@ -22,19 +23,31 @@ from truffula.engine.limits import EngineLimits
 from truffula.engine.sequence import Sequence
 from truffula.errors import AdapterLoadError, ErrorInfo
 from truffula.items import Grammar
-from truffula.kernels.adapters import SiteTensors, low_rank
+from truffula.kernels.adapters import Replace, SiteTensors, low_rank
 from truffula.kernels.backend import Executable
 from truffula.kernels.inputs import Capacity
-from truffula.lora.image import ImageWriter
+from truffula.lora.compose import compose
+from truffula.lora.image import NO_FACTS, AdapterFacts, ImageWriter
 from truffula.lora.pool import AdapterPool
 from truffula.lora.worker import LoadResponse
 from truffula.params import EngineParams
-from truffula.types import AdapterRef, EngineRequest, TokenEvent
+from truffula.types import MAX_ADAPTERS, AdapterRef, EngineRequest, TokenEvent, WeightedAdapter
 
 EOS = VOCAB - 1
 STATES = -1
 DEPTHS = [1, 2]
 """Steps that may be unfinished: what holds with one holds with two."""
+
+
+INVOCATION = (5, 6)
+FACTS = {
+    "call": AdapterFacts(invocation=INVOCATION),
+    "call2": AdapterFacts(invocation=INVOCATION),
+    "later": AdapterFacts(invocation=(15,)),
+    "prefix": AdapterFacts(virtual_ids=tuple(range(VOCAB, VOCAB + 6)), kv_ops=(0,)),
+    "soft": AdapterFacts(virtual_ids=tuple(range(VOCAB, VOCAB + 5))),
+}
+"""Of the adapters that are not plain, by their locators: activated ones, and one with virtual tokens."""
 
 
 class Clock:
@@ -54,24 +67,31 @@ class StubAdapter:
     generation: str
     nbytes: int = 64
     rank: int = 1
+    facts: AdapterFacts = NO_FACTS
+    replaces: bool = False
 
     @property
     def sites(self) -> list[SiteTensors]:
         ballast = np.zeros((1, max(1, self.nbytes // 4)), np.float32)
+        if self.replaces:
+            return [SiteTensors(0, (Replace(ballast),))]
         return [low_rank(0, ballast, np.zeros((1, 1), np.float32), 1.0)]
 
 
 class HandLoader:
     """A ``LoadingWorker`` without processes, whose loads end when the test says. ``automatic``: on the next poll.
 
-    The generation is locator and fingerprint, so a source has the same adapter in every test. Locators and
-    fingerprints that begin with ``bad`` fail.
+    The generation is locator and fingerprint, so a source has the same adapter in every test; a locator in
+    ``same_bytes`` has that of another. Locators and fingerprints that begin with ``bad`` fail. Those in ``replacing``
+    replace weights.
     """
 
     def __init__(self, *, automatic: bool = True, nbytes: int = 64) -> None:
         self.automatic = automatic
         self.nbytes = nbytes
         self.started: list[str] = []
+        self.same_bytes: dict[str, str] = {}
+        self.replacing: set[str] = set()
         self._next = 0
         self._paused = False
         self._queued: dict[int, AdapterRef] = {}
@@ -123,9 +143,17 @@ class HandLoader:
     def _result(self, ticket: int, ref: AdapterRef) -> LoadResponse:
         if ref.locator.startswith("bad") or ref.fingerprint.startswith("bad"):
             return LoadResponse(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
-        stub = StubAdapter(f"{ref.locator}@{ref.fingerprint}", self.nbytes)
+        locator = self.same_bytes.get(ref.locator, ref.locator)
+        stub = StubAdapter(
+            f"{locator}@{ref.fingerprint}", self.nbytes, facts=FACTS.get(locator, NO_FACTS),
+            replaces=locator in self.replacing,
+        )  # fmt: skip
         path = self._folder / str(ticket)
-        writer = ImageWriter(stub.generation, stub.rank, stub.sites)
+        prefix = None
+        if stub.facts.kv_ops:
+            shape = 1, 2, len(stub.facts.virtual_ids), 1
+            prefix = np.random.default_rng(len(stub.generation)).random(shape).astype(np.float32)
+        writer = ImageWriter(stub.generation, stub.rank, stub.sites, facts=stub.facts, prefix=prefix)
         writer.write(path)
         return LoadResponse(ticket=ticket, image_path=str(path), image=writer.header)
 
@@ -141,7 +169,7 @@ def limits(**changes) -> EngineLimits:
 def capacity_of(lim: EngineLimits) -> Capacity:
     return Capacity(
         max_tokens=lim.step_tokens, max_seqs=lim.max_running, max_logit_rows=lim.step_logit_rows,
-        max_segments=lim.max_running, num_blocks=lim.num_blocks, block_size=lim.block_size,
+        max_segments=lim.max_running * MAX_ADAPTERS, num_blocks=lim.num_blocks, block_size=lim.block_size,
         max_blocks_per_seq=-(-lim.max_model_len // lim.block_size), num_states=lim.num_states,
     )  # fmt: skip
 
@@ -269,6 +297,12 @@ def refs(table: BlockTable) -> set[tuple[int, int]]:
     """The blocks and state rows that a table references, with their groups."""
     blocks = {(group, block) for group in range(len(table.ids)) for block in table.held(group)}
     return blocks | {(STATES, row) for row in (table.states.held() if table.states else ())}
+
+
+def composed(weights: dict[str, float], fingerprints: Mapping[str, object] = MappingProxyType({})) -> AdapterRef | None:
+    """The weighted sum of the loader's adapters by locator."""
+    refs = {name: AdapterRef(name=name, locator=name, fingerprint=str(fingerprints.get(name, ""))) for name in weights}
+    return compose(WeightedAdapter(refs[name], weight) for name, weight in weights.items())
 
 
 def request(

@@ -13,7 +13,7 @@ from truffula.engine.block_store import OWNER
 from truffula.engine.blocks import BlockPool
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.kv_layout import KvLayout
-from truffula.engine.prefix import BlockKeys
+from truffula.engine.prefix import BlockKeys, BoundAdapter
 
 SIZE = 2
 WINDOWS = st.sampled_from([(None,), (None, 1), (None, 4), (None, 3, 6), (2,), (5,), (3, 7)])
@@ -28,7 +28,7 @@ class Holder:
 
     def __init__(self, pool, salt, tokens):
         self.salt, self.tokens, self.computed = salt, tokens, 0
-        self.keys = BlockKeys(salt, None, SIZE)
+        self.keys = BlockKeys(salt, (), SIZE)
         self.keys.extend(np.asarray(tokens, np.int32))
         self.table = pool.new_table()
 
@@ -139,7 +139,7 @@ TestPool.settings = settings(max_examples=80, stateful_step_count=40, deadline=N
 
 def run(pool, tokens, chunk=3, salt="", generation=None, now=0.0, adapter_from=0):
     """A sequence that is computed to its end; its table, still held, and how many tokens the cache gave it."""
-    keys = BlockKeys(salt, generation, SIZE, adapter_from)
+    keys = BlockKeys(salt, () if generation is None else (BoundAdapter(generation, acts_from=adapter_from),), SIZE)
     keys.extend(np.asarray(tokens, np.int32))
     table = pool.new_table()
     path = pool.match(keys, (len(tokens) - 1) // SIZE)
@@ -158,7 +158,7 @@ def test_a_prefix_is_evicted_from_its_end(windows):
     pool = BlockPool(9, layout_of(windows))
     table, _ = run(pool, range(12), chunk=2)
     pool.release(table, 1.0)
-    keys = BlockKeys("", None, SIZE)
+    keys = BlockKeys("", (), SIZE)
     keys.extend(np.arange(12, dtype=np.int32))
     hits = [len(pool.match(keys, 6))]
     while pool.store.oldest() is not None:
@@ -170,7 +170,7 @@ def test_a_prefix_is_evicted_from_its_end(windows):
 def test_equal_content_computed_twice_is_cached_once():
     pool = BlockPool(9, layout_of((None, 4)))
     tables = [pool.new_table(), pool.new_table()]
-    keys = BlockKeys("", None, SIZE)
+    keys = BlockKeys("", (), SIZE)
     keys.extend(np.asarray([1, 2, 3, 4], np.int32))
     for done in (2, 4):
         for table in tables:

@@ -7,13 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from invariants import check_engine
-from rig import HandLoader, Rig, alone, limits, request
+from rig import HandLoader, Rig, alone, composed, limits, request
 
 from grammars import RULES
 from truffula.errors import TruffulaError
 from truffula.types import AdapterCommand, AdapterRef
 
-SOURCES = ["red", "green", "blue", "bad"]
+SOURCES = ["red", "green", "blue", "bad", "call", "soft"]
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -42,11 +42,17 @@ class EngineMachine(RuleBasedStateMachine):
     def ref(self, source: str) -> AdapterRef:
         return AdapterRef(name=source, locator=source, fingerprint=str(self.fingerprints[source]))
 
+    def adapter(self, source) -> AdapterRef | None:
+        if isinstance(source, dict):
+            return composed(source, self.fingerprints)
+        return None if source is None else self.ref(source)
+
     @rule(
         prompt=st.one_of(
             st.integers(1, 24).map(lambda n: list(range(n))), st.lists(st.integers(0, 5), min_size=0, max_size=20)
         ),
-        source=st.sampled_from([None, None, *SOURCES]),
+        source=st.sampled_from([None, None, *SOURCES])
+        | st.dictionaries(st.sampled_from(SOURCES), st.sampled_from([1.0, -0.5, 0.0]), min_size=1),
         max_tokens=st.one_of(st.none(), st.integers(0, 10)),
         scores=st.one_of(st.none(), st.integers(0, 2)),
         patience=st.sampled_from([None] * 5 + [0.0, 0.3, 1.0]),
@@ -56,7 +62,7 @@ class EngineMachine(RuleBasedStateMachine):
     def add(self, prompt, source, max_tokens, scores, patience, deadline, grammar):
         name, now = f"r{len(self.requests)}", self.rig.clock.now
         req = request(
-            name, prompt, adapter=None if source is None else self.ref(source), max_tokens=max_tokens,
+            name, prompt, adapter=self.adapter(source), max_tokens=max_tokens,
             grammar=None if grammar is None else RULES[grammar].grammar, prompt_logprobs=scores,
             queue_deadline=None if patience is None else now + patience,
             deadline=None if deadline is None else now + deadline,

@@ -30,7 +30,7 @@ from truffula.weights.tying import Tie
 
 NEAR = 1e-4
 CAPACITY = Capacity(
-    max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=8, num_blocks=80, block_size=4, max_blocks_per_seq=32,
+    max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=64, num_blocks=80, block_size=4, max_blocks_per_seq=32,
     num_states=60,
 )  # fmt: skip
 

@@ -5,11 +5,13 @@ Over the hash model, where one wrong block, position or adapter changes everythi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rig import DEPTHS, VOCAB, HandLoader, Rig, alone, limits, request
+from rig import DEPTHS, VOCAB, HandLoader, Rig, alone, composed, limits, request
 
 SHARED = [list(range(1, 30)), [7] * 22, [5, 6] * 13]
 
@@ -35,12 +37,18 @@ sampling = st.fixed_dictionaries(
 )
 
 
+several = st.dictionaries(
+    st.sampled_from(["red", "green", "blue"]), st.sampled_from([1.0, 0.5, -0.3, 0.0]), min_size=1, max_size=3
+)
+
+
 @st.composite
 def requests(draw, name: str = "r", params=sampling):
     shared = draw(st.sampled_from(SHARED))
     prompt = shared[: draw(st.integers(0, len(shared)))] + draw(st.lists(st.integers(0, VOCAB - 1), max_size=12))
     return request(
-        name, prompt or [3], adapter=draw(st.sampled_from([None, None, "red", "green", "blue"])),
+        name, prompt or [3],
+        adapter=draw(st.sampled_from([None, None, "red", "green", "blue", "call", "soft"]) | several.map(composed)),
         choice=draw(st.integers(0, 2)), max_tokens=draw(st.integers(1, 14)), **draw(params),
     )  # fmt: skip
 
@@ -57,7 +65,7 @@ def engines(draw):
         step_tokens=draw(st.integers(1, 48)), step_logit_rows=draw(st.integers(1, 24)),
         max_running=draw(st.integers(1, 8)), block_size=size,
         # From barely enough for one request (so that preemption is the rule) to plenty.
-        num_blocks=draw(st.integers(2 + 56 // size, 2 + 256 // size)),
+        num_blocks=draw(st.integers(2 + 64 // size, 2 + 256 // size)),
         prefix_cache=draw(st.booleans()), patience=draw(st.sampled_from([1, 16])),
         kv_windows=draw(st.sampled_from([(None,), (None,), (None, 7), (3,), (20, 5)])),
         # Of a model with states: from barely enough for one request (at any depth) to snapshots of all.
@@ -98,6 +106,15 @@ def hold_company(crowd, lim, data) -> None:
     rig.assert_clean()
     for req in crowd:
         assert_same(rig.answers[req.request_id], alone(req, **same_model(lim)))
+
+
+@settings(max_examples=10, deadline=None)
+@given(crowds(), engines(), st.data())
+def test_given_keys_and_values_in_any_company(crowd, lim, data):
+    """Instead of virtual tokens that are computed: only models without states and windows are given any."""
+    ref = request("r", [1], adapter="prefix").adapter
+    given = [msgspec.structs.replace(r, adapter=ref) if r.adapter and r.adapter.name != "red" else r for r in crowd]
+    hold_company(given, replace(lim, num_states=0, kv_windows=(None,)), data)
 
 
 def same_model(lim) -> dict:
@@ -167,6 +184,87 @@ def test_prefixes_of_other_adapters_and_tenants_are_not_hit():
     rig.run(friends)
     assert rig.answers["red2"].final.cached_tokens == rig.answers["salted2"].final.cached_tokens == 12
     assert_same(rig.answers["red2"], rig.answers["red"])
+
+
+def test_prefixes_of_other_weights_are_not_hit():
+    prompt = list(range(1, 17))
+    rig = Rig()
+    rig.run([request("one", prompt, adapter=composed({"red": 0.5, "blue": -0.3}))])
+    others = [
+        {"red": 0.5}, {"blue": -0.3}, {"red": 0.5, "blue": 0.3}, {"red": -0.3, "blue": 0.5}, {"red": 1.0, "blue": -0.3},
+    ]  # fmt: skip
+    for weights in others:
+        assert (
+            rig.run([request(str(weights), prompt, adapter=composed(weights))])[str(weights)].final.cached_tokens == 0
+        )
+    same = rig.run([request("same", prompt, adapter=composed({"blue": -0.3, "red": 0.5}))])["same"]
+    assert same.final.cached_tokens == 12
+    assert_same(same, rig.answers["one"])
+
+
+def test_what_a_weighted_sum_equals():
+    prompt = list(range(1, 17))
+    red = alone(request("r", prompt, adapter="red", max_tokens=9))
+    base = alone(request("r", prompt, max_tokens=9))
+    for weights in ({"red": 1.0}, {"red": 1.0, "blue": 0.0}):
+        assert_same(alone(request("r", prompt, adapter=composed(weights), max_tokens=9)), red)
+    assert_same(alone(request("r", prompt, adapter=composed({"red": 0.0, "blue": 0.0}), max_tokens=9)), base)
+    # Two sources with equal bytes are one adapter; what cancels is the base.
+    loader = HandLoader()
+    loader.same_bytes = {"copy": "red"}
+    for weights, expected in (({"red": 0.5, "copy": 0.5}, red), ({"red": 1.0, "copy": -1.0}, base)):
+        rig = Rig(loader=loader)
+        got = rig.run([request("r", prompt, adapter=composed(weights), max_tokens=9)])["r"]
+        assert_same(got, expected)
+
+
+def test_a_sum_that_never_fits_is_refused_and_one_that_fits_waits_for_room():
+    rig = Rig(loader=HandLoader(nbytes=1200), budget_bytes=4000)  # two adapters and their images' tables
+    sums = [{"red": 1.0, "blue": 1.0}, {"green": 1.0, "black": 2.0}, {"red": 1.0, "green": 1.0, "blue": 1.0}]
+    crowd = [
+        request(f"{place} {turn}", [place, turn, 3], adapter=composed(sums[place]), max_tokens=6, ignore_eos=True)
+        for turn in range(3)
+        for place in range(3)
+    ]
+    answers = rig.run(crowd)
+    for req in crowd:
+        if req.request_id.startswith("2"):
+            assert answers[req.request_id].code == "insufficient_memory"
+        else:
+            assert_same(answers[req.request_id], alone(req))
+    assert rig.adapters.evictions > 0
+
+
+def test_a_sum_waits_until_all_its_adapters_are_loaded_and_fails_with_the_first_that_does_not():
+    loader = HandLoader(automatic=False)
+    rig = Rig(loader=loader)
+    rig.add(request("both", [1, 2, 3], adapter=composed({"red": 1.0, "blue": 0.5}), max_tokens=2))
+    rig.add(request("bad", [1, 2, 3], adapter=composed({"red": 1.0, "bad": 0.5}), max_tokens=2))
+    rig.step()
+    assert sorted(loader.started) == ["bad", "blue", "red"], "one load for both requests"
+    loader.finish(["red"])
+    for _ in range(20):
+        rig.step()
+    assert rig.answers["both"].final is rig.answers["bad"].final is None
+    assert rig.engine.stats().waiting_for_adapter == 2
+    loader.finish()
+    rig.drain()
+    rig.assert_clean()
+    assert rig.answers["bad"].code == "adapter_load_failed"
+    assert_same(
+        rig.answers["both"],
+        alone(request("both", [1, 2, 3], adapter=composed({"blue": 0.5, "red": 1.0}), max_tokens=2)),
+    )
+
+
+def test_an_adapter_that_replaces_weights_is_refused_in_a_sum():
+    loader = HandLoader()
+    loader.replacing = {"saved"}
+    for weights in ({"saved": 0.5}, {"saved": 1.0, "red": 1.0}):
+        answer = Rig(loader=loader).run([request("r", [1, 2], adapter=composed(weights))])["r"]
+        assert answer.code == "invalid_request" and "'saved'" in answer.final.error.message
+    for weights in ({"saved": 1.0}, {"saved": 1.0, "red": 0.0}):
+        assert Rig(loader=loader).run([request("r", [1, 2], adapter=composed(weights))])["r"].code is None
 
 
 def test_generated_blocks_are_hit_by_the_next_turn_of_a_conversation():

@@ -50,7 +50,7 @@ def peak_bytes(program, prefix_cache):
     layout = KvLayout(SIZE, CHUNK, tuple(group.window for group in program.kv_groups), block_bytes)
     pool = BlockPool(1 + TOKENS // SIZE, layout, budget=MemoryBudget(2**50), prefix_cache=prefix_cache)
     table, most = pool.new_table(), 0
-    keys = BlockKeys("", None, SIZE)
+    keys = BlockKeys("", (), SIZE)
     keys.extend(np.arange(TOKENS, dtype=np.int32))
     for done in range(CHUNK, TOKENS + 1, CHUNK):
         assert pool.extend(table, done)

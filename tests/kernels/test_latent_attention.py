@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from adapter_parts import random_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import NATIVE, on_every_backend
 from one_op import OneOp, close, exact
 
-from truffula.kernels.adapters import low_rank
+from truffula.kernels.adapters import ColumnScale, LowRank, SiteTensors
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import KvGroup, KvPlane, Mla, ModuleSlice, Site, SiteSlice
 from truffula.testing.programs import AdapterTensors, as_dtype, decoder_program, pull_from, random_weights
@@ -21,12 +22,12 @@ S = 4
 SCALE = 0.6
 
 
-def oracle(q, latent, kv_b, op, chosen=None):
+def oracle(q, latent, kv_b, op, chosen=None, bias=0.0):
     """``q [L, H·(nope + rope)]``, ``latent [L, rank + rope]`` of one sequence, ``kv_b`` with its adapters; rows
     ``chosen``, or all."""
     length = len(q)
     q = q.reshape(length, op.heads, -1)
-    expanded = (latent[:, : op.rank] @ kv_b.T).reshape(length, op.heads, op.nope + op.dim_v)
+    expanded = (latent[:, : op.rank] @ kv_b.T + bias).reshape(length, op.heads, op.nope + op.dim_v)
     rotated = np.repeat(latent[:, None, op.rank :], op.heads, 1)
     keys, values = np.concatenate([expanded[..., : op.nope], rotated], -1), expanded[..., op.nope :]
     out = []
@@ -54,13 +55,19 @@ def latent_op(case, rng, rows, shape):
     return op, q, latent, kv_b
 
 
+adapters = st.tuples(
+    st.lists(st.sampled_from([1, 3, 16, 21]), min_size=1, max_size=2),
+    st.lists(st.sampled_from(["column_scale", "bias"]), unique=True),
+)
+
+
 @st.composite
 def cases(draw):
     lengths = draw(st.lists(st.integers(1, 13), min_size=1, max_size=4))
     return {
         "lengths": lengths,
-        # Of each sequence: the ranks of its adapter's parts (several where adapters are composed), () for the base.
-        "ranks": [draw(st.lists(st.sampled_from([1, 3, 16, 21]), max_size=2)) for _ in lengths],
+        # Of each sequence: its adapters, each with the ranks and other kinds of its parts.
+        "adapters": [draw(st.lists(adapters, max_size=2)) for _ in lengths],
         "shape": [draw(st.integers(1, most)) for most in (4, 18, 6, 18, 20)],
         "dtype": draw(st.sampled_from(["float32", "bfloat16"])),
         "stored": draw(st.sampled_from(["float32", "bfloat16"])),
@@ -79,15 +86,24 @@ def test_any_mix_equals_expanded_heads_with_folded_adapters(backend, case_):
     free = list(rng.permutation(np.arange(1, 40)))
     starts = np.cumsum([0, *c["lengths"]])
     segments, folded = [], []
-    for n, ranks in enumerate(c["ranks"]):
-        folded.append(kv_b.copy())
-        for rank in ranks:
-            a = as_dtype(rng.standard_normal((rank, op.rank)) * op.rank**-0.5, c["stored"])
-            b = as_dtype(rng.standard_normal((len(kv_b), rank)) * rank**-0.5, c["stored"])
-            weight = float(rng.choice([1.0, 0.5, -2.0]))
-            folded[n] += weight * 0.75 * (b.astype(np.float64) @ a.astype(np.float64))
+    for n, of_sequence in enumerate(c["adapters"]):
+        folded.append([kv_b.copy(), np.zeros(len(kv_b))])
+        for ranks, kinds in of_sequence:
+            weight, own, parts = float(rng.choice([1.0, 0.5, -2.0])), kv_b.copy(), []
+            for rank in ranks:
+                a = as_dtype(rng.standard_normal((rank, op.rank)) * op.rank**-0.5, c["stored"])
+                b = as_dtype(rng.standard_normal((len(kv_b), rank)) * rank**-0.5, c["stored"])
+                own += 0.75 * (b.astype(np.float64) @ a.astype(np.float64))
+                parts.append(LowRank(a, b, 0.75))
+            for part in random_parts(rng, kinds, op.rank, len(kv_b), c["stored"]):
+                parts.append(part)
+                if isinstance(part, ColumnScale):
+                    own *= part.factor.astype(np.float64)[:, None]
+                else:
+                    folded[n][1] += weight * part.values.astype(np.float64)
+            folded[n][0] += weight * (own - kv_b)
             segments.append((starts[n], starts[n + 1], len(case.adapters), weight))
-            case.adapters.append(AdapterTensors(f"g{len(segments)}", rank, (low_rank(0, a, b, 0.75),)))
+            case.adapters.append(AdapterTensors(f"g{len(segments)}", 1, (SiteTensors(0, tuple(parts)),)))
 
     def fill(inputs):
         inputs.N, inputs.G = len(c["lengths"]), len(segments)
@@ -102,7 +118,9 @@ def test_any_mix_equals_expanded_heads_with_folded_adapters(backend, case_):
             inputs.q_start[n], inputs.q_start[n + 1], inputs.kv_len[n] = lo, lo + length, length
 
     spans = [slice(lo, hi) for lo, hi in pairwise(starts)]
-    wanted = [oracle(q[span], latent[span], matrix, op) for span, matrix in zip(spans, folded, strict=True)]
+    wanted = [
+        oracle(q[span], latent[span], matrix, op, bias=bias) for span, (matrix, bias) in zip(spans, folded, strict=True)
+    ]
     close(case.run(backend, op, fill), np.concatenate(wanted), c["dtype"], roundings=2)
 
 

@@ -10,9 +10,9 @@ import numpy.typing as npt
 from truffula.kernels.backend import Backend
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
+from truffula.lora.base import BaseWeights, base_source
 from truffula.lora.image import ImageWriter, map_image
 from truffula.lora.peft import BaseFacts, validate_adapter
-from truffula.lora.tables import base_tables
 from truffula.model.load import WeightReader, plan_model
 from truffula.testing.oracle import Oracle
 from truffula.testing.programs import Part, fill_step
@@ -31,7 +31,7 @@ class Served:
         self.path = path
         checkpoint = open_checkpoint(path)
         plan = plan_model(checkpoint)
-        self.tables = base_tables(plan.tables, checkpoint)
+        self.weights = BaseWeights(base_source(plan, checkpoint))
         pull = WeightReader(checkpoint, plan)
         self.program: Program = plan.program
         self.tied = plan.tying.tie is not Tie.SEPARATE
@@ -51,7 +51,7 @@ class Served:
         self._blocks = blocks
 
     def add(self, adapter: Path) -> int:
-        validated = validate_adapter(adapter, self.program.sites, base=BaseFacts("tiny-base", self.tables))
+        validated = validate_adapter(adapter, self.program.sites, base=BaseFacts("tiny-base", self.weights))
         image = self.path.parent / "image"
         writer = ImageWriter(validated.generation, validated.rank, validated.sites, self.executable.layout)
         writer.write(image)

@@ -148,8 +148,7 @@ def test_an_adapter_is_validated_and_written_in_another_process(loader: LoadingW
 def test_the_worker_packs_for_the_engines_kernels(make: Make, tmp_path: Path, backend: Backend) -> None:
     """Table and data are, byte for byte, those that a packer in this process makes."""
     places = tuple(
-        Place(site.module, site.id, site.in_features, site.out_features, gathers=site.kind == "embed")
-        for site in llama_sites()
+        Place(site.module, site.id, site.in_features, site.out_features, kind=site.kind) for site in llama_sites()
     )
     layout = AdapterLayout(backend.adapter_layout(llama_program()).storage, places)
     loader = make(layout=layout)

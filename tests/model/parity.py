@@ -21,7 +21,8 @@ from rig import Answer, Rig, request
 
 from truffula.config import EngineConfig
 from truffula.engine.build import EngineSettings, LoadedModel, load_model
-from truffula.lora.tables import base_tables
+from truffula.lora.base import base_source
+from truffula.lora.image import AdapterFacts
 from truffula.lora.worker import LoadLimits, Setup
 from truffula.model.plan import ModelPlan
 from truffula.testing.adapters import PREFIX, tiny_config, write_adapter
@@ -40,12 +41,15 @@ BLOCK = 4
 
 @dataclass
 class ParityModel:
-    """A loaded model with two adapters on disk, and transformers' answers on the same files."""
+    """A loaded model with adapters on disk, and transformers' answers on the same files, or on those of ``oracle``;
+    with ``double`` in float64."""
 
     folder: Path
     loaded: LoadedModel
     setup: Setup
     adapters: dict[str, Path]
+    double: bool = False
+    oracle: Path | None = None
 
     @property
     def plan(self) -> ModelPlan:
@@ -58,12 +62,14 @@ class ParityModel:
     @property
     def rope_by_length(self) -> bool:
         """Whether all tokens are rotated by the length so far: then one pass is not what each token was drawn from."""
-        rope = getattr(_oracle(self.folder, None, False).config.get_text_config(), "rope_parameters", None) or {}
+        rope = (
+            getattr(_oracle(self.oracle or self.folder, None, False).config.get_text_config(), "rope_parameters", None)
+            or {}
+        )
         return rope.get("rope_type") in ("longrope", "dynamic")
 
     def prompt(self, number: int) -> list[int]:
-        vocab_size = self.plan.interface.vocab_size
-        return np.random.default_rng(number).integers(5, vocab_size, LENGTHS[number % 3]).tolist()
+        return prompt_ids(number, self.plan.interface.vocab_size)
 
     def request(self, name: str, prompt: list[int], adapter: str | None = None, **params: Any) -> EngineRequest:
         where = None if adapter is None else str(self.adapters[adapter])
@@ -83,24 +89,35 @@ class ParityModel:
         assert answer.code is None, answer.final
         ids = answer.token_ids
         if self.rope_by_length:
-            theirs = np.stack([self.transformers([*prompt, *ids[:at]], adapter)[-1] for at in range(len(ids))])
+            many = [self.transformers([*prompt, *ids[:at]], adapter, len(prompt))[-1] for at in range(len(ids))]
+            theirs = np.stack(many)
         else:
-            theirs = self.transformers([*prompt, *ids[:-1]], adapter)[len(prompt) - 1 :]
+            theirs = self.transformers([*prompt, *ids[:-1]], adapter, len(prompt))[len(prompt) - 1 :]
         below = theirs.max(1) - theirs[range(len(ids)), ids]
         assert len(ids) > 0 and below.max() < NEAR_TIE, f"token {int(below.argmax())} of {ids}: {below.max():.2g} below"
 
-    def transformers(self, ids: list[int], adapter: str | None = None) -> Float32:
-        """Logits ``[len(ids), V]``."""
+    def transformers(self, ids: list[int], adapter: str | None = None, prompt: int | None = None) -> Float32:
+        """Logits ``[len(ids), V]``; the first ``prompt`` of ``ids`` are the prompt, None: all."""
         import torch
 
-        model = _oracle(self.folder, self.adapters.get(adapter or ""), self.plan.tying.tie is not Tie.SEPARATE)
+        tied, where = self.plan.tying.tie is not Tie.SEPARATE, self.adapters.get(adapter or "")
+        model = _oracle(self.oracle or self.folder, where, tied, self.double)
+        more = {}
+        if invocation := getattr(getattr(model, "active_peft_config", None), "alora_invocation_tokens", None):
+            start = AdapterFacts(invocation=tuple(invocation)).acts_from(ids[:prompt])
+            more["alora_offsets"] = [None if start is None else len(ids) - start]
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-        return np.asarray(logits.float().numpy())
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False, **more).logits[0]
+        return np.asarray(logits[-len(ids) :].float().numpy())  # none of virtual tokens
+
+
+def prompt_ids(number: int, vocab_size: int) -> list[int]:
+    """Prompt number ``number`` of the checks."""
+    return np.random.default_rng(number).integers(5, vocab_size, LENGTHS[number % 3]).tolist()
 
 
 @cache
-def _oracle(folder: Path, adapter: Path | None, tied: bool) -> Any:
+def _oracle(folder: Path, adapter: Path | None, tied: bool, double: bool = False) -> Any:
     """The model as transformers loads it, with its own choice of attention."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -114,12 +131,12 @@ def _oracle(folder: Path, adapter: Path | None, tied: bool) -> Any:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    return model
+    return model.double() if double else model
 
 
 @contextlib.contextmanager
-def parity_model(folder: Path, **options: Any) -> Iterator[ParityModel]:
-    """The model in ``folder``, loaded in float32 with small blocks; its adapters are written beside it."""
+def parity_model(folder: Path, adapters: dict[str, Path] | None = None, **options: Any) -> Iterator[ParityModel]:
+    """The model in ``folder``, loaded in float32 with small blocks; without ``adapters`` two are written beside it."""
     usual = {
         "dtype": "float32", "memory_bytes": 2**29, "block_size": BLOCK, "step_tokens": 64, "max_running": 6,
         "max_model_len": 128, "threads": 1,
@@ -133,10 +150,10 @@ def parity_model(folder: Path, **options: Any) -> Iterator[ParityModel]:
                 sites=loaded.plan.interface.sites,
                 model=str(folder),
                 layout=loaded.executable.layout,
-                tables=base_tables(loaded.plan.tables, checkpoint),
+                base=base_source(loaded.plan, checkpoint),
                 limits=LoadLimits(),
             )
-            yield ParityModel(folder, loaded, setup, _write_adapters(folder, loaded.plan))
+            yield ParityModel(folder, loaded, setup, adapters or _write_adapters(folder, loaded.plan))
         finally:
             loaded.executable.close()
             _oracle.cache_clear()

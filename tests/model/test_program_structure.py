@@ -115,7 +115,29 @@ def test_sites_cover_every_linear_row_once(model_type: str) -> None:
                 assert (site.out_features, site.in_features) == (item.hi - item.lo, made.weights[op.weight].shape[1])
     kinds = Counter(site.kind for site in made.sites)
     layers = len({op.layer for op in made.ops if op.layer is not None})
-    assert kinds == {"linear": 7 * layers, "embed": 1, "head": 1}
+    norms = [op for op in made.ops if isinstance(op, Norm)]
+    assert kinds == {"linear": 7 * layers, "embed": 1, "head": 1, "norm": len(norms)}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "transform"),
+    [
+        ("llama", "model.layers.1.input_layernorm", "none"),
+        ("llama", "model.norm", "none"),
+        ("gemma3", "model.language_model.layers.1.self_attn.q_norm", "plus_one"),
+        ("gpt2", "transformer.h.1.ln_2", "none"),
+    ],
+)
+def test_norms_are_sites_after_all_others(model_type: str, module: str, transform: str) -> None:
+    """Named as PEFT does; ``transform`` takes a saved weight to what the op multiplies with."""
+    made = program(model_type)
+    ops = [op for op in made.ops if isinstance(op, Norm)]
+    assert [op.site for op in ops] == [*range(len(made.sites) - len(ops), len(made.sites))]
+    site = next(site for site in made.sites if site.module == module)
+    op = next(op for op in ops if op.site == site.id)
+    assert op.weight is not None and made.weights[op.weight].shape == (site.out_features,)
+    assert (site.kind, site.transform, site.in_features) == ("norm", transform, site.out_features)
+    assert {part.transform for part in made.weights[op.weight].parts} == {transform}
 
 
 def test_fused_modules_address_their_slices() -> None:

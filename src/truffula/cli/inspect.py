@@ -20,6 +20,10 @@ from truffula.errors import CheckpointError, ConfigError, TruffulaError
 from truffula.option import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from truffula.kernels.program import Site
+    from truffula.lora.parsed import BaseFacts
     from truffula.lora.peft import AdapterReport
     from truffula.model.load import ModelPlan
     from truffula.types import EndToken
@@ -282,15 +286,15 @@ def _bytes_by_part(checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, int]:
 
 
 def _adapter(path: Path, base: str | None, *, as_json: bool) -> None:
-    from truffula.lora.peft import BaseFacts, inspect_adapter
+    from truffula.lora.peft import inspect_adapter
 
-    sites = _base_sites(base) if base else None
-    report = inspect_adapter(path, sites, BaseFacts(base) if base else None)
+    sites, facts = _base_facts(base) if base else (None, None)
+    report = inspect_adapter(path, sites, facts)
     if as_json:
         rows = [{"field": r.field, "value": r.value, "verdict": r.verdict, "note": r.note} for r in report.rows]
         error = {"code": report.error.code, "message": report.error.message} if report.error else None
-        facts = {"rank": report.rank, "bytes": report.nbytes, "modules": report.modules}
-        out().print_json(data={**facts, "fields": rows, "warnings": report.warnings, "error": error})
+        sizes = {"rank": report.rank, "bytes": report.nbytes, "modules": report.modules}
+        out().print_json(data={**sizes, "fields": rows, "warnings": report.warnings, "error": error})
     else:
         _show_adapter(report, path, base)
     if report.error is not None:
@@ -317,7 +321,9 @@ def _show_adapter(report: AdapterReport, path: Path, base: str | None) -> None:
         warn(text)
 
 
-def _base_sites(base: str) -> Any:
+def _base_facts(base: str) -> tuple[Sequence[Site], BaseFacts]:
+    from truffula.lora.base import BaseWeights, base_source
+    from truffula.lora.parsed import BaseFacts as Facts
     from truffula.model.load import plan_model
     from truffula.weights.open import open_checkpoint
 
@@ -325,4 +331,5 @@ def _base_sites(base: str) -> Any:
     if _is_adapter(path):
         raise CheckpointError(f"--base {base} is an adapter; name the model it is for.", param="base")
     with contextlib.closing(open_checkpoint(path)) as checkpoint:
-        return plan_model(checkpoint).interface.sites
+        plan = plan_model(checkpoint)
+        return plan.interface.sites, Facts(base, BaseWeights(base_source(plan, checkpoint)))

@@ -25,15 +25,15 @@ from truffula.kernels.cpu.formats import BLOCK_KINDS
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallback_warning, select_backend
+from truffula.lora.base import base_source
 from truffula.lora.generations import OWNER
 from truffula.lora.loading import LoadingWorker
 from truffula.lora.pool import AdapterPool
-from truffula.lora.tables import base_tables
 from truffula.lora.worker import LoadLimits, Setup
 from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.model.plan import PackingFails
 from truffula.option import format_size
-from truffula.types import EngineInfo, Progress
+from truffula.types import MAX_ADAPTERS, EngineInfo, Progress
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.sources import resolve_source
@@ -76,7 +76,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         max_tokens=config.step_tokens,
         max_seqs=min(config.max_running, config.step_tokens),
         max_logit_rows=min(rows, config.step_tokens),
-        max_segments=min(config.max_running, config.step_tokens),
+        max_segments=min(config.max_running, config.step_tokens) * MAX_ADAPTERS,
         num_blocks=1,
         block_size=config.block_size,
         max_blocks_per_seq=math.ceil((config.max_model_len or plan.max_model_len) / config.block_size),
@@ -309,7 +309,7 @@ def _assemble(
             sites=plan.interface.sites,
             model=config.model,
             layout=executable.layout,
-            tables=base_tables(plan.tables, checkpoint),
+            base=base_source(plan, checkpoint, dtype=settings.info.dtype, quantize=config.quantize),
             limits=LoadLimits(
                 image_bytes=budget.limit_of(OWNER),
                 file_bytes=config.max_adapter_file_bytes,

@@ -86,19 +86,34 @@ def check_request(request: EngineRequest, limits: EngineLimits, longest: int, wa
         InsufficientMemory: Its KV would not fit even if it ran alone.
         Overloaded: As many requests wait as may.
     """
-    params, prompt = request.params, len(request.prompt_ids)
-    if not prompt:
+    params = request.params
+    if not request.prompt_ids:
         raise InvalidRequest("The prompt is empty; give at least one token.", param="prompt")
     _check_ids("prompt", request.prompt_ids, limits.vocab_size)
     _check_ids("resume_ids", request.resume_ids, limits.vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids, limits.vocab_size)
     _check_ids("logit_bias", list(params.logit_bias), limits.vocab_size)
+    total = most_tokens(request, limits, longest)
+    if waiting >= limits.max_waiting:
+        raise Overloaded(
+            f"{waiting} requests are waiting; the limit is {limits.max_waiting}. Try again later.",
+            waiting=waiting, limit=limits.max_waiting,
+        )  # fmt: skip
+    return total
+
+
+def most_tokens(request: EngineRequest, limits: EngineLimits, longest: int, virtual: int = 0) -> int:
+    """The number of tokens at which ``request`` ends at the latest: ``virtual`` ones of its adapter, the prompt and the
+    completion. Raises ``PromptTooLong`` and ``InsufficientMemory``: see ``check_request``.
+    """
+    params, prompt = request.params, virtual + len(request.prompt_ids)
+    own = f" after {virtual} virtual tokens of its adapter" if virtual else ""
     room = limits.max_model_len - prompt
     if room < (0 if params.max_tokens == 0 else 1):
         raise PromptTooLong(
-            f"The prompt has {prompt} tokens; the model's limit is {limits.max_model_len}, prompt and completion "
-            "together.",
-            param="prompt", prompt_tokens=prompt, max_model_len=limits.max_model_len,
+            f"The prompt has {prompt - virtual} tokens{own}; the model's limit is {limits.max_model_len}, prompt and "
+            "completion together.",
+            param="prompt", prompt_tokens=prompt - virtual, max_model_len=limits.max_model_len,
         )  # fmt: skip
     # The last token needs no KV.
     if params.max_tokens is None:
@@ -107,13 +122,8 @@ def check_request(request: EngineRequest, limits: EngineLimits, longest: int, wa
         total = prompt + min(params.max_tokens, room)
     if total - 1 > longest:
         raise InsufficientMemory(
-            f"{prompt} prompt tokens and up to {total - prompt} more do not fit in the KV cache: its longest sequence "
-            f"has {longest} tokens. Ask for fewer tokens, or raise --memory.",
+            f"{prompt - virtual} prompt tokens{own} and up to {total - prompt} more do not fit in the KV cache: its "
+            f"longest sequence has {longest} tokens. Ask for fewer tokens, or raise --memory.",
             param="max_tokens", tokens=total, longest=longest,
-        )  # fmt: skip
-    if waiting >= limits.max_waiting:
-        raise Overloaded(
-            f"{waiting} requests are waiting; the limit is {limits.max_waiting}. Try again later.",
-            waiting=waiting, limit=limits.max_waiting,
         )  # fmt: skip
     return total

@@ -7,6 +7,7 @@ import msgspec
 from truffula.engine.constraints import Matcher
 from truffula.engine.states import Span
 from truffula.kernels.inputs import Float32, Int32, SequenceSampling
+from truffula.lora.image import KvPrefix
 
 TopList = list[tuple[int, float]]
 
@@ -30,9 +31,11 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
 
     ``token_ids`` ``[count]`` are at positions ``start .. start + count``; the last may be ``RELAY``. ``block_tables``
     has one array ``[blocks]`` per KV group that covers all positions; the tuple is the same object until a table
-    changes. ``adapter_slot`` is None for the base. The last rows of the chunk have logits: one for each of ``targets``,
-    the ids to score, then one for each of ``draws``, the numbers of the completion tokens to draw. ``matcher``
-    says which ids may be drawn; None: all, or it draws none. ``spans`` divide the chunk of a model with states.
+    changes. ``adapters`` are the slots and weights of those that act on it, none for the base. The last rows of the
+    chunk have logits: one for each of ``targets``, the ids to score, then one for each of ``draws``, the numbers of the
+    completion tokens to draw. ``matcher`` says which ids may be drawn; None: all, or it draws none. ``spans`` divide
+    the chunk of a model with states. ``prefix``: keys and values that are written before the step, those of its tokens
+    from ``prefix_from`` on.
     """
 
     serial: int
@@ -41,12 +44,14 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     start: int
     token_ids: Int32
     block_tables: tuple[Int32, ...]
-    adapter_slot: int | None
+    adapters: tuple[tuple[int, float], ...]
     targets: Int32
     draws: tuple[int, ...]
     matcher: Matcher | None = None
     rope_length: int = 0
     spans: tuple[Span, ...] = ()
+    prefix: KvPrefix | None = None
+    prefix_from: int = 0
 
     @property
     def count(self) -> int:
@@ -59,7 +64,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """Chunks in row order: by adapter slot, base last, then by age. ``step`` numbers plans from 1."""
+    """Chunks in row order: by adapter slots, base last, then by age. ``step`` numbers plans from 1."""
 
     step: int
     chunks: list[Chunk]

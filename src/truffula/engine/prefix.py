@@ -1,35 +1,46 @@
 """The prefix index: which KV blocks hold which tokens.
 
-A tree whose edges are block keys: the tenant's salt, the adapter generations that act in the block, the rotary tables
-and the token ids. So equal tokens under another adapter, or of another tenant, never share a block, and a block before
-the position from which an adapter acts is shared with the base. A node has a block in each KV group that still holds
-its tokens.
+A tree whose edges are block keys: the tenant's salt, the adapter generations that act in the block with their weights
+and from which of its tokens on, the rotary tables and the token ids. So equal tokens under another adapter, or of
+another tenant, never share a block, and a block before the position from which an adapter acts is shared with the base.
+A node has a block in each KV group that still holds its tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from truffula.kernels.inputs import Int32
 
-BlockKey = tuple[str, tuple[str, ...], int, bytes]
+ActingAdapter = tuple[str, float, int]
+"""A generation, its weight, and the token of the block from which on it acts."""
+BlockKey = tuple[str, tuple[ActingAdapter, ...], int, bytes]
 NO_BLOCK = -1
+
+
+@dataclass(frozen=True)
+class BoundAdapter:
+    """One of a sequence's adapters: a generation, the factor of its change of the base (a float32), and the position
+    from which on it acts."""
+
+    generation: str
+    weight: float = 1.0
+    acts_from: int = 0
 
 
 class BlockKeys:
     """The keys of one sequence's full blocks. Tokens are only appended, so a key never changes.
 
-    ``generation`` is the sequence's adapter generation (None: the base), which acts from position ``adapter_from`` on.
-    ``rope`` is the key of its rotary tables (``RopeRegime.key``).
+    ``adapters`` are the sequence's (none: the base). ``rope`` is the key of its rotary tables (``RopeRegime.key``).
     """
 
-    def __init__(
-        self, salt: str, generation: str | None, block_size: int, adapter_from: int = 0, rope: int = 0
-    ) -> None:
+    def __init__(self, salt: str, adapters: tuple[BoundAdapter, ...], block_size: int, rope: int = 0) -> None:
         self._salt = salt
-        self._generations = () if generation is None else (generation,)
+        self._acts_from = max([adapter.acts_from for adapter in adapters], default=0)
+        # Behind all of their beginnings this is also the key of a block.
+        self._adapters = tuple([(one.generation, one.weight, one.acts_from) for one in adapters])
         self._block_size = block_size
-        self._adapter_from = adapter_from
         self._rope = rope
         self._keys: list[BlockKey] = []
 
@@ -38,7 +49,15 @@ class BlockKeys:
         size = self._block_size
         for index in range(len(self._keys), len(token_ids) // size):
             start, stop = index * size, (index + 1) * size
-            active = self._generations if stop > self._adapter_from else ()
+            active = self._adapters
+            if start < self._acts_from:
+                active = tuple(
+                    [
+                        (generation, weight, max(0, first - start))
+                        for generation, weight, first in self._adapters
+                        if first < stop
+                    ]
+                )
             self._keys.append((self._salt, active, self._rope, token_ids[start:stop].tobytes()))
 
     def __len__(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice, takewhile
 
-from truffula.engine.limits import EngineLimits
-from truffula.engine.sequence import AdapterKey, Sequence
-from truffula.errors import AdapterLoadError, ErrorInfo
+from truffula.engine.limits import EngineLimits, most_tokens
+from truffula.engine.sequence import AdapterKey, Sequence, sources_of
+from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
+from truffula.lora.loads import SourceState
 from truffula.lora.pool import AdapterPool
 
 PREFETCH_WINDOW = 4
@@ -18,14 +19,16 @@ MAX_OVERTAKING = 16
 
 
 class WaitingQueues:
-    """First in, first out within an adapter; a preempted sequence returns by age, that is to the front.
+    """First in, first out within an adapter; a preempted sequence returns by age, that is to the front. ``longest``
+    returns how many tokens fit in memory when a sequence runs alone.
 
     A sequence is *ready* when it does not wait for an adapter, else *unbound*. No method costs more for a longer queue.
     """
 
-    def __init__(self, limits: EngineLimits, adapters: AdapterPool) -> None:
+    def __init__(self, limits: EngineLimits, adapters: AdapterPool, longest: Callable[[], int]) -> None:
         self._limits = limits
         self._adapters = adapters
+        self._longest = longest
         self._queues: dict[AdapterKey, OrderedDict[int, Sequence]] = {}
         self._ready: dict[AdapterKey, Sequence] = {}  # heads that are ready
         self._unbound: OrderedDict[AdapterKey, int] = OrderedDict()  # number of unbound sequences
@@ -102,7 +105,7 @@ class WaitingQueues:
     def unbound_names(self, most: int) -> list[str]:
         """Names of the first ``most`` adapters that have unbound sequences."""
         refs = [next(iter(self._queues[key].values())).request.adapter for key in islice(self._unbound, most)]
-        return [ref.name for ref in refs if ref is not None]
+        return [part.ref.name for ref in refs if ref is not None for part in ref.acting]
 
     def is_loading(self, sequence: Sequence) -> bool:
         return not sequence.ready and sequence.key in self._loading
@@ -113,42 +116,83 @@ class WaitingQueues:
             return sequence.load_s
         return max(0.0, now - max(self._loading[sequence.key], sequence.arrival))
 
-    def prefetch_adapters(self, now: float) -> list[tuple[Sequence, ErrorInfo]]:
+    def prefetch_adapters(self, now: float) -> list[tuple[Sequence, ErrorInfo | None]]:
         """Begin loads of adapters before their turn, and bind loaded ones, so that one slow load delays only its own
-        requests. Returns the sequences whose adapter did not load, with the error.
+        requests. Returns the sequences that end: their adapters did not load, or cannot act together, or leave no room
+        behind their virtual tokens, with the error; or nothing is left to compute of them, with None.
 
         At most ``prefetch_adapters`` load for waiting requests at a time, and no more loads begin while as many
         adapters could run now. Adapters that are loaded are not counted.
         """
         most, loading = self._limits.prefetch_adapters, 0
-        failed: list[tuple[Sequence, ErrorInfo]] = []
+        ended: list[tuple[Sequence, ErrorInfo | None]] = []
         for key in list(islice(self._unbound, PREFETCH_WINDOW * most)):
             unbound = [one for one in self._first(key, self._limits.max_running) if not one.ready]
             if not unbound:  # they wait behind a full window of sequences that are ready
                 continue
-            ref = unbound[0].request.adapter
-            assert ref is not None
+            refs = sources_of(unbound[0])
             enough = loading >= most or self.num_ready() >= most
-            if enough and key not in self._loading and not self._adapters.is_loaded(ref):
+            if enough and key not in self._loading and not all(map(self._adapters.is_loaded, refs.values())):
                 self._unbound.move_to_end(key)
                 continue
-            found = self._adapters.lookup(ref, now)
-            if found.status == "loading":
-                loading += 1
+            found = {source: self._adapters.lookup(ref, now) for source, ref in refs.items()}
+            error = next((status.error for status in found.values() if status.error is not None), None)
+            if error is not None:
+                ended += [(one, error) for one in self._queues[key].values() if not one.ready]
+                continue
+            for source, status in found.items():
+                if status.generation is not None:
+                    self._bind(unbound, source, status.generation, now)
+            ended += [end for one in unbound if one.ready for end in self._end_of_bound(one)]
+            if count := sum(status.status == "loading" for status in found.values()):
+                loading += count
                 self._loading.setdefault(key, now)
-            elif found.generation is not None:
-                for sequence in unbound:
-                    self._bind(sequence, found.generation, now)
-                self._loading.pop(key, None)
             else:
-                error = found.error or AdapterLoadError(f"Adapter {ref.name!r} did not load.").info()
-                failed += [(one, error) for one in self._queues[key].values() if not one.ready]
-        return failed
+                self._loading.pop(key, None)
+        return ended
 
-    def _bind(self, sequence: Sequence, generation: str, now: float) -> None:
-        sequence.load_s = self.load_time(sequence, now)
-        # From now on this request uses these bytes, even if the adapter's files change.
-        sequence.loaded_lease = self._adapters.retain(generation)
-        sequence.generation = generation
-        self._count_bound(sequence.key)
-        self._update_head(sequence.key)
+    def _bind(self, sequences: list[Sequence], source: SourceState, generation: str, now: float) -> None:
+        """Give ``sequences`` a lease on one of their adapters: from now on they use these bytes, even if the adapter's
+        files change.
+        """
+        for sequence in sequences:
+            if source in sequence.loaded_leases:
+                continue
+            load_s = self.load_time(sequence, now)
+            sequence.bind_adapter(source, self._adapters.retain(generation))
+            if sequence.ready:
+                sequence.load_s = load_s
+                self._count_bound(sequence.key)
+                self._update_head(sequence.key)
+
+    def _end_of_bound(self, sequence: Sequence) -> list[tuple[Sequence, ErrorInfo | None]]:
+        """The end of ``sequence``, whose adapters are bound now, if it cannot begin: see ``prefetch_adapters``."""
+        if (error := self._not_summable(sequence)) is not None:
+            return [(sequence, error)]
+        lease = sequence.virtual_lease
+        if lease is None:
+            return []
+        try:
+            total = most_tokens(sequence.request, self._limits, self._longest(), len(lease.facts.virtual_ids))
+        except TruffulaError as refusal:
+            return [(sequence, refusal.info())]
+        sequence.prepend(lease, total)
+        return [] if sequence.ended_before_start() is None else [(sequence, None)]
+
+    def _not_summable(self, sequence: Sequence) -> ErrorInfo | None:
+        """Why the adapters of ``sequence``, which are bound, cannot act together or by a weight; None: they can."""
+        if len(sequence.adapters) == 1 and sequence.adapters[0].weight == 1.0:
+            return None
+        for source, ref in sources_of(sequence).items():
+            lease = sequence.loaded_leases[source]
+            kind = self._adapters.replacing_part(lease.generation)
+            if lease.facts.virtual_ids:
+                kind = "virtual tokens"
+            if kind is not None and any(one.generation == lease.generation for one in sequence.adapters):
+                return InvalidRequest(
+                    f"Adapter {ref.name!r} does more than add to the base ({kind}), so it cannot be weighted or added "
+                    "to another adapter. Name it alone.",
+                    param="adapters",
+                    adapter=ref.name,
+                ).info()
+        return None

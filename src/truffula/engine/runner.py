@@ -12,6 +12,8 @@ from truffula.engine.plan import Chunk, ChunkResult, StepPlan, TopList
 from truffula.errors import ConfigError
 from truffula.kernels.backend import Executable, PendingStep
 from truffula.kernels.inputs import Int32, StepInputs, StepOutput
+from truffula.lora.image import KvPrefix
+from truffula.types import MAX_ADAPTERS
 
 
 class ModelRunner:
@@ -37,11 +39,23 @@ class ModelRunner:
             if chunk.restart is not None:
                 state = chunk.restart
                 self._executable.set_sequence(chunk.seq_slot, state.prompt_ids, state.completion_ids, state.sampling)
+            if chunk.prefix is not None:
+                self._write_prefix(chunk, chunk.prefix)
         self._fill(plan.chunks)
         matchers = [chunk.matcher for chunk in plan.chunks if chunk.matcher is not None]
         if not matchers:
             return self._executable.submit()
         return self._executable.submit(self._masks.begin(self._executable.samples.mask, matchers))
+
+    def _write_prefix(self, chunk: Chunk, prefix: KvPrefix) -> None:
+        """Write keys and values of an adapter to the blocks of the chunk's sequence, as far as it has its own."""
+        position = np.arange(chunk.prefix_from, chunk.start)
+        if not len(position):
+            return
+        (table,), size = chunk.block_tables, self._block_size
+        slots = (table[position // size] * size + position % size).astype(np.int32)
+        for op, (keys, values) in zip(prefix.ops, prefix.values[:, :, chunk.prefix_from :], strict=True):
+            self._executable.write_kv(op, slots, np.ascontiguousarray(keys), np.ascontiguousarray(values))
 
     def close(self) -> None:
         """Wait for the masks that are being written; what they are written to may be freed then."""
@@ -116,7 +130,7 @@ def _require_capacity(inputs: StepInputs, limits: EngineLimits, depth: int) -> N
     for param, size, least in (
         ("step_tokens", len(inputs.token_ids), limits.step_tokens),
         ("step_logit_rows", len(inputs.logit_rows), limits.step_logit_rows),
-        ("max_running", min(sequences, len(inputs.seg)), limits.most_running),
+        ("max_running", min(sequences, len(inputs.seg) // MAX_ADAPTERS), limits.most_running),
         ("max_model_len", blocks * limits.block_size + 1, limits.max_model_len),  # the last token needs no KV
     ):
         if size < least:
@@ -124,16 +138,25 @@ def _require_capacity(inputs: StepInputs, limits: EngineLimits, depth: int) -> N
 
 
 def _fill_segments(i: StepInputs, chunks: Sequence[Chunk], stop: Int32, rows_stop: Int32) -> int:
-    """Write a segment for each run of chunks with one adapter; returns their number. Base chunks are last."""
-    slots = np.array([chunk.adapter_slot for chunk in chunks if chunk.adapter_slot is not None], np.int32)
-    if not len(slots):
-        return 0
-    last = np.flatnonzero(np.append(slots[1:] != slots[:-1], True))
-    G = len(last)
-    i.seg[:G, 1], i.seg[:G, 2], i.seg_r[:G, 1] = stop[last], slots[last], rows_stop[last]
-    for spans in (i.seg, i.seg_r):
-        spans[0, 0] = 0
-        spans[1:G, 0] = spans[: G - 1, 1]
+    """Write the segments of each run of chunks with the same adapters, one for each of these; returns their number.
+    Base chunks are last.
+    """
+    rows: list[tuple[int, int, int, int, int]] = []
+    weights: list[float] = []
+    lo = lo_r = 0
+    for n, (chunk, hi, hi_r) in enumerate(zip(chunks, stop.tolist(), rows_stop.tolist(), strict=True), 1):
+        adapters = chunk.adapters
+        if not adapters:
+            break
+        if n == len(chunks) or chunks[n].adapters != adapters:
+            for slot, weight in adapters:
+                rows.append((lo, hi, slot, lo_r, hi_r))
+                weights.append(weight)
+            lo, lo_r = hi, hi_r
+    G = len(rows)
+    if G:
+        segments = np.array(rows, np.int32)
+        i.seg[:G], i.seg_r[:G], i.seg_weight[:G] = segments[:, :3], segments[:, 3:], weights
     return G
 
 

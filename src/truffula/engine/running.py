@@ -1,4 +1,4 @@
-"""RunningBatch: the running sequences and what they hold: a slot of the executable, an adapter lease and KV blocks."""
+"""RunningBatch: the running sequences and what they hold: a slot of the executable, adapter leases and KV blocks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Holding:
 
     table: BlockTable
     seq_slot: int | None
-    lease: AdapterLease | None
+    leases: tuple[AdapterLease, ...]
 
 
 class RunningBatch:
@@ -92,7 +92,10 @@ class RunningBatch:
     def _computes_prefix_of(self, sequence: Sequence) -> bool:
         """Whether a running prompt is about to compute the next block that ``sequence`` lacks in the prefix cache."""
         prompts = [
-            other for other in self._by_age if other.key == sequence.key and other.num_known - other.num_committed > 1
+            other
+            for other in self._by_age
+            if other.num_known - other.num_committed > 1
+            and (other.key == sequence.key or other.acts_from or sequence.acts_from)
         ]
         if not prompts:
             return False
@@ -119,14 +122,14 @@ class RunningBatch:
         return any(found < length <= common for length in left)
 
     def admit(self, sequence: Sequence, allowance: int, rows: int, now: float) -> int:
-        """Take a slot, an adapter lease and the first blocks together, and run; 0 and nothing taken if one is missing.
+        """Take a slot, its adapters' leases and the first blocks together, and run; 0 and nothing taken if one lacks.
 
         Returns the tokens that a step computes of it first: up to ``allowance``, with up to ``rows`` rows of logits.
         Raises ``InsufficientMemory`` when it has no room although nothing else runs, and the pool's error when the
         adapter cannot be used.
         """
         count = self._admit(sequence, allowance, rows, now, prefix=self._prefix_cache)
-        uploading = sequence.generation is not None and self._adapters.is_pending(sequence.generation)
+        uploading = self._adapters.is_pending([one.generation for one in sequence.adapters])
         if count or self._by_age or self._unfinished or uploading:
             return count
         # The cached blocks it would use may take the room of its adapter or of its other blocks.
@@ -140,27 +143,26 @@ class RunningBatch:
         limit = sequence.max_prefix_blocks() if prefix else 0
         if limit:
             blocks.attach(sequence.table, blocks.match(sequence.block_keys(), limit))
-        sequence.reset(sequence.table.capacity)
-        count = sequence.fit_rows(min(allowance, sequence.num_uncomputed), rows)
-        lease: AdapterLease | None = None
+        sequence.reset(max(sequence.table.capacity, sequence.num_given))
+        count = sequence.fit(min(allowance, sequence.num_uncomputed), rows)
+        leases: tuple[AdapterLease, ...] | None = None
         admitted = False
         try:
             if count and self._has_room(sequence):
-                lease = None if sequence.generation is None else self._adapters.acquire(sequence.generation)
-                if lease is not None or sequence.key is None:
+                leases = self._adapters.acquire_all([one.generation for one in sequence.adapters])
+                if leases is not None:
                     admitted = blocks.extend(sequence.table, sequence.num_computed + count)
         finally:
             if not admitted:
                 sequence.reset(0)
-                self._release(_Holding(sequence.table, None, lease), now)
+                self._release(_Holding(sequence.table, None, leases or ()), now)
                 sequence.table = blocks.new_table()
-        if not admitted:
+        if not admitted or leases is None:
             return 0
         insort(self._by_age, sequence, key=_age)
         sequence.seq_slot = self._free_slots.pop()
         self._slots[sequence.seq_slot] = sequence
-        sequence.lease = lease
-        sequence.row_order = (lease is None, lease.slot if lease else 0, sequence.serial)
+        sequence.take_leases(leases)
         if self._has_states and self._prefix_cache:
             last = (sequence.num_tokens - 1) // self._block_size
             known = blocks.num_known(sequence.block_keys(), last)
@@ -201,9 +203,10 @@ class RunningBatch:
         assert sequence.seq_slot is not None
         del self._by_age[bisect_left(self._by_age, sequence.serial, key=_age)]
         self._slots[sequence.seq_slot] = None
-        holding = _Holding(sequence.table, sequence.seq_slot, sequence.lease)
+        holding = _Holding(sequence.table, sequence.seq_slot, sequence.leases)
         sequence.table = self._blocks.new_table()
-        sequence.seq_slot = sequence.lease = None
+        sequence.seq_slot = None
+        sequence.take_leases(())
         sequence.reset(0)
         if sequence.last_step in self._unfinished:
             self._unfinished[sequence.last_step].append(holding)
@@ -229,8 +232,8 @@ class RunningBatch:
         self._blocks.release(holding.table, now)
         if holding.seq_slot is not None:
             self._free_slots.append(holding.seq_slot)
-        if holding.lease is not None:
-            self._adapters.release(holding.lease)
+        for lease in holding.leases:
+            self._adapters.release(lease)
 
     def commit_blocks(self, sequence: Sequence, now: float) -> None:
         """Index its full and committed blocks, then free those behind a window."""

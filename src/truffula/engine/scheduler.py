@@ -68,7 +68,7 @@ class Scheduler:
         self._grammars = grammars
         self._compiling: dict[str, dict[int, Sequence]] = {}  # by key of the grammar and serial
         self._round_robin = DeficitRoundRobin(quantum=max(limits.block_size, limits.step_tokens // 2))
-        self._waiting = WaitingQueues(limits, adapters)
+        self._waiting = WaitingQueues(limits, adapters, lambda: blocks.longest(limits.max_model_len))
         self._running = RunningBatch(limits, blocks, adapters)
         self._by_id: dict[str, Sequence] = {}
         self._timeouts: list[tuple[float, int, str]] = []  # a heap of time, serial and request id
@@ -189,7 +189,7 @@ class Scheduler:
         if self._grammars.is_compiling():
             self._enqueue_compiled(now)
         for sequence, error in self._waiting.prefetch_adapters(now):
-            self._end(sequence, "error", now, error)
+            self._end(sequence, "length" if error is None else "error", now, error)
         if self._paused == "all":
             return self._make_plan({})
         if self._retries:
@@ -405,7 +405,7 @@ class Scheduler:
         """Raise its grant by up to ``allowance`` tokens; returns by how many."""
         have = budget.counts.get(sequence, 0)
         count = have + min(allowance, sequence.num_uncomputed - have)
-        count = sequence.fit_rows(count, budget.rows + reserved_rows(sequence, have))
+        count = sequence.fit(count, budget.rows + reserved_rows(sequence, have))
         if count <= have:
             return 0
         if not self._blocks.extend(sequence.table, sequence.num_computed + count):
@@ -437,8 +437,8 @@ class Scheduler:
         sequence.refused_steps = 0
         if sequence.admitted_at is None:
             sequence.admitted_at = now
-            sequence.cached_tokens = min(sequence.num_computed, sequence.num_prompt)
-            self._counts["prompt_tokens"] += sequence.num_prompt
+            sequence.cached_tokens = max(0, min(sequence.num_computed, sequence.num_prompt) - sequence.num_virtual)
+            self._counts["prompt_tokens"] += sequence.prompt_tokens
             self._counts["prefix_hit_tokens"] += sequence.cached_tokens
         return budget.grant(sequence, count)
 
@@ -473,8 +473,8 @@ class Scheduler:
             self._remove_compiling(sequence, sequence.grammar.key)
         else:
             self._waiting.remove(sequence)
-        if sequence.loaded_lease is not None:
-            self._adapters.release(sequence.loaded_lease)
+        for lease in sequence.loaded_leases.values():
+            self._adapters.release(lease)
         del self._by_id[sequence.request_id]
 
     def _remove_compiling(self, sequence: Sequence, key: str) -> None:

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 
-from truffula.engine.blocks import BlockTable
+from truffula.engine.blocks import NEVER, BlockTable
 from truffula.engine.constraints import GrammarCompiler, Matcher
 from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import Chunk, ChunkResult, SequenceState, TopList
-from truffula.engine.prefix import BlockKeys
+from truffula.engine.prefix import BlockKeys, BoundAdapter
 from truffula.engine.states import Span
 from truffula.errors import AdapterError, DeadlineExceeded, ErrorInfo, GenerationError, QueueTimeout, TruffulaError
 from truffula.kernels.inputs import NO_IDS, RELAY, Float32, Int32, SequenceSampling
+from truffula.lora.image import AdapterFacts, KvPrefix
+from truffula.lora.loads import SourceState, source_state
 from truffula.lora.pool import AdapterLease
 from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
 
-AdapterKey = tuple[str, str, str | None, str] | None
-"""Identifies the adapter of a queue: one state of one source, whatever names it has. None is the base."""
+AdapterKey = tuple[SourceState, ...]
+"""Identifies the adapters of a queue: each a state of a source, whatever names and weights it has. () is the base."""
 
 End = tuple[FinishReason, int | None]
 """How a sequence ended: the reason, and the id that stopped it."""
 
 
 def adapter_key(ref: AdapterRef | None) -> AdapterKey:
-    return None if ref is None else (ref.kind, ref.locator, ref.revision, ref.fingerprint)
+    return () if ref is None else tuple(sorted({source_state(part.ref) for part in ref.acting}, key=repr))
+
+
+def sources_of(sequence: Sequence) -> dict[SourceState, AdapterRef]:
+    """The adapters of its request."""
+    ref = sequence.request.adapter
+    return {} if ref is None else {source_state(part.ref): part.ref for part in ref.acting}
 
 
 class Sequence:
@@ -40,7 +49,9 @@ class Sequence:
     ``samples``: it draws tokens (with ``max_tokens`` 0 it only scores). ``seq_slot`` is None unless it runs. With a
     ``grammar`` it has a ``matcher`` from when the grammar is compiled; its next token is planned only when all its
     tokens are known, as the mask of a draw depends on them.
-    ``last_step`` is the newest step that was planned with it.
+    ``last_step`` is the newest step that was planned with it. All of its adapters act from position ``acts_from`` on.
+    ``num_virtual`` of its ``num_prompt`` prompt tokens are virtual ones of its adapter, of which the client knows
+    nothing.
     """
 
     def __init__(
@@ -52,6 +63,7 @@ class Sequence:
         self.request_id = request.request_id
         self.key = adapter_key(request.adapter)
         self.max_total = max_total
+        self.num_virtual = 0
         self.num_prompt = len(request.prompt_ids)
         self.samples = max_total > self.num_prompt
         # A resumed request has sent the scores of its prompt before its first token: they are not computed again.
@@ -70,12 +82,14 @@ class Sequence:
         self.num_computed = 0
         self.num_committed = 0
         self.table = table
-        self.generation: str | None = None
-        self.lease: AdapterLease | None = None  # resident: while it runs
-        self.loaded_lease: AdapterLease | None = None  # until it ends
+        self.loaded_leases: dict[SourceState, AdapterLease] = {}  # of each source, until it ends
+        self.adapters: tuple[BoundAdapter, ...] = ()  # once all sources have a lease, in the order of their deltas
+        self.leases: tuple[AdapterLease, ...] = ()  # resident, of ``adapters``: while it runs
+        self.slots: tuple[tuple[int, float], ...] = ()
         self.seq_slot: int | None = None
         self.last_step = 0
-        self.row_order = (True, 0, serial)
+        self.acts_from = 0
+        self.prefix: KvPrefix | None = None
         self._restart = True
         self._block_keys: BlockKeys | None = None
         self._rope = limits.rope_regime
@@ -99,9 +113,75 @@ class Sequence:
     @property
     def ready(self) -> bool:
         """Whether it does not wait for an adapter."""
-        return self.key is None or self.generation is not None
+        return len(self.loaded_leases) == len(self.key)
+
+    def bind_adapter(self, source: SourceState, lease: AdapterLease) -> None:
+        """Take the lease of one of its sources. With the last one its ``adapters`` are known: in the order of their
+        generations, equal ones once, and none whose weight is 0.
+        """
+        self.loaded_leases[source] = lease
+        if not self.ready:
+            return
+        weights: dict[str, list[float]] = {}
+        for part in self.request.adapter.acting if self.request.adapter is not None else ():
+            weights.setdefault(self.loaded_leases[source_state(part.ref)].generation, []).append(part.weight)
+        sums = [(generation, float(np.float32(math.fsum(each)))) for generation, each in sorted(weights.items())]
+        acts_from = {lease.generation: self._acts_from(lease.facts) for lease in self.loaded_leases.values()}
+        self.adapters = tuple(BoundAdapter(one, weight, acts_from[one]) for one, weight in sums if weight)
+        self.acts_from = max([one.acts_from for one in self.adapters], default=0)
+
+    def _acts_from(self, facts: AdapterFacts) -> int:
+        first = facts.acts_from(self.request.prompt_ids)
+        return NEVER if first is None else first
+
+    @property
+    def virtual_lease(self) -> AdapterLease | None:
+        """The lease of its adapter with virtual tokens; None: it has no such adapter."""
+        bound = {one.generation for one in self.adapters}
+        leases = self.loaded_leases.values()
+        return next((one for one in leases if one.facts.virtual_ids and one.generation in bound), None)
+
+    def take_leases(self, leases: tuple[AdapterLease, ...]) -> None:
+        """Set the resident leases of its ``adapters``, or none when it leaves the batch."""
+        self.leases = leases
+        self.slots = tuple((lease.slot, one.weight) for lease, one in zip(leases, self.adapters, strict=bool(leases)))
+
+    def prepend(self, lease: AdapterLease, max_total: int) -> None:
+        """Begin with the virtual tokens of ``lease``, and end at ``max_total`` tokens. Nothing is computed."""
+        ids, self.prefix = lease.facts.virtual_ids, lease.prefix
+        self.num_virtual, self.max_total = len(ids), max_total
+        self._ids = np.concatenate([np.array(ids, np.int32), self._ids])
+        self.num_prompt += len(ids)
+        self.num_tokens = self.num_known = self.num_known + len(ids)
+        self._most_wanted = max_total - 1 if self.samples or self.scoring else 0
+        self._update_wanted()
+        self._rope_length = self._choose_rope_length()
 
     # Tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens of the request."""
+        return self.num_prompt - self.num_virtual
+
+    @property
+    def num_given(self) -> int:
+        """Tokens whose keys and values are its adapter's: nothing is computed of them."""
+        return 0 if self.prefix is None else self.num_virtual
+
+    @property
+    def acting(self) -> tuple[tuple[int, float], ...]:
+        """Slots and weights of the adapters that act on its next token."""
+        if self.num_computed >= self.acts_from:
+            return self.slots
+        pairs = zip(self.slots, self.adapters, strict=bool(self.slots))
+        return tuple([slot for slot, adapter in pairs if adapter.acts_from <= self.num_computed])
+
+    @property
+    def row_order(self) -> tuple[bool, tuple[tuple[int, float], ...], int]:
+        """Its place among the chunks of a step."""
+        acting = self.acting
+        return not acting, acting, self.serial
 
     @property
     def num_completion(self) -> int:
@@ -149,7 +229,7 @@ class Sequence:
         the step draws is pending. ``spans``: of its state rows.
         """
         assert self.seq_slot is not None
-        start = self.num_computed
+        start, adapters = self.num_computed, self.acting
         stop = self.num_computed = start + count
         self.last_step = step
         draws = self.samples and stop == self.num_tokens
@@ -160,12 +240,14 @@ class Sequence:
             start=start,
             token_ids=self._ids[start:stop],
             block_tables=self.table.views,
-            adapter_slot=None if self.lease is None else self.lease.slot,
+            adapters=adapters,
             targets=self._targets(start, stop) if self.scoring else NO_IDS,
             draws=(stop - self.num_prompt,) if draws else (),
             matcher=self.matcher if draws else None,
             rope_length=self._rope_length,
             spans=spans,
+            prefix=self.prefix if start == self.num_given else None,
+            prefix_from=min(self.num_given, self.table.num_indexed * self._block_size),
         )
         self._restart = False
         if draws:
@@ -182,7 +264,8 @@ class Sequence:
 
     def _state(self) -> SequenceState:
         assert self.num_known == self.num_tokens, "a sequence restarts with a token that is not known"
-        prompt, completion = self._ids[: self.num_prompt], self._ids[self.num_prompt : self.num_known]
+        prompt = self._ids[self.num_virtual : self.num_prompt]
+        completion = self._ids[self.num_prompt : self.num_known]
         return SequenceState(prompt, completion, self._sampling)
 
     def _targets(self, start: int, stop: int) -> Int32:
@@ -249,7 +332,7 @@ class Sequence:
             prompt_logprobs=self._take_scores() if self.scoring else None,
             finish_reason=finish,
             stop_reason=stop,
-            prompt_tokens=self.num_prompt,
+            prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             times=times,
         )
@@ -279,7 +362,7 @@ class Sequence:
     @property
     def first_unscored(self) -> int:
         """Position of the first row that remains to be scored; past the prompt when there is none."""
-        return len(self.scores) if self.scoring else self.num_prompt
+        return self.num_virtual + len(self.scores) if self.scoring else self.num_prompt
 
     def rows(self, count: int) -> int:
         """Rows of logits that the next ``count`` tokens need."""
@@ -289,8 +372,12 @@ class Sequence:
             rows += max(0, min(stop, self.num_prompt - 1) - max(self.num_computed, self.first_unscored))
         return rows
 
-    def fit_rows(self, count: int, rows: int) -> int:
-        """The largest part of ``count`` that needs no more than ``rows`` rows of logits."""
+    def fit(self, count: int, rows: int) -> int:
+        """The largest part of ``count`` that is one chunk: it needs no more than ``rows`` rows of logits, and ends
+        where an adapter begins to act."""
+        if self.num_computed < self.acts_from:
+            borders = [one.acts_from for one in self.adapters if one.acts_from > self.num_computed]
+            count = min(count, min(borders) - self.num_computed)
         while count > 0 and (over := self.rows(count) - rows) > 0:
             count -= over
         return max(count, 0)
@@ -298,10 +385,10 @@ class Sequence:
     # Prefix cache
 
     def block_keys(self) -> BlockKeys:
-        """The keys of its full blocks of known tokens, up to date. The generation must be known."""
+        """The keys of its full blocks of known tokens, up to date. Its adapters must be known."""
         if self._block_keys is None:
             rope = 0 if self._rope is None else self._rope.key(self._rope_length)
-            self._block_keys = BlockKeys(self.request.salt, self.generation, self._block_size, rope=rope)
+            self._block_keys = BlockKeys(self.request.salt, self.adapters, self._block_size, rope)
         if len(self._block_keys) < self.num_known // self._block_size:
             self._block_keys.extend(self._ids[: self.num_known])
         return self._block_keys
@@ -338,7 +425,7 @@ class Sequence:
             finish_reason=finish,
             stop_reason=stop,
             error=error,
-            prompt_tokens=self.num_prompt,
+            prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             times=self.times(now),
         )

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from truffula.errors import KernelError
 from truffula.kernels.inputs import Array
-from truffula.kernels.program import Embed, ExpertLinear, Linear, Logits, Mla, Program, SiteSlice
+from truffula.kernels.program import Embed, ExpertLinear, Linear, Logits, Mla, Norm, Program, SiteSlice
 
 ALIGN = 64
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
@@ -37,7 +37,16 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 _DTYPE_NAMES = tuple(DTYPES)
 
 
-# ---- parts: what an adapter does at one site, with the base's weight W [O, I] and input x (program.md, site contract)
+# ---- parts: what an adapter does at one site, with the base's weight W [O, I] and input x.
+#
+# With the base product p = x Wᵀ and the weight w of a segment, a row of it becomes
+#
+#     y = p + Σ_segments w · [ c ⊙ (x' W'ᵀ + Σ s (x Aᵀ) Bᵀ) − p + b ]
+#
+# in float32: c is the ColumnScale, x' = x ⊙ u with the InputScale u, W' the Replace or W with Rows replaced, A, B and s
+# are of each LowRank, b is the Bias; each defaults to what changes nothing. Then comes the op's epilogue, with the
+# base's own bias. Rows of no segment are p, bit for bit. At a table x is a one-hot row. A norm is no product: its
+# vectors become weight + Σ w (W' − weight) and bias + Σ w b.
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class ColumnScale:
-    """Multiplies the base product by ``factor [O]``: DoRA's magnitude over its norm, IA3."""
+    """Multiplies the product, with that of A and B, by ``factor [O]``: DoRA's magnitude over its norm, IA3."""
 
     kind: ClassVar[str] = "column_scale"
     factor: Array
@@ -63,7 +72,7 @@ class ColumnScale:
 
 @dataclass(frozen=True)
 class InputScale:
-    """Multiplies x by ``factor [I]`` before the base product: IA3 on a feed-forward module."""
+    """Multiplies x by ``factor [I]`` before the product with W, not before A: IA3 on a feed-forward module."""
 
     kind: ClassVar[str] = "input_scale"
     factor: Array
@@ -71,7 +80,7 @@ class InputScale:
 
 @dataclass(frozen=True)
 class Bias:
-    """Adds ``values [O]``: a trained bias minus the base's, or the bias of B."""
+    """Adds ``values [O]``: a trained bias minus the base's, or the scaled bias of B."""
 
     kind: ClassVar[str] = "bias"
     values: Array
@@ -79,7 +88,8 @@ class Bias:
 
 @dataclass(frozen=True)
 class Replace:
-    """Replaces W by ``weight [O, I]``: a saved module."""
+    """Replaces W by ``weight [O, I]``, a table by ``[V, D]``, a norm's weight by ``[width]``: a saved module, after the
+    transform of its site."""
 
     kind: ClassVar[str] = "replace"
     weight: Array
@@ -87,7 +97,8 @@ class Replace:
 
 @dataclass(frozen=True)
 class Rows:
-    """Replaces rows of a table: ``ids`` int32 ``[n]``, ``values [n, D]``, trained tokens."""
+    """Replaces rows of a table: ``ids`` int32 ``[n]``, ``values [n, D]``, trained tokens. At the head, columns of the
+    logits. An embedding may have ids behind the base's table: tokens that this adapter alone has."""
 
     kind: ClassVar[str] = "rows"
     ids: Array
@@ -121,14 +132,31 @@ def tensors_of(part: Part) -> tuple[Array, ...]:
 
 # ---- layouts: how a backend's kernels read parts
 
+MAX_ID = 2**24
+"""Ids of an adapter's own tokens are below."""
+
+
+PlaceKind = Literal["linear", "embed", "head", "latent", "norm"]
+SERVED_KINDS: Mapping[PlaceKind, frozenset[str]] = MappingProxyType(
+    {
+        "linear": frozenset({"low_rank", "column_scale", "input_scale", "bias", "replace"}),
+        "embed": frozenset({"low_rank", "column_scale", "bias", "replace", "rows"}),
+        "head": frozenset({"low_rank", "column_scale", "input_scale", "bias", "replace", "rows"}),
+        "latent": frozenset({"low_rank", "column_scale", "bias"}),
+        "norm": frozenset({"bias", "replace"}),
+    }
+)
+"""The kinds of part that kernels serve, by what the op of a site does: ``linear`` a product, ``embed`` gathers rows,
+``head`` a product of logits, ``latent`` that of latent attention's keys and values, ``norm``."""
+
 
 @dataclass(frozen=True)
 class Place:
     """Where a site acts in a program: columns ``first ..`` of what op number ``op`` computes, before any glu.
 
-    ``half`` > 0: these columns are gates ``0 .. half``, then ups. ``gathers``: the op reads rows of a table. Of an op
-    with experts, columns are those of ``expert``. ``heads`` (count, key rows, value rows): the columns of ``Mla``'s
-    kv_b, head by head.
+    ``half`` > 0: these columns are gates ``0 .. half``, then ups. ``kind`` is what the op does (``SERVED_KINDS``). Of
+    an op with experts, columns are those of ``expert``. ``heads`` (count, key rows, value rows): the columns of
+    ``Mla``'s kv_b, head by head.
     """
 
     module: str
@@ -137,7 +165,7 @@ class Place:
     outputs: int
     first: int = 0
     half: int = 0
-    gathers: bool = False
+    kind: PlaceKind = "linear"
     expert: int = 0
     heads: tuple[int, int, int] | None = None
 
@@ -149,8 +177,8 @@ Storage = Literal["stored", "float32", "panels"]
 class AdapterLayout:
     """How a program's kernels read adapters: data that the engine sends to the loading worker.
 
-    ``places`` has one entry per site, None where no op serves it. ``stored``: tensors as they are, of every kind.
-    ``float32``: the same in float32, low-rank parts only. ``panels``: as ``kernels/cpu/pack.py`` says.
+    ``places`` has one entry per site, None where no op serves it. ``stored``: tensors as they are. ``float32``: the
+    same in float32, and ids. ``panels``: as ``kernels/cpu/pack.py`` says.
     """
 
     storage: Storage
@@ -170,16 +198,18 @@ def layout_of(program: Program, storage: Storage) -> AdapterLayout:
     places: list[Place | None] = [None] * len(program.sites)
     for index, op in enumerate(program.ops):
         half, heads = 0, None
+        kind: PlaceKind = "linear"
         if isinstance(op, Mla):
             slices: tuple[SiteSlice, ...] = op.slices
-            columns, heads = program.weights[op.kv_b].shape[0], (op.heads, op.nope, op.dim_v)
+            columns, heads, kind = program.weights[op.kv_b].shape[0], (op.heads, op.nope, op.dim_v), "latent"
         elif isinstance(op, Linear | ExpertLinear):
             slices = op.slices
             columns = program.weights[op.weight].shape[-2]
             half = columns // 2 if op.epilogue.glu else 0
-        elif isinstance(op, Embed | Logits) and op.site is not None:
-            slices = (SiteSlice(op.site, 0, op.out.width),)
-            columns = op.out.width
+        elif isinstance(op, Embed | Logits | Norm) and op.site is not None:
+            kind = "embed" if isinstance(op, Embed) else "head" if isinstance(op, Logits) else "norm"
+            columns = program.sites[op.site].out_features
+            slices = (SiteSlice(op.site, 0, columns),)
         else:
             continue
         for item in slices:
@@ -191,7 +221,7 @@ def layout_of(program: Program, storage: Storage) -> AdapterLayout:
                 site.out_features,
                 first,
                 half,
-                isinstance(op, Embed),
+                kind,
                 expert,
                 heads,
             )
@@ -226,13 +256,13 @@ def pack(layout: AdapterLayout, sites: Iterable[SiteTensors]) -> list[PackedPart
 
     Raises:
         KernelError: A site that does not exist or that no op serves, a kind of part that no kernel of the layout
-            serves (``param``: the kind), a shape that does not fit its site, or a dtype that is not stored.
+            serves (``param``: the kind), two parts that exclude each other, a shape that does not fit its site, or a
+            dtype that is not stored.
     """
     ordered = sorted(sites, key=lambda s: s.site)
     if layout.storage != "stored":
         for tensors in ordered:
-            for part in tensors.parts:
-                check_served(check_place(layout, tensors.site), part)
+            check_served(check_place(layout, tensors.site), tensors.parts)
     if layout.storage == "panels":
         packer = importlib.import_module("truffula.kernels.cpu.pack")
         packed: list[PackedPart] = packer.pack_panels(layout, ordered)
@@ -241,7 +271,8 @@ def pack(layout: AdapterLayout, sites: Iterable[SiteTensors]) -> list[PackedPart
 
     def copy(array: Array) -> PackedTensor:
         if id(array) not in copies:
-            copies[id(array)] = copied(array, "F32" if layout.storage == "float32" else dtype_name(array))
+            dtype = dtype_name(array)
+            copies[id(array)] = copied(array, "F32" if layout.storage == "float32" and dtype != "I32" else dtype)
         return copies[id(array)]
 
     return [
@@ -270,18 +301,49 @@ def check_place(layout: AdapterLayout, site: int) -> Place:
     return place
 
 
-def check_served(place: Place, part: Part) -> None:
-    """Raise ``KernelError`` (``param``: the kind or the module) unless kernels serve ``part`` and its shapes fit."""
-    if not isinstance(part, LowRank) or part.a.ndim == 3:
-        what = "low_rank with an expert axis" if isinstance(part, LowRank) else part.kind
-        raise KernelError(f"site {place.module}: no kernel serves the adapter part {what!r}.", param=what)
-    a, b = part.a.shape, part.b.shape
-    if not (len(a) == len(b) == 2 and a[0] == b[1] > 0 and (a[1], b[0]) == (place.inputs, place.outputs)):
-        want = f"[r, {place.inputs}] and [{place.outputs}, r]"
-        raise KernelError(f"site {place.module}: A {list(a)}, B {list(b)}; expected {want}.", param=place.module)
-    for array in (part.a, part.b):
-        if dtype_name(array) == "I32":
-            raise KernelError(f"site {place.module}: an adapter's matrix is int32.", param="dtype")
+def check_served(place: Place, parts: Sequence[Part]) -> None:
+    """Raise ``KernelError`` (``param``: the kind or the module) unless kernels serve the parts of a site together, and
+    their shapes fit."""
+    for part in parts:
+        by_expert = isinstance(part, LowRank) and part.a.ndim == 3
+        if by_expert or part.kind not in SERVED_KINDS[place.kind]:
+            what = f"{part.kind} with an expert axis" if by_expert else part.kind
+            raise KernelError(f"site {place.module}: no kernel serves the adapter part {what!r}.", param=what)
+        _check_shapes(place, part)
+    kinds = [part.kind for part in parts if not isinstance(part, LowRank)]
+    for kind in kinds:
+        if kinds.count(kind) > 1 or (kind == Rows.kind and {Replace.kind, InputScale.kind} & {*kinds}):
+            raise KernelError(f"site {place.module}: no kernel serves {' and '.join(kinds)} together.", param=kind)
+
+
+def _check_shapes(place: Place, part: Part) -> None:
+    shapes = [list(array.shape) for array in tensors_of(part)]
+    inputs, outputs, of_norm = place.inputs, place.outputs, place.kind == "norm"
+    width = outputs if place.kind == "embed" else inputs
+    n = shapes[0][0] if shapes[0] else 0  # the rank, or the number of ids
+    table = [inputs, outputs] if place.kind == "embed" else [outputs, inputs]
+    wanted = {
+        "low_rank": [[n, inputs], [outputs, n]],
+        "column_scale": [[outputs]],
+        "input_scale": [[inputs]],
+        "bias": [[outputs]],
+        "replace": [[outputs] if of_norm else table],
+        "rows": [[n], [n, width]],
+    }[part.kind]
+    if shapes != wanted or n < 1:
+        raise KernelError(
+            f"site {place.module}: {part.kind} has tensors of shape {shapes}; the site needs {wanted}.",
+            param=place.module,
+        )
+    ids = part.ids if isinstance(part, Rows) else None
+    for array in tensors_of(part):
+        if (dtype_name(array) == "I32") != (array is ids):
+            raise KernelError(f"site {place.module}: a tensor of {part.kind} is {array.dtype}.", param="dtype")
+    if ids is not None:
+        known = np.unique(ids)
+        end = outputs if place.kind == "head" else MAX_ID
+        if len(known) < len(ids) or known[0] < 0 or known[-1] >= end:
+            raise KernelError(f"site {place.module}: ids are not distinct or not in 0..{end - 1}.", param="ids")
 
 
 def dtype_name(array: Array) -> str:
@@ -318,6 +380,11 @@ class AdapterImage:
     layout: str
     table: npt.NDArray[np.int64]
     data: npt.NDArray[np.uint8]
+
+    def replacing_part(self) -> str | None:
+        """The kind of a part that replaces what the base has, rather than adding to it; None where there is none."""
+        kinds = tuple(KINDS)
+        return next((kind for kind in (Replace.kind, Rows.kind) if kinds.index(kind) in self.table[:, KIND]), None)
 
     def sites(self) -> tuple[SiteTensors, ...]:
         """Its parts as views of ``data``: of an image whose layout keeps tensors as they are (not ``panels``).
@@ -403,12 +470,9 @@ def make_image(layout: AdapterLayout, sites: Iterable[SiteTensors], *, generatio
 
 
 def require_served(image: AdapterImage, layout: AdapterLayout) -> None:
-    """Raise ``KernelError`` unless ``image`` was packed for ``layout`` and its kernels serve all parts."""
+    """Raise ``KernelError`` unless ``image`` was packed for ``layout``."""
     if image.layout != layout.name:
         raise KernelError(
             f"the adapter was packed for {image.layout!r}; this executable reads {layout.name!r}. Load it again.",
             param="layout",
         )
-    if (others := image.table[:, KIND]).any():
-        kind = tuple(KINDS)[int(others.max())]
-        raise KernelError(f"no kernel serves the adapter part {kind!r}.", param=kind)

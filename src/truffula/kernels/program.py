@@ -72,20 +72,26 @@ class ModuleSlice(msgspec.Struct, frozen=True, gc=False):
 
 
 class Site(msgspec.Struct, frozen=True, gc=False):
-    """A place where adapters act: one slice of a linear weight, or a table.
+    """A place where adapters act: one slice of a linear weight, a table, or the vectors of a norm.
 
     ``modules[0]`` is the site's own module path as PEFT names it without ``base_model.model.``, e.g.
     ``model.layers.3.self_attn.q_proj``; further entries are other names of it, and fused modules that cover it with
     some of their rows. ``stacked`` is the place of an expert's site in a parameter that holds all experts.
+    ``transform`` takes the module's own tensor as files have it to the base's weight, as in ``WeightPart``: a weight
+    that replaces the base's is given after it. A ``norm`` is as wide as its weight, from and to.
+    ``virtual_scale``, of an embedding: what multiplies the embeddings that are given in place of token ids; None: they
+    cannot be given.
     """
 
     id: int
-    kind: Literal["linear", "embed", "head"]
+    kind: Literal["linear", "embed", "head", "norm"]
     layer: int | None
     in_features: int
     out_features: int
     modules: tuple[ModuleSlice, ...]
     stacked: StackedSlice | None = None
+    transform: Transform = "none"
+    virtual_scale: float | None = 1.0
 
     @property
     def module(self) -> str:
@@ -178,7 +184,10 @@ class Op:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(Op):
-    """``out = (table[ids] * scale) + add``. ``scale`` is first rounded to the table's serving dtype (Gemma)."""
+    """``out = (table[ids] * scale) + add``. ``scale`` is first rounded to the table's serving dtype (Gemma).
+
+    Adapters act on ``table[ids]``. Rows of an adapter's own tokens, whose ids are behind the table, are not scaled.
+    """
 
     table: WeightId
     out: Ref
@@ -198,6 +207,7 @@ class Norm(Op):
     shares them with the others, or as all columns.
     ``gate``: the result (with cast first: the rounded one) is multiplied by gate_activation(gate), then rounded.
     ``plus``: out = plus + round(result), a residual added after a post-norm.
+    For the rows of segments whose adapters act at ``site``, ``weight`` and ``bias`` are those that the adapters make.
     """
 
     x: Ref
@@ -211,11 +221,12 @@ class Norm(Op):
     gate: Ref | None = None
     gate_activation: Activation | None = None
     plus: Ref | None = None
+    site: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Op):
-    """``out = epilogue(x Wᵀ + Σ_segments scale · (x Aᵀ) Bᵀ)``; ``slices`` are the columns of each site."""
+    """``out = epilogue(x Wᵀ + adapters)`` (``kernels/adapters.py``); ``slices`` are the columns of each site."""
 
     x: Ref
     weight: WeightId
@@ -306,7 +317,8 @@ class Mla(Op):
     ``q`` are [nope | rope] columns, rotated. ``kv_b`` [heads · (nope + dim_v), rank] holds, head by head, the rows W_k,
     then W_v. A cached row [c | k] has the key [W_k c | k] and the value W_v c, which are not computed: scores are
     ``scale * ((q_nope W_k) · c + q_rope · k)``, and the output is W_v Σ p c, with softmax weights p. For the rows of a
-    segment whose adapter acts on ``slices``, W is W + scale · B A. Float32 until the one rounding of ``out``.
+    segment whose adapter acts on ``slices``, W is what the adapter makes of it; a bias acts on values alone, as one of
+    keys adds the same to all scores of a row. Float32 until the one rounding of ``out``.
     """
 
     q: Ref

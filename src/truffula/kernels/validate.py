@@ -180,6 +180,10 @@ def _norm(op: Norm, check: _Check) -> None:
     needed = "must be set exactly where a gate is."
     check.require("gate_activation", (op.gate is None) == (op.gate_activation is None), needed)
     check.read("plus", op.plus, rows, op.x.width)
+    check.require("site", op.site is None or op.weight is not None, "a norm without a weight has no site.")
+    if op.weight is not None:
+        width = check.program.weights[op.weight].shape[0]
+        check.site("site", op.site, ("norm",), width, width)
     check.write("out", op.out, rows, op.x.width)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError
 from truffula.kernels.backend import AdapterImage, Executable
-from truffula.lora.image import check_size, map_image
+from truffula.lora.image import NO_FACTS, AdapterFacts, KvPrefix, check_size, map_image
 from truffula.lora.loads import AdapterSource, unlink_image
 from truffula.lora.worker import LoadResponse
 from truffula.types import AdapterState
@@ -54,6 +54,8 @@ class AdapterLease:
 
     generation: str
     slot: int
+    facts: AdapterFacts
+    prefix: KvPrefix | None = None
 
 
 @dataclass(eq=False)
@@ -63,6 +65,8 @@ class Generation:
     image: AdapterImage
     nbytes: int  # charged while resident: the mapped image and the executable's own data for it
     used_at: float
+    facts: AdapterFacts = NO_FACTS
+    prefix: KvPrefix | None = None
     sources: set[AdapterSource] = field(default_factory=set)  # that have these bytes now; none: it is retired
     names: list[str] = field(default_factory=list)  # by which a retired one was last known
     slot: int | None = None
@@ -146,7 +150,8 @@ class Generations:
             entry = self._entries.get(header.generation)
             if entry is None:
                 image = map_image(Path(path), header)
-                entry = Generation(image, image.nbytes + self._executable.adapter_bytes(image), now)
+                nbytes = image.nbytes + self._executable.adapter_bytes(image)
+                entry = Generation(image, nbytes, now, header.facts, header.prefix_of(image))
                 self._entries[entry.id] = entry
         except OSError as error:
             raise AdapterLoadError(f"The prepared adapter file cannot be mapped: {error}.") from error
@@ -161,9 +166,8 @@ class Generations:
         Raises ``InsufficientMemory`` when they never are; the executable's error, with the bytes released again, as an
         ``AdapterLoadError`` where it is not a ``TruffulaError``.
         """
-        limit = self._budget.limit_of(OWNER)
-        check_size(entry.nbytes, limit)
-        if self.leased_bytes + entry.nbytes > limit or not self._budget.reserve(OWNER, entry.nbytes):
+        check_size(entry.nbytes, self.limit)
+        if self.leased_bytes + entry.nbytes > self.limit or not self._budget.reserve(OWNER, entry.nbytes):
             return False
         try:
             entry.slot = self._executable.adapter(entry.image)
@@ -222,7 +226,7 @@ class Generations:
         """A new lease: on its slot, or at the level ``loaded`` (NO_SLOT)."""
         entry.leases += 1
         entry.resident_leases += slot != NO_SLOT
-        return AdapterLease(entry.id, slot)
+        return AdapterLease(entry.id, slot, entry.facts, entry.prefix)
 
     def release(self, lease: AdapterLease) -> Generation:
         """End a lease; returns its generation."""
@@ -237,6 +241,11 @@ class Generations:
             self.drop(entry)
 
     # Totals
+
+    @property
+    def limit(self) -> int:
+        """Bytes that adapters may use."""
+        return self._budget.limit_of(OWNER)
 
     def oldest(self) -> Generation | None:
         """The idle generation that was not used for longest."""

@@ -7,102 +7,35 @@ gives ranks and scales, and must name exactly those modules.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from truffula.errors import AdapterError
-from truffula.kernels.program import ModuleSlice, Site
-from truffula.kernels.stacked import StackedSlice
+from truffula.kernels.program import Site
+from truffula.lora.checks import (
+    check_modules,
+    check_shapes,
+    check_sites_once,
+    check_values,
+    cross_check,
+    left_out_warnings,
+    trained_on,
+)
+from truffula.lora.exports import rename, renamed_settings
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
-from truffula.lora.keys import KeyPlan, left_out_words, listed, plan_keys
+from truffula.lora.image import AdapterFacts
+from truffula.lora.keys import KeyPlan, listed, plan_keys
+from truffula.lora.parsed import BaseFacts, Pair, ParsedAdapter, Sites
 from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import PatternTable, Targets, is_named, matching_limit
-from truffula.lora.roots import TEXT_ROOTS, root_used, tail_of, text_root_of
-from truffula.lora.stacked import pair_shapes, parameters_of
-from truffula.lora.tables import FLOATS, BaseTable
+from truffula.lora.saved import Parts, match_saved
+from truffula.lora.stacked import check_stacked, parameters_of, stacked_by_expert
+from truffula.lora.variants import PLAIN, form_of
 from truffula.weights.checkpoint import TensorInfo
-
-_LAYER = re.compile(r"\.(\d+)\.")
-_CONVOLUTION = re.compile(r"(^|[._])conv(1d)?$")
-
-
-@dataclass(frozen=True)
-class BaseFacts:
-    """The base's name, for messages, and where its tables are stored, by kind of site."""
-
-    model: str = "the base model"
-    tables: Mapping[str, BaseTable] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A and B of one module, and the sites that B's rows belong to; or of a parameter of ``experts`` experts."""
-
-    module: str
-    a: TensorInfo
-    b: TensorInfo
-    scale: float
-    parts: tuple[tuple[Site, ModuleSlice], ...]
-    experts: int = 0
-
-    @property
-    def sites(self) -> list[Site]:
-        return [site for site, _ in self.parts]
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0] // max(1, self.experts)
-
-
-@dataclass
-class ParsedAdapter:
-    """An adapter's pairs, matched with the base from metadata alone."""
-
-    settings: LoraSettings
-    pairs: list[Pair] = field(default_factory=list)
-    copies: dict[str, str] = field(default_factory=dict)  # kind of a base table -> the key of its copy
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def rank(self) -> int:
-        return max(pair.rank for pair in self.pairs)
-
-
-class Sites:
-    """The base's sites, by the module paths of the class that the adapter with these ``modules`` was saved from."""
-
-    def __init__(self, sites: Sequence[Site], modules: Collection[str]) -> None:
-        self.all = sites
-        linear = [site for site in sites if site.kind == "linear"]
-        self._own_root = text_root_of(site.module for site in linear)
-        tails = {m.name.removeprefix(self._own_root) for site in sites if site.kind != "head" for m in site.modules}
-        places = {site.stacked.name for site in linear if site.stacked is not None}
-        owners = {name.removeprefix(self._own_root).rpartition(".")[0] for name in places}
-        self.tails = frozenset(tails | owners | {f"{owner}.base_layer" for owner in owners})
-        self.root = root_used(modules, self.tails, self._own_root)
-        self.by_name: dict[str, list[tuple[Site, ModuleSlice]]] = {}
-        for site in sites:
-            for module in site.modules:
-                self.by_name.setdefault(self.name_of(site, module), []).append((site, module))
-        self.parameters: dict[str, list[Site]] = {}  # of all experts
-        for site in linear:
-            if site.stacked is not None:
-                self.parameters.setdefault(self.name_of(site, site.stacked), []).append(site)
-        for parts in self.by_name.values():
-            parts.sort(key=lambda part: part[1].lo)
-        self.names = frozenset(self.by_name)
-        self.linear_names = frozenset(self.name_of(site, module) for site in linear for module in site.modules)
-        self.layers = 1 + max((site.layer for site in linear if site.layer is not None), default=0)
-        self.fused_leaves = {_leaf(m.name) for site in linear for m in site.modules if not _is_own(site, m)}
-
-    def name_of(self, site: Site, module: ModuleSlice | StackedSlice) -> str:
-        """A module of a site by the adapter's names."""
-        return TEXT_ROOTS[self.root] if site.kind == "head" else self.root + module.name.removeprefix(self._own_root)
 
 
 @matching_limit()
@@ -118,29 +51,61 @@ def parse_metadata(
     Raises ``AdapterError`` (``param``: the field or the tensor) where they don't fit each other or the base.
     """
     settings = read_settings(config)
+    invocation = tuple(settings.alora_invocation_tokens or ())
     plan = plan_keys(list(infos))
-    check_values(infos, plan)
-    sites = Sites(all_sites, plan.a)
-    parsed = ParsedAdapter(settings)
+    check_values([infos[key] for key in plan.read()])
+    sites = Sites(all_sites, plan.modules())
+    renamed = rename(plan, sites, base.kv_heads)
+    settings = renamed_settings(settings, renamed)
+    parsed = ParsedAdapter(settings, facts=AdapterFacts(invocation=invocation))
     ranks = PatternTable(settings.rank_pattern or {}, "rank_pattern")
     alphas = PatternTable(settings.alpha_pattern or {}, "alpha_pattern")
-    origin = _origin(config)
-    stacked = parameters_of(plan.a, sites.parameters, settings.target_parameters)
-    _check_modules(plan, sites, base, origin, stacked)
-    for wrapper, key in plan.a.items():
+    origin = trained_on(config)
+    grouped = {
+        name
+        for name, key in plan.a.items()
+        if name in sites.groups and stacked_by_expert(infos[key], infos[plan.b[name]], name, sites.parameters)
+    }
+    stacked = parameters_of(plan.a.keys() - grouped, sites.parameters, settings.target_parameters)
+    check_modules(plan, sites, base, origin, stacked.keys() | grouped)
+    if invocation and base.weights is not None and base.weights.source.serial:
+        raise AdapterError(
+            "alora_invocation_tokens: transformers' code computes this model one sequence at a time, where an adapter "
+            "acts on all tokens or none. Train plain LoRA.",
+            param="alora_invocation_tokens",
+        )
+    if invocation and plan.embeddings:
+        raise AdapterError(
+            f"alora_invocation_tokens is set, but PEFT has no activated LoRA on an embedding: "
+            f"{listed(plan.embeddings)}.",
+            param="alora_invocation_tokens",
+        )
+    targets = Targets(settings, sites.linear_names)
+    for wrapper in plan.a:
         module = stacked.get(wrapper, wrapper)
+        patterned = _parameter(module, targets, settings, sites) or module
         of_experts = sites.parameters[module] if wrapper in stacked else []
-        rank = ranks.value(module, settings.r)
-        alpha = alphas.value(module, settings.lora_alpha)
+        if wrapper in grouped:
+            of_experts = list(sites.groups[wrapper])
+        rank = ranks.value(patterned, settings.r)
+        alpha = alphas.value(patterned, settings.lora_alpha)
         scale = float(np.float32(alpha / (math.sqrt(rank) if settings.use_rslora else rank)))
         parts = tuple((site, site.modules[0]) for site in of_experts) or tuple(sites.by_name[module])
         experts = of_experts[0].stacked.experts if of_experts and of_experts[0].stacked is not None else 0
-        pair = Pair(module, infos[key], infos[plan.b[wrapper]], scale, parts, experts)
-        _check_shapes(pair, rank, base, origin)
+        pair = _make_pair(module, wrapper, parts, rank, scale, experts, plan, infos, settings)
+        if module in renamed.orders:
+            pair = replace(pair, form=replace(pair.form, order=renamed.orders[module]))
+        if wrapper in grouped:
+            check_stacked(pair.a, pair.b, of_experts, rank, module)
+            pair = replace(pair, grouped=True)
+        else:
+            check_shapes(pair, rank, base, origin)
         parsed.pairs.append(pair)
-    _check_sites_once(parsed.pairs)
-    _cross_check(parsed, Targets(settings, sites.linear_names), sites, plan)
-    parsed.copies = {sites.by_name[module][0][0].kind: key for module, key in plan.copies.items()}
+    check_sites_once(parsed.pairs)
+    parsed.saved = match_saved(plan, infos, settings, sites, tied=base.tied)
+    cross_check(parsed, targets, sites, plan, tied=base.tied)
+    if settings.bias not in (None, "none") and not plan.biases:
+        parsed.warnings.append(f"bias is {settings.bias!r}, but the file has no biases: the base's are used.")
     parsed.warnings += left_out_warnings(plan)
     for table, name in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
         for module, winner, loser in table.conflicts[:10]:
@@ -156,196 +121,43 @@ def parse_metadata(
     return parsed
 
 
-def left_out_warnings(plan: KeyPlan) -> list[str]:
-    """The modules of ``plan`` that are not served, named by part and counted."""
-    if not plan.left_out:
-        return []
-    return [
-        f"Left out, because text does not pass through them: {left_out_words(plan)}. "
-        f"The {len(plan.a)} modules of the text model are served."
-    ]
-
-
-def check_values(infos: Mapping[str, TensorInfo], plan: KeyPlan) -> None:
-    """Every tensor that is read must have values, of a dtype that is served. Raises ``AdapterError`` naming it."""
-    halves = [*plan.a.values(), *plan.b.values(), *plan.copies.values()]
-    if empty := [key for key in halves if 0 in infos[key].shape]:
+def _parameter(module: str, targets: Targets, settings: LoraSettings, sites: Sites) -> str | None:
+    """The parameter of a linear module that ``target_parameters`` names, by which patterns call it."""
+    name = f"{module}.weight"
+    if not is_named(name, settings.target_parameters or ()) or targets.targeted(module):
+        return None
+    if any(site.transform == "transpose" for site, _ in sites.by_name.get(module, ())):
         raise AdapterError(
-            f"{len(empty)} of {len(halves)} tensors hold no values: {listed(empty)}. DeepSpeed ZeRO-3 leaves such "
-            "placeholders when the weights are not gathered before saving. Save again with "
-            "stage3_gather_16bit_weights_on_model_save=true, or run zero_to_fp32.py on the checkpoint.",
-            param=min(empty),
-            count=len(empty),
-        )
-    for key in halves:
-        if infos[key].dtype not in FLOATS:
+            f"target_parameters names {name}, which is stored transposed (Conv1D): PEFT takes its columns for rows. "
+            "Name the module in target_modules.", param="target_parameters",
+        )  # fmt: skip
+    return name
+
+
+def _make_pair(
+    module: str, wrapper: str, parts: Parts, rank: int, scale: float, experts: int, plan: KeyPlan,
+    infos: Mapping[str, TensorInfo], settings: LoraSettings,
+) -> Pair:  # fmt: skip
+    """The pair of ``module``, whose tensors are named by ``wrapper``, with those of its variant."""
+    asked = {
+        "use_dora": (plan.magnitudes, settings.use_dora, "lora_magnitude_vector"),
+        "lora_bias": (plan.b_biases, settings.lora_bias and wrapper not in plan.embeddings, "bias of lora_B"),
+        "kasa_config": (plan.diagonals, settings.kasa_config is not None, "lora_diag"),
+    }
+    extra = []
+    for name, (group, expected, what) in asked.items():
+        if bool(expected) != (wrapper in group):
+            key = group.get(wrapper, plan.a[wrapper])
+            found = f"the file has a {what} of {module}" if wrapper in group else f"the file has no {what} of {module}"
             raise AdapterError(
-                f"{key} is {infos[key].dtype}; supported are F32, F16 and BF16. Save the adapter in one of these.",
-                param=key,
-                dtype=infos[key].dtype,
-            )
-
-
-def _origin(config: Mapping[str, Any]) -> str:
-    named = config.get("base_model_name_or_path")
-    if not isinstance(named, str) or not named.strip():
-        return "base_model_name_or_path does not name the base that it was trained on."
-    return f"It was trained on {named[:200]!r} (base_model_name_or_path)."
-
-
-def _check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str, stacked: Collection[str]) -> None:
-    """Every module of the file must be a linear layer or a table of the base, or ``stacked``."""
-    modules = [module for module in plan.a if module not in stacked]
-    unknown = [module for module in modules if module not in sites.by_name]
-    if unknown:
-        raise _unknown(unknown, plan, sites, base, origin)
-    for module in modules:
-        parts = sites.by_name[module]
-        if (parts[0][0].kind == "embed") != (module in plan.embeddings):
-            raise AdapterError(
-                f"{plan.a[module]}: LoRA on an embedding is saved as lora_embedding_A and lora_embedding_B, on a "
-                "linear layer as lora_A.weight and lora_B.weight. The adapter was made for another base.",
-                param=plan.a[module],
-            )
-        starts, ends = [part.lo for _, part in parts], [part.hi for _, part in parts]
-        if [*starts, parts[0][1].of] != [0, *ends]:  # with a gap, or an overlap
-            raise AdapterError(f"{module} cannot be adapted as one module in {base.model}.", param=plan.a[module])
-
-
-def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) -> AdapterError:
-    """Why these modules are not in the base: another prefix, more layers, or another architecture."""
-    keys = [plan.a[module] for module in unknown]
-    if convolutions := [plan.a[module] for module in unknown if _CONVOLUTION.search(module)]:
-        return AdapterError(
-            f"LoRA on a convolution is not supported: {listed(convolutions)}. Train without it: leave "
-            f"{listed({_leaf(module) for module in unknown if _CONVOLUTION.search(module)})} out of target_modules.",
-            param=min(convolutions),
-        )
-    some = "is" if len(unknown) == 1 else "are"
-    every = "None of its modules is" if len(unknown) == len(plan.a) else f"{len(unknown)} of {len(plan.a)} {some} not"
-    what = f"{every} in {base.model}: {listed(keys)}."
-    prefixes = {found[0] for module in unknown if (found := tail_of(module, sites.tails))}
-    highest = max((int(index[1]) for module in unknown if (index := _LAYER.search(module))), default=0)
-    if prefixes and len(unknown) < len(plan.a):
-        seen = listed(map(repr, {*prefixes, sites.root}))
-        why = (
-            f"Its names have several prefixes ({seen}), as if two adapters were in one file; save each in its own file."
-        )
-    elif prefixes:
-        known = ", ".join(repr(root) for root in TEXT_ROOTS if root)
-        why = (
-            f"They begin with {listed(map(repr, prefixes))}, which is none of the prefixes known for the text model of "
-            f"a class ({known}). If it is the same text model, rename the tensors to begin with {sites.root!r}."
-        )
-    elif highest >= sites.layers:
-        depth = f"The adapter has a layer {highest}, the base only {sites.layers} layers"
-        why = f"{depth}: it was made for another base. {origin}"
-    elif len(unknown) == len(plan.a):
-        example = min(sites.linear_names, default="none")
-        why = f"The base has modules such as {example}: the adapter was made for another base. {origin}"
-    else:
-        why = f"The base has no such layers. {origin}"
-    return AdapterError(f"{what} {why}", param=min(keys))
-
-
-def _check_shapes(pair: Pair, rank: int, base: BaseFacts, origin: str) -> None:
-    site, part = pair.parts[0]
-    found_rank, times = pair.rank if pair.a.shape else 0, max(1, pair.experts)
-    if len(pair.a.shape) == len(pair.b.shape) == 2 and found_rank != rank and pair.b.shape[1] == found_rank * times:
+                f"{name} is {'set' if expected else 'not set'}, but {found}. The two files are of different adapters, "
+                "or the file is incomplete.", param=name, key=key,
+            )  # fmt: skip
+        extra.append(infos[group[wrapper]] if wrapper in group else None)
+    if experts and any(extra):
         raise AdapterError(
-            f"{pair.a.name} has rank {found_rank}, but adapter_config.json says {rank} (r, rank_pattern). The scale "
-            "depends on the rank, so it is not known which is right; correct the configuration or save the adapter "
-            "again.",
-            param=pair.a.name,
-            found=found_rank,
-            expected=rank,
+            f"{module}: PEFT has no DoRA, lora_bias or KaSA on parameters of experts.", param="target_parameters"
         )
-    of_a, of_b = (rank, site.in_features), (part.of, rank)
-    if pair.experts and site.stacked is not None:
-        of_a, of_b = pair_shapes(site, site.stacked, rank)
-    for info, expected in ((pair.a, of_a), (pair.b, of_b)):
-        if info.shape != expected:
-            raise AdapterError(
-                f"{info.name} has shape {list(info.shape)}, but {pair.module} of {base.model} needs {list(expected)}: "
-                f"the adapter was made for another base. {origin}",
-                param=info.name,
-                found=list(info.shape),
-                expected=list(expected),
-            )
-
-
-def _check_sites_once(pairs: Sequence[Pair]) -> None:
-    """Each site is adapted by one pair: its own name and a fused one would be ambiguous."""
-    owner: dict[int, Pair] = {}
-    for pair in pairs:
-        for site, _ in pair.parts:
-            other = owner.setdefault(site.id, pair)
-            if other is not pair:
-                raise AdapterError(
-                    f"{pair.a.name} and {other.a.name} both adapt {site.module}; keep one.", param=pair.a.name
-                )
-
-
-def _cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: KeyPlan) -> None:
-    """Every module of the file is targeted by the configuration, and every targeted module is in the file."""
-    covered = {site.id for pair in parsed.pairs for site in pair.sites}
-    if parsed.settings.target_modules is None and not parsed.settings.target_parameters:
-        parsed.warnings.append("target_modules is null; the tensors alone determine which modules are adapted.")
-        return
-    parameters = parsed.settings.target_parameters or ()
-
-    def is_target(module: str) -> bool:
-        return targets.targeted(module) or is_named(module, parameters) or is_named(f"{module}.weight", parameters)
-
-    stray = [pair.a.name for pair in parsed.pairs if not is_target(pair.module)]
-    if stray:
-        raise AdapterError(
-            f"Tensors for modules that the configuration does not target (target_modules, target_parameters, "
-            f"exclude_modules, layers_to_transform): {listed(stray)}. One of the two files is of another adapter, or "
-            "was edited.",
-            param="target_modules",
-            key=stray[0],
-        )
-    fused = sites.fused_leaves & {_leaf(pair.module) for pair in parsed.pairs}
-    if isinstance(parsed.settings.target_modules, list):
-        fused |= sites.fused_leaves & {_leaf(entry) for entry in parsed.settings.target_modules}
-    # For transformers 5 experts are no modules: then a name such as gate_proj does not mean theirs.
-    as_modules = any(site.stacked is not None for pair in parsed.pairs if not pair.experts for site in pair.sites)
-    missing = [
-        sites.name_of(site, site.modules[0])
-        for site in sites.all
-        if site.id not in covered
-        and (as_modules or site.stacked is None)
-        and any(is_target(name) for name in _names_in_use(site, fused, sites))
-    ]
-    missing += [
-        name
-        for name, of_all in sites.parameters.items()
-        if is_named(name, parameters) and not covered.issuperset(site.id for site in of_all)
-    ]
-    if missing:
-        raise AdapterError(
-            f"Modules that target_modules names have no tensors in the file: {listed(missing)}. "
-            "The file is incomplete, or of another adapter.",
-            param="target_modules",
-            modules=sorted(missing)[:10],
-        )
-    if unused := targets.unused_entries(sites.names | plan.left_out.keys()):
-        parsed.warnings.append(f"target_modules names no module of the base: {listed(unused)}.")
-
-
-def _leaf(module: str) -> str:
-    return module.rpartition(".")[2]
-
-
-def _is_own(site: Site, module: ModuleSlice) -> bool:
-    """Whether this name means the whole site, rather than a fused module that holds it."""
-    return module.lo == 0 and module.hi == module.of == site.out_features
-
-
-def _names_in_use(site: Site, fused: set[str], sites: Sites) -> list[str]:
-    """The names by which PEFT may know this site. A base has either a fused module or its parts, never both, and only
-    the adapter shows which: a pattern like ``.*up_proj`` does not mean ``gate_up_proj`` where no such module is in use.
-    """
-    whole = [m for m in site.modules if not _is_own(site, m) and _leaf(m.name) in fused]
-    return [sites.name_of(site, m) for m in whole or [m for m in site.modules if _is_own(site, m)]]
+    a, b = infos[plan.a[wrapper]], infos[plan.b[wrapper]]
+    form = form_of(settings, module, rank, parts[0][0].in_features, parts[0][1].of) if not experts else PLAIN
+    return Pair(module, a, b, scale, parts, rank, experts, form, *extra)

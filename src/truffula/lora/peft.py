@@ -1,47 +1,51 @@
 """Reads and validates a PEFT LoRA adapter: it is served exactly, or refused with the field or tensor that is wrong.
 
 PEFT creates modules from the configuration and fills them from the file, and reports no disagreement. Here the tensors
-decide: every key must be half of a pair on a module of this base, the configuration gives ranks and scales and must
-name exactly those modules, and every number must be finite. A valid adapter is returned as tensors per site, bits
-unchanged, and a scale.
+decide: every key must belong to a module of this base, the configuration gives ranks and scales and must name exactly
+those modules, and every number must be finite. A valid adapter is returned as parts per site; A and B keep their bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from truffula.errors import AdapterError, ErrorInfo, TruffulaError
-from truffula.kernels.adapters import SiteTensors, low_rank
+from truffula.kernels.adapters import SiteTensors
 from truffula.kernels.backend import Array
+from truffula.kernels.inputs import Float32
 from truffula.kernels.program import Site
+from truffula.lora.assemble import Assembly
+from truffula.lora.checks import check_values, left_out_warnings
 from truffula.lora.extra_files import extra_file_warnings
-from truffula.lora.fields import FieldRow, field_rows, parse_config, read_settings
+from truffula.lora.fields import FieldRow, field_rows, parse_config
 from truffula.lora.folder import AdapterFiles, open_adapter
-from truffula.lora.image import check_size
+from truffula.lora.image import AdapterFacts, check_size
 from truffula.lora.keys import listed, plan_keys
-from truffula.lora.matching import BaseFacts as BaseFacts
-from truffula.lora.matching import Pair, ParsedAdapter, check_values, left_out_warnings, parse_metadata
+from truffula.lora.matching import parse_metadata
+from truffula.lora.methods import Metadata, check_config, method_of, table_of
+from truffula.lora.parsed import BaseFacts as BaseFacts
+from truffula.lora.parsed import ParsedAdapter
 from truffula.lora.paths import OpenFolder
-from truffula.lora.stacked import site_tensors
-from truffula.lora.tables import check_copies
+from truffula.lora.patterns import matching_limit, tied_tables
 from truffula.weights.finite import first_non_finite
-
-_ZERO_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
     """A valid adapter. ``sites`` hold views of the mapped file: an image copies them.
 
-    ``generation`` is the hash of both files, ``rank`` the largest of its modules; ``warnings`` are for the operator.
+    ``generation`` is the hash of both files, ``rank`` the largest of its modules; ``facts`` and ``prefix`` (the values
+    of ``KvPrefix``) are for the scheduler, ``warnings`` for the operator.
     """
 
     generation: str
     rank: int
     sites: tuple[SiteTensors, ...]
+    facts: AdapterFacts
+    prefix: Float32 | None
     warnings: tuple[str, ...]
 
 
@@ -75,21 +79,28 @@ def validate_adapter(
     """
     with open_adapter(folder, max_file_bytes) as files:
         config = parse_config(files.config_bytes)
-        parsed = parse_metadata(files.folder, files.tensors.tensors, config, sites, base)
-        check_size(stored_bytes(parsed.pairs), max_bytes)
-        copies = {kind: (key, files.tensors.read(key)) for kind, key in parsed.copies.items()}
-        check_copies(copies, base.tables)
-        tensors, zero = _read_tensors(files, parsed.pairs)
+        parsed = _parse(files, config, sites, base)
+        check_size(stored_bytes(parsed), max_bytes)
+        assembly = Assembly(parsed.settings, _read_tensors(files, parsed), base.weights)
+        assembly.add_saved(parsed.saved)
+        if parsed.facts.invocation and assembly.parts:
+            raise _acts_before(parsed)
+        for pair in parsed.pairs:
+            assembly.add_pair(pair)
+        for item in parsed.computed:
+            assembly.add_computed(item)
+        _tie_head(parsed, assembly, sites, base)
+        idle, count = assembly.without_effect, len(parsed.pairs) + len(parsed.saved) + len(parsed.computed)
         warnings = list(parsed.warnings)
-        if len(zero) == len(parsed.pairs) and not (untrained and any(pair.scale for pair in parsed.pairs)):
-            raise _no_effect(parsed.pairs)
-        if zero:
-            warnings.append(f"{len(zero)} of {len(parsed.pairs)} modules are zero and change nothing: {listed(zero)}.")
+        if len(idle) >= count and not (untrained and any(pair.scale for pair in parsed.pairs)):
+            raise _no_effect(parsed)
+        if idle:
+            warnings.append(
+                f"{len(idle)} of {count} modules or tensors are zero and change nothing, or are the base's own: "
+                f"{listed(idle)}."
+            )
         return PeftAdapter(
-            generation=files.generation(),
-            rank=parsed.rank,
-            sites=_site_tensors(parsed.pairs, tensors),
-            warnings=tuple(warnings),
+            files.generation(), parsed.rank, assembly.sites(), parsed.facts, assembly.prefix, tuple(warnings)
         )
 
 
@@ -101,26 +112,46 @@ def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: Bas
     """
     with open_adapter(folder) as files:
         config = parse_config(files.config_bytes)
-        rows = field_rows(config)
+        rows: list[FieldRow] = []
         try:
+            rows += field_rows(config, table_of(config))
             if sites is None:
                 return _inspect_alone(files, config, rows)
-            parsed = parse_metadata(files.folder, files.tensors.tensors, config, sites, base or BaseFacts())
+            parsed = _parse(files, config, sites, base or BaseFacts())
         except TruffulaError as error:
             return AdapterReport(tuple(rows), (), error.info())
-        nbytes = stored_bytes(parsed.pairs)
-        report = (*rows, _tensor_row(parsed))
-        return AdapterReport(report, tuple(parsed.warnings), None, parsed.rank, nbytes, len(parsed.pairs))
+        nbytes = stored_bytes(parsed)
+        report = (*rows, *_tensor_rows(parsed))
+        return AdapterReport(
+            report, tuple(parsed.warnings), None, parsed.rank, nbytes, len(parsed.pairs) + len(parsed.computed)
+        )
+
+
+def _parse(files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site], base: BaseFacts) -> ParsedAdapter:
+    """The adapter as its metadata says, whatever its method."""
+    method, infos = method_of(config), files.tensors.tensors
+    if method is None:
+        return parse_metadata(files.folder, infos, config, sites, base)
+    check_config(config)
+    with matching_limit():
+        parsed = method.parse(Metadata(config, infos, sites, base))
+    parsed.warnings += extra_file_warnings(files.folder, config, sites=sites, model=base.model)
+    return parsed
 
 
 def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[FieldRow]) -> AdapterReport:
     """The report without a base."""
-    read_settings(config)
+    check_config(config)
     infos = files.tensors.tensors
+    if method_of(config) is not None:
+        nbytes = sum(info.nbytes for info in infos.values())
+        row = FieldRow("tensors", f"{len(infos)} tensors, {nbytes} bytes", "check", "not compared with a base")
+        notes = extra_file_warnings(files.folder, config, sites=None, model=None)
+        return AdapterReport((*rows, row), tuple(notes), None, 0, nbytes, 0)
     plan = plan_keys(list(infos))
-    check_values(infos, plan)
+    check_values([infos[key] for key in plan.read()])
     ranks = [infos[key].shape[0] for key in plan.a.values() if infos[key].shape]
-    nbytes = sum(infos[key].nbytes for key in (*plan.a.values(), *plan.b.values()))
+    nbytes = sum(infos[key].nbytes for key in plan.read())
     row = FieldRow(
         "tensors", f"{len(plan.a)} pairs, {nbytes} bytes", "check", f"ranks {_numbers(ranks)}; not compared with a base"
     )
@@ -128,59 +159,59 @@ def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[Fi
     return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
 
 
-def stored_bytes(pairs: Sequence[Pair]) -> int:
+def stored_bytes(parsed: ParsedAdapter) -> int:
     """Bytes of the file's tensors that are served."""
-    return sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
+    return sum(info.nbytes for info in parsed.tensors.values())
 
 
-def _read_tensors(files: AdapterFiles, pairs: Sequence[Pair]) -> tuple[dict[str, Array], list[str]]:
-    """Tensors by key, finite; and the modules whose addition is zero."""
-    tensors: dict[str, Array] = {}
-    zero: list[str] = []
-    for pair in pairs:
-        for info in (pair.a, pair.b):
-            array = files.tensors.read(info.name)
-            bad = first_non_finite(array)
-            if bad is not None:
-                count, first = bad
-                raise AdapterError(
-                    f"{info.name} holds {count} values that are NaN or infinite, the first at {list(first)}: "
-                    "training diverged, or the file is damaged. Take an earlier checkpoint.",
-                    param=info.name,
-                    count=count,
-                )
-            tensors[info.name] = array
-        if pair.scale == 0 or _is_zero(tensors[pair.b.name]) or _is_zero(tensors[pair.a.name]):
-            zero.append(pair.module)
-    return tensors, zero
+def _read_tensors(files: AdapterFiles, parsed: ParsedAdapter) -> dict[str, Array]:
+    """Tensors by key, finite."""
+    tensors = {key: files.tensors.read(key) for key in parsed.tensors}
+    for key, array in tensors.items():
+        if (bad := first_non_finite(array)) is not None:
+            count, first = bad
+            raise AdapterError(
+                f"{key} holds {count} values that are NaN or infinite, the first at {list(first)}: training diverged, "
+                "or the file is damaged. Take an earlier checkpoint.",
+                param=key,
+                count=count,
+            )
+    return tensors
 
 
-def _no_effect(pairs: Sequence[Pair]) -> AdapterError:
+def _tie_head(parsed: ParsedAdapter, assembly: Assembly, sites: Sequence[Site], base: BaseFacts) -> None:
+    """On a tied base, ``ensure_weight_tying`` gives the head the embedding's pair."""
+    tables = {pair.parts[0][0].kind: pair for pair in parsed.pairs}
+    head = next((site for site in sites if site.kind == "head"), None)
+    tied = base.tied and tied_tables(parsed.settings) == "targets"
+    if tied and "embed" in tables and head is not None:
+        assembly.tie_head(tables["embed"], head, tables.get("head"))
+
+
+def _acts_before(parsed: ParsedAdapter) -> AdapterError:
+    """The error of an activated LoRA with tensors that PEFT applies to all tokens."""
+    keys = [saved.info.name for saved in parsed.saved]
+    return AdapterError(
+        f"alora_invocation_tokens is set, but PEFT would apply {listed(keys)} to all tokens, not from the invocation "
+        "on, so that the base's cache could not be used. Train without modules_to_save, trained biases and tokens.",
+        param="alora_invocation_tokens",
+        key=keys[0],
+    )
+
+
+def _no_effect(parsed: ParsedAdapter) -> AdapterError:
     """The error of an adapter that changes nothing."""
-    scales = all(pair.scale == 0 for pair in pairs)
+    scales = bool(parsed.pairs) and all(pair.scale == 0 for pair in parsed.pairs)
     why = "its scale is zero (lora_alpha)" if scales else "its tensors are zero, as before training"
-    key = pairs[0].b.name
+    if not parsed.pairs:
+        why = "its tensors equal the base's"
+    if parsed.computed:
+        why = "with its tensors the results are the base's, as before training"
+    key = parsed.pairs[0].b.name if parsed.pairs else next(iter(parsed.tensors), "adapter_model.safetensors")
     return AdapterError(
         f"The adapter changes nothing: {why} ({key}). Its answers would be those of the base.",
         param="lora_alpha" if scales else key,
     )
-
-
-def _is_zero(array: Array) -> bool:
-    """Whether every value is zero; stops at the first chunk that holds another."""
-    flat = array.reshape(-1)
-    return not any((flat[i : i + _ZERO_CHUNK] != 0).any() for i in range(0, flat.size, _ZERO_CHUNK))
-
-
-def _site_tensors(pairs: Sequence[Pair], tensors: Mapping[str, Array]) -> tuple[SiteTensors, ...]:
-    made: list[SiteTensors] = []
-    for pair in pairs:
-        a, b = tensors[pair.a.name], tensors[pair.b.name]
-        if pair.experts:
-            made += site_tensors(pair.sites, a, b, pair.scale)
-            continue
-        made += [low_rank(site.id, a, part.rows(b), pair.scale) for site, part in pair.parts]
-    return tuple(sorted(made, key=lambda s: s.site))
 
 
 def _numbers(values: Iterable[float]) -> str:
@@ -188,11 +219,26 @@ def _numbers(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in every[:8]) + (", …" if len(every) > 8 else "")
 
 
-def _tensor_row(parsed: ParsedAdapter) -> FieldRow:
+def _tensor_rows(parsed: ParsedAdapter) -> Iterator[FieldRow]:
+    """One row for the pairs, and one for each kind of tensor that takes the place of the base's."""
     pairs = parsed.pairs
-    nbytes = stored_bytes(pairs)
-    dtypes = ", ".join(sorted({info.dtype for pair in pairs for info in (pair.a, pair.b)}))
-    note = f"ranks {_numbers([p.rank for p in pairs])}; scales {_numbers([p.scale for p in pairs])}; {dtypes}"
-    if parsed.copies:
-        note += f"; copies of base tables ({listed(parsed.copies.values())}) are compared with the base at loading"
-    return FieldRow("tensors", f"{len(pairs)} pairs, {nbytes} bytes", "serve", note)
+    infos = [info for pair in pairs for info in pair.tensors]
+    if pairs:
+        dtypes = ", ".join(sorted({info.dtype for info in infos}))
+        note = f"ranks {_numbers([p.rank for p in pairs])}; scales {_numbers([p.scale for p in pairs])}; {dtypes}"
+        yield FieldRow("tensors", f"{len(pairs)} pairs, {sum(info.nbytes for info in infos)} bytes", "serve", note)
+    if parsed.computed:
+        own = {info.name: info for item in parsed.computed for info in item.infos}
+        nbytes = sum(info.nbytes for info in own.values())
+        note = f"{len(parsed.computed)} modules; as LoRA of ranks {_numbers([item.rank for item in parsed.computed])}"
+        note = note if parsed.rank else listed(item.module for item in parsed.computed)
+        yield FieldRow("tensors", f"{len(own)} tensors, {nbytes} bytes", "serve", note)
+    for kind, what in (("weight", "saved weights"), ("bias", "trained biases"), ("rows", "trained rows")):
+        saved = {item.info.name: item for item in parsed.saved if item.kind == kind}
+        if not saved:
+            continue
+        nbytes = sum(item.info.nbytes for item in saved.values())
+        note = listed(item.module for item in saved.values())
+        if copies := sum(item.copy for item in saved.values()):
+            note += f"; {copies} may be copies of the base's, which is compared at loading"
+        yield FieldRow(what, f"{len(saved)} tensors, {nbytes} bytes", "serve", note)

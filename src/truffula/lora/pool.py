@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -126,10 +126,42 @@ class AdapterPool:
         self._generations.touch(entry, self._clock())
         return lease
 
-    def is_pending(self, generation: str) -> bool:
-        """Whether ``acquire`` gave None only because an upload has not ended, its own or another of this step."""
-        entry = self._generations.get(generation)
-        return entry is not None and not entry.resident and (entry.slot is not None or not self._may_upload)
+    def acquire_all(self, generations: Sequence[str]) -> tuple[AdapterLease, ...] | None:
+        """A resident lease on each of ``generations``, in their order; None, and none taken, when that is not possible
+        in this step.
+
+        Raises as ``acquire``; ``InsufficientMemory`` also when their bytes never fit together.
+        """
+        needed, limit = sum(self._generations[one].nbytes for one in generations), self._generations.limit
+        if len(generations) > 1 and needed > limit:
+            raise InsufficientMemory(
+                f"The {len(generations)} adapters of the request take {needed} bytes together, and adapters may use "
+                f"{limit}. Name fewer adapters, or give the server more memory (--memory, --adapter-memory).",
+                param="adapters", requested_bytes=needed, limit_bytes=limit,
+            )  # fmt: skip
+        leases: dict[str, AdapterLease] = {}
+        try:
+            # The resident ones first: the upload of another must not evict them.
+            for one in sorted(generations, key=lambda one: not self._generations[one].resident):
+                if (lease := self.acquire(one)) is None:
+                    break
+                leases[one] = lease
+        finally:
+            if len(leases) < len(generations):
+                for lease in leases.values():
+                    self.release(lease)
+        return tuple(leases[one] for one in generations) if len(leases) == len(generations) else None
+
+    def is_pending(self, generations: Sequence[str]) -> bool:
+        """Whether ``acquire_all`` gave None only because an upload has not ended, of one of these or another."""
+        entries = [entry for one in generations if (entry := self._generations.get(one)) is not None]
+        return any(not entry.resident and (entry.slot is not None or not self._may_upload) for entry in entries)
+
+    def replacing_part(self, generation: str) -> str | None:
+        """The kind of a part of this adapter that replaces weights of the base, so that it has no multiple and no sum
+        with another's; None where there is none.
+        """
+        return self._generations[generation].image.replacing_part()
 
     def release(self, lease: AdapterLease) -> None:
         """End a lease of either kind, once. A resident adapter stays resident until its bytes are needed."""
@@ -276,7 +308,7 @@ class AdapterPool:
                 self.release(former)
         if self._ensure_resident(entry):
             return entry.state(ref.name)
-        if self.is_pending(entry.id):
+        if self.is_pending([entry.id]):
             return None
         command.no_room_since = now if command.no_room_since is None else command.no_room_since
         waited = now - command.no_room_since

@@ -27,8 +27,9 @@ import msgspec
 
 from truffula.environment import expanded
 from truffula.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest
-from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config, read_settings
+from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config
 from truffula.lora.foreign import close_path, describe_file, describe_folder, meant_as_adapter
+from truffula.lora.methods import check_config
 from truffula.lora.paths import CONFIG, TENSORS, fingerprint
 from truffula.types import AdapterRef
 
@@ -350,7 +351,7 @@ def _why_refused(folder: Path) -> str | None:
         if (lacking := describe_folder(folder)) is not None:
             return lacking[0]
         with (folder / CONFIG).open("rb") as file:
-            read_settings(parse_config(file.read(MAX_CONFIG_BYTES + 1)))
+            check_config(parse_config(file.read(MAX_CONFIG_BYTES + 1)))
     except AdapterError as error:
         return error.message
     except OSError as error:

@@ -30,13 +30,13 @@ from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError, WireErro
 from truffula.frames import Channel, Disconnected, Frame
 from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
+from truffula.lora.base import BaseSource, BaseWeights
 from truffula.lora.folder import open_folder
 from truffula.lora.hub import download
 from truffula.lora.image import ImageHeader, ImageWriter, check_size
 from truffula.lora.paths import CONFIG, TENSORS, OpenFolder, fingerprint
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.lora.staging import remove_abandoned, sweep
-from truffula.lora.tables import BaseTable
 from truffula.types import AdapterRef
 
 VERSION = 3
@@ -63,15 +63,15 @@ class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
 class Setup(Frame, frozen=True, kw_only=True):
     """The first frame to a worker: the base, the layout and the limits of all its loads.
 
-    ``model`` is the base's name, for messages; ``tables`` where its tables are stored, by kind of site; ``layout`` the
-    executable's. ``offline`` and ``cache_dir`` are for adapters of the Hub.
+    ``model`` is the base's name, for messages; ``base`` where its weights are; ``layout`` the executable's.
+    ``offline`` and ``cache_dir`` are for adapters of the Hub.
     """
 
     sites: Sequence[Site]
     model: str
     limits: LoadLimits = LoadLimits()
     layout: AdapterLayout = STORED
-    tables: dict[str, BaseTable] = msgspec.field(default_factory=dict)
+    base: BaseSource | None = None
     offline: bool = False
     cache_dir: str | None = None
 
@@ -173,18 +173,24 @@ def load(
     try:
         folder = _find(request.ref, setup)
         root = Path(request.ref.root) if request.ref.root else None
-        with contextlib.closing(open_folder(folder, root)) as opened:
+        with (
+            contextlib.closing(open_folder(folder, root)) as opened,
+            contextlib.ExitStack() as stack,
+        ):
+            weights = None if setup.base is None else stack.enter_context(contextlib.closing(BaseWeights(setup.base)))
             before = fingerprint(opened.stat)
             on_files(_files_nbytes(opened))
             adapter = validate_adapter(
                 opened,
                 setup.sites,
-                base=BaseFacts(model=setup.model, tables=setup.tables),
+                base=BaseFacts(setup.model, weights),
                 max_bytes=setup.limits.image_bytes,
                 max_file_bytes=setup.limits.file_bytes,
                 untrained=request.ref.untrained,
             )
-            image = ImageWriter(adapter.generation, adapter.rank, adapter.sites, setup.layout)
+            image = ImageWriter(
+                adapter.generation, adapter.rank, adapter.sites, setup.layout, adapter.facts, adapter.prefix
+            )
             check_size(image.header.nbytes, setup.limits.image_bytes)
             path = _new_file(request, staging, image.header.nbytes)
             image.write(path)

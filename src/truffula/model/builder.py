@@ -32,6 +32,7 @@ from truffula.kernels.program import (
     Rows,
     Site,
     SiteSlice,
+    Transform,
     WeightDecl,
     WeightPart,
 )
@@ -116,7 +117,8 @@ class ProgramBuilder:
             modules = [ModuleSlice(body + name, 0, item.rows, item.rows, item.order) for name in names]
             if row.fused is not None:
                 modules.append(ModuleSlice(body + row.fused, lo, hi, row.rows))
-            yield SiteSlice(self.site("linear", row.layer, row.width, item.rows, modules), lo, hi)
+            site = self.site("linear", row.layer, row.width, item.rows, modules, transform=row.transform)
+            yield SiteSlice(site, lo, hi)
             lo = hi
 
     def _expert_sites(self, row: WeightRow) -> Iterator[SiteSlice]:
@@ -142,12 +144,28 @@ class ProgramBuilder:
         return self.weight(f"{key}.bias") if f"{key}.bias" in self.rows else None
 
     def site(
-        self, kind: Literal["linear", "embed", "head"], layer: int | None, width_in: int, width_out: int,
-        modules: Sequence[ModuleSlice], stacked: StackedSlice | None = None,
+        self, kind: Literal["linear", "embed", "head", "norm"], layer: int | None, width_in: int, width_out: int,
+        modules: Sequence[ModuleSlice], stacked: StackedSlice | None = None, transform: Transform = "none",
+        virtual_scale: float | None = 1.0,
     ) -> int:  # fmt: skip
         """The id of a new site. Tables are sites on each side even when they are one tensor: tying is of the base."""
-        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, tuple(modules), stacked))
-        return len(self.sites) - 1
+        number, names = len(self.sites), tuple(modules)
+        self.sites.append(Site(number, kind, layer, width_in, width_out, names, stacked, transform, virtual_scale))
+        return number
+
+    def add_norm_sites(self) -> None:
+        """Give each norm whose weight is one module's a site, after all other sites: their ids stay as they are."""
+        for index, op in enumerate(self.ops):
+            row = self.rows.get(op.name)
+            if not isinstance(op, Norm) or op.weight is None or row is None or len(row.slices) != 1:
+                continue
+            (item,), width = row.slices, row.rows
+            if row.param != "weight":  # a tensor that is no module's weight
+                continue
+            names = [name for name in (item.module, item.alias) if name is not None]
+            modules = [ModuleSlice(self.module(name), 0, width, width) for name in names]
+            site = self.site("norm", row.layer, width, width, modules, transform=row.transform)
+            self.ops[index] = replace(op, site=site)
 
     def module(self, path: str) -> str:
         """The path in transformers of a module that is named relative to the body."""

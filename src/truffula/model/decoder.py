@@ -46,6 +46,7 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
     for index, layer in enumerate(spec.layers):
         _write_layer(build, index, layer)
     logits = _write_logits(build, head, hidden)
+    build.add_norm_sites()
     return Program(
         name=spec.model_type,
         vocab_size=spec.vocab_size,
@@ -75,7 +76,10 @@ def _write_embedding(build: ProgramBuilder, table: int) -> Ref:
     module = build.module(names.embed)
     site = None
     if spec.embed_adapters:
-        site = build.site("embed", None, spec.vocab_size, width, [ModuleSlice(module, 0, width, width)])
+        site = build.site(
+            "embed", None, spec.vocab_size, width, [ModuleSlice(module, 0, width, width)],
+            virtual_scale=_virtual_scale(spec),
+        )  # fmt: skip
     projected, norm = spec.embed_width is not None, spec.embed_norm
     rows = build.buffer("embedded", width) if projected else hidden
     # Some classes scale the output of the module, or add to it.
@@ -90,6 +94,13 @@ def _write_embedding(build: ProgramBuilder, table: int) -> Ref:
     if spec.per_layer is not None:
         spec.per_layer.write(build, hidden)
     return hidden
+
+
+def _virtual_scale(spec: ModelSpec) -> float | None:
+    """See ``Site``. Inputs of layers that are computed from token ids have no rows for virtual tokens."""
+    if spec.per_layer is not None or spec.embed_scaled == "ids":
+        return None
+    return 1.0 if spec.embed_scaled == "module" or spec.embed_scale is None else spec.embed_scale
 
 
 def _rope_regime(spec: ModelSpec) -> RopeRegime | None:

@@ -73,9 +73,12 @@ def describe_positions(spec: ModelSpec, config: Mapping[str, Any]) -> str:
 
 
 def site_kinds(interface: ModelInterface) -> dict[str, int]:
-    """The number of sites of each kind of module, named relative to its layer; ``*`` for the number of an expert."""
+    """The number of sites of each kind of module but norms, named relative to its layer; ``*`` for the number of an
+    expert."""
     kinds = Counter[str]()
-    for path, count in Counter(_NUMBER.sub(".*.", site.modules[0].name) for site in interface.sites).items():
+    for path, count in Counter(
+        _NUMBER.sub(".*.", site.modules[0].name) for site in interface.sites if site.kind != "norm"
+    ).items():
         head, of_layer, rest = path.partition(".*.")
         kinds[rest if of_layer else head.rpartition(".")[2]] += count
     return dict(kinds)

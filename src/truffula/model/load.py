@@ -159,10 +159,7 @@ class WeightReader:
         if decl.id in self._read:
             raise KernelError(f"{decl.name} was read twice.")
         parts = [self._part(part, decl.shape) for part in decl.parts]
-        if len(decl.shape) == 1 and len(parts) > 1 and decl.parts[0].stored:
-            # Biases of experts, gate and up in tensors of their own: those of an expert follow one another.
-            each = [np.asarray(part).reshape(item.stored) for item, part in zip(decl.parts, parts, strict=True)]
-            parts = [np.concatenate(each, axis=1).reshape(-1)]
+        parts = joined(decl, parts)
         if not make_shape(decl, [part.shape for part in parts]):
             shapes = [list(part.shape) for part in parts]
             raise KernelError(f"{decl.name} has parts {shapes} in the files, {list(decl.shape)} in the program.")
@@ -170,50 +167,67 @@ class WeightReader:
         return parts
 
     def _part(self, part: WeightPart, shape: tuple[int, ...]) -> Part:
-        info = self.checkpoint.tensors[part.name]
-        as_stored = part.transform == "none" and part.order is None
-        as_blocks = part.order is None and part.transform in _ROWS_OF_BLOCKS
-        as_blocks = as_blocks and (info.values or info.dtype) in self.block_kinds
-        blocks = self.checkpoint.blocks(part.name) if as_blocks else None
-        if blocks is not None and part.transform != "none":
-            swapped = (*info.shape[:-2], info.shape[-1], info.shape[-2])
-            blocks = blocks.output_rows(_ROWS_OF_BLOCKS[part.transform]) if blocks.shape == swapped else None
-        by_rows = as_stored and (len(shape) < 3 or part.expert is not None)
-        computed = self.checkpoint.computed(part.name) if by_rows else None
-        if blocks is not None:
-            values: Part = blocks
-        elif computed is not None:
-            values = _checked_rows(computed, info)
-        elif by_rows and len(shape) > 1 and info.dtype in ("F32", "F16", "BF16"):  # a view
-            stored = self.checkpoint.read(part.name)
-            rows = ComputedArray(stored.shape, stored.dtype, lambda lo, hi: stored[lo:hi])
-            values = _checked_rows(rows, info)
-        else:
-            values = arranged(part, self._values(part, info), shape)
-        self._done_bytes += info.nbytes
+        values = read_part(self.checkpoint, part, shape, self.block_kinds)
+        self._done_bytes += self.checkpoint.tensors[part.name].nbytes
         if self.progress is not None:
             self.progress(part.name, self._done_bytes, self.plan.stored_bytes)
         return values
-
-    def _values(self, part: WeightPart, info: TensorInfo) -> Array:
-        stored = self.checkpoint.read(part.name)
-        _require_finite(stored, info)
-        if part.transform == "conv":
-            stored = stored[:, 0, :]
-        values = stored.T if part.transform == "transpose" else stored
-        if stored.dtype != np.float64 and part.transform not in ("plus_one", "minus_exp"):
-            return values
-        values = values.astype(np.float32)
-        release_pages(stored)
-        if part.transform == "minus_exp":
-            return -np.exp(values)
-        return values + np.float32(1) if part.transform == "plus_one" else values
 
     def finish(self) -> None:
         """Raise ``KernelError`` when a weight of the program was not read: its values would be undefined."""
         left = [decl.name for decl in self.plan.program.weights if decl.id not in self._read]
         if left:
             raise KernelError(f"{len(left)} weights were not read: {', '.join(left[:10])}.")
+
+
+def joined(decl: WeightDecl, parts: list[Part]) -> list[Part]:
+    """``parts``; those of a vector of experts, gate and up in tensors of their own, as one: an expert's follow one
+    another."""
+    if len(decl.shape) != 1 or len(parts) < 2 or not decl.parts[0].stored:
+        return parts
+    each = [np.asarray(part).reshape(item.stored) for item, part in zip(decl.parts, parts, strict=True)]
+    return [np.concatenate(each, axis=1).reshape(-1)]
+
+
+def read_part(
+    checkpoint: Checkpoint, part: WeightPart, shape: tuple[int, ...], block_kinds: frozenset[str] = frozenset(),
+    *, checked: bool = True,
+) -> Part:  # fmt: skip
+    """A part of a weight of ``shape``; ``checked``: ``CheckpointError`` for values that are not finite."""
+    info = checkpoint.tensors[part.name]
+    as_stored = part.transform == "none" and part.order is None
+    as_blocks = part.order is None and part.transform in _ROWS_OF_BLOCKS
+    as_blocks = as_blocks and (info.values or info.dtype) in block_kinds
+    blocks = checkpoint.blocks(part.name) if as_blocks else None
+    if blocks is not None and part.transform != "none":
+        swapped = (*info.shape[:-2], info.shape[-1], info.shape[-2])
+        blocks = blocks.output_rows(_ROWS_OF_BLOCKS[part.transform]) if blocks.shape == swapped else None
+    by_rows = as_stored and (len(shape) < 3 or part.expert is not None)
+    computed = checkpoint.computed(part.name) if by_rows else None
+    if blocks is not None:
+        return blocks
+    if computed is not None:
+        return _checked_rows(computed, info) if checked else computed
+    stored = checkpoint.read(part.name)
+    if checked and by_rows and len(shape) > 1 and info.dtype in ("F32", "F16", "BF16"):  # a view
+        return _checked_rows(ComputedArray(stored.shape, stored.dtype, lambda lo, hi: stored[lo:hi]), info)
+    if checked:
+        _require_finite(stored, info)
+    return arranged(part, transformed(part, stored), shape)
+
+
+def transformed(part: WeightPart, stored: Array) -> Array:
+    """The values of a tensor that is stored as ``part`` says: a view, or new float32 values."""
+    if part.transform == "conv":
+        stored = stored[:, 0, :]
+    values = stored.T if part.transform == "transpose" else stored
+    if stored.dtype != np.float64 and part.transform not in ("plus_one", "minus_exp"):
+        return values
+    values = values.astype(np.float32)
+    release_pages(stored)
+    if part.transform == "minus_exp":
+        return -np.exp(values)
+    return values + np.float32(1) if part.transform == "plus_one" else values
 
 
 _ROWS_OF_BLOCKS = MappingProxyType(

@@ -170,8 +170,10 @@ class ModelSpec:
     None: no such table. ``embed_norm`` comes after that; it is within the module of the embedding where that has no
     ``embed_adapters``: they would act after it, which is not supported. ``embed_width``: the width of embedding and
     head where it is not that of the stream; two projections lie between.
-    ``embed_scale`` multiplies the input rows (rounded to the table's dtype first), never the head; ``logit_scale``
-    multiplies logits, then ``logit_softcap``. ``per_layer``: inputs of the layers' third parts.
+    ``embed_scale`` multiplies the input rows (rounded to the table's dtype first), never the head. transformers applies
+    it in the embedding (``embed_scaled`` module), also to embeddings that are given in place of ids (inputs), or to the
+    rows of ids alone (ids). ``logit_scale`` multiplies logits, then ``logit_softcap``. ``per_layer``: inputs of the
+    layers' third parts.
     ``notes`` are for the operator.
     """
 
@@ -187,6 +189,7 @@ class ModelSpec:
     embed_adapters: bool = True
     embed_width: int | None = None
     embed_scale: float | None = None
+    embed_scaled: Literal["module", "inputs", "ids"] = "inputs"
     per_layer: PerLayerInputs | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None

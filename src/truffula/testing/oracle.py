@@ -15,6 +15,7 @@ import numpy.typing as npt
 from truffula.errors import MissingDependency, UnsupportedModel
 from truffula.kernels.installation import CPU_TORCH, installation
 from truffula.kernels.program import Probe
+from truffula.lora.image import AdapterFacts
 from truffula.weights.gguf import GgufCheckpoint, open_parts
 from truffula.weights.open import open_checkpoint
 
@@ -97,12 +98,26 @@ class Oracle:
         model.set_attn_implementation(_ATTENTION)  # some classes do not take it from the argument above
         if factors:
             model.model.rotary_emb.inv_freq /= torch.tensor(factors)
+        self._virtual = 0
+        self._facts: AdapterFacts | None = None
+        self._model = model
         if adapter is not None:
-            from peft import PeftModel
+            self._attach(adapter)
+        self._model.eval()
+        self._modules = dict(model.named_modules())
 
-            model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
-        self._model = model.eval()
-        self._modules = dict(self._model.named_modules())
+    def _attach(self, adapter: Path) -> None:
+        from peft import PeftModel
+
+        wrapped = PeftModel.from_pretrained(self._model, str(adapter))
+        config = wrapped.active_peft_config
+        invocation = getattr(config, "alora_invocation_tokens", None)
+        if config.is_prompt_learning or invocation:  # these act in the wrapper, not in the modules
+            self._model = wrapped
+        if config.peft_type in ("PROMPT_TUNING", "P_TUNING"):
+            self._virtual = config.num_virtual_tokens
+        if invocation:
+            self._facts = AdapterFacts(invocation=tuple(invocation))
 
     def _register(self) -> None:
         """Register an attention function with transformers' eager masks and arithmetic that also records q and k."""
@@ -121,7 +136,8 @@ class Oracle:
             s_aux: Any = None,
             **_: Any,
         ) -> tuple[Any, None]:
-            rotated = [item.detach()[0].float().transpose(0, 1).flatten(1).numpy() for item in (query, key)]
+            own = key[:, :, key.shape[2] - query.shape[2] :]  # without those of a prefix
+            rotated = [item.detach()[0].float().transpose(0, 1).flatten(1).numpy() for item in (query, own)]
             self._seen[f"layer {module.layer_idx}"] = np.concatenate(rotated, 1)
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -140,14 +156,15 @@ class Oracle:
         AttentionInterface.register(_ATTENTION, recording_attention)
         AttentionMaskInterface.register(_ATTENTION, eager_mask)
 
-    def logits(self, ids: Iterable[int]) -> Float32:
-        """float32 ``[len(ids), V]``."""
-        return self.observe(ids, ())[0]
+    def logits(self, ids: Iterable[int], prompt: int | None = None) -> Float32:
+        """float32 ``[len(ids), V]``. The first ``prompt`` of ``ids`` are the prompt; None: all."""
+        return self.observe(ids, (), prompt)[0]
 
     def observe(
-        self, ids: Iterable[int], probes: Iterable[tuple[Probe, int | None]]
+        self, ids: Iterable[int], probes: Iterable[tuple[Probe, int | None]], prompt: int | None = None
     ) -> tuple[Float32, dict[Probe, Float32]]:
-        """Logits ``[T, V]`` and, for each probe (with the layer it belongs to), the value there, ``[T, width]``.
+        """Logits ``[T, V]`` and, for each probe (with the layer it belongs to), the value there, ``[T, width]``; of
+        virtual tokens no rows.
 
         The ``in`` probe of an attention module is q and k after the rotation.
 
@@ -157,6 +174,10 @@ class Oracle:
         import torch
 
         ids = list(ids)
+        count, more = self._virtual + len(ids), {}
+        if self._facts is not None:
+            start = self._facts.acts_from(ids[:prompt])
+            more["alora_offsets"] = [None if start is None else len(ids) - start]
         found: dict[Probe, Float32] = {}
         handles, attention = [], {}
         try:
@@ -167,16 +188,17 @@ class Oracle:
                 if probe.side == "in" and hasattr(module, "layer_idx"):
                     attention[probe] = f"layer {layer}"
                 elif probe.side == "in":
-                    handles.append(module.register_forward_pre_hook(_keep(found, probe, len(ids))))
+                    handles.append(module.register_forward_pre_hook(_keep(found, probe, count)))
                 else:
-                    handles.append(module.register_forward_hook(_keep(found, probe, len(ids))))
+                    handles.append(module.register_forward_hook(_keep(found, probe, count)))
             with torch.no_grad():
-                logits = self._model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+                logits = self._model(input_ids=torch.tensor([ids]), use_cache=False, **more).logits[0]
         finally:
             for handle in handles:
                 handle.remove()
         found |= {probe: self._seen[key] for probe, key in attention.items()}
-        return logits.float().numpy(), found
+        own = slice(self._virtual, None)
+        return logits[own].float().numpy(), {probe: value[own] for probe, value in found.items()}
 
 
 def _complete(config: Any, path: Path) -> tuple[str, ...]:

@@ -20,8 +20,9 @@ from truffula.kernels.backend import Backend, Executable, Part, as_array
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Linear, Op, Probe, Program, RowOrder, WeightDecl
 from truffula.kernels.select import select_backend
+from truffula.lora.base import BaseWeights, base_source
+from truffula.lora.image import NO_FACTS, AdapterFacts, KvPrefix
 from truffula.lora.peft import BaseFacts, validate_adapter
-from truffula.lora.tables import base_tables
 from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.testing.oracle import Oracle
 from truffula.testing.programs import Driver, capacity_for
@@ -150,17 +151,20 @@ def describe(backend: Backend) -> str:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, with the adapter in ``slot``, loaded by a backend for a comparison on ``prompts`` (ids)."""
+    """A model, with the adapter in ``slot`` and its ``facts``, loaded by a backend for a comparison on ``prompts``
+    (ids)."""
 
     plan: ModelPlan
     prompts: list[list[int]]
     executable: Executable
     capacity: Capacity
     slot: int | None
+    facts: AdapterFacts = NO_FACTS
+    prefix: KvPrefix | None = None
 
     def driver(self) -> Driver:
         """A new sequence."""
-        return Driver(self.executable, self.capacity, self.slot)
+        return Driver(self.executable, self.capacity, self.slot, self.facts, self.prefix)
 
 
 @contextlib.contextmanager
@@ -182,8 +186,14 @@ def load_model(
     with contextlib.ExitStack() as opened:
         checkpoint = opened.enter_context(contextlib.closing(open_checkpoint(path)))
         plan = native_plan(checkpoint)
-        sequences = [list(ids) for ids in prompts or _default_prompts(checkpoint, plan)]
-        capacity = capacity_for(max(len(ids) for ids in sequences) + new_tokens)
+        found, facts = None, NO_FACTS
+        if adapter is not None:
+            source = base_source(plan, checkpoint, dtype=dtype)
+            base = BaseFacts(plan.program.name, opened.enter_context(contextlib.closing(BaseWeights(source))))
+            found = validate_adapter(adapter, plan.program.sites, base=base)
+            facts = found.facts
+        sequences = [list(ids) for ids in prompts or _default_prompts(checkpoint, plan, facts)]
+        capacity = capacity_for(len(facts.virtual_ids) + max(len(ids) for ids in sequences) + new_tokens)
         reader = WeightReader(checkpoint, plan, block_kinds=backend.block_kinds if as_blocks else frozenset())
 
         def pull(decl: WeightDecl) -> Sequence[Part]:
@@ -193,12 +203,12 @@ def load_model(
         executable = backend.load(plan.program, dtype, pull, capacity, debug=not as_blocks)
         opened.enter_context(contextlib.closing(executable))
         reader.finish()
-        slot = None
-        if adapter is not None:
-            base = BaseFacts(plan.program.name, base_tables(plan.tables, checkpoint))
-            found = validate_adapter(adapter, plan.program.sites, base=base)
+        slot = prefix = None
+        if found is not None:
+            if found.prefix is not None:
+                prefix = KvPrefix(facts.kv_ops, found.prefix)
             slot = executable.adapter(make_image(executable.layout, found.sites, generation=found.generation))
-        yield LoadedModel(plan, sequences, executable, capacity, slot)
+        yield LoadedModel(plan, sequences, executable, capacity, slot, facts, prefix)
 
 
 def native_plan(checkpoint: Checkpoint) -> ModelPlan:
@@ -218,12 +228,16 @@ def native_plan(checkpoint: Checkpoint) -> ModelPlan:
     return plan
 
 
-def _default_prompts(checkpoint: Checkpoint, plan: ModelPlan) -> list[list[int]]:
+def _default_prompts(checkpoint: Checkpoint, plan: ModelPlan, facts: AdapterFacts) -> list[list[int]]:
+    """Prompts that an activated LoRA acts on from the middle."""
     tokenizer = load_tokenizer(read_texts(checkpoint.path).tokenizer)
     if tokenizer is not None:
-        return [tokenizer.encode(prompt) for prompt in DEFAULT_PROMPTS]
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, plan.interface.vocab_size, count).tolist() for count in (5, 17, 33)]
+        prompts = [tokenizer.encode(prompt) for prompt in DEFAULT_PROMPTS]
+    else:
+        rng = np.random.default_rng(0)
+        prompts = [rng.integers(0, plan.interface.vocab_size, count).tolist() for count in (5, 17, 33)]
+    called = facts.invocation
+    return [[*ids, *called, *ids] for ids in prompts] if called else prompts
 
 
 @dataclass(frozen=True)
@@ -253,8 +267,10 @@ class _Comparison:
         """Compare one prompt op by op, then the greedy tokens that follow it."""
         ops = self.running.plan.program.ops
         checks = _checks(self.running.plan.program)
-        logits = self.running.driver().feed(prompt)
-        ours = {check.index: self.running.executable.tap(check.index) for check in checks}
+        driver = self.running.driver()
+        driver.taps = dict.fromkeys([check.index for check in checks], np.zeros((0, 0), np.float32))
+        logits = driver.feed(prompt)
+        ours = driver.taps
         theirs, seen = self.oracle.observe(prompt, {(check.probe, check.op.layer) for check in checks})
         self.logit_diff = max(self.logit_diff, float(np.abs(logits - theirs).max()))
         for check in checks:
@@ -287,7 +303,7 @@ class _Comparison:
     def _tokens(self, prompt: list[int], count: int) -> None:
         """Compare truffula's greedy tokens, one per step, with the oracle's choice after the same tokens."""
         chosen, logits = self.running.driver().greedy(prompt, count)
-        theirs = self.oracle.logits([*prompt, *chosen[:-1]])[len(prompt) - 1 :]
+        theirs = self.oracle.logits([*prompt, *chosen[:-1]], len(prompt))[len(prompt) - 1 :]
         self.logit_diff = max(self.logit_diff, float(np.abs(logits - theirs).max()))
         for token, row in zip(chosen, theirs, strict=True):
             self.tokens_compared += 1

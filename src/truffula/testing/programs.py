@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from truffula.kernels.adapters import SiteTensors, low_rank, make_image
 from truffula.kernels.backend import Executable, PullWeight, QuantisedArray
 from truffula.kernels.inputs import Capacity, StepInputs
 from truffula.kernels.program import Linear, Program, WeightDecl
+from truffula.lora.image import NO_FACTS, AdapterFacts, KvPrefix
 from truffula.model.decoder import build_program
 from truffula.model.load import arranged
 from truffula.model.names import WeightNames
@@ -178,24 +179,47 @@ def capacity_for(tokens: int, *, block_size: int = 16) -> Capacity:
 class Driver:
     """Runs one sequence. Its blocks are not in ascending order, so that errors in block tables show.
 
-    ``slot`` is the adapter's slot, or None for the base. ``computed`` is the number of computed tokens.
+    ``slot`` is the adapter's slot, or None for the base, ``facts`` and ``prefix`` what an engine knows of it.
+    ``computed`` is the number of computed tokens. ``taps``: the outputs of ops in the last ``feed``, of those whose
+    numbers it has.
     """
 
     executable: Executable
     capacity: Capacity
     slot: int | None = None
+    facts: AdapterFacts = NO_FACTS
+    prefix: KvPrefix | None = None
+    taps: dict[int, Float32] = field(default_factory=dict)
     computed: int = 0
+    _acts_from: int | None = 0
 
     def __post_init__(self) -> None:
         ids = range(1, self.capacity.num_blocks)
         self._blocks = (*ids[1::2], *ids[0::2])[: self.capacity.max_blocks_per_seq]
 
     def feed(self, ids: Sequence[int], *, chunk: int | None = None) -> Float32:
-        """Append ``ids``, in steps of at most ``chunk``, and return their float32 logits ``[len(ids), V]``."""
-        rows, length = [], self.computed + len(ids)
-        for start in range(0, len(ids), chunk or len(ids)):
-            rows.append(self._step(ids[start : start + (chunk or len(ids))], length))
-        return np.concatenate(rows)
+        """Append ``ids``, in steps of at most ``chunk``, and return their float32 logits ``[len(ids), V]``. The first
+        are the prompt."""
+        every = list(ids)
+        if not self.computed:
+            self._acts_from = self.facts.acts_from(every)
+            if self.prefix is not None:
+                self._write(self.prefix)
+            else:
+                every = [*self.facts.virtual_ids, *every]
+        rows, length, start = [], self.computed + len(every), 0
+        taps: dict[int, list[Float32]] = {op: [] for op in self.taps}
+        while start < len(every):
+            stop = min(start + (chunk or len(every)), len(every))
+            if self._acts_from is not None and self.computed < self._acts_from:
+                stop = min(stop, self._acts_from)
+            rows.append(self._step(every[start:stop], length))
+            for op, seen in taps.items():
+                seen.append(self.executable.tap(op))
+            start = stop
+        own = len(every) - len(ids)
+        self.taps = {op: np.concatenate(seen)[own:] for op, seen in taps.items()}
+        return np.concatenate(rows)[own:]
 
     def greedy(self, prompt: Sequence[int], count: int, *, chunk: int | None = None) -> tuple[list[int], Float32]:
         """``count`` greedy tokens after ``prompt``, one per step, and their logits ``[count, V]``."""
@@ -206,8 +230,16 @@ class Driver:
             tokens.append(int(rows[-1].argmax()))
         return tokens, np.stack(rows)
 
+    def _write(self, prefix: KvPrefix) -> None:
+        size, self.computed = self.capacity.block_size, prefix.values.shape[2]
+        position = np.arange(self.computed)
+        slots = (np.asarray(self._blocks)[position // size] * size + position % size).astype(np.int32)
+        for op, (keys, values) in zip(prefix.ops, prefix.values, strict=True):
+            self.executable.write_kv(op, slots, keys, values)
+
     def _step(self, ids: Sequence[int], rope_length: int) -> Float32:
-        part = Part(tuple(ids), self.computed, self._blocks, self.slot, "all", rope_length)
+        acts = self._acts_from is not None and self.computed >= self._acts_from
+        part = Part(tuple(ids), self.computed, self._blocks, self.slot if acts else None, "all", rope_length)
         fill_step(self.executable.inputs, [part], self.capacity.block_size)
         self.executable.run()
         self.computed += len(ids)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from truffula.config import EngineConfig
 from truffula.kernels.backend import Backend
 from truffula.kernels.cpu.formats import BLOCK_KINDS
@@ -137,8 +139,9 @@ def check_served(
         for ids in running.prompts:
             chosen = running.driver().greedy(ids, new_tokens)[0] if new_tokens else []
             whole = [*ids, *chosen[:-1]]
-            theirs = oracle.logits(whole)
-            found.add(theirs, running.driver().feed(whole), whole)
+            theirs = oracle.logits(whole, len(ids))
+            driver = running.driver()
+            found.add(theirs, np.concatenate([driver.feed(part) for part in (ids, chosen[:-1]) if part]), whole)
             for token, row in zip(chosen, log_softmax(theirs[len(ids) - 1 :]), strict=bool(chosen)):
                 below.append(float(row.max() - row[token]))
             tokens += len(chosen)

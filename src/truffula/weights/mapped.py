@@ -71,6 +71,14 @@ class MappedFile:
         """The whole file; it keeps the mapping alive."""
         return memoryview(self._mapped() if self.size else b"")
 
+    def map_shared(self) -> None:
+        """Map the file read-only, where it is not mapped yet: its pages then don't count as this process's memory."""
+        if self._map is None and self.size:
+            try:
+                self._map = mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{self.path} cannot be mapped: {error}.", param=str(self.path)) from error
+
     def close(self) -> None:
         """Unmap and close; while views exist, the mapping lives until the last of them is freed."""
         mapped, self._map = self._map, None

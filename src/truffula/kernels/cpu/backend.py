@@ -80,9 +80,8 @@ class CpuBackend:
         )
 
     def _scratch_bytes(self, program: Program, capacity: Capacity, formats: Sequence[str]) -> int:
-        """The most scratch memory of a step: x converted for products, adapters' products with A up to the planned
-        rank, queries in the space of latents, and per thread that of attention and of the sampler.
-        """
+        """The most scratch memory of a step: x converted for products, what adapters compute of it, queries in the
+        space of latents, and per thread that of attention and of the sampler."""
         native = library()
         converted = attention = delta = experts = absorbed = 0
         for op in program.ops:
@@ -105,8 +104,7 @@ class CpuBackend:
                 attention = max(attention, native.latent_scratch_bytes(op.heads, width, op.rank, capacity.block_size))
             elif isinstance(op, GatedDelta):
                 delta = max(delta, native.delta_scratch_bytes(op.dim_k))
-        rows = max(capacity.max_tokens, capacity.max_logit_rows) if program.sites else 0
-        products = 4 * int(native.PLANNED_RANK) * rows
+        products = 4 * _adapter_width(program, formats) * max(capacity.max_tokens, capacity.max_logit_rows)
         sampling = int(native.SAMPLE_SCRATCH_BYTES) * program.vocab_size
         return converted + products + absorbed + self._threads * (attention + delta + experts + sampling)
 
@@ -134,7 +132,7 @@ class CpuBackend:
             for buffer, offset, stride in zip(program.buffers, arena.offsets, arena.strides, strict=True):
                 rounded = dtype == "bfloat16" and buffer.dtype == "model"
                 native.add_buffer(offset=offset, stride=stride, logit_rows=buffer.rows == "R", rounded=rounded)
-            load_weights(native, program, self._weight_options(dtype), pull)
+            formats = load_weights(native, program, self._weight_options(dtype), pull)
             for state in program.states:
                 native.add_state(state.width)
             add_ops(native, program, dtype)
@@ -144,11 +142,16 @@ class CpuBackend:
                     native.add_site(
                         site=site, op=place.op, first=place.first, outputs=place.outputs, expert=place.expert
                     )
+            width = _adapter_width(program, formats)
             native.seal(
-                inputs, arena_floats=arena.floats, logits_buffer=program.result.buffer, vocab=program.output.width
+                inputs,
+                arena_floats=arena.floats,
+                logits_buffer=program.result.buffer,
+                vocab=program.output.width,
+                planned_width=width,
             )
         samples = SampleInputs.allocate(capacity, program.vocab_size)
-        return CpuExecutable(native, layout, inputs, samples, program.output)
+        return CpuExecutable(native, layout, inputs, samples, program.output, width)
 
     def rounding(self, program: Program, pull: PullWeight) -> Rounding:
         """The error of ``quantize`` on ``program``'s weights; holds one of them at a time.
@@ -165,6 +168,17 @@ class CpuBackend:
                 native = library().Executable(self.isa, self._threads, capacity, "float32", 1, False)
                 load_one(native, decl, role, self._weight_options("float32"), pull, found)
         return found
+
+
+def _adapter_width(program: Program, formats: Sequence[str]) -> int:
+    """Floats per row of a step for what an adapter computes of it at one op: products with A up to the planned rank,
+    or x as it scales it. Adapters of more are charged for that. 0 where no adapter can act."""
+    widest = int(library().PLANNED_RANK) if program.sites else 0
+    for op in program.ops:
+        if isinstance(op, Linear | ExpertLinear) and op.slices:
+            inputs = program.weights[op.weight].shape[-1]
+            widest = max(widest, int(library().scaled_x_floats(inputs, formats[op.weight])))
+    return widest
 
 
 def _kv_block_bytes(op: Op, group: int, block_size: int, dtype: str) -> int:

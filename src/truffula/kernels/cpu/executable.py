@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from truffula.kernels.adapters import (
-    OFFSET,
-    SCALE,
-    SHAPE,
-    SITE,
-    TENSORS,
-    AdapterImage,
-    AdapterLayout,
-    require_served,
-)
-from truffula.kernels.cpu.library import as_kernel_errors, library
-from truffula.kernels.inputs import Array, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.adapters import AdapterImage, AdapterLayout, require_served
+from truffula.kernels.cpu.library import as_kernel_errors
+from truffula.kernels.inputs import Array, Float32, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import Output
 from truffula.kernels.synchronous import SynchronousExecutable
 
 
 class CpuExecutable(SynchronousExecutable):
-    """Made by ``CpuBackend.load``. ``run`` is one call into C++, without the GIL."""
+    """Made by ``CpuBackend.load``. ``run`` is one call into C++, without the GIL.
+
+    ``planned_width``: floats per row of a step that the memory plan counts for adapters.
+    """
 
     def __init__(
         self,
@@ -33,19 +26,12 @@ class CpuExecutable(SynchronousExecutable):
         inputs: StepInputs,
         samples: SampleInputs,
         output: Output,
+        planned_width: int,
     ) -> None:
         super().__init__(inputs, samples, output)
         self.layout = layout
         self._native = native
-        # One number for each op, and for each expert of an op: their products with A are separate.
-        places: dict[tuple[int, int], int] = {}
-        self._product_of_site = np.array(
-            [-1 if p is None else places.setdefault((p.op, p.expert), len(places)) for p in layout.places], np.int64
-        )
-        # At latent attention they are computed per head.
-        self._heads_of_product = {
-            places[p.op, p.expert]: p.heads[0] for p in layout.places if p is not None and p.heads
-        }
+        self._planned_width = planned_width
 
     def run(self) -> None:
         with as_kernel_errors():
@@ -75,6 +61,10 @@ class CpuExecutable(SynchronousExecutable):
         seconds: dict[str, float] = self._native.take_seconds()
         return seconds
 
+    def write_kv(self, op: int, slots: Int32, keys: Float32, values: Float32) -> None:
+        with as_kernel_errors():
+            self._native.write_kv(op, slots, keys, values)
+
     def release_kv(self, group: int, blocks: Int32) -> None:
         with as_kernel_errors():
             self._native.release_kv(group, blocks)
@@ -86,17 +76,11 @@ class CpuExecutable(SynchronousExecutable):
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def adapter_bytes(self, image: AdapterImage) -> int:
-        """Bytes of the products with A in a full step beyond what the memory plan counts."""
-        table, ops = image.table, self._product_of_site[image.table[:, SITE]]
-        ranks, offsets = table[:, TENSORS + SHAPE], table[:, TENSORS + OFFSET]
-        lanes, planned_rank = int(library().LANES), int(library().PLANNED_RANK)
-        panels: Counter[int] = Counter()  # of each op; parts with the same A and scale share a product
-        shrinks = zip(ops.tolist(), offsets.tolist(), table[:, SCALE].tolist(), ranks.tolist(), strict=True)
-        for op, _, _, rank in {*shrinks}:
-            panels[op] += -(-rank // lanes) * self._heads_of_product.get(op, 1)
-        widest = max(panels.values(), default=0) * lanes
+        """Bytes of what a full step computes for its products, beyond what the memory plan counts."""
+        with as_kernel_errors():
+            width: int = self._native.adapter_width(image.table, image.data)
         rows = max(len(self.inputs.token_ids), len(self.inputs.logit_rows))
-        return 4 * rows * max(0, widest - planned_rank)
+        return 4 * rows * max(0, width - self._planned_width)
 
     def adapter(self, image: AdapterImage) -> int:
         require_served(image, self.layout)

@@ -1,24 +1,35 @@
 """Packs adapters into panels, which the loading worker writes and the native kernels read without a copy.
 
-Panels of 16 outputs are the same for every instruction set (kernels.h), so an image serves them all. A and B
-of a linear layer are panels. B's first lane is the lane of the site's first column in the product's panels, and B of a
-site over gates and ups is two runs of panels. A of a table is stored as rows ``[V, r]``, one of which a token gathers.
+Panels of 16 outputs are the same for every instruction set (kernels.h), so an image serves them all. Matrices of a
+linear layer are panels. The first lane of B, and of a matrix that replaces the base's, is the lane of the site's first
+column in the product's panels, and a site over gates and ups is two runs of panels. Vectors of output columns are
+float32 in panels of one input. Rows of a table, and A of one ``[V, r]``, are stored as rows, one of which a token
+gathers; at the head they are panels. Ids ascend.
+
 At the matrix of latent attention both directions are needed: A is followed by its transpose, and B is each head's
-transposed rows of keys, then each head's rows of values.
+transposed rows of keys, then each head's rows of values. Vectors there are those of keys, where they are used, and then
+of each head's values in panels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+import numpy as np
+
 from truffula.kernels.adapters import (
     AdapterLayout,
+    Bias,
+    ColumnScale,
+    InputScale,
     LowRank,
     PackedPart,
     PackedTensor,
+    Part,
     Place,
+    Replace,
     SiteTensors,
     check_place,
     copied,
@@ -36,21 +47,71 @@ def pack_panels(layout: AdapterLayout, sites: Sequence[SiteTensors]) -> list[Pac
 
     All A of one op have the same format, because an image of mixed dtypes must be summed in one order.
     """
-    found = [(s.site, check_place(layout, s.site), p) for s in sites for p in s.parts if isinstance(p, LowRank)]
-    wide = {place.op for _, place, part in found if part.a.dtype != BFLOAT16}
+    found = [(s.site, check_place(layout, s.site), p) for s in sites for p in s.parts]
+    wide = {place.op for _, place, part in found if isinstance(part, LowRank) and part.a.dtype != BFLOAT16}
     shared: dict[tuple[int, str, bool, bool], PackedTensor] = {}
     made = []
     for site, place, part in found:
-        dtype = "F32" if place.op in wide else "BF16"
-        key = (id(part.a), dtype, place.gathers, place.heads is not None)
-        if key not in shared:
-            rows = replace(copied(part.a.T, dtype), shape=part.a.shape)
-            pieces = [(part.a, 0), *([(part.a.T, 0)] if place.heads else [])]
-            shared[key] = rows if place.gathers else _panels(part.a.shape, dtype, pieces)
-        pieces = _of_heads(part.b, *place.heads) if place.heads else [(part.b[lo:hi], n) for lo, hi, n in runs(place)]
-        b = _panels(part.b.shape, "BF16" if part.b.dtype == BFLOAT16 else "F32", pieces)
-        made.append(PackedPart(site, LowRank.kind, part.scale, (shared[key], b)))
+        if isinstance(part, LowRank):
+            dtype, by_row = "F32" if place.op in wide else "BF16", place.kind == "embed"
+            key = (id(part.a), dtype, by_row, place.heads is not None)
+            if key not in shared:
+                pieces = [(part.a, 0), *([(part.a.T, 0)] if place.heads else [])]
+                rows = replace(copied(part.a.T, dtype), shape=part.a.shape)
+                shared[key] = rows if by_row else _panels(part.a.shape, dtype, pieces)
+            made.append(PackedPart(site, part.kind, part.scale, (shared[key], _of_outputs(part.b, place))))
+        else:
+            made.append(PackedPart(site, part.kind, 1.0, tuple(_tensors(part, place))))
     return made
+
+
+def _tensors(part: Part, place: Place) -> Iterator[PackedTensor]:
+    match part:
+        case ColumnScale(values) | Bias(values) if place.kind != "norm":
+            yield _vector(values, place, keys=isinstance(part, ColumnScale))
+        case InputScale(values) | Bias(values):
+            yield copied(values, "F32")
+        case Replace(weight) if place.kind == "norm":
+            yield copied(weight, "F32")
+        case Replace(weight):
+            yield copied(weight, _dtype(weight)) if place.kind == "embed" else _of_outputs(weight, place)
+        case _:
+            assert not isinstance(part, LowRank | ColumnScale)
+            order = np.argsort(part.ids)
+            rows = part.values[order]
+            yield copied(part.ids[order], "I32")
+            by_row = place.kind == "embed"
+            yield copied(rows, _dtype(rows)) if by_row else _panels(rows.shape, _dtype(rows), [(rows, 0)])
+
+
+def _dtype(array: Array) -> str:
+    return "BF16" if array.dtype == BFLOAT16 else "F32"
+
+
+def _of_outputs(matrix: Array, place: Place) -> PackedTensor:
+    """A matrix whose rows are the site's columns."""
+    pieces = _of_heads(matrix, *place.heads) if place.heads else [(matrix[lo:hi], n) for lo, hi, n in runs(place)]
+    return _panels(matrix.shape, _dtype(matrix), pieces)
+
+
+def _vector(values: Array, place: Place, *, keys: bool) -> PackedTensor:
+    """A number for each of the site's columns. ``keys``: at latent attention, also of those that are keys."""
+    column = values.astype(np.float32)[:, None]
+    if place.heads is None:
+        return replace(_of_outputs(column, place), shape=values.shape)
+    heads, nope, _ = place.heads
+    by_head = column.reshape(heads, -1, 1)
+    of_values = _panels(values.shape, "F32", [(head, 0) for head in by_head[:, nope:]])
+    if not keys:
+        return of_values
+    lanes = library().LANES
+    first = -(-heads * nope // lanes) * lanes * 4
+
+    def write(to: Uint8) -> None:
+        to[:first].view(np.float32)[: heads * nope] = by_head[:, :nope].ravel()
+        of_values.write(to[first:])
+
+    return PackedTensor("F32", values.shape, first + of_values.nbytes, write)
 
 
 def runs(place: Place) -> list[tuple[int, int, int]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor
 from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterImage, AdapterLayout
 from truffula.kernels.arena import dead_after, written_by
-from truffula.kernels.inputs import Array, Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.inputs import (
+    Array,
+    Capacity,
+    Float32,
+    Int32,
+    SampleInputs,
+    SequenceSampling,
+    StepInputs,
+    StepOutput,
+)
 from truffula.kernels.program import (
     Attention,
     CausalConv,
@@ -36,7 +46,7 @@ from truffula.kernels.program import (
 )
 from truffula.kernels.reference import attention, delta, mla, ops, states
 from truffula.kernels.reference.kv import KvPlanes, LazyTensors
-from truffula.kernels.reference.linear import Segment, add_deltas_, base_product, expert_product
+from truffula.kernels.reference.linear import Segment, apply_adapters_, base_product, expert_product, norm_vectors
 from truffula.kernels.reference.slots import AdapterSlots
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
@@ -102,9 +112,9 @@ class _Step:
     factors: dict[tuple[Ref, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     op: int = 0
 
-    def has_deltas(self) -> bool:
-        """Whether an adapter acts at the op on token rows."""
-        return any((self.op, 0) in segment.ops for segment in self.segments)
+    def acting(self, *, logits: bool = False) -> list[Segment]:
+        """The segments whose adapter acts at the op, over token rows or rows of logits."""
+        return [s for s in (self.segments_r if logits else self.segments) if (self.op, 0) in s.ops]
 
     def segments_of(self, rows: Tensor, expert: int) -> list[Segment]:
         """The segments whose adapter acts at the op's ``expert``, as ranges of ``rows``, which ascend."""
@@ -199,6 +209,14 @@ class ReferenceExecutable(SynchronousExecutable):
         rows[0].zero_()
         return rows
 
+    @torch.inference_mode()
+    def write_kv(self, op: int, slots: Int32, keys: Float32, values: Float32) -> None:
+        at = self._program.ops[op]
+        assert isinstance(at, Attention)
+        for plane, rows in zip(at.planes, (keys, values), strict=True):
+            rows_there = torch.from_numpy(rows.copy()).to(self._device, self._dtype)
+            attention.write(self._planes[plane], self._long(slots), rows_there)
+
     def release_kv(self, group: int, blocks: Int32) -> None:
         self._planes.release(group, blocks)
 
@@ -243,25 +261,36 @@ class ReferenceExecutable(SynchronousExecutable):
 
     def _embed(self, op: Embed, step: _Step) -> None:
         ids = step.token_ids if op.source == "token" else step.position + op.offset
-        table = self._weights[op.table].whole
-        rows = table.index_select(0, ids)
-        if step.has_deltas():
+        table, acting = self._weights[op.table].whole, step.acting()
+        _check_ids(ids, len(table), (step.op, 0), acting)
+        rows = table.index_select(0, ids.clamp(max=len(table) - 1))
+        virtual = ids >= len(table)
+        if acting:
             rows = rows.float()
-            add_deltas_(rows, ids, (step.op, 0), step.segments)
+            rows[virtual] = 0.0
+            apply_adapters_(rows, ids, (step.op, 0), acting, self._weights[op.table])
         dtype = self._buffers.dtype(op.out)
-        self._buffers.put(op.out, ops.embed(rows, table.dtype, op.scale, self._get(op.add), dtype))
+        self._buffers.put(op.out, ops.embed(rows, table.dtype, op.scale, self._get(op.add), dtype, virtual))
 
-    def _norm(self, op: Norm, _: _Step) -> None:
+    def _norm(self, op: Norm, step: _Step) -> None:
         weight, bias = self._vector(op.weight), self._vector(op.bias)
         x, gate, plus = self._buffers.get(op.x), self._get(op.gate), self._get(op.plus)
-        self._buffers.put(op.out, ops.norm(op, x, weight, bias, gate, plus, self._buffers.dtype(op.out)))
+        dtype, of_logits = self._buffers.dtype(op.out), self._program.buffers[op.x.buffer].rows == "R"
+        out, acting = ops.norm(op, x, weight, bias, gate, plus, dtype), step.acting(logits=of_logits)
+        for lo, hi in pairwise(sorted({edge for s in acting for edge in (s.lo, s.hi)})):
+            if within := [s for s in acting if s.lo <= lo and hi <= s.hi]:
+                assert weight is not None
+                rows, vectors = slice(lo, hi), norm_vectors(weight, bias, step.op, within)
+                gated, added = (None if t is None else t[rows] for t in (gate, plus))
+                out[rows] = ops.norm(op, x[rows], *vectors, gated, added, dtype)
+        self._buffers.put(op.out, out)
 
     def _linear(self, op: Linear, step: _Step) -> None:
         x, weight = self._buffers.get(op.x), self._weights[op.weight]
         y = base_product(x, weight)
-        if step.has_deltas():
+        if acting := step.acting():
             y = y.float()
-            add_deltas_(y, x.float(), (step.op, 0), step.segments)
+            apply_adapters_(y, x.float(), (step.op, 0), acting, weight)
         bias, residual = self._vector(op.epilogue.bias), self._get(op.epilogue.residual)
         self._buffers.put(op.out, ops.epilogue(y, op.epilogue, bias, residual, self._buffers.dtype(op.out)))
 
@@ -319,7 +348,7 @@ class ReferenceExecutable(SynchronousExecutable):
         def finish(expert: int, rows: Tensor, x: Tensor, y: Tensor) -> Tensor:
             if segments := step.segments_of(rows, expert):
                 y = y.float()
-                add_deltas_(y, x.float(), (step.op, expert), segments)
+                apply_adapters_(y, x.float(), (step.op, expert), segments, weight.experts[expert])
             biases = None if bias is None else bias.view(len(weight.experts), -1)[expert]
             return ops.epilogue(y, per_row, biases, None, single)
 
@@ -346,8 +375,8 @@ class ReferenceExecutable(SynchronousExecutable):
     def _head(self, op: Logits, step: _Step) -> None:
         x = self._buffers.get(op.x)
         y = base_product(x, self._weights[op.weight]).float()
-        if op.site is not None:
-            add_deltas_(y, x.float(), (step.op, 0), step.segments_r)
+        if acting := step.acting(logits=True):
+            apply_adapters_(y, x.float(), (step.op, 0), acting, self._weights[op.weight])
         if op.bias is not None:
             y += self._weights[op.bias].whole
         if op.scale != 1.0:
@@ -355,6 +384,19 @@ class ReferenceExecutable(SynchronousExecutable):
         if op.softcap is not None:
             y = torch.tanh_(y.div_(op.softcap)).mul_(op.softcap)
         self._buffers.put(op.out, y)
+
+
+def _check_ids(ids: Tensor, rows: int, op: tuple[int, int], segments: Sequence[Segment]) -> None:
+    """Raise ``KernelError`` unless a table of ``rows`` has every id, or the adapter of a segment of its row does."""
+    missing = (ids < 0) | (ids >= rows)
+    if not missing.any():
+        return
+    for segment in segments:
+        own, span = segment.ops[op].sites[0].ids, slice(segment.lo, segment.hi)
+        if own is not None:
+            missing[span] &= ~torch.isin(ids[span], own)
+    if missing.any():
+        raise KernelError(f"token_ids: id {int(ids[missing][0])} is outside the table.", param="token_ids")
 
 
 _METHODS: dict[type[Op], Callable[..., None]] = {

@@ -1,10 +1,12 @@
-"""Products with weights, and the deltas of adapters."""
+"""Products with weights, and what adapters make of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,36 +14,96 @@ from torch import Tensor
 from truffula.kernels.adapters import (
     AdapterImage,
     AdapterLayout,
+    Bias,
+    ColumnScale,
+    InputScale,
     LowRank,
+    Part,
+    Replace,
+    Rows,
     check_place,
     check_served,
     require_served,
+    tensors_of,
 )
 from truffula.kernels.reference.weights import Weight, view
+
+_FIELDS: Mapping[type[Part], str] = MappingProxyType(
+    {ColumnScale: "column_scale", InputScale: "input_scale", Bias: "bias", Replace: "weight"}
+)
+"""The fields of a ``SiteAdapter`` that hold the one tensor of a part."""
 
 
 @dataclass(frozen=True)
 class Expand:
-    """B of one site: adds the product with A number ``shrink``, times Bᵀ, to output columns ``lo .. hi``."""
+    """B of one LowRank ``[O, r]`` float32: the product with A number ``shrink`` is multiplied by Bᵀ and ``scale``."""
 
     shrink: int
-    lo: int
-    hi: int
-    b: Tensor  # [O, r] float32
+    b: Tensor
     scale: float
 
 
 @dataclass(frozen=True)
+class SiteAdapter:
+    """One adapter at one site, output columns ``lo .. hi``: its parts, in float32. ``replaced`` are Rows."""
+
+    lo: int
+    hi: int
+    expands: tuple[Expand, ...] = ()
+    column_scale: Tensor | None = None
+    input_scale: Tensor | None = None
+    bias: Tensor | None = None
+    weight: Tensor | None = None
+    ids: Tensor | None = None  # int64, ascending
+    rows: Tensor | None = None
+
+    @property
+    def makes_product(self) -> bool:
+        """Whether its product is not the base's with something added."""
+        return any(t is not None for t in (self.column_scale, self.input_scale, self.weight, self.ids))
+
+    def product(self, x: Tensor, base: Tensor, weight: Weight) -> Tensor:
+        """``[rows, O]``: x' W'ᵀ of the site contract (``kernels/adapters.py``), where ``base`` is x Wᵀ. ``weight`` is
+        the base's, of all columns of the op; ``x`` of an embedding is its token ids."""
+        if x.ndim == 1:
+            return self._gathered(x, base)
+        if self.input_scale is not None or self.weight is not None:
+            x = x if self.input_scale is None else x * self.input_scale
+            return F.linear(x, (weight.rows(self.lo, self.hi) if self.weight is None else self.weight).float())
+        if self.ids is None or self.rows is None:
+            return base
+        made = base.clone()
+        made[:, self.ids] = F.linear(x, self.rows)
+        return made
+
+    def _gathered(self, ids: Tensor, base: Tensor) -> Tensor:
+        if self.weight is not None:
+            return self.weight[ids.clamp(max=len(self.weight) - 1)]
+        if self.ids is None or self.rows is None:
+            return base
+        places = torch.searchsorted(self.ids, ids).clamp(max=len(self.ids) - 1)
+        return torch.where((self.ids[places] == ids)[:, None], self.rows[places], base)
+
+
+@dataclass(frozen=True)
 class OpAdapter:
-    """One adapter at one op: a shrink (x Aᵀ) per distinct A, then an expand (· Bᵀ) per slice."""
+    """One adapter at one op: a shrink (x Aᵀ) per distinct A, and its parts per site."""
 
     shrinks: dict[int, Tensor] = field(default_factory=dict)  # by the address of A: A^T [I, r] float32, a view
-    expands: list[Expand] = field(default_factory=list)
+    sites: list[SiteAdapter] = field(default_factory=list)
+
+    def shrunk(self, x: Tensor) -> dict[int, Tensor]:
+        """x Aᵀ for each distinct A. An embedding's own tokens have no row of A."""
+        if x.ndim > 1:
+            return {key: torch.mm(x, a_t) for key, a_t in self.shrinks.items()}
+        return {
+            key: a_t[x.clamp(max=len(a_t) - 1)] * (x < len(a_t))[:, None].float() for key, a_t in self.shrinks.items()
+        }
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows ``lo .. hi`` use an adapter (by op and expert, 0 for other ops), its deltas times ``weight``."""
+    """Rows ``lo .. hi`` use an adapter (by op and expert, 0 for other ops), its contributions times ``weight``."""
 
     lo: int
     hi: int
@@ -85,25 +147,55 @@ def expert_product(
     return out.flatten(1)
 
 
-def add_deltas_(y: Tensor, x: Tensor, op: tuple[int, int], segments: Sequence[Segment]) -> None:
-    """``y[t] += weight · scale · (x[t] Aᵀ) Bᵀ`` for the rows of each segment whose adapter has ``op``, a number and an
-    expert.
+def apply_adapters_(y: Tensor, x: Tensor, op: tuple[int, int], segments: Sequence[Segment], weight: Weight) -> None:
+    """Add to the rows of each segment what its adapter contributes at ``op``, a number and an expert: see the site
+    contract in ``kernels/adapters.py``.
 
-    ``y`` and ``x`` are float32. ``x`` of an embedding is its token ids, int64: a row of Aᵀ is what a one-hot row gives.
-    Segments may overlap; they are added in order.
+    ``y``, the product of ``weight`` ``[rows, O]``, and ``x`` are float32. ``x`` of an embedding is its token ids,
+    int64: a row of Aᵀ is what a one-hot row gives. Segments may overlap; they are added in order.
     """
-    for segment in segments:
-        found = segment.ops.get(op)
-        if found is None:
-            continue
-        some, rows = x[segment.lo : segment.hi], y[segment.lo : segment.hi]
-        shrunk = {key: a_t[some] if x.ndim == 1 else torch.mm(some, a_t) for key, a_t in found.shrinks.items()}
-        for e in found.expands:
-            alpha = e.scale * segment.weight
-            if len(rows) == 1:  # a decoding sequence: the matrix-vector product takes 2/3 of addmm's time
-                rows[0, e.lo : e.hi].addmv_(e.b, shrunk[e.shrink][0], alpha=alpha)
+    found = [(segment, segment.ops[op]) for segment in segments if op in segment.ops]
+    base = y.clone() if any(site.makes_product for _, adapter in found for site in adapter.sites) else y
+    for segment, adapter in found:
+        some, rows = x[segment.lo : segment.hi], slice(segment.lo, segment.hi)
+        shrunk = adapter.shrunk(some)
+        for site in adapter.sites:
+            columns = y[rows, site.lo : site.hi]
+            if site.makes_product:
+                product = base[rows, site.lo : site.hi]
+                columns.sub_(product, alpha=segment.weight)
+                made = site.product(some, product, weight).clone()
+                _add_low_rank_(made, site.expands, shrunk, 1.0)
+                if site.column_scale is not None:
+                    made *= site.column_scale
+                columns.add_(made, alpha=segment.weight)
             else:
-                rows[:, e.lo : e.hi].addmm_(shrunk[e.shrink], e.b.t(), alpha=alpha)
+                _add_low_rank_(columns, site.expands, shrunk, segment.weight)
+            if site.bias is not None:
+                columns.add_(site.bias, alpha=segment.weight)
+
+
+def _add_low_rank_(y: Tensor, expands: Sequence[Expand], shrunk: Mapping[int, Tensor], weight: float) -> None:
+    for e in expands:
+        alpha = e.scale * weight
+        if len(y) == 1:  # a decoding sequence: the matrix-vector product takes 2/3 of addmm's time
+            y[0].addmv_(e.b, shrunk[e.shrink][0], alpha=alpha)
+        else:
+            y.addmm_(shrunk[e.shrink], e.b.t(), alpha=alpha)
+
+
+def norm_vectors(
+    weight: Tensor, bias: Tensor | None, op: int, segments: Sequence[Segment]
+) -> tuple[Tensor, Tensor | None]:
+    """The vectors of a norm for rows that are in all of ``segments``, whose adapters have its site."""
+    left, replaced = 1.0, torch.zeros_like(weight)
+    for segment in segments:
+        (site,) = segment.ops[op, 0].sites
+        if site.weight is not None:
+            left, replaced = left - segment.weight, replaced + segment.weight * site.weight
+        if site.bias is not None:
+            bias = segment.weight * site.bias + (0.0 if bias is None else bias)
+    return left * weight + replaced, bias
 
 
 def lay_out(image: AdapterImage, layout: AdapterLayout, device: torch.device) -> dict[tuple[int, int], OpAdapter]:
@@ -116,13 +208,21 @@ def lay_out(image: AdapterImage, layout: AdapterLayout, device: torch.device) ->
     ops: dict[tuple[int, int], OpAdapter] = {}
     for tensors in image.sites():
         place = check_place(layout, tensors.site)
+        check_served(place, tensors.parts)
         op = ops.setdefault((place.op, place.expert), OpAdapter())
+        expands: list[Expand] = []
+        others: dict[str, Tensor] = {}
         for part in tensors.parts:
-            check_served(place, part)
-            assert isinstance(part, LowRank)
-            key = part.a.ctypes.data  # fused modules share one A
-            if key not in op.shrinks:
-                op.shrinks[key] = view(part.a).to(device).t()
-            b = view(part.b).to(device)
-            op.expands.append(Expand(key, place.first, place.first + place.outputs, b, part.scale))
+            if isinstance(part, LowRank):
+                key = part.a.ctypes.data  # fused modules share one A
+                if key not in op.shrinks:
+                    op.shrinks[key] = view(part.a).to(device).t()
+                expands.append(Expand(key, view(part.b).to(device), part.scale))
+            elif isinstance(part, Rows):
+                order = np.argsort(part.ids)
+                others["ids"] = torch.from_numpy(part.ids[order].astype(np.int64)).to(device)
+                others["rows"] = view(part.values[order]).to(device)
+            else:
+                others[_FIELDS[type(part)]] = view(tensors_of(part)[0]).to(device)
+        op.sites.append(SiteAdapter(place.first, place.first + place.outputs, tuple(expands), **others))
     return ops

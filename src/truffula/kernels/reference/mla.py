@@ -9,7 +9,7 @@ from torch import Tensor
 
 from truffula.kernels.program import Attention, Mla
 from truffula.kernels.reference import attention
-from truffula.kernels.reference.linear import Segment
+from truffula.kernels.reference.linear import OpAdapter, Segment
 from truffula.kernels.reference.weights import Weight
 
 
@@ -24,9 +24,11 @@ def compute(
     q = q.float().view(-1, op.heads, op.nope + op.rope)
     keys, values = _by_head(op, kv_b.whole.float())
     latent_q = torch.cat([torch.einsum("thn,hnc->thc", q[..., : op.nope], keys), q[..., op.nope :]], -1)
-    deltas = [delta for segment in segments for delta in _deltas(op, segment, number)]
-    for rows, scale, a, b_keys, _ in deltas:
-        latent_q[rows, :, : op.rank] += scale * torch.einsum("thn,hnr->thr", q[rows, :, : op.nope], b_keys) @ a
+    acting = [(s, s.ops[number, 0]) for s in segments if (number, 0) in s.ops]
+    for segment, adapter in acting:
+        rows = slice(segment.lo, segment.hi)
+        queries = q[rows, :, : op.nope]
+        latent_q[rows, :, : op.rank] += segment.weight * _of_keys(op, adapter, queries, keys)
     # One KV head, shared by all heads: its key is the cached row, its value the row's latent.
     shared = Attention(
         name=op.name, q=op.q, k=op.latent, v=op.latent, out=op.out, group=op.group, planes=(op.plane, op.plane),
@@ -35,8 +37,9 @@ def compute(
     mixed = attention.compute(shared, latent_q.flatten(1), plane, plane[..., : op.rank], batches, None)
     mixed = mixed.view(-1, op.heads, op.rank)
     out = torch.einsum("thc,hvc->thv", mixed, values)
-    for rows, scale, a, _, b_values in deltas:
-        out[rows] += scale * torch.einsum("thr,hvr->thv", mixed[rows] @ a.t(), b_values)
+    for segment, adapter in acting:
+        rows = slice(segment.lo, segment.hi)
+        out[rows] += segment.weight * _of_values(op, adapter, mixed[rows], values)
     return out.flatten(1)
 
 
@@ -46,9 +49,28 @@ def _by_head(op: Mla, matrix: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, : op.nope], rows[:, op.nope :]
 
 
-def _deltas(op: Mla, segment: Segment, number: int) -> list[tuple[slice, float, Tensor, Tensor, Tensor]]:
-    """What a segment's adapter adds: its rows, the scale, A ``[r, rank]``, and B by head, of keys and of values."""
-    found, rows = segment.ops.get((number, 0)), slice(segment.lo, segment.hi)
-    if found is None:
-        return []
-    return [(rows, e.scale * segment.weight, found.shrinks[e.shrink].t(), *_by_head(op, e.b)) for e in found.expands]
+def _of_keys(op: Mla, adapter: OpAdapter, queries: Tensor, keys: Tensor) -> Tensor:
+    """What an adapter adds to ``queries`` W_k, ``[T, heads, rank]``: with c on the rows of W_k, it scales queries."""
+    (site,) = adapter.sites
+    factor = site.column_scale
+    added, scaled = queries.new_zeros(*queries.shape[:2], op.rank), queries
+    if factor is not None:
+        scaled = queries * _by_head(op, factor)[0][..., 0]
+        added = torch.einsum("thn,hnc->thc", scaled, keys) - torch.einsum("thn,hnc->thc", queries, keys)
+    for e in site.expands:
+        b = _by_head(op, e.b)[0]
+        added = added + e.scale * torch.einsum("thn,hnr->thr", scaled, b) @ adapter.shrinks[e.shrink].t()
+    return added
+
+
+def _of_values(op: Mla, adapter: OpAdapter, mixed: Tensor, values: Tensor) -> Tensor:
+    """What an adapter adds to ``mixed`` W_vᵀ, ``[T, heads, dim_v]``. Softmax weights sum to 1, and so do biases."""
+    (site,) = adapter.sites
+    base = torch.einsum("thc,hvc->thv", mixed, values)
+    made = base
+    for e in site.expands:
+        shrunk = mixed @ adapter.shrinks[e.shrink]
+        made = made + e.scale * torch.einsum("thr,hvr->thv", shrunk, _by_head(op, e.b)[1])
+    if site.column_scale is not None:
+        made = made * _by_head(op, site.column_scale)[1][..., 0]
+    return made - base if site.bias is None else made - base + _by_head(op, site.bias)[1][..., 0]

@@ -34,14 +34,16 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
             return x * torch.sigmoid(1.702 * x)
 
 
-def embed(rows: Tensor, stored: torch.dtype, scale: float | None, add: Tensor | None, dtype: torch.dtype) -> Tensor:
+def embed(
+    rows: Tensor, stored: torch.dtype, scale: float | None, add: Tensor | None, dtype: torch.dtype, virtual: Tensor
+) -> Tensor:
     """``[T, D]``: ``rows`` of a table of dtype ``stored`` (with their adapters), times ``scale`` rounded to that dtype,
-    plus ``add``."""
+    plus ``add``. ``virtual [T]`` rows are not of the table, and are not scaled."""
     if scale is None and add is None:
         return rows.to(dtype)
     out = rows.float()
     if scale is not None:
-        out = out * torch.tensor(scale, dtype=stored).item()
+        out = out * torch.where(virtual, 1.0, torch.tensor(scale, dtype=stored).float())[:, None]
     return (out if add is None else out + add).to(dtype)
 
 

@@ -54,6 +54,10 @@ class Weight:
     parts: tuple[Tensor, ...]
     experts: tuple[Weight, ...] = ()
 
+    def rows(self, lo: int, hi: int) -> Tensor:
+        """Rows ``lo .. hi`` of the stacked tensors."""
+        return self.whole[lo:hi] if len(self.parts) == 1 else torch.cat(self.parts)[lo:hi]
+
     @property
     def whole(self) -> Tensor:
         """The single tensor; a table that is gathered has exactly one."""

@@ -117,6 +117,7 @@ def _finish(
         ropes,
         gemma_rms(view, "norm"),
         embed_scale=sizes.hidden**0.5,
+        embed_scaled="module",
         logit_softcap=view.optional_number("final_logit_softcapping"),
         names=names,
     )

@@ -88,6 +88,7 @@ def gemma4_text(view: ConfigView, names: ModuleNames = TEXT_NAMES) -> ModelSpec:
         tuple(tables[kind] for kind in ORDER),
         rms_last(view, "norm"),
         embed_scale=sizes.hidden**0.5,
+        embed_scaled="module",
         per_layer=inputs,
         logit_softcap=view.optional_number("final_logit_softcapping"),
         names=names,

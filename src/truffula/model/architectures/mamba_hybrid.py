@@ -109,6 +109,7 @@ def falcon_h1(view: ConfigView) -> ModelSpec:
         (read_rope(view, sizes.head_dim),),
         rms(view, "final_layernorm"),
         embed_scale=factor("embedding_multiplier"),
+        embed_scaled="ids",
         logit_scale=factor("lm_head_multiplier"),
         names=BAMBA_NAMES,
     )

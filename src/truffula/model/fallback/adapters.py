@@ -1,4 +1,4 @@
-"""Adapters on the modules of a transformers model: a forward hook per site adds their deltas to the module's output."""
+"""Adapters on the modules of a transformers model: a forward hook per site applies them to the module's output."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterLayout, Place
 from truffula.kernels.program import ModelInterface, Site
-from truffula.kernels.reference.linear import Segment, add_deltas_
+from truffula.kernels.reference.linear import Segment, apply_adapters_
+from truffula.kernels.reference.weights import Weight
 
 
 def layout_of_sites(interface: ModelInterface) -> AdapterLayout:
@@ -20,8 +21,7 @@ def layout_of_sites(interface: ModelInterface) -> AdapterLayout:
     return AdapterLayout(
         "float32",
         tuple(
-            Place(site.module, site.id, site.in_features, site.out_features, gathers=site.kind == "embed")
-            for site in interface.sites
+            Place(site.module, site.id, site.in_features, site.out_features, kind=site.kind) for site in interface.sites
         ),
     )
 
@@ -52,24 +52,38 @@ class AdapterHooks:
         self.tokens, self.rows, self.num_logits, self.head_rows = None, segments, None, segments
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
-        def add_deltas(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def apply(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             behind = site.module in self._of_logits
             segments, count = (self.head_rows, self.num_logits) if behind else (self.rows, self.tokens)
             key = site.id, 0
-            if not any(key in segment.ops for segment in segments):
+            acting = [segment for segment in segments if key in segment.ops]
+            if not acting:
                 return None
             x = args[0].reshape(-1) if site.kind == "embed" else args[0].reshape(-1, site.in_features).float()
-            y = torch.zeros(len(x), site.out_features, device=x.device)
             if count is None:
-                segments = [replace(segment, lo=0, hi=len(x)) for segment in segments]
+                acting = [replace(segment, lo=0, hi=len(x)) for segment in acting]
             elif len(x) != count:  # which rows they are is not known
                 raise KernelError(
                     f"{site.module} saw {len(x)} rows in a pass of {count}: an adapter cannot act there.",
                     param="adapter",
                 )
-            add_deltas_(y, x, key, segments)
+            weight, made = _matrix(module), output.reshape(len(x), -1).clone()
+            bias = getattr(module, "bias", None)
             # A table that scales its rows (Gemma) scales an adapter's as well, as in PEFT.
             scale = getattr(module, "embed_scale", 1.0) if site.kind == "embed" else 1.0
-            return (output.float() + (y * scale).view(output.shape)).to(output.dtype)
+            y = weight[x].float() if site.kind == "embed" else made.float()
+            if bias is not None:
+                y = y - bias
+            apply_adapters_(y, x, key, acting, Weight((weight,)))
+            for rows in (slice(segment.lo, segment.hi) for segment in acting):  # base rows stay as they are
+                made[rows] = (y[rows] * scale + (0.0 if bias is None else bias)).to(output.dtype)
+            return made.view(output.shape)
 
-        return add_deltas
+        return apply
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """A module's weight as a table or a matrix [O, I]: Conv1D holds its transpose."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if isinstance(module, Conv1D) else weight

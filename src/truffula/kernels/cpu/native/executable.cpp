@@ -178,6 +178,9 @@ void Executable::add(Op op) {
   }
   if (auto* attention = std::get_if<AttentionOp>(&op)) add_attention(*attention);
   if (auto* latent = std::get_if<MlaOp>(&op)) add_latent(*latent);
+  if (const auto* norm = std::get_if<NormOp>(&op); norm && norm->weight != kAbsent)
+    for (ThreadState& state : thread_states_)
+      state.norm_vectors.resize(std::max(state.norm_vectors.size(), static_cast<size_t>(2 * weight(norm->weight).outputs)));
   if (const auto* delta = std::get_if<GatedDeltaOp>(&op))
     for (ThreadState& state : thread_states_)
       state.delta.resize(std::max(state.delta.size(), static_cast<size_t>(delta_scratch(delta->dim_k))));
@@ -230,8 +233,9 @@ void Executable::add_state(int64_t width) {
   states_.push_back({Memory(static_cast<size_t>(bytes * capacity_.num_states)), width, bytes / 4});
 }
 
-void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer, int64_t vocab) {
+void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer, int64_t vocab, int64_t planned_width) {
   require(!sealed_, "the program is sealed");
+  require(planned_width >= 0 && planned_width <= kMaxWidth, "planned_width: too large");
   require(arena_floats >= 0 && arena_floats <= int64_t{1} << 44, "arena: too large");
   for (const Buffer& buffer : buffers_) {
     const int64_t rows = buffer.logit_rows ? capacity_.max_logit_rows : capacity_.max_tokens;
@@ -241,6 +245,7 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   require(buffers_[static_cast<size_t>(logits_buffer)].logit_rows, "logits: their buffer has a row per token");
   require(vocab >= 1 && vocab <= buffers_[static_cast<size_t>(logits_buffer)].stride, "vocab: logits are not that wide");
   logits_ = logits_buffer;
+  planned_width_ = planned_width;
   sampler_.emplace(vocab, capacity_.max_seqs);
   in_ = arrays;
   arena_ = Memory(static_cast<size_t>(arena_floats + kLanes) * sizeof(float));
@@ -276,6 +281,22 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   sealed_ = true;
 }
 
+void Executable::write_kv(int32_t op, const int32_t* slots, size_t count, std::span<const float> keys, std::span<const float> values) {
+  require(op >= 0 && static_cast<size_t>(op) < ops_.size(), "write_kv: no such op");
+  const auto* attention = std::get_if<AttentionOp>(&ops_[static_cast<size_t>(op)]);
+  require(attention && attention->k.buffer != kAbsent, "write_kv: the op writes no keys");
+  const int64_t capacity = static_cast<int64_t>(capacity_.num_blocks) * capacity_.block_size;
+  for (size_t i = 0; i < count; ++i)
+    require(slots[i] >= capacity_.block_size && slots[i] < capacity, "write_kv: no such slot, or one of the scratch block");
+  const int64_t key_width = int64_t{attention->kv_heads} * attention->dim_k, value_width = int64_t{attention->kv_heads} * attention->dim_v;
+  const auto rows = static_cast<int64_t>(count);
+  require(std::ssize(keys) == rows * key_width && std::ssize(values) == rows * value_width, "write_kv: rows of another width");
+  AttentionCall call = call_of(*attention);
+  call.k = {const_cast<float*>(keys.data()), key_width};  // only read: a row is copied to its slot
+  call.v = {const_cast<float*>(values.data()), value_width};
+  kernels_->write_kv(&call, slots, 0, static_cast<int32_t>(count));
+}
+
 void Executable::release_kv(int32_t group, const int32_t* blocks, size_t count) {
   require(group >= 0 && group < groups_, "release_kv: no such group");
   for (size_t i = 0; i < count; ++i)
@@ -308,8 +329,15 @@ void Executable::check_inputs(const StepCounts& c) const {
   require(sealed_, "the program is not sealed");
   require(c.T >= 1 && c.T <= cap.max_tokens && c.N >= 1 && c.N <= cap.max_seqs, "step: T or N outside the capacity");
   require(c.R >= 0 && c.R <= cap.max_logit_rows && c.G >= 0 && c.G <= cap.max_segments, "step: R or G outside the capacity");
+  for (int32_t g = 0; g < c.G; ++g) {
+    const int32_t *seg = in_.seg + 3 * g, *seg_r = in_.seg_r + 2 * g;
+    require(seg[0] >= 0 && seg[0] <= seg[1] && seg[1] <= c.T, "seg: rows outside the step");
+    require(seg_r[0] >= 0 && seg_r[0] <= seg_r[1] && seg_r[1] <= c.R, "seg_r: rows outside the step");
+    if (seg[2] < 0 || static_cast<size_t>(seg[2]) >= adapters_.size() || !adapters_[static_cast<size_t>(seg[2])])
+      refuse("segment " + std::to_string(g) + " names adapter slot " + std::to_string(seg[2]) + ", which is empty");
+  }
   for (int32_t t = 0; t < c.T; ++t) {
-    require(in_.token_ids[t] >= 0 && in_.token_ids[t] < token_rows_, "token_ids: outside the table");
+    require(in_.token_ids[t] >= 0 && (in_.token_ids[t] < token_rows_ || has_row(in_.token_ids[t], t, c)), "token_ids: outside the table");
     require(in_.position[t] >= 0 && in_.position[t] < position_rows_, "position: outside the table");
     for (int32_t g = 0; g < groups_; ++g) {
       const int64_t slot = in_.slot_mapping[static_cast<int64_t>(g) * cap.max_tokens + t];
@@ -332,13 +360,6 @@ void Executable::check_inputs(const StepCounts& c) const {
     }
   }
   if (!states_.empty()) check_spans(c);
-  for (int32_t g = 0; g < c.G; ++g) {
-    const int32_t *seg = in_.seg + 3 * g, *seg_r = in_.seg_r + 2 * g;
-    require(seg[0] >= 0 && seg[0] <= seg[1] && seg[1] <= c.T, "seg: rows outside the step");
-    require(seg_r[0] >= 0 && seg_r[0] <= seg_r[1] && seg_r[1] <= c.R, "seg_r: rows outside the step");
-    if (seg[2] < 0 || static_cast<size_t>(seg[2]) >= adapters_.size() || !adapters_[static_cast<size_t>(seg[2])])
-      refuse("segment " + std::to_string(g) + " names adapter slot " + std::to_string(seg[2]) + ", which is empty");
-  }
   for (int32_t r = 0; r < c.R; ++r)
     require(in_.logit_rows[r] >= 0 && in_.logit_rows[r] < c.T, "logit_rows: outside the step");
 }

@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -43,6 +44,8 @@ struct StepCounts {
 // Throws std::invalid_argument when a number is out of range or products of two of them overflow.
 void check_capacity(const Capacity& capacity);
 
+struct SiteParts;  // adapter_image.cpp
+
 // Room for the choice of one row's experts: per expert, and per group of them.
 struct RouteScratch {
   std::vector<float> scores, preference, group_scores;
@@ -66,7 +69,8 @@ class Executable {
   Rounding fill_matrix(int32_t weight, const Source& source, int64_t rows, int64_t first, int64_t expert = 0);
   void add_state(int64_t width);
   void add(Op op);
-  void seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer, int64_t vocab);
+  // `planned_width`: floats per row of a step that the memory plan counts for adapters.
+  void seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer, int64_t vocab, int64_t planned_width);
 
   // A step
   void run(const StepCounts& counts);
@@ -81,6 +85,9 @@ class Executable {
   std::vector<float> tap(int32_t op) const;
   int32_t tap_width(int32_t op) const;
 
+  // Writes `count` rows of keys and values of attention op number `op` to slots (as in slot_mapping).
+  void write_kv(int32_t op, const int32_t* slots, size_t count, std::span<const float> keys, std::span<const float> values);
+
   // Returns the memory of cached keys and values to the system: of `count` blocks of a group, in ascending order.
   void release_kv(int32_t group, const int32_t* blocks, size_t count);
 
@@ -90,10 +97,12 @@ class Executable {
   // Adapters
   // Binds a site to output columns of an op: once per site, before `seal`.
   void add_site(int32_t site, int32_t op, int64_t first, int64_t outputs, int64_t expert = 0);
-  // Adds an adapter in panels (kernels/cpu/pack.py) and returns its slot. Not copied: the caller keeps `data` in place
+  // Adds an adapter in panels (kernels/cpu/pack.py) and returns its slot. Not copied: the caller keeps the image in place
   // until `drop_adapter`.
-  int32_t add_adapter(const int64_t* table, int64_t parts, const uint8_t* data, int64_t bytes);
+  int32_t add_adapter(const int64_t* table, int64_t parts, const ImageData& image);
   void drop_adapter(int32_t slot);
+  // The most floats that a row of a step needs for it at an op.
+  int64_t adapter_width(const int64_t* table, int64_t parts, const ImageData& image) const;
 
   // Seconds of work per kind of op since the last call, summed over the threads. The first call starts the measurement.
   std::array<double, std::variant_size_v<Op>> take_seconds();
@@ -129,11 +138,17 @@ class Executable {
     float weight;
     int64_t h_start;
   };
+  // Those of an op, in active_adapters_. `disjoint`: as LinearCall has it.
+  struct ActiveRange {
+    int32_t from, to, disjoint;
+  };
   // Scratch memory and counters of one thread.
   struct alignas(128) ThreadState {
     std::vector<float> attention, delta;
     RouteScratch route;
     std::vector<Delta> deltas;
+    std::vector<LinearCall> own;      // to which deltas point
+    std::vector<float> norm_vectors;  // a weight and a bias
     size_t deltas_op = SIZE_MAX;  // the op in this step that `deltas` are of
     // Of a block of an expert's rows: x, x converted, results, and products with A.
     std::vector<float> expert_x, expert_y, expert_h;
@@ -212,16 +227,33 @@ class Executable {
   void group_by_expert(const ExpertLinearOp& op);
   void quantise(const ExpertLinearOp& op, int32_t chunk, int32_t chunks);
   void multiply_expert(const ExpertLinearOp& op, size_t index, int32_t expert, int32_t unit_lo, int32_t unit_hi, ThreadState&);
-  int32_t expert_deltas(size_t index, int32_t expert, const int32_t* pairs, int32_t count, int32_t k, int32_t panel_lo, ThreadState&) const;
+  int32_t expert_deltas(size_t index, int32_t expert, const int32_t* pairs, const LinearCall& base, int32_t k, int32_t panel_lo, ThreadState&) const;
   int32_t quantise_chunks(const LinearOp&) const;
   void quantise(const LinearOp&, int32_t chunk);
   const Weight& adapted_weight(const Op& op) const;
-  static AdapterOp& op_of_part(Adapter& adapter, const AdapterPlace& place, int64_t experts, bool by_expert);
-  void add_part(Adapter& adapter, const PartRow& row, const uint8_t* data, int64_t bytes) const;
+  // adapter_image.cpp
+  std::unique_ptr<Adapter> make_adapter(const int64_t* table, int64_t parts, const ImageData& image) const;
+  AdapterOp& op_of_part(Adapter& adapter, const AdapterPlace& place) const;
+  void add_part(Adapter& adapter, const PartRow& row, const ImageData& image, SiteParts& site) const;
+  void add_low_rank(AdapterOp&, const AdapterPlace&, const PartRow&, const ImageData&, const SiteParts&) const;
+  void add_matrix_part(AdapterOp&, const AdapterPlace&, const PartRow&, const ImageData&, const SiteParts&) const;
+  void add_gather(AdapterOp&, const AdapterPlace&, const PartRow&, const ImageData&, const SiteParts&) const;
+  void add_columns(AdapterOp&, const AdapterPlace&, const PartRow&, const ImageData&, const SiteParts&) const;
+  void multiply_scaled(Adapter& adapter, const AdapterPlace& place, const SiteParts& site) const;
+  // adapters.cpp
+  bool has_row(int32_t token, int32_t row, const StepCounts& counts) const;
   int32_t num_shrink_tasks(size_t op) const;
+  void shrink(const AdapterOp& op, const Rows& x, float* h, float weight, int32_t count, int32_t format) const;
+  void gather(const EmbedOp& op, const ActiveAdapter& active, int32_t lo, int32_t count, float* h) const;
+  void append_deltas(const AdapterOp& op, const float& weight, const float* h, int32_t lo, int32_t hi, int32_t panel_lo,
+                     const LinearCall& base, ThreadState& state) const;
+  static LinearCall own_product(const AdapterOp& op, const AdapterExpand& expand, const float* h, int32_t lo, int32_t hi,
+                                const LinearCall& base);
+  static bool joins(ThreadState& state, const Delta& made, const LinearCall& own);
+  void norm_vectors(size_t op, int32_t lo, int64_t width, NormCall& call, float* made) const;
   void run_shrink_task(const Stage&, int32_t number);
   void shrink_chunk(const Stage&, int32_t chunk);
-  const std::vector<Delta>& deltas_of(size_t op, ThreadState&) const;
+  const std::vector<Delta>& deltas_of(size_t op, const LinearCall& base, ThreadState&) const;
   void attend_chunk(const AttentionCall&, int32_t group, bool merge, int32_t chunk, ThreadState&);
   void attend(const AttentionCall&, int32_t group, bool merge, int64_t pair, ThreadState&);
   AttentionCall call_of(const AttentionOp& op) const;
@@ -232,7 +264,7 @@ class Executable {
   int64_t latent_units(const MlaOp& op, bool values) const;
   void multiply_heads(const MlaOp&, const Stage&, int32_t chunk, ThreadState&);
   const std::vector<Delta>& head_deltas(size_t op, int32_t head, bool values, ThreadState&) const;
-  void add_latent_part(AdapterOp& op, const MlaOp& at, const PartRow& row, const uint8_t* data, int64_t bytes) const;
+  void add_latent_part(AdapterOp& op, const MlaOp& at, const PartRow& row, const ImageData& image) const;
   void shrink_heads(const MlaOp& op, const ActiveAdapter& active, int32_t lo, int32_t count, bool values);
 
   const Kernels* kernels_;
@@ -259,11 +291,12 @@ class Executable {
   StepCounts counts_;
   std::optional<Sampler> sampler_;  // set by `seal`
   int32_t logits_ = 0, token_rows_ = 0, position_rows_ = 0;
+  int64_t planned_width_ = 0;
   std::vector<AttentionPlan> attention_plans_;
   std::vector<ThreadState> thread_states_;  // per thread
   std::vector<Stage> stages_;
   std::vector<ActiveAdapter> active_adapters_;
-  std::vector<std::array<int32_t, 2>> active_of_op_;  // per op: its range in active_adapters_
+  std::vector<ActiveRange> active_of_op_;  // per op
   // Of the current op with experts: its pairs of row and place (t * k + place) by expert, ascending; where each expert's
   // begin; and the experts that have any.
   std::vector<int32_t> expert_pairs_, expert_starts_, used_experts_;

@@ -246,15 +246,16 @@ void Executable::multiply_expert(const ExpertLinearOp& op, size_t index, int32_t
   for (int32_t from = expert_starts_[static_cast<size_t>(expert)]; from < end; from += kExpertRows) {
     const int32_t* pairs = expert_pairs_.data() + from;
     call.rows = std::min(kExpertRows, end - from);
-    const bool adapted = active_of_op_[index][0] != active_of_op_[index][1];
+    const bool adapted = active_of_op_[index].from != active_of_op_[index].to;
     for (int32_t r = 0; r < call.rows; ++r) {
       const int64_t t = pairs[r] / k, row = each == 1 ? t : pairs[r], j = each == 1 ? 0 : pairs[r] % k;
       if (converts) std::memcpy(state.expert_quantised.data() + r * stride, quantised_x_.data() + row * stride, static_cast<size_t>(stride));
       if (!converts || adapted)
         std::memcpy(state.expert_x.data() + r * w.inputs, x.data + t * x.stride + j * w.inputs, static_cast<size_t>(w.inputs) * sizeof(float));
     }
-    call.num_deltas = adapted ? expert_deltas(index, expert, pairs, call.rows, k, 2 * unit_lo, state) : 0;
+    call.num_deltas = adapted ? expert_deltas(index, expert, pairs, call, k, 2 * unit_lo, state) : 0;
     call.deltas = state.deltas.data();
+    call.disjoint = active_of_op_[index].disjoint;
     kernels_->linear(&call, 0, unit_hi - unit_lo);
     for (int32_t r = 0; r < call.rows; ++r) {
       const int64_t t = pairs[r] / k, j = pairs[r] % k;
@@ -270,29 +271,26 @@ void Executable::multiply_expert(const ExpertLinearOp& op, size_t index, int32_t
   }
 }
 
-// Lists in `state.deltas` the adapters of a block of an expert's rows (`pairs`, ascending), and computes their products
-// with A. Returns how many there are. Every chunk of columns computes them anew: they are small beside its product.
-int32_t Executable::expert_deltas(size_t index, int32_t expert, const int32_t* pairs, int32_t count, int32_t k,
+// Lists in `state.deltas` the adapters of a block of an expert's rows (`pairs`, ascending), whose product is `base`, and
+// computes their columns of h. Returns how many there are. Every chunk of columns computes them anew: they are small
+// beside its product.
+int32_t Executable::expert_deltas(size_t index, int32_t expert, const int32_t* pairs, const LinearCall& base, int32_t k,
                                   int32_t panel_lo, ThreadState& state) const {
   state.deltas.clear();
+  state.own.clear();
   state.deltas_op = SIZE_MAX;
-  const auto [from, to] = active_of_op_[index];
+  const auto [from, to, disjoint] = active_of_op_[index];
+  const int32_t* end = pairs + base.rows;
   float* h = state.expert_h.data();
-  const int64_t inputs = weight(std::get<ExpertLinearOp>(ops_[index]).weight).inputs;
   for (int32_t i = from; i < to; ++i) {
     const ActiveAdapter& active = active_adapters_[static_cast<size_t>(i)];
     const int32_t found = active.op->of_expert[static_cast<size_t>(expert)];
-    const auto lo = static_cast<int32_t>(std::lower_bound(pairs, pairs + count, active.lo * k) - pairs);
-    const auto hi = static_cast<int32_t>(std::lower_bound(pairs, pairs + count, active.hi * k) - pairs);
+    const auto lo = static_cast<int32_t>(std::lower_bound(pairs, end, active.lo * k) - pairs);
+    const auto hi = static_cast<int32_t>(std::lower_bound(pairs, end, active.hi * k) - pairs);
     if (found == kAbsent || lo >= hi) continue;
     const AdapterOp& op = active.adapter->ops[static_cast<size_t>(found)];
-    for (const AdapterShrink& part : op.shrinks) {
-      const ShrinkCall call{{state.expert_x.data() + lo * inputs, inputs}, {h + part.h_start, op.h_width}, part.a,
-                            part.scale * active.weight, hi - lo};
-      kernels_->shrink(&call, 0, part.a.panels);
-    }
-    for (const AdapterExpand& expand : op.expands)
-      state.deltas.push_back({h + expand.h_start, op.h_width, expand.b, lo, hi, expand.first - panel_lo, expand.step, 0, 0});
+    shrink(op, {base.x.data + lo * base.x.stride, base.x.stride}, h, active.weight, hi - lo, base.w.format);
+    append_deltas(op, active.weight, h, lo, hi, panel_lo, base, state);
     h += (hi - lo) * op.h_width;
   }
   const auto made = static_cast<int32_t>(state.deltas.size());

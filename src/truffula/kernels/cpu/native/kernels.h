@@ -32,9 +32,10 @@ constexpr int64_t kMaxXBlockBytes = 72;
 // Bytes of a row of x in bfloat16 pairs: whole blocks, zero after the last input.
 static constexpr int64_t pair_row_bytes(int64_t inputs) { return (inputs + kBlock - 1) / kBlock * (2 * kBlock); }
 
-// Products read converted x in groups of this many rows: its memory is padded to a multiple, with any content.
+// Products read converted x in groups of this many rows, which may begin at any row: its memory has that many more, with
+// any content.
 constexpr int32_t kXRows = 16;
-static constexpr int64_t padded_rows(int64_t rows) { return (rows + kXRows - 1) / kXRows * kXRows; }
+static constexpr int64_t padded_rows(int64_t rows) { return (rows + kXRows - 1) / kXRows * kXRows + kXRows; }
 
 enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5, kQuickGelu = 6,
                            kSigmoidActivation = 7, kSoftplus = 8 };
@@ -58,15 +59,29 @@ struct Rows {
   int64_t stride;
 };
 
-// Adds h [hi - lo, rank] (scaled) times B to rows lo .. hi. Panel i of `b` is added to panel first + i * step of the
-// product. `max_hi` is the largest hi up to this delta of a list, `min_lo` the smallest lo from this one on: both
-// ascend, so the deltas of given rows are found by bisection.
+// What a delta does to the base product p in its lanes (kernels/adapters.py has the sum of all; c is `column`, or 1):
+// kAdds: + c (h B^T). kScales: + weight (c - 1) p. The others put a product q of their own in place of p:
+// + weight c (q - p). kOwnProduct: q is that of `own`, whose panels are those of `b`. kOwnValues: q is h. kOwnColumns: q
+// is h / weight, for single columns alone, which `ids` names in ascending order.
+enum DeltaRole : int32_t { kAdds = 0, kScales = 1, kOwnProduct = 2, kOwnValues = 3, kOwnColumns = 4 };
+
+// What an adapter does to rows lo .. hi of a product and, with its panel i, to panel first + i * step: in the lanes
+// lane .. end of these panels. `h` is [hi - lo, inputs of b] and has the segment's weight. `max_hi` is the largest hi up
+// to this delta of a list, `min_lo` the smallest lo from this one on: both ascend, so the deltas of given rows are found
+// by bisection.
 struct Delta {
   const float* h;
   int64_t h_stride;
   Packed b;
   int32_t lo, hi, first, step;
   int32_t max_hi, min_lo;
+  int32_t role;
+  float weight;
+  int32_t lane, end;
+  const float* column;   // per lane of b's panels; may be null
+  const struct LinearCall* own;
+  const int32_t* ids;
+  int32_t num_ids;
 };
 
 // Sets `max_hi` and `min_lo` of a whole list.
@@ -87,6 +102,7 @@ struct LinearCall {
   const float* bias;   // in packed order (16 x panels), zero in unused lanes
   const Delta* deltas;
   int32_t num_deltas;
+  int32_t disjoint;   // of the deltas, no two scale or replace the product of one row, and none of such has a column
   int32_t rows;
   int32_t out_width;
   int32_t activation;
@@ -230,21 +246,21 @@ struct GatedDeltaCall {
   float scale, eps, beta_scale;
 };
 
-// Rows of a table as floats, whatever its layout.
+// Rows of a table as floats, whatever its layout. A row that it does not have is zeros.
 struct Table {
   const uint8_t* data;
   int64_t panel_bytes;   // 0: plain rows
-  int32_t format, width;
+  int32_t format, width, rows;
 };
 
-// out = scale * (table row + deltas) + add
+// out = scale * (table row + deltas) + add; rows that the table does not have are not scaled.
 struct EmbedCall {
   Table table;
   Rows out, add;   // add.data may be null
   float scale;
   int32_t scaled, round_out;
   const Delta* deltas;
-  int32_t num_deltas;
+  int32_t num_deltas, disjoint;
 };
 
 // Whether products of bfloat16 matrices read x as bfloat16 pairs where it holds such values, and in which order they

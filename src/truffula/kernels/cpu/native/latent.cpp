@@ -118,6 +118,7 @@ void Executable::multiply_heads(const MlaOp& op, const Stage& stage, int32_t chu
     call.w = values ? w.latent_values(head) : w.latent_keys(head);
     call.deltas = deltas.data();
     call.num_deltas = static_cast<int32_t>(deltas.size());
+    call.disjoint = active_of_op_[stage.op].disjoint;
     call.rows = counts_.T;
     call.out_width = values ? op.dim_v : op.rank;
     call.in_blocks = values || !rounded(op.q);
@@ -135,16 +136,40 @@ void Executable::multiply_heads(const MlaOp& op, const Stage& stage, int32_t chu
 
 // The deltas of one head, in the order of the segments.
 const std::vector<Delta>& Executable::head_deltas(size_t index, int32_t head, bool values, ThreadState& state) const {
+  const auto& op = std::get<MlaOp>(ops_[index]);
   state.deltas_op = SIZE_MAX;
   state.deltas.clear();
-  const auto [from, to] = active_of_op_[index];
+  state.own.clear();
+  const auto [from, to, disjoint] = active_of_op_[index];
   for (int32_t i = from; i < to; ++i) {
     const ActiveAdapter& active = active_adapters_[static_cast<size_t>(i)];
+    const LatentVectors& of = active.op->of_latent;
+    const int64_t stride = active.op->h_width, lanes = LatentOrder::panels_of(op.dim_v) * kLanes;
+    const auto add = [&](int32_t role, const float* h, int64_t h_stride, const Packed& b, const float* column) -> Delta& {
+      return state.deltas.emplace_back(Delta{h, h_stride, b, active.lo, active.hi, 0, 1, 0, 0, role, active.weight, 0,
+                                             values ? op.dim_v : op.rank, column, nullptr, nullptr, 0});
+    };
+    const float* column = values && of.values ? of.values + head * lanes : nullptr;
+    const Packed vector{nullptr, panel_bytes(kF32, 1), kF32, static_cast<int32_t>(lanes / kLanes), 1};
+    if (column) add(kScales, nullptr, 0, vector, column);
+    if (!values && of.keys) {
+      LinearCall& own = state.own.emplace_back();
+      own.w = weight(op.kv_b).latent_keys(head);
+      own.x = {const_cast<float*>(h_.data()) + active.h_start + of.h_start + static_cast<int64_t>(head) * op.nope, stride};
+      own.rows = active.hi - active.lo;
+      own.in_blocks = true;
+      add(kOwnProduct, nullptr, 0, own.w, nullptr).own = &own;
+    }
     for (const AdapterLatent& part : active.op->latents) {
       const float* h = h_.data() + active.h_start + part.h_start + static_cast<int64_t>(head) * part.value_a.panels * kLanes;
       Packed b = values ? part.value_b : part.key_a;
       if (values) b.data += static_cast<int64_t>(head) * b.panels * b.panel_bytes;
-      state.deltas.push_back({h, active.op->h_width, b, active.lo, active.hi, 0, 1, 0, 0});
+      add(kAdds, h, stride, b, column);
+    }
+    if (values && of.bias) {
+      Packed b = vector;
+      b.data = reinterpret_cast<const uint8_t*>(of.bias + head * lanes);
+      add(kAdds, &active.weight, 0, b, nullptr);
     }
   }
   set_bounds(state.deltas.data(), static_cast<int32_t>(state.deltas.size()));
@@ -152,25 +177,55 @@ const std::vector<Delta>& Executable::head_deltas(size_t index, int32_t head, bo
 }
 
 // The products of rows lo .. lo + count of an adapter that need no more than a head: of queries with B_k, or of mixed
-// latents with A.
+// latents with A. Where it scales the rows of keys, queries are multiplied by that first.
 void Executable::shrink_heads(const MlaOp& op, const ActiveAdapter& active, int32_t lo, int32_t count, bool values) {
-  const Rows x = values ? call_of(op).q : rows(op.q);
-  const int64_t stride = active.op->h_width, head_width = values ? op.width() : op.nope + op.rope;
+  Rows x = values ? call_of(op).q : rows(op.q);
+  x.data += lo * x.stride;
+  const int64_t stride = active.op->h_width;
+  int64_t head_width = values ? op.width() : op.nope + op.rope;
+  float* h = h_.data() + active.h_start + (lo - active.lo) * stride;
+  const LatentVectors& of = active.op->of_latent;
+  if (!values && of.keys) {
+    float* scaled = h + of.h_start;
+    for (int32_t r = 0; r < count; ++r)
+      for (int32_t head = 0; head < op.heads; ++head)
+        for (int32_t i = 0; i < op.nope; ++i)
+          scaled[r * stride + head * op.nope + i] = x.data[r * x.stride + head * head_width + i] * of.keys[head * op.nope + i];
+    x = {scaled, stride};
+    head_width = op.nope;
+  }
   for (const AdapterLatent& part : active.op->latents)
     for (int32_t head = 0; head < op.heads; ++head) {
-      float* h = h_.data() + active.h_start + (lo - active.lo) * stride + part.h_start +
-                 static_cast<int64_t>(head) * part.value_a.panels * kLanes;
       Packed a = values ? part.value_a : part.key_b;
       if (!values) a.data += static_cast<int64_t>(head) * a.panels * a.panel_bytes;
-      const ShrinkCall call{{x.data + lo * x.stride + head * head_width, x.stride}, {h, stride}, a, part.scale * active.weight, count};
+      float* to = h + part.h_start + static_cast<int64_t>(head) * part.value_a.panels * kLanes;
+      const ShrinkCall call{{x.data + head * head_width, x.stride}, {to, stride}, a, part.scale * active.weight, count};
       kernels_->shrink(&call, 0, a.panels);
     }
 }
 
-// Adds an adapter's part at a latent op: A in panels and transposed, B_k transposed and B_v per head (kernels/cpu/pack.py).
-void Executable::add_latent_part(AdapterOp& op, const MlaOp& at, const PartRow& row, const uint8_t* data, int64_t bytes) const {
+// Adds an adapter's part at a latent op (kernels/cpu/pack.py). LowRank: A in panels and transposed, B_k transposed and B_v
+// per head. ColumnScale: of all heads' keys, then panels of each head's values. Bias: the latter.
+void Executable::add_latent_part(AdapterOp& op, const MlaOp& at, const PartRow& row, const ImageData& image) const {
+  require(row.kind == kLowRank || row.kind == kColumnScale || row.kind == kBias, "adapter: a latent op has no such part");
+  const int64_t outputs = weight(at.kv_b).outputs;
+  if (row.kind != kLowRank) {
+    const int64_t keys = row.kind == kColumnScale ? scaled_row_floats(static_cast<int64_t>(at.heads) * at.nope) : 0;
+    const int64_t values = at.heads * LatentOrder::panels_of(at.dim_v) * kLanes;
+    const float* vectors = floats_at(row.a, outputs, keys + values, image);
+    if (row.kind == kBias) {
+      op.of_latent.bias = vectors;
+      return;
+    }
+    require(op.h_width + keys <= kMaxWidth && !op.of_latent.keys, "adapter: too wide, or scaled twice");
+    op.of_latent = {vectors, vectors + keys, op.of_latent.bias, static_cast<int32_t>(op.h_width)};
+    op.h_width += keys;
+    return;
+  }
+  const auto rank = static_cast<int32_t>(std::clamp<int64_t>(row.a.shape[0], 0, kMaxWidth));
+  require(rank > 0 && row.a.shape[0] == rank && row.a.shape[1] == at.rank && row.a.shape[2] == 0, "adapter: A has another width");
+  require(row.b.shape[0] == outputs && row.b.shape[1] == rank && row.b.shape[2] == 0, "adapter: B has another shape");
   const int32_t format = format_of(row.a), b_format = format_of(row.b);
-  const auto rank = static_cast<int32_t>(row.a.shape[0]);
   const auto packed = [](const uint8_t* from, int32_t kind, int64_t outputs, int64_t inputs) -> Packed {
     return {from, panel_bytes(kind, inputs), kind, static_cast<int32_t>(LatentOrder::panels_of(outputs)), static_cast<int32_t>(inputs)};
   };
@@ -185,8 +240,8 @@ void Executable::add_latent_part(AdapterOp& op, const MlaOp& at, const PartRow& 
   const int64_t width = static_cast<int64_t>(at.heads) * part.value_a.panels * kLanes;
   require(op.h_width + width <= kMaxWidth, "adapter: its ranks are too large");
   op.h_width += width;
-  const uint8_t* a = bytes_at(row.a, size(part.value_a) + size(part.key_a), data, bytes);
-  const uint8_t* b = bytes_at(row.b, at.heads * (size(part.key_b) + size(part.value_b)), data, bytes);
+  const uint8_t* a = bytes_at(row.a, size(part.value_a) + size(part.key_a), image);
+  const uint8_t* b = bytes_at(row.b, at.heads * (size(part.key_b) + size(part.value_b)), image);
   part.value_a.data = a;
   part.key_a.data = a + size(part.value_a);
   part.key_b.data = b;

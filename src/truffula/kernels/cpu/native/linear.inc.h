@@ -1,4 +1,4 @@
-// Linear layers: products, the deltas of adapters, and the epilogue; and the adapters' products with A.
+// Linear layers: products, what adapters do to them, and the epilogue; and the adapters' products with A.
 #pragma once
 
 #include "products.inc.h"
@@ -43,30 +43,193 @@ TF_INLINE DeltaSpan deltas_at(const Delta* deltas, int count, int lo, int hi) {
   return {begin, end};
 }
 
-// Adds the deltas of rows r .. r + rows to y, which holds panels first .. first + panels of the product.
-static void add_deltas(DeltaSpan span, int r, int rows, int first, int panels, float* y, int64_t y_stride) {
+// y = rows r .. r + rows of x times the panels at `panel`.
+TF_INLINE void multiply_rows(const LinearCall* c, int r, int rows, int panels, const uint8_t* panel, float* y,
+                             int64_t y_stride) {
+#if defined(TRUFFULA_TILES)
+  if (tiled(c)) return tile_product(c, r, rows, panels, panel, y, y_stride);
+#endif
+  const uint8_t* quantised = c->quantised_x ? c->quantised_x + r * c->quantised_stride : nullptr;
+  const float* x = c->x.data + r * c->x.stride;
+  if (is_quantised(c->w.format))
+    quant_product_of(&c->w, rows, panels, quantised, c->quantised_stride, panel, y, y_stride);
+#if defined(__AVX512BF16__) && !defined(TRUFFULA_TILES)
+  else if (c->w.format == kBF16 && quantised)
+    pair_product(rows, panels, quantised, c->quantised_stride, panel, c->w.panel_bytes, y, y_stride);
+#endif
+  else if (c->in_blocks)
+    product_of<kStreamBlocks>(c->w.format, rows, panels, x, c->x.stride, panel, c->w.panel_bytes, c->w.inputs, y, y_stride);
+  else
+    product_of<kStream>(c->w.format, rows, panels, x, c->x.stride, panel, c->w.panel_bytes, c->w.inputs, y, y_stride);
+}
+
+// The rows and panels that a delta and a tile have in common.
+struct DeltaPart {
+  int row, rows;           // of the product
+  int panel, at, panels;   // the first one in the delta's run and in the tile; adjacent ones in both
+};
+
+// Whether a delta acts in a tile of rows r .. r + rows and panels first .. first + panels.
+TF_INLINE bool part_of(const Delta* delta, int r, int rows, int first, int panels, DeltaPart* part) {
+  const int lo = delta->lo > r ? delta->lo : r, hi = delta->hi < r + rows ? delta->hi : r + rows;
+  // It acts on adjacent panels, or, with gates and ups, on every second one.
+  const int last = delta->first + (delta->b.panels - 1) * delta->step;
+  if (lo >= hi || last < first || delta->first >= first + panels) return false;
+  part->row = lo, part->rows = hi - lo;
+  if (delta->step == 1) {
+    const int from = delta->first > first ? delta->first : first;
+    part->panel = from - delta->first, part->at = from - first;
+    part->panels = (last < first + panels - 1 ? last : first + panels - 1) - from + 1;
+  } else {
+    part->panel = (first - delta->first + 1) / 2, part->panels = 1;
+    part->at = delta->first + 2 * part->panel - first;
+  }
+  return true;
+}
+
+// 1 in lanes lo .. hi of a panel, 0 in the others.
+static V lanes_between(int lo, int hi) {
+  alignas(64) static const float kOnes[3 * kLanes] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
+                                                      1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+  lo = lo < 0 ? 0 : lo > kLanes ? kLanes : lo;
+  hi = hi < 0 ? 0 : hi > kLanes ? kLanes : hi;
+  return load(kOnes + kLanes - lo) * load(kOnes + 2 * kLanes - hi);
+}
+
+TF_INLINE V lanes_of(const Delta* delta, int panel) {
+  return lanes_between(delta->lane - kLanes * panel, delta->end - kLanes * panel);
+}
+
+// c in the lanes of a delta in its panel number `panel`.
+TF_INLINE V column_of(const Delta* delta, int panel) {
+  return delta->column ? load(delta->column + kLanes * panel) : lanes_of(delta, panel);
+}
+
+// Calls f(index of an id, its lane in the tile) for the columns of a delta in a part of a tile.
+template <class F>
+TF_INLINE void for_each_column(const Delta* delta, const DeltaPart* part, F f) {
+  const int32_t from = kLanes * part->panel, to = from + kLanes * part->panels;
+  int lo = 0;
+  for (int hi = delta->num_ids; lo < hi;) {
+    const int middle = lo + (hi - lo) / 2;
+    if (delta->ids[middle] < from) lo = middle + 1;
+    else hi = middle;
+  }
+  for (; lo < delta->num_ids && delta->ids[lo] < to; ++lo) f(lo, kLanes * part->at + delta->ids[lo] - from);
+}
+
+// Multiplies the base product in a tile by what the deltas leave of it: 1 + the sum of weight (c - 1) where they scale
+// it, and - weight c where they replace it. With a weight of 1 it is c or 0 exactly.
+static void scale_base(DeltaSpan span, int r, int rows, int first, int panels, float* y, int64_t y_stride) {
+  alignas(64) float factors[kBlockRows * kUnitPanels * kLanes];
+  bool any = false;
+  DeltaPart part;
   for (const Delta* delta = span.begin; delta < span.end; ++delta) {
-    const int lo = delta->lo > r ? delta->lo : r;
-    const int hi = delta->hi < r + rows ? delta->hi : r + rows;
-    // It acts on adjacent panels, or, with gates and ups, on every second one.
-    const int last = delta->first + (delta->b.panels - 1) * delta->step;
-    if (lo >= hi || last < first || delta->first >= first + panels) continue;
-    const float* h = delta->h + (lo - delta->lo) * delta->h_stride;
-    float* to = y + (lo - r) * y_stride;
+    if (delta->role == kAdds || !part_of(delta, r, rows, first, panels, &part)) continue;
+    if (!any)
+      for (int i = 0; i < rows * kUnitPanels; ++i) store(factors + i * kLanes, set1(1.0f));
+    any = true;
+    float* to = factors + (part.row - r) * kUnitPanels * kLanes;
+    if (delta->role == kOwnColumns) {
+      for_each_column(delta, &part, [&](int i, int lane) {
+        const float by = delta->weight * (delta->column ? delta->column[delta->ids[i]] : 1.0f);
+        for (int row = 0; row < part.rows; ++row) to[row * kUnitPanels * kLanes + lane] -= by;
+      });
+      continue;
+    }
+    for (int p = 0; p < part.panels; ++p) {
+      const V weight = set1(delta->weight), column = weight * column_of(delta, part.panel + p);
+      const V less = delta->role == kScales ? weight * lanes_of(delta, part.panel + p) : column;
+      const V more = delta->role == kScales ? column : zero();
+      for (int row = 0; row < part.rows; ++row) {
+        float* factor = to + (row * kUnitPanels + part.at + p) * kLanes;
+        store(factor, load(factor) - less + more);
+      }
+    }
+  }
+  if (!any) return;
+  for (int row = 0; row < rows; ++row)
+    for (int p = 0; p < panels; ++p) {
+      float* value = y + row * y_stride + kLanes * p;
+      store(value, load(value) * load(factors + (row * kUnitPanels + p) * kLanes));
+    }
+}
+
+// Whether deltas replace the whole base product of a tile, which then is not needed.
+static bool replaced(DeltaSpan span, int r, int rows, int first, int panels) {
+  int next = r;
+  DeltaPart part;
+  for (const Delta* delta = span.begin; delta < span.end; ++delta) {
+    if (delta->role == kAdds || !part_of(delta, r, rows, first, panels, &part)) continue;
+    const bool whole = delta->role == kOwnProduct && delta->weight == 1.0f && !delta->column && part.panels == panels &&
+                       delta->lane <= kLanes * part.panel && delta->end >= kLanes * (part.panel + part.panels);
+    if (!whole || part.row != next) return false;
+    next += part.rows;
+  }
+  return next == r + rows;
+}
+
+// Applies deltas to y, which holds the base product of rows r .. r + rows and panels first .. first + panels.
+// `disjoint`: no row has two that scale or replace it, so that each does that by itself, without a tile of factors.
+static void apply_deltas(DeltaSpan span, int32_t disjoint, int r, int rows, int first, int panels, float* y, int64_t y_stride) {
+  alignas(64) float made[kBlockRows * kUnitPanels * kLanes];
+  if (!disjoint) scale_base(span, r, rows, first, panels, y, y_stride);
+  DeltaPart part;
+  for (const Delta* delta = span.begin; delta < span.end; ++delta) {
+    if ((delta->role == kScales && !disjoint) || !part_of(delta, r, rows, first, panels, &part)) continue;
+    float* to = y + (part.row - r) * y_stride + kLanes * part.at;
+    const float* h = delta->h + (part.row - delta->lo) * delta->h_stride;
+    if (delta->role == kScales) {
+      for (int p = 0; p < part.panels; ++p) {
+        const V weight = set1(delta->weight), left = set1(1.0f) - weight * lanes_of(delta, part.panel + p);
+        const V factor = fma(weight, column_of(delta, part.panel + p), left);
+        for (int row = 0; row < part.rows; ++row) {
+          float* value = to + row * y_stride + kLanes * p;
+          store(value, load(value) * factor);
+        }
+      }
+      continue;
+    }
+    if (delta->role == kOwnColumns) {
+      const float left = disjoint ? 1.0f - delta->weight : 1.0f;
+      for_each_column(delta, &part, [&](int i, int lane) {
+        const float by = delta->column ? delta->column[delta->ids[i]] : 1.0f;
+        for (int row = 0; row < part.rows; ++row) {
+          float* value = to - kLanes * part.at + row * y_stride + lane;
+          *value = left * *value + by * h[row * delta->h_stride + i];
+        }
+      });
+      continue;
+    }
     const int64_t bytes = delta->b.panel_bytes;
-    if (delta->step == 1) {
-      const int from = delta->first > first ? delta->first : first;
-      const int count = (last < first + panels - 1 ? last : first + panels - 1) - from + 1;
-      const uint8_t* panel = delta->b.data + (from - delta->first) * bytes;
-      product_of<kAddScattered>(delta->b.format, hi - lo, count, h, delta->h_stride, panel, bytes, delta->b.inputs,
-                       to + kLanes * (from - first), y_stride);
-      if (last >= first + panels) prefetch(panel + count * bytes, count * bytes);
+    const float* from = made;
+    int64_t stride = kUnitPanels * kLanes;
+    float weight = delta->weight;
+    if (delta->role == kAdds) {
+      const uint8_t* panel = delta->b.data + part.panel * bytes;
+      if (part.panel + part.panels < delta->b.panels) prefetch(panel + part.panels * bytes, part.panels * bytes);
+      if (!delta->column) {
+        product_of<kAddScattered>(delta->b.format, part.rows, part.panels, h, delta->h_stride, panel, bytes,
+                                  delta->b.inputs, to, y_stride);
+        continue;
+      }
+      memset(made, 0, (size_t)part.rows * (size_t)stride * sizeof(float));
+      product_of<kAddScattered>(delta->b.format, part.rows, part.panels, h, delta->h_stride, panel, bytes,
+                                delta->b.inputs, made, stride);
+      weight = 1.0f;
+    } else if (delta->role == kOwnProduct) {
+      const uint8_t* panel = delta->b.data + part.panel * bytes;
+      multiply_rows(delta->own, part.row - delta->lo, part.rows, part.panels, panel, made, stride);
     } else {
-      const int at = (first - delta->first + 1) / 2;
-      const uint8_t* panel = delta->b.data + at * bytes;
-      product_of<kAddScattered>(delta->b.format, hi - lo, 1, h, delta->h_stride, panel, bytes, delta->b.inputs,
-                       to + kLanes * (delta->first + 2 * at - first), y_stride);
-      if (last >= first + panels) prefetch(panel + bytes, bytes);
+      from = h + kLanes * part.panel, stride = delta->h_stride;
+    }
+    for (int p = 0; p < part.panels; ++p) {
+      const V by = set1(weight) * column_of(delta, part.panel + p);
+      const V left = disjoint && delta->role != kAdds ? set1(1.0f) - by : set1(1.0f);
+      for (int row = 0; row < part.rows; ++row) {
+        float* value = to + row * y_stride + kLanes * p;
+        store(value, fma(by, load(from + row * stride + kLanes * p), load(value) * left));
+      }
     }
   }
 }
@@ -92,26 +255,6 @@ TF_INLINE void finish(const LinearCall* c, const float* y, const float* up, int 
   store_n(c->out.data + row * c->out.stride + column, rounded(a, c->round_out), count);
 }
 
-// y = rows r .. r + rows of x times the panels at `panel`.
-TF_INLINE void multiply_rows(const LinearCall* c, int r, int rows, int panels, const uint8_t* panel, float* y,
-                             int64_t y_stride) {
-#if defined(TRUFFULA_TILES)
-  if (tiled(c)) return tile_product(c, r, rows, panels, panel, y, y_stride);
-#endif
-  const uint8_t* quantised = c->quantised_x ? c->quantised_x + r * c->quantised_stride : nullptr;
-  const float* x = c->x.data + r * c->x.stride;
-  if (is_quantised(c->w.format))
-    quant_product_of(&c->w, rows, panels, quantised, c->quantised_stride, panel, y, y_stride);
-#if defined(__AVX512BF16__) && !defined(TRUFFULA_TILES)
-  else if (c->w.format == kBF16 && quantised)
-    pair_product(rows, panels, quantised, c->quantised_stride, panel, c->w.panel_bytes, y, y_stride);
-#endif
-  else if (c->in_blocks)
-    product_of<kStreamBlocks>(c->w.format, rows, panels, x, c->x.stride, panel, c->w.panel_bytes, c->w.inputs, y, y_stride);
-  else
-    product_of<kStream>(c->w.format, rows, panels, x, c->x.stride, panel, c->w.panel_bytes, c->w.inputs, y, y_stride);
-}
-
 static void linear(const LinearCall* c, int32_t unit_lo, int32_t unit_hi) {
   alignas(64) float y[kBlockRows * kUnitPanels * kLanes];
   const int64_t y_stride = kUnitPanels * kLanes;
@@ -124,8 +267,10 @@ static void linear(const LinearCall* c, int32_t unit_lo, int32_t unit_hi) {
     const uint8_t* panel = c->w.data + first * c->w.panel_bytes;
     for (int r = 0; r < c->rows; r += kBlockRows) {
       const int rows = c->rows - r < kBlockRows ? c->rows - r : kBlockRows;
-      multiply_rows(c, r, rows, panels, panel, y, y_stride);
-      if (c->num_deltas) add_deltas(deltas_at(c->deltas, c->num_deltas, r, r + rows), r, rows, first, panels, y, y_stride);
+      const DeltaSpan span = deltas_at(c->deltas, c->num_deltas, r, r + rows);
+      if (replaced(span, r, rows, first, panels)) memset(y, 0, sizeof y);
+      else multiply_rows(c, r, rows, panels, panel, y, y_stride);
+      if (span.begin != span.end) apply_deltas(span, c->disjoint, r, rows, first, panels, y, y_stride);
       for (int p = 0; p < panels; p += c->glu ? 2 : 1) {
         const int column = kLanes * (c->glu ? unit : first + p);
         const int count = c->out_width - column < kLanes ? c->out_width - column : kLanes;

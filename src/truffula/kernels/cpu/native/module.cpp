@@ -65,10 +65,10 @@ struct Native {
   std::map<int32_t, nb::object> images;  // the data of adapters, by slot
 };
 
-void seal(Native& self, const nb::object& inputs, int64_t arena_floats, int32_t logits_buffer, int64_t vocab) {
+void seal(Native& self, const nb::object& inputs, int64_t arena_floats, int32_t logits_buffer, int64_t vocab, int64_t planned_width) {
   HeldArrays held;
   const StepArrays arrays = step_arrays(held, inputs, self.cap, self.num_groups);
-  self.enter()->seal(arrays, arena_floats, logits_buffer, vocab);
+  self.enter()->seal(arrays, arena_floats, logits_buffer, vocab, planned_width);
   self.inputs = inputs;
   self.held = std::move(held);
 }
@@ -98,15 +98,32 @@ nb::tuple fill(Native& self, int32_t weight, const AnyArray& array, int64_t firs
   return nb::make_tuple(made.squares, made.lost);
 }
 
-// Adds an adapter's image: its table, int64 [parts, kPartColumns], and its data, which is not copied.
-int32_t add_adapter(Native& self, const In<int64_t>& table, const nb::object& data) {
+// Calls f(table, parts, image) with an adapter's image: its table, int64 [parts, kPartColumns], and its data.
+template <class F>
+auto with_image(const In<int64_t>& table, const nb::object& data, F f) {
   if (table.ndim() != 2 || table.shape(1) != kPartColumns) throw std::invalid_argument("adapter: a table of other columns");
   In<uint8_t> bytes;
   if (!nb::try_cast(data, bytes, false)) throw std::invalid_argument("adapter: data is an array of uint8");
-  const int32_t slot = self.enter()->add_adapter(table.data(), static_cast<int64_t>(table.shape(0)), bytes.data(),
-                                                 static_cast<int64_t>(bytes.size()));
+  return f(table.data(), static_cast<int64_t>(table.shape(0)), ImageData{bytes.data(), static_cast<int64_t>(bytes.size())});
+}
+
+// The data is not copied.
+int32_t add_adapter(Native& self, const In<int64_t>& table, const nb::object& data) {
+  const auto entered = self.enter();
+  const int32_t slot = with_image(table, data, [&](auto... image) { return entered->add_adapter(image...); });
   self.images[slot] = data;
   return slot;
+}
+
+void write_kv(Native& self, int32_t op, const In<int32_t>& slots, const In<float>& keys, const In<float>& values) {
+  if (slots.ndim() != 1 || keys.ndim() != 2 || values.ndim() != 2 || keys.shape(0) != slots.size() || values.shape(0) != slots.size())
+    throw std::invalid_argument("write_kv: keys and values have a row for each slot");
+  self.enter()->write_kv(op, slots.data(), slots.size(), {keys.data(), keys.size()}, {values.data(), values.size()});
+}
+
+int64_t adapter_width(Native& self, const In<int64_t>& table, const nb::object& data) {
+  const auto entered = self.enter();
+  return with_image(table, data, [&](auto... image) { return entered->adapter_width(image...); });
 }
 
 void release_kv(Native& self, int32_t group, const In<int32_t>& blocks) {
@@ -274,7 +291,7 @@ void bind_load(nb::class_<Native>& c) {
            },
            "heads"_a, "keys"_a, "values"_a, "inputs"_a, "format"_a)
       .def("fill", fill, "weight"_a, "array"_a, "first"_a, "kind"_a = "", "expert"_a = 0)
-      .def("seal", seal, "inputs"_a, "arena_floats"_a, "logits_buffer"_a, "vocab"_a)
+      .def("seal", seal, "inputs"_a, "arena_floats"_a, "logits_buffer"_a, "vocab"_a, "planned_width"_a)
       .def("add_state", [](Native& self, int64_t width) { self.enter()->add_state(width); }, "width"_a)
       .def("add", add_op, "op"_a, "fields"_a)
       .def("add_site",
@@ -291,7 +308,9 @@ void bind_step(nb::class_<Native>& c) {
       .def("sample", sample, "samples"_a)
       .def("tap", tap, "op"_a)
       .def("add_adapter", add_adapter, "table"_a.noconvert(), "data"_a)
+      .def("adapter_width", adapter_width, "table"_a.noconvert(), "data"_a)
       .def("drop_adapter", drop_adapter, "slot"_a)
+      .def("write_kv", write_kv, "op"_a, "slots"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert())
       .def("release_kv", release_kv, "group"_a, "blocks"_a.noconvert())
       .def("release_states", release_states, "rows"_a.noconvert())
       .def("take_seconds",
@@ -323,6 +342,8 @@ void bind_sizes(nb::module_& m) {
           return padded_rows(rows) * quantised_row_bytes(number, inputs);
         },
         "isa"_a, "rows"_a, "inputs"_a, "format"_a, "Bytes of x as products with a matrix of this format read it.");
+  m.def("scaled_x_floats", [](int64_t inputs, const std::string& format) { return scaled_x_floats(format_named(format), inputs); },
+        "inputs"_a, "format"_a, "Floats of a row of x that an adapter has scaled for a product with a matrix of this format.");
   m.def("latent_matrix_bytes",
         [](int32_t heads, int32_t keys, int32_t values, int64_t inputs, const std::string& format) {
           return LatentOrder{heads, keys, values}.bytes(format_named(format), inputs);

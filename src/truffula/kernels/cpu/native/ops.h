@@ -22,11 +22,13 @@ constexpr int32_t kTapStage = -1;
 constexpr int64_t kMaxWidth = int64_t{1} << 26;
 constexpr int64_t kMaxColumns = int64_t{1} << 22;
 constexpr int64_t kMaxExperts = int64_t{1} << 16;
+constexpr int64_t kMaxIds = int64_t{1} << 24;  // of tokens, an adapter's own included
 
 // Query rows (tokens x heads that share a kv head) in one attention tile.
 constexpr int32_t kQueryRows = 24;
 
-// The rank per row and op that the memory plan counts for products with A; the budget charges an adapter for more.
+// The rank per row and op that the memory plan counts at least for products with A; the budget charges an adapter for
+// more.
 constexpr int32_t kPlannedRank = 256;
 
 // The formats as Python names them, in the order of their numbers.
@@ -80,7 +82,7 @@ struct Weight {
   }
   int64_t quantised_stride() const { return quantised_row_bytes(format, inputs); }
   Table table() const {
-    return {memory.data(), panels ? panel_bytes(format, inputs) : 0, format, static_cast<int32_t>(inputs)};
+    return {memory.data(), panels ? panel_bytes(format, inputs) : 0, format, static_cast<int32_t>(inputs), static_cast<int32_t>(outputs)};
   }
 };
 
@@ -319,16 +321,17 @@ inline const Ref& out_of(const Op& op) {
       op);
 }
 
-// Whether adapters may act at an op: products, and tables that rows are gathered from.
+// Whether adapters may act at an op: products, tables that rows are gathered from, and norms.
 inline bool takes_adapters(const Op& op) {
-  return std::holds_alternative<LinearOp>(op) || std::holds_alternative<EmbedOp>(op) ||
+  return std::holds_alternative<LinearOp>(op) || std::holds_alternative<EmbedOp>(op) || std::holds_alternative<NormOp>(op) ||
          std::holds_alternative<ExpertLinearOp>(op) || std::holds_alternative<MlaOp>(op);
 }
 
 // The stages of an op; see `run_op`.
 inline int32_t stages_of(const Op& op) {
   if (std::holds_alternative<MlaOp>(op)) return 6;
-  return std::holds_alternative<AttentionOp>(op) ? 3 : takes_adapters(op) ? 2 : 1;
+  if (std::holds_alternative<AttentionOp>(op)) return 3;
+  return takes_adapters(op) && !std::holds_alternative<NormOp>(op) ? 2 : 1;
 }
 
 // Rows of one expert that are multiplied at a time.
@@ -384,17 +387,42 @@ struct AdapterPlace {
   int64_t first = 0, outputs = 0, expert = 0;
 };
 
-// An adapter at one op: each shrink computes some columns of h = scale * x A^T (the rank is padded to whole panels),
-// then each expand adds h B^T to some panels. At an embedding x A^T is a row of A, which is stored as rows [V, rank].
+// Floats of a row of x that an adapter has scaled, and of that row as products with a matrix of `format` read it.
+constexpr int64_t scaled_row_floats(int64_t inputs) { return (inputs + kLanes - 1) / kLanes * kLanes; }
+constexpr int64_t scaled_x_floats(int32_t format, int64_t inputs) {
+  return scaled_row_floats(inputs) + (is_quantised(format) ? scaled_row_floats(quantised_row_bytes(format, inputs) / 4 + 1) : 0);
+}
+
+// What an adapter computes of each row before an op's product, in `h_width` columns of h. A shrink: scale * x A^T (the
+// rank is padded to whole panels). At an embedding x A^T is a row of A, which is stored as rows [V, rank].
 struct AdapterShrink {
   Packed a;
   float scale;
   int32_t h_start, rank;
 };
 
+// x times `factor`, and at `converted` that row as products with a quantised matrix read it.
+struct AdapterInput {
+  const float* factor;
+  int32_t inputs, h_start, converted;
+};
+
+// At an embedding, rows of its own: of all tokens or, with `ids` (ascending), of these; other tokens keep the base's.
+struct AdapterGather {
+  Table table;
+  const int32_t* ids;
+  int32_t num_ids, h_start;
+};
+
+// What then becomes a Delta: see there. h begins at column `h_start`; kAbsent: with kAdds it is the segment's weight,
+// with kOwnProduct x is not scaled, or scaled for a matrix whose converted rows begin at `converted`.
 struct AdapterExpand {
-  Packed b;
-  int32_t h_start, first, step;
+  Packed b{};
+  int32_t role = kAdds, first = 0, step = 1, lane = 0, end = 0;
+  int32_t h_start = kAbsent, converted = kAbsent;
+  const float* column = nullptr;
+  const int32_t* ids = nullptr;
+  int32_t num_ids = 0;
 };
 
 // At a latent op: with the queries' part for keys, u = scale * q B_k of a head, then u A; with mixed latents x,
@@ -406,12 +434,26 @@ struct AdapterLatent {
   int32_t h_start;
 };
 
+// Likewise c of the rows of all heads' keys [heads, keys], with which queries are multiplied into h, and in panels of
+// each head's values; and what is added to values. May be null.
+struct LatentVectors {
+  const float *keys = nullptr, *values = nullptr, *bias = nullptr;
+  int32_t h_start = kAbsent;
+};
+
 struct AdapterOp {
   std::vector<AdapterShrink> shrinks;
+  std::vector<AdapterInput> inputs;
+  std::vector<AdapterGather> gathers;
   std::vector<AdapterExpand> expands;
   std::vector<AdapterLatent> latents;
+  LatentVectors of_latent;
+  const float *norm_weight = nullptr, *norm_bias = nullptr;  // of a norm; may be null
   int64_t h_width = 0;
   std::vector<int32_t> of_expert;  // at an op with experts: per expert an index into `Adapter::ops`, or kAbsent
+  // The deltas that it makes, at most; at an op with experts, of one of them, and then `h_width` too is that of the widest.
+  size_t num_deltas = 0;
+  bool disjoint = true;  // no column of its output is both scaled and replaced
 };
 
 // Pointers into an image that the caller keeps mapped.
@@ -425,6 +467,8 @@ struct TensorColumns {
   int64_t dtype, offset, bytes, shape[3];
 };
 
+enum : int64_t { kLowRank = 0, kColumnScale = 1, kInputScale = 2, kBias = 3, kReplace = 4, kRows = 5 };  // KINDS there
+
 struct PartRow {
   int64_t site, kind;
   double scale;
@@ -433,8 +477,16 @@ struct PartRow {
 constexpr int64_t kPartColumns = 15;
 static_assert(sizeof(PartRow) == kPartColumns * sizeof(int64_t));
 
-// adapters.cpp: the format of a tensor of an image; where its bytes are. Throw std::invalid_argument.
+// The bytes of an image's tensors.
+struct ImageData {
+  const uint8_t* data;
+  int64_t bytes;
+};
+
+// adapter_image.cpp: the format of a tensor of an image; where its bytes are; its float32 numbers, where it has this shape.
+// Throw std::invalid_argument.
 int32_t format_of(const TensorColumns& tensor);
-const uint8_t* bytes_at(const TensorColumns& tensor, int64_t expected, const uint8_t* data, int64_t bytes);
+const uint8_t* bytes_at(const TensorColumns& tensor, int64_t expected, const ImageData& image);
+const float* floats_at(const TensorColumns& tensor, int64_t shape, int64_t count, const ImageData& image);
 
 }  // namespace truffula

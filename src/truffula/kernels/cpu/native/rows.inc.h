@@ -154,7 +154,7 @@ static void add_embed_deltas(const EmbedCall* c, int32_t row_lo, int32_t row_hi)
           const int column = kLanes * (first + p);
           store(y + i * y_stride + kLanes * p, load_n(c->out.data + (r + i) * c->out.stride + column, width - column));
         }
-      add_deltas(span, r, rows, first, panels, y, y_stride);
+      apply_deltas(span, c->disjoint, r, rows, first, panels, y, y_stride);
       for (int i = 0; i < rows; ++i)
         for (int p = 0; p < panels; ++p) {
           const int column = kLanes * (first + p);
@@ -170,7 +170,9 @@ static void embed(const EmbedCall* c, const int32_t* ids, int32_t row_lo, int32_
   for (int32_t t = row_lo; t < row_hi; ++t) {
     float* out = c->out.data + t * c->out.stride;
     const int64_t id = ids[t];
-    if (table->panel_bytes == 0) {
+    if (id >= table->rows) {
+      memset(out, 0, (size_t)width * sizeof(float));
+    } else if (table->panel_bytes == 0) {
       const int64_t at = id * width;
       for (int i = 0; i < width; ++i)
         out[i] = table->format == kF32 ? ((const float*)table->data)[at + i]
@@ -196,7 +198,7 @@ static void embed(const EmbedCall* c, const int32_t* ids, int32_t row_lo, int32_
     for (int i = 0; i < width; i += kLanes) {
       const int n = width - i;
       V a = load_n(out + i, n);
-      if (c->scaled) a = a * set1(c->scale);
+      if (c->scaled && ids[t] < table->rows) a = a * set1(c->scale);
       if (c->add.data) a = a + load_n(c->add.data + t * c->add.stride + i, n);
       store_n(out + i, rounded(a, c->round_out), n);
     }

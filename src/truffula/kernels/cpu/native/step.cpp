@@ -193,9 +193,9 @@ void Executable::shrink_chunk(const Stage& stage, int32_t chunk) {
 void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, ThreadState& state) {
   if (stage.number == 0) return shrink_chunk(stage, chunk);
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
-  const std::vector<Delta>& deltas = deltas_of(stage.op, state);
+  const std::vector<Delta>& deltas = deltas_of(stage.op, {}, state);
   const EmbedCall call{weight(op.table).table(), rows(op.out), rows(op.add), op.scale, op.scale != 1.0f,
-                       rounded(op.out), deltas.data(), static_cast<int32_t>(deltas.size())};
+                       rounded(op.out), deltas.data(), static_cast<int32_t>(deltas.size()), active_of_op_[stage.op].disjoint};
   if (op.source == kFromToken) return kernels_->embed(&call, in_.token_ids, mine.lo, mine.hi);
   for (int32_t t = mine.lo; t < mine.hi; ++t) {
     const int32_t row = in_.position[t] + op.offset;
@@ -206,7 +206,7 @@ void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, Th
   }
 }
 
-void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
+void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, ThreadState& state) {
   const auto vector = [&](int32_t id) { return id == kAbsent ? nullptr : weight(id).memory.floats(); };
   const int32_t owner = op.weight == kAbsent ? op.bias : op.weight, width = op.x.width / op.groups;
   const int32_t group_step = owner != kAbsent && weight(owner).outputs > width ? width : 0;
@@ -214,7 +214,17 @@ void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Thr
                       op.groups,     group_step,  op.kind == kLayerNorm, op.cast == kCastFirst, op.gate_activation,
                       rounded(op.out), op.eps};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
-  kernels_->norm(&call, mine.lo, mine.hi);
+  const auto [from, to, disjoint] = active_of_op_[stage.op];
+  if (from == to) return kernels_->norm(&call, mine.lo, mine.hi);
+  for (int32_t lo = mine.lo, hi; lo < mine.hi; lo = hi) {
+    hi = mine.hi;  // or where the next segment begins or ends
+    for (int32_t i = from; i < to; ++i)
+      for (const int32_t edge : {active_adapters_[static_cast<size_t>(i)].lo, active_adapters_[static_cast<size_t>(i)].hi})
+        if (edge > lo) hi = std::min(hi, edge);
+    NormCall some = call;
+    norm_vectors(stage.op, lo, weight(op.weight).outputs, some, state.norm_vectors.data());
+    kernels_->norm(&some, lo, hi);
+  }
 }
 
 // Whether a product reads x converted: to 8 bits for a quantised weight, or to bfloat16 pairs where x holds bfloat16
@@ -241,7 +251,6 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
     const int32_t quantising = quantise_chunks(op);
     return chunk < quantising ? quantise(op, chunk) : shrink_chunk(stage, chunk - quantising);
   }
-  const std::vector<Delta>& deltas = deltas_of(stage.op, state);
   LinearCall call{};
   call.x = rows(op.x);
   call.out = rows(op.out);
@@ -250,8 +259,6 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
   call.quantised_x = converts_x(op.weight, op.x) ? quantised_x_.data() : nullptr;
   call.quantised_stride = weight(op.weight).quantised_stride();
   call.bias = op.bias == kAbsent ? nullptr : op.packed_bias.data();
-  call.deltas = deltas.data();
-  call.num_deltas = static_cast<int32_t>(deltas.size());
   call.rows = rows_of(op.out);
   call.out_width = op.out.width;
   call.activation = op.activation;
@@ -263,6 +270,10 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
   call.softcap = op.softcap;
   call.glu_limit = op.glu_limit;
   call.glu_offset = op.glu_offset;
+  const std::vector<Delta>& deltas = deltas_of(stage.op, call, state);
+  call.deltas = deltas.data();
+  call.disjoint = active_of_op_[stage.op].disjoint;
+  call.num_deltas = static_cast<int32_t>(deltas.size());
   const auto mine = span_of((call.w.panels + 1) / 2, chunk, chunks_of(stage));
   kernels_->linear(&call, mine.lo, mine.hi);
 }

@@ -1,0 +1,182 @@
+"""LOHA and LOKR: products of two small matrices that expand to LoRA exactly, at a larger rank.
+
+LOHA: ``(w1_a w1_b) ⊙ (w2_a w2_b)`` is B A with the columns of B all products of a column of w1_a and one of w2_a, and
+the rows of A those of w1_b and w2_b: rank r².
+
+LOKR: ``w1 ⊗ w2``. With w1 = a1 b1 and w2 = a2 b2 it is ``(a1 ⊗ a2)(b1 ⊗ b2)``; a matrix that is stored whole is its own
+product with the identity of its smaller side.
+
+Above the rank at which A and B hold more numbers than the weight itself an adapter is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
+import numpy as np
+
+from truffula.errors import AdapterError
+from truffula.kernels.adapters import SiteTensors
+from truffula.kernels.backend import Array
+from truffula.lora.fields import FIELDS, MERGE, Alpha, Field, FieldTable, Rank
+from truffula.lora.methods.method import (
+    COMMON,
+    SAVED,
+    TARGETS,
+    Metadata,
+    Method,
+    Tensors,
+    as_float32,
+    check_shape,
+    for_training,
+    group_keys,
+    match,
+    products,
+    require,
+)
+from truffula.lora.parsed import Computed, ParsedAdapter
+from truffula.lora.patterns import PatternTable
+from truffula.lora.saved import Parts
+from truffula.weights.checkpoint import TensorInfo
+
+_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+
+_FIELDS = {
+    **COMMON,
+    **TARGETS,
+    "r": Field("serve", "rank of modules without an entry in rank_pattern", Rank),
+    "alpha": Field("serve", "scale is alpha / r", Alpha),
+    "rank_pattern": FIELDS["rank_pattern"],
+    "alpha_pattern": FIELDS["alpha_pattern"],
+    "modules_to_save": SAVED,
+    "use_effective_conv2d": Field("ignore", "concerns only convolutions"),
+    **for_training("rank_dropout", "module_dropout", "init_weights"),
+}
+
+
+class _Settings(msgspec.Struct, frozen=True):
+    r: int
+    alpha: float
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+
+
+_Infos = Mapping[str, TensorInfo]
+_Expand = Callable[[Tensors, _Infos], tuple[Array, Array]]
+
+
+def _parse(
+    source: Metadata, leaves: tuple[str, ...], check: Callable[[str, _Infos, Parts, int, Metadata], int],
+    expand: _Expand,
+) -> ParsedAdapter:  # fmt: skip
+    """``check`` returns the expanded rank of a module, after it has checked its tensors; ``expand`` its A and B."""
+    settings = msgspec.convert(source.config, _Settings)
+    keys = group_keys(source.infos, leaves)
+    found, parsed = match(source, keys)
+    ranks, alphas = (PatternTable(getattr(settings, name) or {}, name) for name in ("rank_pattern", "alpha_pattern"))
+    for module, parts in found.items():
+        r = ranks.value(module, settings.r)
+        scale = float(np.float32(alphas.value(module, settings.alpha) / r))
+        infos = keys.modules[module]
+        expanded = check(module, infos, parts, r, source)
+        inputs, outputs = parts[0][0].in_features, parts[0][1].of
+        if expanded * (inputs + outputs) > inputs * outputs:
+            raise AdapterError(
+                f"{module}: as LoRA it has rank {expanded}, which takes more numbers than the weight [{outputs}, "
+                f"{inputs}] itself. {MERGE[0].upper()}{MERGE[1:]}, or convert it with PEFT's convert_to_lora "
+                "(approximate).",
+                param="r",
+                rank=expanded,
+            )
+        make = _maker(parts, infos, scale, expand)
+        parsed.computed.append(Computed(module, tuple(infos.values()), make, expanded))
+    return parsed
+
+
+def _maker(parts: Parts, infos: _Infos, scale: float, expand: _Expand) -> Callable[[Tensors], Iterable[SiteTensors]]:
+    def make(tensors: Tensors) -> Iterable[SiteTensors]:
+        a, b = expand(tensors, infos)
+        return products(parts, a, b, scale)
+
+    return make
+
+
+def _check_loha(module: str, infos: _Infos, parts: Parts, r: int, source: Metadata) -> int:
+    inputs, outputs = parts[0][0].in_features, parts[0][1].of
+    for info, shape in zip(require(module, infos, *_LOHA), [(outputs, r), (r, inputs)] * 2, strict=True):
+        check_shape(info, shape, source.base)
+    return r * r
+
+
+def _expand_loha(tensors: Tensors, infos: _Infos) -> tuple[Array, Array]:
+    a1, b1, a2, b2 = (as_float32(tensors[infos[leaf].name]) for leaf in _LOHA)
+    a = b1[:, None, :] * b2[None, :, :]
+    b = a1[:, :, None] * a2[:, None, :]
+    return a.reshape(-1, a.shape[-1]), b.reshape(len(b), -1)
+
+
+def _check_lokr(module: str, infos: _Infos, parts: Parts, r: int, source: Metadata) -> int:
+    leaves = []
+    for name in ("lokr_w1", "lokr_w2"):
+        leaves += [name] if name in infos else [f"{name}_a", f"{name}_b"]
+    require(module, infos, *leaves)
+    for info in infos.values():
+        if len(info.shape) != 2:
+            raise AdapterError(f"{info.name} has shape {list(info.shape)}: not of a linear layer.", param=info.name)
+    sides, rank = [], 1
+    for name in ("lokr_w1", "lokr_w2"):
+        if name in infos:
+            sides.append(infos[name].shape)
+            rank *= min(infos[name].shape)
+            continue
+        first, second = infos[f"{name}_a"], infos[f"{name}_b"]
+        check_shape(first, (first.shape[0], r), source.base)
+        check_shape(second, (r, second.shape[1]), source.base)
+        sides.append((first.shape[0], second.shape[1]))
+        rank *= r
+    (left_out, left_in), (right_out, right_in) = sides
+    whole, expected = (left_out * right_out, left_in * right_in), (parts[0][1].of, parts[0][0].in_features)
+    if whole != expected:
+        raise AdapterError(
+            f"{module}: lokr_w1 and lokr_w2 make a matrix {list(whole)}, but {source.base.model} has {list(expected)}: "
+            "the adapter was made for another base.",
+            param=next(iter(infos.values())).name,
+        )
+    return rank
+
+
+def _expand_lokr(tensors: Tensors, infos: _Infos) -> tuple[Array, Array]:
+    (a1, b1), (a2, b2) = (_factors(tensors, infos, name) for name in ("lokr_w1", "lokr_w2"))
+    return np.kron(b1, b2), np.kron(a1, a2)
+
+
+def _factors(tensors: Tensors, infos: _Infos, name: str) -> tuple[Array, Array]:
+    """Two matrices whose product is ``name``, of the smallest rank that is known without computing."""
+    if name not in infos:
+        return as_float32(tensors[infos[f"{name}_a"].name]), as_float32(tensors[infos[f"{name}_b"].name])
+    whole = as_float32(tensors[infos[name].name])
+    rows, columns = whole.shape
+    if rows < columns:
+        return np.eye(rows, dtype=np.float32), whole
+    return whole, np.eye(columns, dtype=np.float32)
+
+
+LOHA = Method(
+    FieldTable(_FIELDS, ("r", "alpha")),
+    lambda source: _parse(source, _LOHA, _check_loha, _expand_loha),
+    "LoRA of rank r², where that is smaller than the weight",
+)
+LOKR = Method(
+    FieldTable(
+        {
+            **_FIELDS,
+            **dict.fromkeys(("decompose_both", "decompose_factor"), Field("check", "the tensors tell")),
+            **for_training("rank_dropout_scale"),
+        },
+        ("r", "alpha"),
+    ),
+    lambda source: _parse(source, _LOKR, _check_lokr, _expand_lokr),
+    "LoRA of the product's rank, where that is smaller than the weight",
+)

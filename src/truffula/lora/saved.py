@@ -1,0 +1,238 @@
+"""Tensors that take the place of the base's: saved modules, trained biases, trained rows, copies of tables.
+
+    modules_to_save          <module>.weight, <module>.bias of a linear layer, a norm or a table
+    bias: all, lora_only     <module>.bias, <module>.base_layer.bias
+    trainable_token_indices  <table>.token_adapter.trainable_tokens_delta, which holds rows, not deltas
+    save_embedding_layers    <table>.base_layer.weight, <table>.weight, which may be the base's own
+
+``match_saved`` finds the sites of each from metadata alone; ``lora/assemble.py`` compares it with the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from truffula.errors import AdapterError
+from truffula.kernels.program import ModuleSlice, Site
+from truffula.lora.fields import LoraSettings
+from truffula.lora.keys import KeyPlan, listed
+from truffula.lora.patterns import tied_tables
+from truffula.weights.checkpoint import TensorInfo
+
+if TYPE_CHECKING:
+    from truffula.lora.parsed import Sites
+
+Parts = tuple[tuple[Site, ModuleSlice], ...]
+RESIZED = (
+    "The adapter was trained with a resized vocabulary, which is not served. Train it without added tokens, or merge "
+    "it into its base (PEFT's merge_and_unload) and serve that as a model"
+)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that takes the place of the base's weights, biases or rows ``ids`` at the sites of ``parts``.
+
+    ``shared``: of embedding and head, which are one tensor. ``copy``: it may be the base's own. ``by``: the field that
+    writes it in a method other than LoRA.
+    """
+
+    kind: Literal["weight", "bias", "rows"]
+    module: str
+    info: TensorInfo
+    parts: Parts
+    ids: tuple[int, ...] = ()
+    shared: bool = False
+    copy: bool = False
+    by: str = ""
+
+    @property
+    def field(self) -> str:
+        """The field of ``adapter_config.json``, or the argument of ``save_pretrained``, that writes such tensors."""
+        if self.by:
+            return self.by
+        if self.kind == "weight":
+            return "save_embedding_layers" if self.copy else "modules_to_save"
+        return "bias" if self.kind == "bias" else "trainable_token_indices"
+
+
+def match_saved(
+    plan: KeyPlan, infos: Mapping[str, TensorInfo], settings: LoraSettings, sites: Sites, *, tied: bool
+) -> list[Saved]:
+    """The tensors of ``plan`` that take the place of the base's. ``tied``: embedding and head of the base are one.
+
+    Raises:
+        AdapterError: A module that is not a site of the base, a tensor that no field accounts for, a field without its
+            tensors, a shape that does not fit (``param``: the field or the tensor).
+    """
+    tables: dict[str, str] = {
+        site.kind: name for name, parts in sites.by_name.items() for site, _ in parts if _is_table(site)
+    }
+    matcher = _Matcher(plan, infos, settings, sites, tables, tied)
+    found = [*matcher.weights(), *matcher.biases(), *matcher.tokens()]
+    _check_complete(found, settings, sites)
+    return found
+
+
+def is_saved(module: str, entries: Collection[str] | None) -> bool:
+    """Whether an entry of ``modules_to_save`` is the end of ``module``'s path, or of one of its parents', as PEFT has
+    it."""
+    parts = module.split(".")
+    paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(path.endswith(entry) for entry in entries or () for path in paths)
+
+
+@dataclass(frozen=True)
+class _Matcher:
+    plan: KeyPlan
+    infos: Mapping[str, TensorInfo]
+    settings: LoraSettings
+    sites: Sites
+    tables: Mapping[str, str]
+    tied: bool
+
+    def weights(self) -> Iterator[Saved]:
+        copies = {module for module in self.plan.weights if self._is_copy(module)}
+        every = [(m, k, m in copies) for m, k in self.plan.weights.items()]
+        every += [(m, k, True) for m, k in self.plan.copies.items() if m not in self.plan.weights]
+        for module, key, copy in every:
+            if not copy and not is_saved(module, self.settings.modules_to_save):
+                raise _stray(key, "modules_to_save", "Its modules_to_save does not name this module")
+            parts = self._parts(module, key)
+            check_weight(self.infos[key], parts, "save_embedding_layers" if copy else "modules_to_save")
+            # PEFT loads a copy into the base, whose embedding and head may be one tensor.
+            shared = self.tied and _is_table(parts[0][0]) and (copy or tied_tables(self.settings) == "saved")
+            yield from self._on_both("weight", module, key, parts, shared=shared, copy=copy)
+
+    def biases(self) -> Iterator[Saved]:
+        of_all = self.settings.bias not in (None, "none")
+        for module, key in self.plan.biases.items():
+            named = is_saved(module, self.settings.modules_to_save)
+            copy = module == self.tables.get("head") and not (named or of_all)
+            if not (named or of_all or copy):
+                raise _stray(key, "bias", "Its bias is 'none' and its modules_to_save does not name this module")
+            parts = self._parts(module, key)
+            _check_shape(self.infos[key], (parts[0][1].of,))
+            yield Saved("bias", module, self.infos[key], parts, copy=copy)
+
+    def tokens(self) -> Iterator[Saved]:
+        given = self.settings.trainable_token_indices
+        embed, head = self.tables.get("embed", ""), self.tables.get("head", "")
+        by_entry = given if isinstance(given, dict) else {embed: given} if given else {}
+        used: set[str] = set()
+        for module, key in self.plan.tokens.items():
+            entry = next((name for name in by_entry if name and module.endswith(name)), None)
+            if entry is None:
+                raise _stray(key, "trainable_token_indices", "Its trainable_token_indices does not name this table")
+            used.add(entry)
+            parts, ids = self._parts(module, key), tuple(by_entry[entry])
+            site = parts[0][0]
+            if not _is_table(site):
+                raise AdapterError(f"{key}: trained rows are of an embedding or a head.", param=key)
+            rows, width = table_shape(site)
+            if highest := [i for i in ids if i >= rows]:
+                raise AdapterError(
+                    f"trainable_token_indices names token {max(highest)}, but {module} has {rows} rows. {RESIZED}.",
+                    param="trainable_token_indices", found=max(highest), limit=rows,
+                )  # fmt: skip
+            if len(set(ids)) < len(ids):
+                raise AdapterError("trainable_token_indices names a token twice.", param="trainable_token_indices")
+            _check_shape(self.infos[key], (len(ids), width))
+            shared = self.tied and site.kind == "embed" and head not in self.plan.tokens
+            if shared:  # PEFT keeps equal lists of both as one
+                used |= {name for name, other in by_entry.items() if head.endswith(name) and tuple(other) == ids}
+            yield from self._on_both("rows", module, key, parts, shared=shared, ids=ids)
+        if absent := [name for name in by_entry if name not in used]:
+            raise AdapterError(
+                f"trainable_token_indices names {listed(absent)}, but the file has no trained rows of it. The file is "
+                "incomplete, or of another adapter.",
+                param="trainable_token_indices",
+            )
+
+    def _is_copy(self, module: str) -> bool:
+        return module in self.tables.values() and not is_saved(module, self.settings.modules_to_save)
+
+    def _on_both(
+        self, kind: Literal["weight", "rows"], module: str, key: str, parts: Parts, *, shared: bool,
+        ids: tuple[int, ...] = (), copy: bool = False,
+    ) -> Iterator[Saved]:  # fmt: skip
+        """The tensor at its table and, when ``shared``, at the other one."""
+        info = self.infos[key]
+        yield Saved(kind, module, info, parts, ids, shared, copy)
+        other = self.tables.get("head" if parts[0][0].kind == "embed" else "embed")
+        has_own = other in self.plan.weights or other in self.plan.copies if kind == "weight" else False
+        if shared and other is not None and not has_own:
+            yield Saved(kind, module, info, tuple(self.sites.by_name[other]), ids, shared, copy)
+
+    def _parts(self, module: str, key: str) -> Parts:
+        found = self.sites.by_name.get(module)
+        if found is None:
+            raise AdapterError(
+                f"{key}: whole tensors are served for linear layers, norms, the embedding and the head of the base, "
+                f"and {module} is none of these here. Save the adapter without it in modules_to_save.",
+                param="modules_to_save",
+                key=key,
+            )
+        return tuple(found)
+
+
+def check_weight(info: TensorInfo, parts: Parts, field: str) -> None:
+    """Raise ``AdapterError`` unless a tensor, which ``field`` accounts for, may be the whole weight of a module."""
+    site, module = parts[0]
+    if _is_table(site):
+        rows, width = table_shape(site)
+        if len(info.shape) == 2 and info.shape[1] == width and info.shape[0] != rows:
+            raise AdapterError(
+                f"{info.name} ({field}) has {info.shape[0]} rows, but the base's table has {rows}. {RESIZED}.",
+                param=field, key=info.name, found=info.shape[0], limit=rows,
+            )  # fmt: skip
+        _check_shape(info, (rows, width))
+    elif site.kind == "linear":
+        _check_shape(info, (module.of, site.in_features), (site.in_features, module.of))
+    else:
+        _check_shape(info, (site.out_features,))
+
+
+def _check_shape(info: TensorInfo, *expected: tuple[int, ...]) -> None:
+    if info.shape not in expected:
+        raise AdapterError(
+            f"{info.name} has shape {list(info.shape)}, but the base needs {list(expected[0])}: the adapter was made "
+            "for another base.",
+            param=info.name, found=list(info.shape), expected=list(expected[0]),
+        )  # fmt: skip
+
+
+def _check_complete(found: Sequence[Saved], settings: LoraSettings, sites: Sites) -> None:
+    """Every module that ``modules_to_save`` names has its weight in the file."""
+    covered = {site.id for saved in found if saved.kind == "weight" for site, _ in saved.parts}
+    entries = settings.modules_to_save
+    names = {sites.name_of(site, site.modules[0]) for site in sites.all if site.id not in covered}
+    missing = [name for name in names if is_saved(name, entries)]
+    if missing:
+        raise AdapterError(
+            f"Modules that modules_to_save names have no tensors in the file: {listed(missing)}. The file is "
+            "incomplete, or of another adapter.",
+            param="modules_to_save",
+            modules=sorted(missing)[:10],
+        )
+
+
+def _is_table(site: Site) -> bool:
+    return site.kind in ("embed", "head")
+
+
+def table_shape(site: Site) -> tuple[int, int]:
+    """Rows and width of an embedding or a head."""
+    embeds = site.kind == "embed"
+    return (site.in_features, site.out_features) if embeds else (site.out_features, site.in_features)
+
+
+def _stray(key: str, field: str, why: str) -> AdapterError:
+    return AdapterError(
+        f"The file contains {key}, and adapter_config.json does not account for it. {why}: one of the two files is of "
+        "another adapter, or was edited.",
+        param=field,
+        key=key,
+    )
