@@ -11,7 +11,7 @@ COMPILED := $(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_u
 # Tests start many processes: they find their modules compiled, whatever the shell says of that, and leave the cores be.
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
-.PHONY: help native demo test smoke test-slow sanitize emulate fuzz soak parity lint check fix bench clean
+.PHONY: help native demo test smoke test-slow sanitize emulate fuzz soak parity parity-adapters lint check fix bench clean
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -89,6 +89,9 @@ soak: $(VENV)/.dev   ## a server under 1,000 adapters for ten minutes, every ans
 
 parity: $(VENV)/.dev   ## every architecture x every way to cut a batch, against transformers and peft (ARGS="qwen3 --first")
 	@$(TESTING) $(BIN)/python -W ignore tests/model/parity_matrix.py $(ARGS)
+
+parity-adapters: $(VENV)/.dev   ## every kind of adapter x every way to be served, against peft, and what is refused (ARGS="llama --kind DoRA")
+	@$(TESTING) $(BIN)/python -W ignore tests/lora/parity_adapters.py $(ARGS)
 
 lint: $(VENV)/.dev   ## ruff (rules and format) and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

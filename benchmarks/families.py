@@ -2,7 +2,7 @@
 
     python benchmarks/families.py                        # ten minutes, 1.5 GB
     python benchmarks/families.py llama qwen3_moe        # some of them
-    python benchmarks/families.py --smoke                # tiny shapes, a minute
+    python benchmarks/families.py --smoke                # three tiny shapes
 
 Each model has random bfloat16 weights that transformers saves to a folder; both load that folder, with the same number
 of threads. They take turns (A B A B) with prompts that no round repeats. *Tiny* shapes show what a step costs beside
@@ -31,6 +31,7 @@ from truffula import LLM, SamplingParams
 from truffula.kernels.host import usable_cpus
 
 ROWS, PROMPT = 8, 32
+SMOKE = ("llama", "qwen3_5_text", "persimmon")
 BASE: Mapping[str, Any] = {
     "vocab_size": 16384, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
     "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 2048,
@@ -174,7 +175,7 @@ def measure(family: str, *, tiny: bool, rounds: int, new: int, threads: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)} (default: all)")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, a few tokens")
+    parser.add_argument("--smoke", action="store_true", help="some families, tiny shapes, a few tokens")
     parser.add_argument("--threads", type=int, default=usable_cpus(), help="compute threads of both")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=32, help="tokens of each sequence")
@@ -186,7 +187,7 @@ def main() -> None:
     title = f"{ROWS} rows, {PROMPT} + {new} tokens, bfloat16, {options.threads} threads: output tokens/s, median"
     table = Table("family", "served", "shape", "M parameters", "truffula", "transformers", "x (each round)",
                   "prefix hits", title=title)  # fmt: skip
-    for family in options.families or FAMILIES:
+    for family in options.families or (SMOKE if options.smoke else FAMILIES):
         for tiny in (True,) if options.smoke else (True, False):
             name, served, *rest = measure(family, tiny=tiny, rounds=rounds, new=new, threads=options.threads)
             table.add_row(name, served, "tiny" if tiny else "", *rest)

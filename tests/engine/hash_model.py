@@ -298,6 +298,18 @@ class HashModel:
     def drop_adapter(self, slot: int) -> None:
         del self._adapters[slot]
 
+    def write_kv(self, op: int, slots: Int32, keys: Array, values: Array) -> None:
+        _need(op == 0 and not len(self._states), "keys and values are given to a model of one attention")
+        distinct = len({*slots.tolist()}) == len(slots)
+        _need(distinct and bool((slots >= self.capacity.block_size).all()), "slots of a prefix")
+        given = [mix(rows.copy().view(np.uint32)[:, 0]) for rows in (keys, values)]
+
+        def write() -> None:
+            for kv in self._kv:
+                kv[0, slots], kv[1, slots] = given
+
+        self._queue.append(write)
+
     def release_kv(self, group: int, blocks: Int32) -> None:
         slots = (blocks[:, None] * self.capacity.block_size + np.arange(self.capacity.block_size)).ravel()
         for item in self._queue:

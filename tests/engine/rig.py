@@ -44,6 +44,7 @@ FACTS = {
     "call": AdapterFacts(invocation=INVOCATION),
     "call2": AdapterFacts(invocation=INVOCATION),
     "later": AdapterFacts(invocation=(15,)),
+    "prefix": AdapterFacts(virtual_ids=tuple(range(VOCAB, VOCAB + 6)), kv_ops=(0,)),
     "soft": AdapterFacts(virtual_ids=tuple(range(VOCAB, VOCAB + 5))),
 }
 """Of the adapters that are not plain, by their locators: activated ones, and one with virtual tokens."""
@@ -142,7 +143,11 @@ class HandLoader:
             f"{locator}@{ref.fingerprint}", self.nbytes, facts=FACTS.get(locator, NO_FACTS),
         )  # fmt: skip
         path = self._folder / str(ticket)
-        writer = ImageWriter(stub.generation, stub.rank, stub.sites, facts=stub.facts)
+        prefix = None
+        if stub.facts.kv_ops:
+            shape = 1, 2, len(stub.facts.virtual_ids), 1
+            prefix = np.random.default_rng(len(stub.generation)).random(shape).astype(np.float32)
+        writer = ImageWriter(stub.generation, stub.rank, stub.sites, facts=stub.facts, prefix=prefix)
         writer.write(path)
         return LoadResponse(ticket=ticket, image_path=str(path), image=writer.header)
 

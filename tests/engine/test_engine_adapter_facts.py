@@ -176,3 +176,57 @@ def test_virtual_tokens_are_not_composed(weights) -> None:
     answers = rig.run([request("r", PLAIN, adapter=composed(weights)), request("ok", PLAIN, adapter="soft")])
     assert (answers["r"].code, answers["ok"].code) == ("invalid_request", None)
     assert "virtual tokens" in answers["r"].final.error.message
+
+
+# Keys and values that an adapter gives
+
+GIVEN = len(FACTS["prefix"].virtual_ids)
+
+
+def test_given_keys_and_values_are_written_and_not_computed() -> None:
+    rig = Rig()
+    prompt = list(range(1, 12))
+    req = request("r", prompt, adapter="prefix", max_tokens=6, ignore_eos=True, prompt_logprobs=1)
+    rig.add(req)
+    rig.step()  # its adapter is loaded
+    rig.step()
+    i = rig.executable._inputs[0]
+    assert i.token_ids[: i.T].tolist() == prompt
+    assert i.position[: i.T].tolist() == list(range(GIVEN, GIVEN + len(prompt)))
+    rig.drain()
+    rig.assert_clean()
+    answer = rig.answers["r"]
+    assert answer.final.prompt_tokens == len(prompt) == len(answer.prompt_logprobs)
+    assert answer.token_ids != alone(request("r", prompt, max_tokens=6, ignore_eos=True)).token_ids
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_full_blocks_of_a_prefix_are_shared_and_the_rest_is_written_again(depth) -> None:
+    rig = Rig(depth=depth)
+    written, write = [], rig.executable.write_kv
+
+    def noted(op, slots, keys, values) -> None:
+        written.append(len(slots))
+        write(op, slots, keys, values)
+
+    rig.executable.write_kv = noted
+    reqs = [request(str(n), [n] * 9, adapter="prefix", max_tokens=4) for n in range(1, 4)]
+    for req in reqs:
+        rig.run([req])
+    assert written == [GIVEN, GIVEN - 4, GIVEN - 4]
+    again = request("again", [1] * 9, adapter="prefix", max_tokens=4)
+    rig.run([again])
+    assert written[3:] == []
+    assert rig.answers["again"].final.cached_tokens == 12 - GIVEN
+    for req in (*reqs, again):
+        assert rig.answers[req.request_id].token_ids == alone(req).token_ids
+
+
+def test_a_preempted_sequence_and_a_failed_step_write_the_prefix_again() -> None:
+    crowd = [request(f"r{n}", [n, n + 1], adapter="prefix", max_tokens=24, ignore_eos=True) for n in range(5)]
+    rig = Rig(limits(num_blocks=16, prefix_cache=False))
+    rig.executable.faults.raise_on_step = 1
+    rig.run(crowd)
+    assert rig.engine.stats().preemptions > 0
+    for req in crowd:
+        assert rig.answers[req.request_id].token_ids == alone(req).token_ids

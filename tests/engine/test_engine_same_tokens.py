@@ -5,6 +5,8 @@ Over the hash model, where one wrong block, position or adapter changes everythi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -104,6 +106,15 @@ def hold_company(crowd, lim, data) -> None:
     rig.assert_clean()
     for req in crowd:
         assert_same(rig.answers[req.request_id], alone(req, **same_model(lim)))
+
+
+@settings(max_examples=10, deadline=None)
+@given(crowds(), engines(), st.data())
+def test_given_keys_and_values_in_any_company(crowd, lim, data):
+    """Instead of virtual tokens that are computed: only models without states and windows are given any."""
+    ref = request("r", [1], adapter="prefix").adapter
+    given = [msgspec.structs.replace(r, adapter=ref) if r.adapter and r.adapter.name != "red" else r for r in crowd]
+    hold_company(given, replace(lim, num_states=0, kv_windows=(None,)), data)
 
 
 def same_model(lim) -> dict:

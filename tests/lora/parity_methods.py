@@ -1,4 +1,4 @@
-"""The methods of PEFT other than LoRA, and activated LoRA: rows of the parity table of adapters (``parity_kinds.py``)."""
+"""The methods of PEFT other than LoRA, and activated LoRA: rows of the parity table of adapters."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from parity import LENGTHS, prompt_ids
-from parity_kinds import DENSE, TARGETS, Kind, Target, move
+from parity_kinds import TARGETS, Kind, Target, move
 
 LINEAR = tuple(family for family in TARGETS if family != "gpt2")  # of the others PEFT's LoHa and LoKr know no layer
 FEED_FORWARD = {"gpt2": ["mlp.c_proj"]}
@@ -88,5 +87,6 @@ KINDS: list[Kind] = [
     Kind("trainable tokens method", Method("TrainableTokensConfig", lambda t, f: {"token_indices": [50, 7, 60]}, None)),
     Kind("LN tuning", Method("LNTuningConfig", lambda t, f: {"target_modules": list(t.norms)})),
     Kind("prompt tuning", Method("PromptTuningConfig", _virtual())),
+    Kind("prefix tuning", Method("PrefixTuningConfig", _virtual()), only=("llama", "qwen2", "gpt2", "mixtral")),
     Kind("P-tuning", Method("PromptEncoderConfig", _virtual(encoder_hidden_size=12))),
 ]

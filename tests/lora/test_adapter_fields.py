@@ -11,7 +11,7 @@ import pytest
 from lora_bases import llama_sites, validate
 
 from truffula.errors import AdapterError
-from truffula.lora.fields import FIELDS, MAX_CONFIG_BYTES, field_rows, parse_config, refuse_method
+from truffula.lora.fields import FIELDS, MAX_CONFIG_BYTES, field_rows, parse_config
 from truffula.lora.peft import inspect_adapter
 from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
 
@@ -19,27 +19,22 @@ PLAIN = tiny_config(rank=4, alpha=8, targets=["q_proj", "v_proj"])
 
 # What PEFT writes for an adapter that uses the field, and the verdict.
 REFUSED: list[tuple[str, Any]] = [
+    # without its tensors in the file
     ("use_dora", True),
-    ("bias", "all"),
-    ("bias", "lora_only"),
     ("lora_bias", True),
     ("modules_to_save", ["embed_tokens", "lm_head"]),
     ("trainable_token_indices", [1, 2]),
     ("trainable_token_indices", {"embed_tokens": [1]}),
-    ("target_parameters", "mlp.experts.gate_up_proj"),
-    ("ensure_weight_tying", True),
-    ("layer_replication", [[0, 2], [1, 2]]),
-    ("alora_invocation_tokens", [5, 6]),
-    ("alora_invocation_tokens", []),
-    ("use_qalora", True),
     ("kasa_config", {}),
     ("use_bdlora", {"nblocks": 2}),
     ("use_bdlora", {}),
+    ("target_parameters", "mlp.experts.gate_up_proj"),
+    ("layer_replication", [[0, 2], [1, 2]]),
+    ("alora_invocation_tokens", [-5]),
+    ("alora_invocation_tokens", []),
     ("arrow_config", {}),
     ("megatron_config", {"tensor_model_parallel_size": 2}),
-    ("init_lora_weights", "pissa"),
     ("init_lora_weights", "pissa_niter_16"),
-    ("init_lora_weights", "olora"),
     ("init_lora_weights", "corda"),
     ("init_lora_weights", "lora_ga"),
     ("init_lora_weights", "loftq"),
@@ -62,6 +57,13 @@ REFUSED: list[tuple[str, Any]] = [
     ("lora_alpha", 1e300),
     ("use_rslora", "yes"),
     ("use_dora", "true"),
+    ("use_qalora", 1),
+    ("qalora_group_size", 0),
+    ("modules_to_save", "lm_head"),
+    ("trainable_token_indices", [-1]),
+    ("kasa_config", True),
+    ("use_bdlora", {"blocks": 2}),
+    ("ensure_weight_tying", "yes"),
     ("rank_pattern", ["q_proj"]),
     ("rank_pattern", {"q_proj": "4"}),
     ("rank_pattern", {"q_proj": 0}),
@@ -78,6 +80,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("rank_pattern", {"(unclosed": 4}),
 ]
 ACCEPTED: list[tuple[str, Any]] = [
+    ("alora_invocation_tokens", [5, 6]),
     ("init_lora_weights", False),
     ("init_lora_weights", "gaussian"),
     ("init_lora_weights", "eva"),
@@ -89,6 +92,15 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("lora_alpha", 3.5),
     ("lora_alpha", -4),
     ("bias", "none"),
+    ("bias", "all"),
+    ("bias", "lora_only"),
+    ("ensure_weight_tying", True),
+    ("use_qalora", False),
+    ("qalora_group_size", 16),
+    ("lora_bias", False),
+    ("kasa_config", None),
+    ("use_bdlora", None),
+    ("trainable_token_indices", None),
     ("modules_to_save", []),
     ("layer_replication", None),
     ("velora_config", {"rank": 1}),
@@ -130,9 +142,25 @@ def test_a_field_that_changes_nothing_is_accepted_and_reported(tmp_path: Path, f
 
 
 def test_every_refused_field_is_named_at_once(tmp_path: Path) -> None:
-    write_adapter(tmp_path, PLAIN | {"use_dora": True, "lora_bias": True}, tiny_tensors(llama_sites(), PLAIN))
-    with pytest.raises(AdapterError, match=r"lora_bias.*use_dora"):
+    config = PLAIN | {"arrow_config": {}, "layer_replication": [[0, 2]]}
+    write_adapter(tmp_path, config, tiny_tensors(llama_sites(), PLAIN))
+    with pytest.raises(AdapterError, match=r"arrow_config.*layer_replication"):
         validate(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"use_dora": True, "lora_bias": True}, "lora_bias"),
+        ({"use_dora": True, "use_bdlora": {}}, "use_bdlora"),
+        ({"kasa_config": {}, "use_qalora": True}, "kasa_config"),
+    ],
+)
+def test_variants_that_peft_does_not_combine_are_refused(tmp_path: Path, fields: dict[str, Any], param: str) -> None:
+    write_adapter(tmp_path, PLAIN | fields, tiny_tensors(llama_sites(), PLAIN))
+    with pytest.raises(AdapterError, match="PEFT does not combine it") as caught:
+        validate(tmp_path)
+    assert caught.value.param == param
 
 
 @pytest.mark.parametrize("field", ["peft_type", "r", "lora_alpha"])
@@ -142,6 +170,15 @@ def test_a_field_without_which_nothing_is_known_may_not_be_missing(tmp_path: Pat
     with pytest.raises(AdapterError, match="missing") as caught:
         validate(tmp_path)
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize("value", ["pissa", "olora"])
+def test_what_training_took_from_the_base_needs_the_bases_weights(tmp_path: Path, value: str) -> None:
+    write_adapter(tmp_path, PLAIN | {"init_lora_weights": value}, tiny_tensors(llama_sites(), PLAIN))
+    with pytest.raises(AdapterError, match="needs the base's weights") as caught:
+        validate(tmp_path)
+    assert caught.value.param == "init_lora_weights"
+    assert inspect_adapter(tmp_path, llama_sites()).error is None
 
 
 def test_layers_to_transform_with_a_regular_expression_is_a_contradiction(tmp_path: Path) -> None:
@@ -162,24 +199,15 @@ def test_every_field_of_the_installed_peft_has_a_verdict() -> None:
 def test_every_field_has_its_row_in_this_table() -> None:
     tried = {field for field, _ in REFUSED + ACCEPTED}
     always = {"peft_type", "inference_mode", "base_model_name_or_path"}  # in every configuration of these tests
-    only_beside_another = {"corda_config", "lora_ga_config", "qalora_group_size"}
+    only_beside_another = {"corda_config", "lora_ga_config"}
     assert set(FIELDS) - tried - always == only_beside_another
     rows = field_rows(PLAIN | {field: {"a": 1} for field in only_beside_another})
     assert {row.verdict for row in rows if row.field in only_beside_another} == {"ignore"}
 
 
-def test_every_other_method_of_the_installed_peft_is_refused_by_its_name() -> None:
-    from peft import PeftType
-
-    for method in PeftType:
-        if method.value != "LORA":
-            error = refuse_method(method.value)
-            assert method.value in error.message and error.param == "peft_type"
-
-
 def test_another_method_is_named_rather_than_its_unknown_fields(tmp_path: Path) -> None:
-    write_adapter(tmp_path, {"peft_type": "LOHA", "r": 4, "alpha": 8}, tiny_tensors(llama_sites(), PLAIN))
-    with pytest.raises(AdapterError, match=r"LOHA.*save_as_lora") as caught:
+    write_adapter(tmp_path, {"peft_type": "HIRA", "r": 4, "alpha": 8}, tiny_tensors(llama_sites(), PLAIN))
+    with pytest.raises(AdapterError, match=r"HIRA.*save_as_lora") as caught:
         validate(tmp_path)
     assert caught.value.param == "peft_type"
 

@@ -301,7 +301,7 @@ def test_a_tensor_that_is_wrong_is_named(tmp_path: Path, change: Callable[[Tenso
 def test_an_untrained_adapter_may_be_zero_but_not_its_scale(tmp_path: Path) -> None:
     write(tmp_path, lambda made: [made[k].fill(0) for k in made if "lora_B" in k])  # type: ignore[func-returns-value]
     found = validate_adapter(tmp_path, llama_sites(), base=BASE, untrained=True)
-    assert "zero and change nothing" in found.warnings[0]
+    assert "are zero and change nothing" in found.warnings[0]
     write(tmp_path, lora_alpha=0)
     with pytest.raises(AdapterError, match="its scale is zero"):
         validate_adapter(tmp_path, llama_sites(), base=BASE, untrained=True)

@@ -41,12 +41,15 @@ BLOCK = 4
 
 @dataclass
 class ParityModel:
-    """A loaded model with two adapters on disk, and transformers' answers on the same files."""
+    """A loaded model with adapters on disk, and transformers' answers on the same files, or on those of ``oracle``;
+    with ``double`` in float64."""
 
     folder: Path
     loaded: LoadedModel
     setup: Setup
     adapters: dict[str, Path]
+    double: bool = False
+    oracle: Path | None = None
 
     @property
     def plan(self) -> ModelPlan:
@@ -59,7 +62,10 @@ class ParityModel:
     @property
     def rope_by_length(self) -> bool:
         """Whether all tokens are rotated by the length so far: then one pass is not what each token was drawn from."""
-        rope = getattr(_oracle(self.folder, None, False).config.get_text_config(), "rope_parameters", None) or {}
+        rope = (
+            getattr(_oracle(self.oracle or self.folder, None, False).config.get_text_config(), "rope_parameters", None)
+            or {}
+        )
         return rope.get("rope_type") in ("longrope", "dynamic")
 
     def prompt(self, number: int) -> list[int]:
@@ -94,7 +100,8 @@ class ParityModel:
         """Logits ``[len(ids), V]``; the first ``prompt`` of ``ids`` are the prompt, None: all."""
         import torch
 
-        model = _oracle(self.folder, self.adapters.get(adapter or ""), self.plan.tying.tie is not Tie.SEPARATE)
+        tied, where = self.plan.tying.tie is not Tie.SEPARATE, self.adapters.get(adapter or "")
+        model = _oracle(self.oracle or self.folder, where, tied, self.double)
         more = {}
         if invocation := getattr(getattr(model, "active_peft_config", None), "alora_invocation_tokens", None):
             start = AdapterFacts(invocation=tuple(invocation)).acts_from(ids[:prompt])
@@ -110,7 +117,7 @@ def prompt_ids(number: int, vocab_size: int) -> list[int]:
 
 
 @cache
-def _oracle(folder: Path, adapter: Path | None, tied: bool) -> Any:
+def _oracle(folder: Path, adapter: Path | None, tied: bool, double: bool = False) -> Any:
     """The model as transformers loads it, with its own choice of attention."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -124,7 +131,7 @@ def _oracle(folder: Path, adapter: Path | None, tied: bool) -> Any:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    return model
+    return model.double() if double else model
 
 
 @contextlib.contextmanager

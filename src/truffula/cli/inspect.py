@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from truffula.kernels.program import Site
-    from truffula.lora.matching import BaseFacts
+    from truffula.lora.parsed import BaseFacts
     from truffula.lora.peft import AdapterReport
     from truffula.model.load import ModelPlan
     from truffula.types import EndToken
@@ -343,7 +343,7 @@ def _show_adapter(report: AdapterReport, path: Path, base: str | None) -> None:
 
 def _base_facts(base: str) -> tuple[Sequence[Site], BaseFacts]:
     from truffula.lora.base import BaseWeights, base_source
-    from truffula.lora.matching import BaseFacts as Facts
+    from truffula.lora.parsed import BaseFacts as Facts
     from truffula.model.load import plan_model
     from truffula.weights.open import open_checkpoint
 

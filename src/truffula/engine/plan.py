@@ -7,6 +7,7 @@ import msgspec
 from truffula.engine.constraints import Matcher
 from truffula.engine.states import Span
 from truffula.kernels.inputs import Float32, Int32, SequenceSampling
+from truffula.lora.image import KvPrefix
 
 TopList = list[tuple[int, float]]
 
@@ -33,7 +34,8 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     changes. ``adapters`` are the slots and weights of those that act on it, none for the base. The last rows of the
     chunk have logits: one for each of ``targets``, the ids to score, then one for each of ``draws``, the numbers of the
     completion tokens to draw. ``matcher`` says which ids may be drawn; None: all, or it draws none. ``spans`` divide
-    the chunk of a model with states.
+    the chunk of a model with states. ``prefix``: keys and values that are written before the step, those of its tokens
+    from ``prefix_from`` on.
     """
 
     serial: int
@@ -48,6 +50,8 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     matcher: Matcher | None = None
     rope_length: int = 0
     spans: tuple[Span, ...] = ()
+    prefix: KvPrefix | None = None
+    prefix_from: int = 0
 
     @property
     def count(self) -> int:

@@ -174,14 +174,14 @@ class WaitingQueues:
         """The end of ``sequence``, whose adapters are bound now, if it cannot begin: see ``prefetch_adapters``."""
         if (error := self._not_summable(sequence)) is not None:
             return [(sequence, error)]
-        virtual_ids = sequence.virtual_ids
-        if not virtual_ids:
+        lease = sequence.virtual_lease
+        if lease is None:
             return []
         try:
-            total = most_tokens(sequence.request, self._limits, self._longest(), len(virtual_ids))
+            total = most_tokens(sequence.request, self._limits, self._longest(), len(lease.facts.virtual_ids))
         except TruffulaError as refusal:
             return [(sequence, refusal.info())]
-        sequence.prepend(virtual_ids, total)
+        sequence.prepend(lease, total)
         return [] if sequence.ended_before_start() is None else [(sequence, None)]
 
     def _not_summable(self, sequence: Sequence) -> ErrorInfo | None:

@@ -12,6 +12,7 @@ from truffula.engine.plan import Chunk, ChunkResult, StepPlan, TopList
 from truffula.errors import ConfigError
 from truffula.kernels.backend import Executable, PendingStep
 from truffula.kernels.inputs import Int32, StepInputs, StepOutput
+from truffula.lora.image import KvPrefix
 from truffula.types import MAX_ADAPTERS
 
 
@@ -38,11 +39,23 @@ class ModelRunner:
             if chunk.restart is not None:
                 state = chunk.restart
                 self._executable.set_sequence(chunk.seq_slot, state.prompt_ids, state.completion_ids, state.sampling)
+            if chunk.prefix is not None:
+                self._write_prefix(chunk, chunk.prefix)
         self._fill(plan.chunks)
         matchers = [chunk.matcher for chunk in plan.chunks if chunk.matcher is not None]
         if not matchers:
             return self._executable.submit()
         return self._executable.submit(self._masks.begin(self._executable.samples.mask, matchers))
+
+    def _write_prefix(self, chunk: Chunk, prefix: KvPrefix) -> None:
+        """Write keys and values of an adapter to the blocks of the chunk's sequence, as far as it has its own."""
+        position = np.arange(chunk.prefix_from, chunk.start)
+        if not len(position):
+            return
+        (table,), size = chunk.block_tables, self._block_size
+        slots = (table[position // size] * size + position % size).astype(np.int32)
+        for op, (keys, values) in zip(prefix.ops, prefix.values[:, :, chunk.prefix_from :], strict=True):
+            self._executable.write_kv(op, slots, np.ascontiguousarray(keys), np.ascontiguousarray(values))
 
     def close(self) -> None:
         """Wait for the masks that are being written; what they are written to may be freed then."""

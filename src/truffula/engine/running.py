@@ -152,7 +152,7 @@ class RunningBatch:
         limit = sequence.max_prefix_blocks() if prefix else 0
         if limit:
             blocks.attach(sequence.table, blocks.match(sequence.block_keys(), limit))
-        sequence.reset(sequence.table.capacity)
+        sequence.reset(max(sequence.table.capacity, sequence.num_given))
         count = sequence.fit(min(allowance, sequence.num_uncomputed), rows)
         leases: tuple[AdapterLease, ...] | None = None
         admitted = False

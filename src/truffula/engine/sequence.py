@@ -15,7 +15,7 @@ from truffula.engine.prefix import BlockKeys, BoundAdapter
 from truffula.engine.states import Span
 from truffula.errors import AdapterError, DeadlineExceeded, ErrorInfo, GenerationError, QueueTimeout, TruffulaError
 from truffula.kernels.inputs import NO_IDS, RELAY, Float32, Int32, SequenceSampling
-from truffula.lora.image import AdapterFacts
+from truffula.lora.image import AdapterFacts, KvPrefix
 from truffula.lora.loads import SourceState, source_state
 from truffula.lora.pool import AdapterLease
 from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
@@ -93,6 +93,7 @@ class Sequence:
         self.seq_slot: int | None = None
         self.last_step = 0
         self.acts_from = 0
+        self.prefix: KvPrefix | None = None
         self._restart = True
         self._block_keys: BlockKeys | None = None
         self._rope = limits.rope_regime
@@ -138,19 +139,20 @@ class Sequence:
         return NEVER if first is None else first
 
     @property
-    def virtual_ids(self) -> tuple[int, ...]:
-        """Those of its adapters."""
+    def virtual_lease(self) -> AdapterLease | None:
+        """The lease of its adapter with virtual tokens; None: it has no such adapter."""
         bound = {one.generation for one in self.adapters}
-        found = [lease.facts.virtual_ids for lease in self.loaded_leases.values() if lease.generation in bound]
-        return max(found, key=len, default=())
+        leases = self.loaded_leases.values()
+        return next((one for one in leases if one.facts.virtual_ids and one.generation in bound), None)
 
     def take_leases(self, leases: tuple[AdapterLease, ...]) -> None:
         """Set the resident leases of its ``adapters``, or none when it leaves the batch."""
         self.leases = leases
         self.slots = tuple((lease.slot, one.weight) for lease, one in zip(leases, self.adapters, strict=False))
 
-    def prepend(self, ids: tuple[int, ...], max_total: int) -> None:
-        """Begin with ``ids``, virtual tokens of its adapter, and end at ``max_total`` tokens. Nothing is computed."""
+    def prepend(self, lease: AdapterLease, max_total: int) -> None:
+        """Begin with the virtual tokens of ``lease``, and end at ``max_total`` tokens. Nothing is computed."""
+        ids, self.prefix = lease.facts.virtual_ids, lease.prefix
         self.num_virtual, self.max_total = len(ids), max_total
         self._ids = np.concatenate([np.array(ids, np.int32), self._ids])
         self.num_prompt += len(ids)
@@ -165,6 +167,11 @@ class Sequence:
     def prompt_tokens(self) -> int:
         """Prompt tokens of the request."""
         return self.num_prompt - self.num_virtual
+
+    @property
+    def num_given(self) -> int:
+        """Tokens whose keys and values are its adapter's: nothing is computed of them."""
+        return 0 if self.prefix is None else self.num_virtual
 
     @property
     def acting(self) -> tuple[tuple[int, float], ...]:
@@ -243,6 +250,8 @@ class Sequence:
             matcher=self.matcher if draws else None,
             rope_length=self._rope_length,
             spans=spans,
+            prefix=self.prefix if start == self.num_given else None,
+            prefix_from=min(self.num_given, self.table.num_indexed * self._block_size),
         )
         self._restart = False
         if draws:

@@ -15,7 +15,7 @@ from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterImage as AdapterImage
 from truffula.kernels.adapters import AdapterLayout
 from truffula.kernels.inputs import Array as Array
-from truffula.kernels.inputs import Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.inputs import Capacity, Float32, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import Program, WeightDecl
 
 
@@ -240,6 +240,11 @@ class Executable(Protocol):
 
     def drop_adapter(self, slot: int) -> None:
         """Release a slot: no later step may name it; unfinished ones may."""
+
+    def write_kv(self, op: int, slots: Int32, keys: Float32, values: Float32) -> None:
+        """Write keys and values ``[n, width]`` of the ``Attention`` with number ``op``, as that op would, to ``slots``
+        (as in ``slot_mapping``), which no unfinished step uses. Only of a program without windows and states.
+        """
 
     def release_kv(self, group: int, blocks: Int32) -> None:
         """Return the memory of KV blocks of a group to the system; their contents are lost. The ids ascend, and no

@@ -16,9 +16,9 @@ from truffula.kernels.backend import Array
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.base import BaseWeights, Float32
 from truffula.lora.fields import LoraSettings
-from truffula.lora.matching import Computed, Pair
+from truffula.lora.parsed import Computed, Pair
 from truffula.lora.saved import Saved
-from truffula.lora.stacked import site_tensors
+from truffula.lora.stacked import of_each_expert, site_tensors
 from truffula.lora.variants import (
     PARTS,
     Rows,
@@ -45,6 +45,7 @@ class Assembly:
     weights: BaseWeights | None
     parts: dict[int, list[Part]] = field(default_factory=dict)
     without_effect: list[str] = field(default_factory=list)
+    prefix: Float32 | None = None
     _replaced: dict[int, Array] = field(default_factory=dict)
 
     def sites(self) -> tuple[SiteTensors, ...]:
@@ -139,6 +140,9 @@ class Assembly:
 
     def add_computed(self, item: Computed) -> None:
         made = list(item.make(self.tensors))
+        if item.make_prefix is not None:
+            self.prefix = item.make_prefix(self.tensors)
+            return
         for tensors in made:
             self.parts.setdefault(tensors.site, []).extend(tensors.parts)
         if not any(_has_effect(part) for tensors in made for part in tensors.parts):
@@ -150,7 +154,8 @@ class Assembly:
         a, b = self.tensors[pair.a.name], self.tensors[pair.b.name]
         empty = pair.scale == 0 or _is_zero(b) or _is_zero(a)
         if pair.experts:
-            for made in site_tensors(pair.sites, a, b, pair.scale):
+            split = of_each_expert if pair.grouped else site_tensors
+            for made in split(pair.sites, a, b, pair.scale):
                 self.parts.setdefault(made.site, []).extend(made.parts)
         else:
             a, b = pair.form.expand(a, b)
@@ -175,9 +180,8 @@ class Assembly:
         if self.settings.kasa_config is None and (not isinstance(init, str) or init not in PARTS or on_table):
             return None
         name = "kasa_config" if self.settings.kasa_config is not None else "init_lora_weights"
-        base = self._base(name)
         transposed = pair.parts[0][0].transform == "transpose"
-        weight = np.concatenate([self._matrix(site) for site, _ in pair.parts])
+        weight = np.concatenate([self._matrix(site, name) for site, _ in pair.parts])
         if pair.rank >= min(weight.shape) if name == "kasa_config" else pair.rank > min(weight.shape):
             raise AdapterError(
                 f"{name}: {pair.module} has rank {pair.rank}, and its weight {list(weight.shape)}.", param=name
@@ -196,9 +200,9 @@ class Assembly:
         key = pair.magnitude.name
         magnitude = part.rows(self.tensors[key])
         if site.kind == "embed":
-            norms = column_norms(self._weight_rows(site), a, b, scale)
+            norms = column_norms(self._weight_rows(site, "use_dora"), a, b, scale)
         else:
-            norms = row_norms(self._weight_rows(site), site.out_features, a, b, scale)
+            norms = row_norms(self._weight_rows(site, "use_dora"), site.out_features, a, b, scale)
         factor = magnitude_scale(magnitude, norms, key)
         self._add(site, ColumnScale(factor))
         return bool(np.abs(factor - 1).max() > _SAME_SCALE)
@@ -227,18 +231,18 @@ class Assembly:
 
     # ---- the base
 
-    def _weight_rows(self, site: Site) -> Rows:
+    def _weight_rows(self, site: Site, field: str) -> Rows:
         if site.id in self._replaced:
             return iter([(0, self._replaced[site.id])])
-        return self._base("use_dora").rows(site)
+        return self._base(field).rows(site)
 
-    def _matrix(self, site: Site) -> Float32:
-        blocks = [np.asarray(values, np.float32) for _, values in self._weight_rows(site)]
+    def _matrix(self, site: Site, field: str) -> Float32:
+        blocks = [np.asarray(values, np.float32) for _, values in self._weight_rows(site, field)]
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
-    def _base(self, what: str) -> BaseWeights:
+    def _base(self, field: str) -> BaseWeights:
         if self.weights is None:
-            raise AdapterError(f"{what} needs the base's weights, which are not known here.", param=what)
+            raise AdapterError(f"{field} needs the base's weights, which are not known here.", param=field)
         return self.weights
 
     def _add(self, site: Site, part: Part) -> None:

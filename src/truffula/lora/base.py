@@ -20,7 +20,7 @@ from truffula.errors import AdapterError, TruffulaError
 from truffula.kernels.backend import Array, ComputedArray, Part, QuantisedArray, expert_matrices
 from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
 from truffula.kernels.mapped import release_pages
-from truffula.kernels.program import Embed, ExpertLinear, Linear, Logits, Mla, Norm, Program, Site, SiteSlice
+from truffula.kernels.program import Attention, Embed, ExpertLinear, Linear, Logits, Mla, Norm, Program, Site, SiteSlice
 from truffula.kernels.weight_decl import WeightDecl, WeightPart
 from truffula.types import FileStamp
 from truffula.weights.tying import Tie
@@ -48,11 +48,23 @@ class SiteWeight:
 
 
 @dataclass(frozen=True)
+class KvLayer:
+    """An attention, op number ``op``, that writes ``heads`` keys and values of ``dim`` numbers of every token."""
+
+    op: int
+    heads: int
+    dim: int
+
+
+@dataclass(frozen=True)
 class BaseSource:
     """Where the base's weights are. ``files`` as they were when the engine opened them; ``sites`` by site.
 
+    ``kv``: its attention in the order of layers, where all of them keep keys and values of all tokens and nothing else
+    is kept; otherwise why not. ``serial``: it is computed one sequence at a time.
     ``dtype`` and ``quantize`` are the engine's, which rounds matrices accordingly; it does not round ``exact`` ones,
-    and does not quantise those in ``unquantised``. ``tied``: embedding and head are one tensor.
+    and does not quantise those in ``unquantised``. ``tied``: embedding and head are one tensor;
+    ``kv_heads`` by layer.
     """
 
     path: str
@@ -60,6 +72,9 @@ class BaseSource:
     weights: dict[int, WeightDecl]
     sites: dict[int, SiteWeight]
     tied: bool = False
+    kv: tuple[KvLayer, ...] | str = ()
+    serial: bool = False
+    kv_heads: dict[int, int] = field(default_factory=dict)
     dtype: str = "float32"
     quantize: str = "none"
     exact: tuple[int, ...] = ()
@@ -80,11 +95,30 @@ def base_source(
         weights={decl.id: decl for decl in program.weights if decl.id in used},
         sites=sites,
         tied=plan.tying.tie is not Tie.SEPARATE,
+        kv=_kv_layers(program) if plan.transformers is None else "transformers' code computes it",
+        serial=plan.implementation.kind == "serial",
+        kv_heads={op.layer: op.kv_heads for op in program.ops if isinstance(op, Attention) and op.layer is not None},
         dtype=dtype,
         quantize=quantize,
         exact=tuple(float32 | {decl.id for decl in program.weights if decl.dtype == "float32"}),
         unquantised=tuple(op.kv_b for op in program.ops if isinstance(op, Mla)),
     )
+
+
+def _kv_layers(program: Program) -> tuple[KvLayer, ...] | str:
+    """See ``BaseSource``."""
+    if program.states:
+        return "it has recurrent layers"
+    if any(isinstance(op, Mla) for op in program.ops):
+        return "it has latent attention (MLA)"
+    if any(group.window is not None for group in program.kv_groups):
+        return "it has layers with an attention window"
+    every = [(number, op) for number, op in enumerate(program.ops) if isinstance(op, Attention)]
+    if any(op.k is None or op.dim_k != op.dim_v for _, op in every) or len({op.layer for _, op in every}) < len(every):
+        return "layers share their keys and values, or these differ in width"
+    if any(op.alibi for _, op in every):
+        return "its attention depends on positions by ALiBi"
+    return tuple(KvLayer(number, op.kv_heads, op.dim_k) for number, op in every)
 
 
 def _sites(program: Program) -> Iterator[tuple[int, SiteWeight]]:

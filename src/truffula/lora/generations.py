@@ -27,7 +27,7 @@ import numpy as np
 from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError
 from truffula.kernels.adapters import KIND, KINDS, SITE
 from truffula.kernels.backend import AdapterImage, Executable
-from truffula.lora.image import NO_FACTS, AdapterFacts, check_size, map_image
+from truffula.lora.image import NO_FACTS, AdapterFacts, KvPrefix, check_size, map_image
 from truffula.lora.loads import AdapterSource, unlink_image
 from truffula.lora.worker import LoadResponse
 from truffula.types import AdapterState
@@ -69,6 +69,7 @@ class AdapterLease:
     generation: str
     slot: int
     facts: AdapterFacts
+    prefix: KvPrefix | None = None
 
 
 @dataclass(eq=False)
@@ -79,6 +80,7 @@ class Generation:
     nbytes: int  # charged while resident: the mapped image and the executable's own data for it
     used_at: float
     facts: AdapterFacts = NO_FACTS
+    prefix: KvPrefix | None = None
     sources: set[AdapterSource] = field(default_factory=set)  # that have these bytes now; none: it is retired
     names: list[str] = field(default_factory=list)  # by which a retired one was last known
     slot: int | None = None
@@ -176,7 +178,7 @@ class Generations:
                 image = map_image(Path(path), header)
                 nbytes = image.nbytes + self._executable.adapter_bytes(image)
                 uses = int(header.generation in self._dropped)
-                entry = Generation(image, nbytes, now, header.facts, uses=uses)
+                entry = Generation(image, nbytes, now, header.facts, header.prefix_of(image), uses=uses)
                 self._entries[entry.id] = entry
         except OSError as error:
             raise AdapterLoadError(f"The prepared adapter file cannot be mapped: {error}.") from error
@@ -257,7 +259,7 @@ class Generations:
         entry.leases += 1
         entry.uses += slot != NO_SLOT and not entry.resident_leases
         entry.resident_leases += slot != NO_SLOT
-        return AdapterLease(entry.id, slot, entry.facts)
+        return AdapterLease(entry.id, slot, entry.facts, entry.prefix)
 
     def release(self, lease: AdapterLease) -> Generation:
         """End a lease; returns its generation."""

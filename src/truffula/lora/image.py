@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -30,11 +31,13 @@ class AdapterFacts(msgspec.Struct, frozen=True):
 
     ``invocation``: the adapter acts from the last occurrence of these ids in a prompt on, and nowhere without one
     (activated LoRA); empty: everywhere. ``virtual_ids`` come before the first token of every sequence. They are beyond
-    the vocabulary: the adapter's own rows of the embedding table.
+    the vocabulary: the adapter's own rows of the embedding table or, with ``kv_ops``, no input at all: their keys and
+    values are the adapter's (``KvPrefix``), of the attention with these numbers.
     """
 
     invocation: tuple[int, ...] = ()
     virtual_ids: tuple[int, ...] = ()
+    kv_ops: tuple[int, ...] = ()
 
     def acts_from(self, prompt_ids: Sequence[int]) -> int | None:
         """The token of a prompt from which on the adapter acts; None: it does not act on this prompt."""
@@ -51,10 +54,19 @@ class AdapterFacts(msgspec.Struct, frozen=True):
 NO_FACTS = AdapterFacts()
 
 
+@dataclass(frozen=True, eq=False)
+class KvPrefix:
+    """Keys and values of an adapter's virtual tokens: ``values`` float32 ``[ops, 2, n, width]``, keys before values."""
+
+    ops: tuple[int, ...]
+    values: npt.NDArray[np.float32]
+
+
 class ImageHeader(msgspec.Struct, frozen=True):
     """What a process must know to map an image: numbers of parts (rows of the table) and of bytes of tensors.
 
-    ``layout`` is the name of the layout it is packed for, ``generation`` the hash of the adapter's files.
+    ``layout`` is the name of the layout it is packed for, ``generation`` the hash of the adapter's files. The last
+    ``prefix_bytes`` of the data are a ``KvPrefix``.
     """
 
     layout: str
@@ -63,6 +75,14 @@ class ImageHeader(msgspec.Struct, frozen=True):
     parts: _Count
     data_bytes: _Count
     facts: AdapterFacts = NO_FACTS
+    prefix_bytes: _Count = 0
+
+    def prefix_of(self, image: AdapterImage) -> KvPrefix | None:
+        """The ``KvPrefix`` in a mapped image, as a view."""
+        if not self.prefix_bytes:
+            return None
+        values = image.data[-self.prefix_bytes :].view(np.float32)
+        return KvPrefix(self.facts.kv_ops, values.reshape(len(self.facts.kv_ops), 2, len(self.facts.virtual_ids), -1))
 
     @property
     def data_start(self) -> int:
@@ -75,7 +95,7 @@ class ImageHeader(msgspec.Struct, frozen=True):
 
 
 class ImageWriter:
-    """An adapter packed for ``layout``, ready to be written.
+    """An adapter packed for ``layout``, ready to be written; ``prefix`` float32 as in ``KvPrefix``.
 
     Raises ``KernelError`` (``kernels.adapters.pack``) for what the layout does not serve.
     """
@@ -87,10 +107,12 @@ class ImageWriter:
         sites: Iterable[SiteTensors],
         layout: AdapterLayout = STORED,
         facts: AdapterFacts = NO_FACTS,
+        prefix: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        self._placed = place(pack(layout, sites))
-        parts, data_bytes = len(self._placed.table), self._placed.data_bytes
-        self.header = ImageHeader(layout.name, generation, rank, parts, data_bytes, facts)
+        self._placed, self._prefix = place(pack(layout, sites)), prefix
+        parts, more = len(self._placed.table), 0 if prefix is None else prefix.nbytes
+        nbytes = self._placed.data_bytes + more
+        self.header = ImageHeader(layout.name, generation, rank, parts, nbytes, facts, more)
 
     def write(self, path: Path) -> None:
         """Make the file at ``path``, which must not exist, and pack into it where it is mapped.
@@ -102,7 +124,10 @@ class ImageWriter:
             os.posix_fallocate(fd, 0, self.header.nbytes)
             mapped = map_file(fd, self.header.nbytes, shared=True)
             mapped[: self._placed.table.nbytes] = self._placed.table.reshape(-1).view(np.uint8)
-            self._placed.write(mapped[self.header.data_start :])
+            data = mapped[self.header.data_start :]
+            self._placed.write(data[: self._placed.data_bytes])
+            if self._prefix is not None:
+                data[self._placed.data_bytes :] = np.ascontiguousarray(self._prefix).reshape(-1).view(np.uint8)
             use_huge_pages(mapped)  # kernels read all of it in each step
         except BaseException:
             path.unlink(missing_ok=True)
@@ -123,7 +148,7 @@ def map_image(path: Path, header: ImageHeader) -> AdapterImage:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size
-        if size != header.nbytes or not header.parts:
+        if size != header.nbytes or not (header.parts or header.prefix_bytes):
             raise _damaged(f"it has {size} bytes, and {header.nbytes} for {header.parts} parts were written")
         mapped = map_file(fd, size)
     finally:

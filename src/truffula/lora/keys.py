@@ -91,6 +91,16 @@ class KeyPlan:
                   self.biases, self.copies)  # fmt: skip
         return [key for group in groups for key in group.values()]
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Replace module paths. Raises ``AdapterError`` for two that become one."""
+        groups = (self.a, self.b, self.magnitudes, self.b_biases, self.diagonals, self.tokens, self.weights,
+                  self.biases, self.copies)  # fmt: skip
+        for group in groups:
+            before = dict(group)
+            group.clear()
+            for module, key in before.items():
+                _add(group, names.get(module, module), key)
+
     def modules(self) -> list[str]:
         """Every module that has a tensor, once."""
         groups = (self.a, self.b, self.tokens, self.weights, self.biases, self.copies)

@@ -13,7 +13,7 @@ import signal
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from truffula.errors import AdapterError
 from truffula.lora.fields import LoraSettings
@@ -155,6 +155,22 @@ class Targets:
         patterns = [re.compile(rf"(?:^|.*?\.){name}\.(\d+)\.") for name in self._layer_lists]
         found = next((hit for pattern in patterns or [_FIRST_INDEX] if (hit := pattern.match(module))), None)
         return found is not None and int(found[1]) in ((layers,) if isinstance(layers, int) else layers)
+
+
+def tied_tables(settings: LoraSettings) -> Literal["targets", "saved"] | None:
+    """What ``ensure_weight_tying`` gives to the head, too, on a tied base: the pair of the embedding, or its saved
+    weight. PEFT knows only these two names of tables."""
+    names = ("embed_tokens", "lm_head")
+    if not settings.ensure_weight_tying:
+        return None
+    if any(entry.rpartition(".")[2] in names for entry in settings.modules_to_save or ()):
+        return "saved"
+    target = settings.target_modules
+    if isinstance(target, str):
+        found = any(compiled(target, "target_modules").fullmatch(name) for name in names)
+    else:
+        found = any(entry.rpartition(".")[2] in names for entry in target or ())
+    return "targets" if found else None
 
 
 def is_named(module: str, entries: Collection[str]) -> bool:

@@ -15,18 +15,21 @@ from typing import Any
 from truffula.errors import AdapterError, ErrorInfo, TruffulaError
 from truffula.kernels.adapters import SiteTensors
 from truffula.kernels.backend import Array
+from truffula.kernels.inputs import Float32
 from truffula.kernels.program import Site
 from truffula.lora.assemble import Assembly
+from truffula.lora.checks import check_values, left_out_warnings
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import FieldRow, field_rows, parse_config
 from truffula.lora.folder import AdapterFiles, open_adapter
 from truffula.lora.image import AdapterFacts, check_size
 from truffula.lora.keys import listed, plan_keys
-from truffula.lora.matching import BaseFacts as BaseFacts
-from truffula.lora.matching import ParsedAdapter, check_values, left_out_warnings, parse_metadata
+from truffula.lora.matching import parse_metadata
 from truffula.lora.methods import Metadata, check_config, method_of, table_of
+from truffula.lora.parsed import BaseFacts as BaseFacts
+from truffula.lora.parsed import ParsedAdapter
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import matching_limit
+from truffula.lora.patterns import matching_limit, tied_tables
 from truffula.weights.finite import first_non_finite
 
 
@@ -34,14 +37,15 @@ from truffula.weights.finite import first_non_finite
 class PeftAdapter:
     """A valid adapter. ``sites`` hold views of the mapped file: an image copies them.
 
-    ``generation`` is the hash of both files, ``rank`` the largest of its modules; ``facts`` are for the scheduler,
-    ``warnings`` for the operator.
+    ``generation`` is the hash of both files, ``rank`` the largest of its modules; ``facts`` and ``prefix`` (the values
+    of ``KvPrefix``) are for the scheduler, ``warnings`` for the operator.
     """
 
     generation: str
     rank: int
     sites: tuple[SiteTensors, ...]
     facts: AdapterFacts
+    prefix: Float32 | None
     warnings: tuple[str, ...]
 
 
@@ -95,7 +99,9 @@ def validate_adapter(
                 f"{len(idle)} of {count} modules or tensors are zero and change nothing, or are the base's own: "
                 f"{listed(idle)}."
             )
-        return PeftAdapter(files.generation(), parsed.rank, assembly.sites(), parsed.facts, tuple(warnings))
+        return PeftAdapter(
+            files.generation(), parsed.rank, assembly.sites(), parsed.facts, assembly.prefix, tuple(warnings)
+        )
 
 
 def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: BaseFacts | None = None) -> AdapterReport:
@@ -177,7 +183,8 @@ def _tie_head(parsed: ParsedAdapter, assembly: Assembly, sites: Sequence[Site], 
     """On a tied base, ``ensure_weight_tying`` gives the head the embedding's pair."""
     tables = {pair.parts[0][0].kind: pair for pair in parsed.pairs}
     head = next((site for site in sites if site.kind == "head"), None)
-    if base.tied and parsed.settings.ensure_weight_tying and "embed" in tables and head is not None:
+    tied = base.tied and tied_tables(parsed.settings) == "targets"
+    if tied and "embed" in tables and head is not None:
         assembly.tie_head(tables["embed"], head, tables.get("head"))
 
 

@@ -18,10 +18,11 @@ from truffula.errors import AdapterError
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.fields import LoraSettings
 from truffula.lora.keys import KeyPlan, listed
+from truffula.lora.patterns import tied_tables
 from truffula.weights.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
-    from truffula.lora.matching import Sites
+    from truffula.lora.parsed import Sites
 
 Parts = tuple[tuple[Site, ModuleSlice], ...]
 RESIZED = (
@@ -102,7 +103,7 @@ class _Matcher:
             parts = self._parts(module, key)
             check_weight(self.infos[key], parts, "save_embedding_layers" if copy else "modules_to_save")
             # PEFT loads a copy into the base, whose embedding and head may be one tensor.
-            shared = self.tied and _is_table(parts[0][0]) and (copy or bool(self.settings.ensure_weight_tying))
+            shared = self.tied and _is_table(parts[0][0]) and (copy or tied_tables(self.settings) == "saved")
             yield from self._on_both("weight", module, key, parts, shared=shared, copy=copy)
 
     def biases(self) -> Iterator[Saved]:
@@ -181,13 +182,13 @@ def check_weight(info: TensorInfo, parts: Parts, field: str) -> None:
     """Raise ``AdapterError`` unless a tensor, which ``field`` accounts for, may be the whole weight of a module."""
     site, module = parts[0]
     if _is_table(site):
-        shape = table_shape(site)
-        if len(info.shape) == 2 and info.shape[1] == shape[1] and info.shape[0] != shape[0]:
+        rows, width = table_shape(site)
+        if len(info.shape) == 2 and info.shape[1] == width and info.shape[0] != rows:
             raise AdapterError(
-                f"{info.name} has {info.shape[0]} rows, but the base's table has {shape[0]}. {RESIZED} ({field}).",
-                param=field, key=info.name, found=info.shape[0], limit=shape[0],
+                f"{info.name} ({field}) has {info.shape[0]} rows, but the base's table has {rows}. {RESIZED}.",
+                param=field, key=info.name, found=info.shape[0], limit=rows,
             )  # fmt: skip
-        _check_shape(info, shape)
+        _check_shape(info, (rows, width))
     elif site.kind == "linear":
         _check_shape(info, (module.of, site.in_features), (site.in_features, module.of))
     else:
@@ -199,10 +200,8 @@ def _check_shape(info: TensorInfo, *expected: tuple[int, ...]) -> None:
         raise AdapterError(
             f"{info.name} has shape {list(info.shape)}, but the base needs {list(expected[0])}: the adapter was made "
             "for another base.",
-            param=info.name,
-            found=list(info.shape),
-            expected=list(expected[0]),
-        )
+            param=info.name, found=list(info.shape), expected=list(expected[0]),
+        )  # fmt: skip
 
 
 def _check_complete(found: Sequence[Saved], settings: LoraSettings, sites: Sites) -> None:

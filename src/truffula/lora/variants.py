@@ -18,6 +18,7 @@ import numpy as np
 
 from truffula.errors import AdapterError
 from truffula.kernels.backend import Array
+from truffula.kernels.program import RowOrder
 from truffula.lora.base import Float32
 from truffula.lora.fields import LoraSettings
 
@@ -29,11 +30,13 @@ Taken = tuple[Float32, Float32]
 
 @dataclass(frozen=True)
 class Form:
-    """How a pair is stored: ``a_blocks`` and ``b_blocks`` on the diagonal, means of ``group`` inputs."""
+    """How a pair is stored: ``a_blocks`` and ``b_blocks`` on the diagonal, means of ``group`` inputs, and rows of B in
+    an ``order`` of their own."""
 
     a_blocks: int = 1
     b_blocks: int = 1
     group: int = 1
+    order: RowOrder | None = None
 
     def shapes(self, rank: int, inputs: int, outputs: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """The stored shapes of A and B."""
@@ -43,7 +46,8 @@ class Form:
         """A [r, I] and B [O, r] as plain matrices."""
         if self.group > 1:
             a = np.repeat(a.astype(np.float32) * np.float32(a.shape[1] / self.group), self.group, axis=1)
-        return _block_diagonal(a, self.a_blocks), _block_diagonal(b, self.b_blocks)
+        b = _block_diagonal(b, self.b_blocks)
+        return _block_diagonal(a, self.a_blocks), b if self.order is None else self.order.sorted(b)
 
 
 PLAIN = Form()

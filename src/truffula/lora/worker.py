@@ -223,7 +223,9 @@ def _prepare(
         before = fingerprint(opened.stat)
         on_files(_files_nbytes(opened))
         adapter = _validate(opened, request.ref, setup, base)
-        image = ImageWriter(adapter.generation, adapter.rank, adapter.sites, setup.layout, adapter.facts)
+        image = ImageWriter(
+            adapter.generation, adapter.rank, adapter.sites, setup.layout, adapter.facts, adapter.prefix
+        )
         check_size(image.header.nbytes, setup.limits.image_bytes)
         path = _new_file(request, staging, image.header.nbytes)
         image.write(path)

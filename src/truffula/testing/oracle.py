@@ -136,7 +136,8 @@ class Oracle:
             s_aux: Any = None,
             **_: Any,
         ) -> tuple[Any, None]:
-            rotated = [item.detach()[0].float().transpose(0, 1).flatten(1).numpy() for item in (query, key)]
+            own = key[:, :, key.shape[2] - query.shape[2] :]  # without those of a prefix
+            rotated = [item.detach()[0].float().transpose(0, 1).flatten(1).numpy() for item in (query, own)]
             self._seen[f"layer {module.layer_idx}"] = np.concatenate(rotated, 1)
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -21,7 +21,7 @@ from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Linear, Op, Probe, Program, RowOrder, WeightDecl
 from truffula.kernels.select import select_backend
 from truffula.lora.base import BaseWeights, base_source
-from truffula.lora.image import NO_FACTS, AdapterFacts
+from truffula.lora.image import NO_FACTS, AdapterFacts, KvPrefix
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.testing.oracle import Oracle
@@ -160,10 +160,11 @@ class LoadedModel:
     capacity: Capacity
     slot: int | None
     facts: AdapterFacts = NO_FACTS
+    prefix: KvPrefix | None = None
 
     def driver(self) -> Driver:
         """A new sequence."""
-        return Driver(self.executable, self.capacity, self.slot, self.facts)
+        return Driver(self.executable, self.capacity, self.slot, self.facts, self.prefix)
 
 
 @contextlib.contextmanager
@@ -202,10 +203,12 @@ def load_model(
         executable = backend.load(plan.program, dtype, pull, capacity, debug=not as_blocks)
         opened.enter_context(contextlib.closing(executable))
         reader.finish()
-        slot = None
+        slot = prefix = None
         if found is not None:
+            if found.prefix is not None:
+                prefix = KvPrefix(facts.kv_ops, found.prefix)
             slot = executable.adapter(make_image(executable.layout, found.sites, generation=found.generation))
-        yield LoadedModel(plan, sequences, executable, capacity, slot, facts)
+        yield LoadedModel(plan, sequences, executable, capacity, slot, facts, prefix)
 
 
 def native_plan(checkpoint: Checkpoint) -> ModelPlan:

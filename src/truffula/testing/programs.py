@@ -14,7 +14,7 @@ from truffula.kernels.adapters import SiteTensors, low_rank, make_image
 from truffula.kernels.backend import Executable, PullWeight, QuantisedArray
 from truffula.kernels.inputs import Capacity, StepInputs
 from truffula.kernels.program import Linear, Program, WeightDecl
-from truffula.lora.image import NO_FACTS, AdapterFacts
+from truffula.lora.image import NO_FACTS, AdapterFacts, KvPrefix
 from truffula.model.decoder import build_program
 from truffula.model.load import arranged
 from truffula.model.names import WeightNames
@@ -191,14 +191,16 @@ def capacity_for(tokens: int, *, block_size: int = 16) -> Capacity:
 class Driver:
     """Runs one sequence. Its blocks are not in ascending order, so that errors in block tables show.
 
-    ``slot`` is the adapter's slot, or None for the base, ``facts`` what an engine knows of it. ``computed`` is the
-    number of computed tokens. ``taps``: the outputs of ops in the last ``feed``, of those whose numbers it has.
+    ``slot`` is the adapter's slot, or None for the base, ``facts`` and ``prefix`` what an engine knows of it.
+    ``computed`` is the number of computed tokens. ``taps``: the outputs of ops in the last ``feed``, of those whose
+    numbers it has.
     """
 
     executable: Executable
     capacity: Capacity
     slot: int | None = None
     facts: AdapterFacts = NO_FACTS
+    prefix: KvPrefix | None = None
     taps: dict[int, Float32] = field(default_factory=dict)
     computed: int = 0
     _acts_from: int | None = 0
@@ -213,7 +215,10 @@ class Driver:
         every = list(ids)
         if not self.computed:
             self._acts_from = self.facts.acts_from(every)
-            every = [*self.facts.virtual_ids, *every]
+            if self.prefix is not None:
+                self._write(self.prefix)
+            else:
+                every = [*self.facts.virtual_ids, *every]
         rows, length, start = [], self.computed + len(every), 0
         taps: dict[int, list[Float32]] = {op: [] for op in self.taps}
         while start < len(every):
@@ -236,6 +241,13 @@ class Driver:
             rows.append(self.feed(tokens[-1:])[-1])
             tokens.append(int(rows[-1].argmax()))
         return tokens, np.stack(rows)
+
+    def _write(self, prefix: KvPrefix) -> None:
+        size, self.computed = self.capacity.block_size, prefix.values.shape[2]
+        position = np.arange(self.computed)
+        slots = (np.asarray(self._blocks)[position // size] * size + position % size).astype(np.int32)
+        for op, (keys, values) in zip(prefix.ops, prefix.values, strict=True):
+            self.executable.write_kv(op, slots, keys, values)
 
     def _step(self, ids: Sequence[int], rope_length: int) -> Float32:
         acts = self._acts_from is not None and self.computed >= self._acts_from

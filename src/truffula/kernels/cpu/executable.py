@@ -8,7 +8,7 @@ import numpy as np
 
 from truffula.kernels.adapters import AdapterImage, AdapterLayout, require_served
 from truffula.kernels.cpu.library import as_kernel_errors
-from truffula.kernels.inputs import Array, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.inputs import Array, Float32, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import Output
 from truffula.kernels.synchronous import SynchronousExecutable
 
@@ -60,6 +60,10 @@ class CpuExecutable(SynchronousExecutable):
         """Seconds of work per kind of op since the last call, all threads together; the first call begins to count."""
         seconds: dict[str, float] = self._native.take_seconds()
         return seconds
+
+    def write_kv(self, op: int, slots: Int32, keys: Float32, values: Float32) -> None:
+        with as_kernel_errors():
+            self._native.write_kv(op, slots, keys, values)
 
     def release_kv(self, group: int, blocks: Int32) -> None:
         with as_kernel_errors():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -169,6 +170,7 @@ class _Rows:
     """Rows ``first ..`` of an expert's matrix, from the tensor ``name``: blocks of ``kind``, or numbers for "". They
     were made from ``source``, which may be mapped."""
 
+    decl: WeightDecl
     name: str
     expert: int
     first: int
@@ -184,41 +186,40 @@ def _load(
     pull: PullWeight,
     rounding: Rounding,
 ) -> list[str]:
-    """Pack what ``_read`` gives; the next piece is read in a thread meanwhile: files, checks, dequantisation. Returns
-    the formats of ``weights``."""
+    """Pack what ``_read`` gives; the next piece is read in a thread meanwhile: files, checks, dequantisation.
+
+    Returns the formats of the weights.
+    """
     formats: list[str] = []
     weight = -1
-    decl: WeightDecl | None = None
-    for piece in _ahead(_read(weights, options, pull)):
-        if isinstance(piece, _Vector):
-            native.add_vector(piece.values)
-            formats.append("vectors")
-        elif isinstance(piece, _Matrix):
-            decl, role = piece.decl, piece.role
-            formats.append(piece.format)
-            *experts, outputs, inputs = decl.shape
-            if role.kind == "latent":
-                weight = native.add_latent_matrix(*role.heads, inputs, format=piece.format)
+    with contextlib.closing(_ahead(_read(weights, options, pull))) as pieces:
+        for piece in pieces:
+            if isinstance(piece, _Vector):
+                native.add_vector(piece.values)
+                formats.append("vectors")
+            elif isinstance(piece, _Matrix):
+                weight = _add_matrix(native, piece)
+                formats.append(piece.format)
             else:
-                panels, count = role.kind == "panels", math.prod(experts)
-                weight = native.add_matrix(
-                    outputs, inputs, format=piece.format, panels=panels, half=role.half, experts=count
-                )
-        else:
-            assert decl is not None  # rows follow their matrix
-            _fill(native, weight, decl, piece, rounding)
+                _fill(native, weight, piece, rounding)
     return formats
 
 
-def _fill(native: Any, weight: int, decl: WeightDecl, rows: _Rows, rounding: Rounding) -> None:
+def _add_matrix(native: Any, matrix: _Matrix) -> int:
+    """The native id of a new matrix."""
+    role, (*experts, outputs, inputs) = matrix.role, matrix.decl.shape
+    if role.kind == "latent":
+        return int(native.add_latent_matrix(*role.heads, inputs, format=matrix.format))
+    panels, count = role.kind == "panels", math.prod(experts)
+    return int(native.add_matrix(outputs, inputs, format=matrix.format, panels=panels, half=role.half, experts=count))
+
+
+def _fill(native: Any, weight: int, rows: _Rows, rounding: Rounding) -> None:
     """Pack rows of ``weight``; sums of squares, of values and of rounding errors, are added to ``rounding``."""
     try:
-        if rows.kind:
-            squares, lost = native.fill(weight, np.ascontiguousarray(rows.values), rows.first, rows.kind, rows.expert)
-        else:
-            squares, lost = native.fill(weight, as_bits(rows.values), rows.first, expert=rows.expert)
+        squares, lost = native.fill(weight, rows.values, rows.first, rows.kind, rows.expert)
     except ValueError as error:
-        raise KernelError(f"{decl.name}: {error}.", param=decl.name) from error
+        raise KernelError(f"{rows.decl.name}: {error}.", param=rows.decl.name) from error
     if squares:
         before = rounding.sums.get(rows.name, (0.0, 0.0))
         rounding.sums[rows.name] = before[0] + squares, before[1] + lost
@@ -244,15 +245,15 @@ def _read(
             step = max(1, _CHUNK_BYTES * part.shape[0] // max(1, part.nbytes))
             for lo in range(0, part.shape[0], step):
                 some = _rows(part, lo, lo + step)
-                if not isinstance(some, QuantisedArray):
-                    yield _Rows(name, expert, first + lo, some, "", some)
-                elif as_blocks:
-                    yield _Rows(name, expert, first + lo, some.blocks, some.kind, some.blocks)
+                if isinstance(some, QuantisedArray):
+                    source, kind = some.blocks, some.kind if as_blocks else ""
                 else:
-                    yield _Rows(name, expert, first + lo, some.dequantise(), "", some.blocks)
+                    source, kind = some, ""
+                values = np.ascontiguousarray(source) if kind else as_bits(as_array(some))
+                yield _Rows(decl, name, expert, first + lo, values, kind, source)
 
 
-def _ahead(pieces: Iterator[T]) -> Iterator[T]:
+def _ahead(pieces: Iterator[T]) -> Generator[T, None, None]:
     """``pieces``, of which the next one is made in a thread while the caller uses one."""
     with ThreadPoolExecutor(1, "truffula-weights") as thread:
         following = thread.submit(next, pieces, None)

@@ -13,7 +13,16 @@ from torch import Tensor
 from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterImage, AdapterLayout
 from truffula.kernels.arena import dead_after, written_by
-from truffula.kernels.inputs import Array, Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.inputs import (
+    Array,
+    Capacity,
+    Float32,
+    Int32,
+    SampleInputs,
+    SequenceSampling,
+    StepInputs,
+    StepOutput,
+)
 from truffula.kernels.program import (
     Attention,
     CausalConv,
@@ -199,6 +208,14 @@ class ReferenceExecutable(SynchronousExecutable):
         rows = self._memory.make((self._capacity.num_states, state.width), dtype)
         rows[0].zero_()
         return rows
+
+    @torch.inference_mode()
+    def write_kv(self, op: int, slots: Int32, keys: Float32, values: Float32) -> None:
+        at = self._program.ops[op]
+        assert isinstance(at, Attention)
+        for plane, rows in zip(at.planes, (keys, values), strict=True):
+            rows_there = torch.from_numpy(rows.copy()).to(self._device, self._dtype)
+            attention.write(self._planes[plane], self._long(slots), rows_there)
 
     def release_kv(self, group: int, blocks: Int32) -> None:
         self._planes.release(group, blocks)

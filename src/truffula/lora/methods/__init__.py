@@ -16,6 +16,7 @@ from truffula.lora.methods.lycoris import LOHA, LOKR
 from truffula.lora.methods.method import Metadata as Metadata
 from truffula.lora.methods.method import Method
 from truffula.lora.methods.norms import LN_TUNING
+from truffula.lora.methods.prefix import PREFIX_TUNING
 from truffula.lora.methods.prompts import P_TUNING, PROMPT_TUNING
 from truffula.lora.methods.refused import refuse_method
 from truffula.lora.methods.tokens import TRAINABLE_TOKENS
@@ -28,6 +29,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "LN_TUNING": LN_TUNING,
         "LOHA": LOHA,
         "LOKR": LOKR,
+        "PREFIX_TUNING": PREFIX_TUNING,
         "PROMPT_TUNING": PROMPT_TUNING,
         "P_TUNING": P_TUNING,
         "TRAINABLE_TOKENS": TRAINABLE_TOKENS,
@@ -44,7 +46,7 @@ def method_of(config: Mapping[str, Any]) -> Method | None:
         return None
     method = METHODS.get(kind) if isinstance(kind, str) else None
     if method is None:
-        raise refuse_method(str(kind)[:60])
+        raise refuse_method(str(kind)[:60], ["LORA", *METHODS])
     return method
 
 

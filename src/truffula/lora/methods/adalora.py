@@ -14,7 +14,6 @@ import numpy as np
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
 from truffula.lora.fields import FIELDS, Alpha, Field, FieldTable, Rank
-from truffula.lora.matching import Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     COMMON,
     TARGETS,
@@ -31,6 +30,7 @@ from truffula.lora.methods.method import (
     refused,
     require,
 )
+from truffula.lora.parsed import Computed, ParsedAdapter
 from truffula.lora.saved import Parts
 from truffula.weights.checkpoint import TensorInfo
 

@@ -9,7 +9,6 @@ from typing import Any
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import Bias, ColumnScale, InputScale, Part, SiteTensors
 from truffula.lora.fields import Field, FieldTable
-from truffula.lora.matching import BaseFacts, Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     COMMON,
     ORIENTATION,
@@ -25,6 +24,7 @@ from truffula.lora.methods.method import (
     match,
     require,
 )
+from truffula.lora.parsed import BaseFacts, Computed, ParsedAdapter
 from truffula.lora.patterns import compiled
 from truffula.lora.saved import Parts
 from truffula.weights.checkpoint import TensorInfo

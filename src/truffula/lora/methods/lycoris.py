@@ -20,7 +20,6 @@ from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
 from truffula.kernels.backend import Array
 from truffula.lora.fields import FIELDS, MERGE, Alpha, Field, FieldTable, Rank
-from truffula.lora.matching import Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     COMMON,
     SAVED,
@@ -36,6 +35,7 @@ from truffula.lora.methods.method import (
     products,
     require,
 )
+from truffula.lora.parsed import Computed, ParsedAdapter
 from truffula.lora.patterns import PatternTable
 from truffula.lora.saved import Parts
 from truffula.weights.checkpoint import TensorInfo

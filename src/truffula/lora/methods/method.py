@@ -13,13 +13,7 @@ from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors, low_rank
 from truffula.kernels.backend import Array
 from truffula.kernels.program import Site
-from truffula.lora.fields import FIELDS, Field, FieldTable, LoraSettings, is_empty
-from truffula.lora.keys import MAX_KEY_CHARS, PREFIX, KeyPlan, listed
-from truffula.lora.matching import (
-    BaseFacts,
-    Pair,
-    ParsedAdapter,
-    Sites,
+from truffula.lora.checks import (
     check_modules,
     check_sites_once,
     check_values,
@@ -27,6 +21,9 @@ from truffula.lora.matching import (
     left_out_warnings,
     trained_on,
 )
+from truffula.lora.fields import FIELDS, Field, FieldTable, LoraSettings, is_empty
+from truffula.lora.keys import MAX_KEY_CHARS, PREFIX, KeyPlan, listed
+from truffula.lora.parsed import BaseFacts, Pair, ParsedAdapter, Sites
 from truffula.lora.patterns import Targets
 from truffula.lora.roots import other_part
 from truffula.lora.saved import Parts

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from truffula.errors import AdapterError
+from truffula.lora.checks import check_known, trained_on
 from truffula.lora.fields import FieldTable
 from truffula.lora.keys import listed
-from truffula.lora.matching import ParsedAdapter, Sites, check_known, trained_on
 from truffula.lora.methods.method import (
     COMMON,
     SAVED,
@@ -16,6 +16,7 @@ from truffula.lora.methods.method import (
     group_keys,
     own_settings,
 )
+from truffula.lora.parsed import ParsedAdapter, Sites
 from truffula.lora.patterns import Targets
 from truffula.lora.saved import Saved, check_weight
 

@@ -15,7 +15,6 @@ from truffula.kernels.adapters import Rows, SiteTensors
 from truffula.kernels.program import Site
 from truffula.lora.fields import Field, FieldTable
 from truffula.lora.image import AdapterFacts
-from truffula.lora.matching import Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     COMMON,
     SAVED,
@@ -28,6 +27,7 @@ from truffula.lora.methods.method import (
     group_keys,
     own_settings,
 )
+from truffula.lora.parsed import Computed, ParsedAdapter
 
 KEY = "prompt_embeddings"
 _REQUIRED = ("num_virtual_tokens",)
@@ -46,7 +46,7 @@ _FIELDS = {
 }
 
 
-def submodules_are_one(source: Metadata) -> None:
+def check_decoder(source: Metadata) -> None:
     """Raise ``AdapterError`` for an adapter of an encoder-decoder."""
     if source.config.get("num_transformer_submodules") not in (None, 1):
         raise AdapterError(
@@ -56,7 +56,7 @@ def submodules_are_one(source: Metadata) -> None:
 
 
 def _parse(source: Metadata) -> ParsedAdapter:
-    submodules_are_one(source)
+    check_decoder(source)
     count, width = int(source.config["num_virtual_tokens"]), source.config.get("token_dim")
     keys = group_keys(source.infos, (), alone=(KEY,))
     info = keys.alone[KEY]

@@ -12,9 +12,9 @@ import msgspec
 
 from truffula.errors import AdapterError
 from truffula.kernels.program import Site
+from truffula.lora.checks import check_known, trained_on
 from truffula.lora.fields import Field, FieldTable
 from truffula.lora.keys import listed
-from truffula.lora.matching import ParsedAdapter, Sites, check_known, trained_on
 from truffula.lora.methods.method import (
     COMMON,
     Keys,
@@ -25,6 +25,7 @@ from truffula.lora.methods.method import (
     group_keys,
     own_settings,
 )
+from truffula.lora.parsed import ParsedAdapter, Sites
 from truffula.lora.patterns import Targets
 from truffula.lora.saved import RESIZED, Saved, table_shape
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
 from truffula.lora.fields import Field, FieldTable, Rank
-from truffula.lora.matching import Computed, ParsedAdapter
 from truffula.lora.methods.method import (
     COMMON,
     ORIENTATION,
@@ -26,6 +25,7 @@ from truffula.lora.methods.method import (
     products,
     require,
 )
+from truffula.lora.parsed import Computed, ParsedAdapter
 from truffula.lora.saved import Parts
 from truffula.weights.checkpoint import TensorInfo
 
@@ -34,7 +34,7 @@ SHARED = ("base_model.vera_A", "base_model.vera_B")
 
 _FIELDS = {
     **COMMON,
-    **TARGETS,
+    **{name: field for name, field in TARGETS.items() if name != "exclude_modules"},
     "r": Field("check", "must be the rank of the projections", Rank),
     "save_projection": Field("check", "the projections must be in the file"),
     "projection_prng_key": Field("ignore", "the projections are read from the file"),

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterImage
-from truffula.kernels.inputs import Array, Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.inputs import (
+    Array,
+    Capacity,
+    Float32,
+    Int32,
+    SampleInputs,
+    SequenceSampling,
+    StepInputs,
+    StepOutput,
+)
 from truffula.kernels.program import ModelInterface
 from truffula.kernels.reference.slots import AdapterSlots
 from truffula.kernels.sampling import Sampler
@@ -82,6 +91,9 @@ class TransformersExecutable(SynchronousExecutable):
         self.hooks.prepare(0, (), 0, ())
         self.model = None
         self._logits = np.zeros((0, self.interface.vocab_size), np.float32)
+
+    def write_kv(self, op: int, slots: Int32, keys: Float32, values: Float32) -> None:
+        raise KernelError("transformers' code cannot be given keys and values.", param="op")
 
     @abstractmethod
     def release_kv(self, group: int, blocks: Int32) -> None:

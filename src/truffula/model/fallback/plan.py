@@ -186,7 +186,8 @@ def _sites(skeleton: Skeleton, traced: Trace, names: StoredNames) -> tuple[Site,
             continue
         layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
         parts = (ModuleSlice(name, 0, outputs, outputs),)
-        sites.append(Site(len(sites), kind, layer, inputs, outputs, parts))  # type: ignore[arg-type]
+        # Its modules are given token ids only.
+        sites.append(Site(len(sites), kind, layer, inputs, outputs, parts, virtual_scale=None))  # type: ignore[arg-type]
     return tuple(sites)
 
 

@@ -283,6 +283,22 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   sealed_ = true;
 }
 
+void Executable::write_kv(int32_t op, const int32_t* slots, size_t count, std::span<const float> keys, std::span<const float> values) {
+  require(op >= 0 && static_cast<size_t>(op) < ops_.size(), "write_kv: no such op");
+  const auto* attention = std::get_if<AttentionOp>(&ops_[static_cast<size_t>(op)]);
+  require(attention && attention->k.buffer != kAbsent, "write_kv: the op writes no keys");
+  const int64_t capacity = static_cast<int64_t>(capacity_.num_blocks) * capacity_.block_size;
+  for (size_t i = 0; i < count; ++i)
+    require(slots[i] >= capacity_.block_size && slots[i] < capacity, "write_kv: no such slot, or one of the scratch block");
+  const int64_t key_width = int64_t{attention->kv_heads} * attention->dim_k, value_width = int64_t{attention->kv_heads} * attention->dim_v;
+  const auto rows = static_cast<int64_t>(count);
+  require(std::ssize(keys) == rows * key_width && std::ssize(values) == rows * value_width, "write_kv: rows of another width");
+  AttentionCall call = call_of(*attention);
+  call.k = {const_cast<float*>(keys.data()), key_width};  // only read: a row is copied to its slot
+  call.v = {const_cast<float*>(values.data()), value_width};
+  kernels_->write_kv(&call, slots, 0, static_cast<int32_t>(count));
+}
+
 void Executable::release_kv(int32_t group, const int32_t* blocks, size_t count) {
   require(group >= 0 && group < groups_, "release_kv: no such group");
   for (size_t i = 0; i < count; ++i)

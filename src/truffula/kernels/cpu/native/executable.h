@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -83,6 +84,9 @@ class Executable {
   Sampler& sampler();
   std::vector<float> tap(int32_t op) const;
   int32_t tap_width(int32_t op) const;
+
+  // Writes `count` rows of keys and values of attention op number `op` to slots (as in slot_mapping).
+  void write_kv(int32_t op, const int32_t* slots, size_t count, std::span<const float> keys, std::span<const float> values);
 
   // Returns the memory of cached keys and values to the system: of `count` blocks of a group, in ascending order.
   void release_kv(int32_t group, const int32_t* blocks, size_t count);

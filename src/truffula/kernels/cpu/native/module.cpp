@@ -115,6 +115,12 @@ int32_t add_adapter(Native& self, const In<int64_t>& table, const nb::object& da
   return slot;
 }
 
+void write_kv(Native& self, int32_t op, const In<int32_t>& slots, const In<float>& keys, const In<float>& values) {
+  if (slots.ndim() != 1 || keys.ndim() != 2 || values.ndim() != 2 || keys.shape(0) != slots.size() || values.shape(0) != slots.size())
+    throw std::invalid_argument("write_kv: keys and values have a row for each slot");
+  self.enter()->write_kv(op, slots.data(), slots.size(), {keys.data(), keys.size()}, {values.data(), values.size()});
+}
+
 int64_t adapter_width(Native& self, const In<int64_t>& table, const nb::object& data) {
   const auto entered = self.enter();
   return with_image(table, data, [&](auto... image) { return entered->adapter_width(image...); });
@@ -304,6 +310,7 @@ void bind_step(nb::class_<Native>& c) {
       .def("add_adapter", add_adapter, "table"_a.noconvert(), "data"_a)
       .def("adapter_width", adapter_width, "table"_a.noconvert(), "data"_a)
       .def("drop_adapter", drop_adapter, "slot"_a)
+      .def("write_kv", write_kv, "op"_a, "slots"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert())
       .def("release_kv", release_kv, "group"_a, "blocks"_a.noconvert())
       .def("release_states", release_states, "rows"_a.noconvert())
       .def("take_seconds",
