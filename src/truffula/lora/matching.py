@@ -160,4 +160,5 @@ def _make_pair(
         )
     a, b = infos[plan.a[wrapper]], infos[plan.b[wrapper]]
     form = form_of(settings, module, rank, parts[0][0].in_features, parts[0][1].of) if not experts else PLAIN
-    return Pair(module, a, b, scale, parts, rank, experts, form, *extra)
+    magnitude, b_bias, diagonal = extra
+    return Pair(module, a, b, scale, parts, rank, experts, form, magnitude, b_bias, diagonal)

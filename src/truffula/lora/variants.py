@@ -30,7 +30,7 @@ Taken = tuple[Float32, Float32]
 
 @dataclass(frozen=True)
 class Form:
-    """How a pair is stored: with ``a_blocks`` and ``b_blocks`` on the diagonal, A of means of ``group`` inputs (0: of the
+    """How a pair is stored: with ``a_blocks`` and ``b_blocks`` on the diagonal, A of means of ``group`` inputs (0: of
     inputs), and rows of B in an ``order`` of their own."""
 
     a_blocks: int = 1
