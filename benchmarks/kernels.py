@@ -28,6 +28,8 @@ from truffula.bench.step import read_rate
 from truffula.cli.doctor import cpu_name
 from truffula.cli.output import fail, out, table
 from truffula.errors import ConfigError, MissingDependency, TruffulaError
+from truffula.kernels.adapters import Bias, ColumnScale, InputScale
+from truffula.kernels.adapters import Part as AdapterPart
 from truffula.kernels.cpu import CpuBackend, why_unavailable
 from truffula.kernels.cpu.executable import CpuExecutable
 from truffula.kernels.cpu.formats import BLOCK_KINDS
@@ -37,7 +39,7 @@ from truffula.kernels.inputs import NO_IDS, Capacity, SequenceSampling
 from truffula.testing.programs import Part, attach, fill_step, random_adapter
 
 FORMATS = ("float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1", "Q5_0")
-KERNELS = ("linear", "lora", "attention", "norm", "head", "sampler")
+KERNELS = ("linear", "lora", "parts", "attention", "norm", "head", "sampler")
 BLOCK = 16
 
 
@@ -177,8 +179,8 @@ class _Bencher:
 
     def lines(self) -> list[Timed]:
         run: dict[str, Callable[[], Iterator[Raw]]] = {
-            "linear": self._linears, "lora": self._loras, "attention": self._attentions, "norm": self._norms,
-            "head": self._heads, "sampler": self._samplers,
+            "linear": self._linears, "lora": self._loras, "parts": self._parts, "attention": self._attentions,
+            "norm": self._norms, "head": self._heads, "sampler": self._samplers,
         }  # fmt: skip
         made = [raw for kernel in self.bench.kernels for raw in run[kernel]()]
         before, again = asdict(self.limits), asdict(self._measured())
@@ -218,6 +220,38 @@ class _Bencher:
                     nbytes = weights + one * len(set(using))
                     ops = 2.0 * rows * outputs * inputs, 2.0 * rows * rank * (outputs + inputs)
                     yield self._raw(f"with {name}", f"{outputs}x{inputs} r{rank}", stored, rows, us, nbytes, ops)
+            executable.close()
+
+    def _parts(self) -> Iterator[Raw]:
+        """Other parts of adapters beside LowRank, an adapter a row, each beside the same adapter without them."""
+        rank, rng = self.bench.rank, np.random.default_rng(0)
+        stored = "bfloat16" if "bfloat16" in self.bench.formats else self.bench.formats[0]
+        for outputs, inputs in self.bench.shapes:
+            weights = _packed(outputs, inputs, stored)
+            made = repeated_linear(outputs, inputs, stored, min(12, self._copies(weights)))
+            counts = [rows for rows in self.bench.rows if rows <= 32] or [1]
+            executable = self._load(made, stored, max(counts), segments=max(counts))
+            a_row, a_column = (rng.standard_normal(n).astype(np.float32) for n in (inputs, outputs))
+            others: dict[str, tuple[AdapterPart, ...]] = {
+                "lora": (), "dora": (ColumnScale(a_column),), "lora, bias": (Bias(a_column),),
+                "lora, input scale": (InputScale(a_row),),
+            }  # fmt: skip
+            adapter = random_adapter(made.program, rank=rank, dtype="bfloat16")
+            slots = {}
+            for name, more in others.items():
+                sites = tuple(replace(site, parts=(*site.parts, *more)) for site in adapter.sites)
+                slots[name] = [attach(executable, replace(adapter, sites=sites)) for _ in range(max(counts))]
+            one = _packed(rank, inputs, "bfloat16") + _packed(outputs, rank, "bfloat16")
+            for rows in counts:
+                least = dict.fromkeys(others, float("inf"))
+                for _ in range(5):  # by turns, so that disturbances affect all of them
+                    for name in others:
+                        parts = [_part(i, slot=slot) for i, slot in enumerate(slots[name][:rows])]
+                        least[name] = min(least[name], self._time(executable, made, parts))
+                for name, us in least.items():
+                    ops = 2.0 * rows * outputs * inputs, 2.0 * rows * rank * (outputs + inputs)
+                    shape = f"{outputs}x{inputs} r{rank}, {us / least['lora']:.2f} of lora"
+                    yield self._raw(name, shape, stored, rows, us, weights + one * rows, ops)
             executable.close()
 
     def _attentions(self) -> Iterator[Raw]:

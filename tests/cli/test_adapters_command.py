@@ -71,13 +71,13 @@ def test_sources_are_for_those_who_may_load_by_path(plain: Live, admin: Live, fo
 def test_loading_failures_are_listed_for_the_operator(admin: Live, folders: dict[str, Path], tmp_path: Path) -> None:
     broken = folders["in-dir"].parent / "broken"
     broken.mkdir()
-    (broken / "adapter_config.json").write_text('{"peft_type": "LOHA", "r": 2}')
+    (broken / "adapter_config.json").write_text('{"peft_type": "OFT", "r": 2}')
     (broken / "adapter_model.safetensors").write_bytes((folders["pirate"] / "adapter_model.safetensors").read_bytes())
     headers = {"authorization": f"Bearer {KEY}"}
     body = {"model": "broken", "prompt": "a", "max_tokens": 1}
     assert admin.client.post("/v1/completions", json=body, headers=headers).status_code == 400
     found = rows(admin, "--api-key", KEY)["broken"]
-    assert found["status"] == "failed" and "LOHA" in found["error"]
+    assert found["status"] == "failed" and "OFT" in found["error"]
 
 
 def test_an_adapter_that_is_gone_does_not_end_the_list(admin: Live, folders: dict[str, Path]) -> None:

@@ -250,11 +250,11 @@ def test_generate_side_by_side_from_standard_input(model: Path, adapter: Path) -
 
 def test_generate_refuses_a_broken_adapter(model: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "leaf").mkdir()
-    (tmp_path / "leaf" / "adapter_config.json").write_text('{"peft_type": "LOHA", "r": 2}')
+    (tmp_path / "leaf" / "adapter_config.json").write_text('{"peft_type": "OFT", "r": 2}')
     (tmp_path / "leaf" / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
     done = here("generate", str(model), "hello", "--raw", "-a", str(tmp_path / "leaf"))
     assert done.returncode == 1
-    assert "LOHA" in done.stderr and "Traceback" not in done.stderr
+    assert "OFT" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_bench_step_on_a_toy_shape() -> None:

@@ -161,6 +161,24 @@ TABLES += [np.array([part(1, 0), part(2, 2), part(2, 0)]), np.array([part(3, 0, 
 TABLES += [np.array([part(4, fmt, panels=2)]) for fmt in (0, 2)]
 
 
+def other(site: int, kind: int, tensor: tuple[int, ...], values: tuple[int, ...] = (0,) * 6) -> list[int]:
+    """A good row of another kind: the tensors' dtype, offset, bytes and axes."""
+    return [site, kind, ONE, *tensor, *values]
+
+
+OTHERS = [
+    [other(site, 1, (0, 0, 64, 16, 0, 0)) for site in range(3)],  # ColumnScale
+    [other(0, 2, (0, 0, 64, 16, 0, 0)), other(1, 1, (0, 64, 64, 16, 0, 0))],  # InputScale
+    [other(site, 3, (0, 0, 64, 16, 0, 0)) for site in range(3)],  # Bias
+    *([other(site, 4, (0, 0, 1024, 16, 16, 0))] for site in range(3)),  # Replace a matrix, a table
+    [other(0, 4, (2, 0, 512, 16, 16, 0)), other(0, 2, (0, 0, 64, 16, 0, 0))],
+    *([other(site, 4, (0, 0, 64, 16, 0, 0))] for site in range(3)),  # and a norm's weight
+    *([other(site, 5, (3, 0, 4, 1, 0, 0), (0, 64, nbytes, 1, 16, 0))] for site in range(3) for nbytes in (64, 1024)),
+    [other(4, 1, (0, 0, 128, 16, 0, 0)), other(4, 4, (2, 0, 1024, 16, 16, 0)), part(4, 0, panels=2)],
+]
+TABLES += [np.array(rows) for rows in OTHERS] + [np.array([part(0, 0), *rows]) for rows in OTHERS]
+
+
 @st.composite
 def tables(draw: Any) -> np.ndarray:
     """Mostly a good table with a number or two that are anything."""
@@ -205,12 +223,13 @@ CALLS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
                    "dim_v": numbers, "scale": floats, "eps": floats, "beta_scale": floats},
     "TakeRows": {"x": columns, "out": columns},
     "seal": {"inputs": st.just("inputs"), "arena_floats": st.one_of(numbers, st.just(4096), st.just(4096)),
-             "logits_buffer": ids, "vocab": st.one_of(numbers, st.just(32))},
+             "logits_buffer": ids, "vocab": st.one_of(numbers, st.just(32)), "planned_width": small},
     "run": {},
     "logits": {"vocab": numbers},
     "tap": {"op": ids},
     "add_site": {"site": ids, "op": ids, "first": numbers, "outputs": numbers},
     "add_adapter": {"table": tables(), "data": st.one_of(images, images, images, matrices)},
+    "adapter_width": {"table": tables(), "data": st.one_of(images, images, images, matrices)},
     "drop_adapter": {"slot": ids},
     "release_kv": {"group": ids, "blocks": tokens},
     "release_states": {"rows": tokens},
@@ -333,11 +352,17 @@ def fuzz_programs(examples: int, isa: str) -> None:
         native, inputs = prepared(isa, debug)
         for name, arguments in ops:
             attempt(native, inputs, name, arguments)
-        attempt(native, inputs, "seal", {"arena_floats": (4 * 24 + 2 * 16) * 32, "logits_buffer": 5, "vocab": 32})
+        attempt(
+            native,
+            inputs,
+            "seal",
+            {"arena_floats": (4 * 24 + 2 * 16) * 32, "logits_buffer": 5, "vocab": 32, "planned_width": 64},
+        )
         attempt(native, inputs, "run", {})
         for name, arguments in behind:
             if attempt(native, inputs, name, arguments) and name == "add_adapter":
                 inputs.G, inputs.seg[0], inputs.seg_r[0] = 1, (0, 5, 0), (0, 1)
+                attempt(native, inputs, "run", {})
         attempt(native, inputs, "run", {})
         attempt(native, inputs, "logits", {"vocab": 8})
 

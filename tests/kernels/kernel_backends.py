@@ -58,7 +58,7 @@ class NativeSampler:
         rows = (0, 0, vocab)
         self._native.add("Embed", table=self._table, out=rows, add=None, source="token", offset=0, scale=None)
         self._native.add("TakeRows", x=rows, out=(1, 0, vocab))
-        self._native.seal(self._inputs, arena_floats=2 * ROWS * vocab, logits_buffer=1, vocab=vocab)
+        self._native.seal(self._inputs, arena_floats=2 * ROWS * vocab, logits_buffer=1, vocab=vocab, planned_width=0)
         self.set_sequence = self._native.set_sequence
 
     def sample(self, logits: Float32, samples: SampleInputs) -> StepOutput:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 from kernel_backends import needs_native
+
+from truffula.kernels.adapters import InputScale, SiteTensors, make_image
+from truffula.kernels.cpu.backend import CpuBackend
+from truffula.kernels.inputs import Capacity
+from truffula.testing.programs import decoder_program, pull_from, random_weights
+from truffula.testing.tiny import tiny_config
 
 pytestmark = needs_native
 RANK, TOKENS = 8192, 1024  # a product of 32 MiB beside 2 MiB of adapter
@@ -54,3 +61,19 @@ def test_an_adapter_of_great_rank_pays_for_its_products() -> None:
     assert taken > products // 2, "the step made no such product: this measures nothing"
     assert taken <= charged + products // 8
     assert left < products // 8
+
+
+def test_scaled_inputs_are_in_the_plan() -> None:
+    """So that a thousand adapters of a few kilobytes, as (IA)3 has them, are charged these alone."""
+    program = decoder_program(tiny_config())
+    capacity = Capacity(max_tokens=64, max_seqs=4, max_logit_rows=4, max_segments=4, num_blocks=9, block_size=4,
+                        max_blocks_per_seq=8)  # fmt: skip
+    backend = CpuBackend(threads=1)
+    executable = backend.load(program, "float32", pull_from(random_weights(program)), capacity)
+    parts = [
+        SiteTensors(site.id, (InputScale(np.ones(site.in_features, np.float32)),))
+        for site in program.sites
+        if site.kind == "linear"
+    ]
+    assert executable.adapter_bytes(make_image(executable.layout, parts, generation="g")) == 0
+    executable.close()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from one_op import OneOp
 
 from truffula.errors import ConfigError, KernelError
-from truffula.kernels.adapters import low_rank
+from truffula.kernels.adapters import ColumnScale, InputScale, Replace, SiteTensors, low_rank
 from truffula.kernels.backend import QuantisedArray
 from truffula.kernels.cpu import CpuBackend, available, instruction_sets
 from truffula.kernels.program import Embed, Epilogue, Linear, ModuleSlice, Site, SiteSlice
@@ -166,6 +166,34 @@ def test_gate_and_up_with_an_adapter():
     y[2:5] += 0.5 * (x[2:5] @ a.T) @ b.T
     gate, up = y[:, :30], y[:, 30:]
     np.testing.assert_allclose(made, gate / (1 + np.exp(-gate)) * up, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_that_scales_inputs_and_outputs(kind, table):
+    """Rows of x are rounded to int8 after they were scaled, and by themselves: other rows stay as they are."""
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((19, 64)).astype(np.float32)
+    weight = quantised(rng.standard_normal((60, 64)), kind)
+    sites = [Site(i, "linear", 0, 64, 30, (ModuleSlice(f"l{i}", 0, 30, 30),)) for i in range(2)]
+    u, c = rng.standard_normal(64).astype(np.float32), rng.standard_normal(30).astype(np.float32)
+    own = rng.standard_normal((30, 64)).astype(np.float32)
+    parts = [SiteTensors(0, (InputScale(u), ColumnScale(c))), SiteTensors(1, (InputScale(u), Replace(own)))]
+    spans = [(3, 6), (6, 18)]
+
+    def fill(inputs):
+        inputs.G = 2
+        for g, span in enumerate(spans):
+            inputs.seg[g], inputs.seg_r[g], inputs.seg_weight[g] = (*span, 0), (0, 0), 1.0
+
+    made = product(CpuBackend(2, table), x, [weight], image=AdapterTensors("g", 0, tuple(parts)), sites=sites,
+                   slices=(SiteSlice(0, 0, 30), SiteSlice(1, 30, 60)), fill=fill)  # fmt: skip
+    plain = product(CpuBackend(2, table), x, [weight])
+    rows = np.arange(3, 18)
+    others = np.setdiff1d(np.arange(19), rows)
+    np.testing.assert_array_equal(made[others], plain[others])
+    np.testing.assert_allclose(made[rows, :30], c * in_whole_numbers(x * u, weight)[rows, :30], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(made[rows, 30:], (x * u)[rows] @ own.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -234,7 +234,7 @@ def test_a_step_of_more_pieces_than_a_team_counts():
         alibi=[], alibi_rounded=False, chunked=False,
     )  # fmt: skip
     inputs = StepInputs.allocate(capacity, 1)
-    native.seal(inputs, arena_floats=3 * tokens * heads, logits_buffer=2, vocab=1)
+    native.seal(inputs, arena_floats=3 * tokens * heads, logits_buffer=2, vocab=1, planned_width=0)
     inputs.T = inputs.N = tokens
     inputs.token_ids[:] = np.arange(tokens) % 5
     inputs.slot_mapping[0] = np.arange(tokens)

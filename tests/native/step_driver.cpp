@@ -251,6 +251,7 @@ constexpr std::array<std::array<int64_t, 5>, 7> kSites{{{1, 0, 64, 0, kVocab},
                                                         {13, 0, kLatent.heads * (kLatent.keys + kLatent.values), 0, kLatentRank}}};
 
 // Adds an adapter at the first `sites` of them and at the last, packed as by kernels/cpu/pack.py; `image` owns its bytes.
+constexpr int64_t kScaledRank = 20;
 int32_t add_adapter(Executable& e, int64_t rank, size_t sites, Memory& image) {
   const int64_t place = 64 * 4 * 64 * 8;  // bytes, for any tensor of these
   image = Memory(static_cast<size_t>(16 * place));
@@ -276,11 +277,25 @@ int32_t add_adapter(Executable& e, int64_t rank, size_t sites, Memory& image) {
     const int64_t a_bytes = latent ? panels(rank, inputs) + panels(inputs, rank) : 0;
     const int64_t b_bytes = latent ? kLatent.heads * (panels(rank, kLatent.keys) + panels(kLatent.values, rank)) : 0;
     const TensorColumns a = add(rank, inputs, i == 0, a_bytes);
-    rows.push_back({static_cast<int64_t>(i), 0, 0.5, a, add(outputs, rank, false, b_bytes)});
+    const auto site = static_cast<int64_t>(i);
+    rows.push_back({site, kLowRank, 0.5, a, add(outputs, rank, false, b_bytes)});
+    if (rank < kScaledRank) continue;  // this one has all other kinds as well
+    const auto vector = [&](int64_t count, int64_t width) {
+      TensorColumns made = add(1, count, true, 0);
+      made.shape[0] = width, made.shape[1] = 0;
+      return made;
+    };
+    const int64_t lanes = latent ? kLatent.heads * LatentOrder::panels_of(kLatent.values) * kLanes : LatentOrder::panels_of(outputs) * kLanes;
+    const int64_t keys = latent ? scaled_row_floats(kLatent.heads * kLatent.keys) : 0;
+    rows.push_back({site, kColumnScale, 1.0, vector(keys + lanes, outputs), {}});
+    rows.push_back({site, kBias, 1.0, vector(lanes, outputs), {}});
+    if (latent || i == 0) continue;
+    rows.push_back({site, kInputScale, 1.0, vector(inputs, inputs), {}});
+    if (i % 2) rows.push_back({site, kReplace, 1.0, add(outputs, inputs, false, 0), {}});
   }
   std::vector<int64_t> table(rows.size() * kPartColumns);
   std::memcpy(table.data(), rows.data(), rows.size() * sizeof(PartRow));
-  return e.add_adapter(table.data(), static_cast<int64_t>(rows.size()), image.data(), static_cast<int64_t>(image.size()));
+  return e.add_adapter(table.data(), static_cast<int64_t>(rows.size()), {image.data(), static_cast<int64_t>(image.size())});
 }
 
 // Sequences with different sampling parameters. Every step draws the same token of each again.
@@ -336,7 +351,7 @@ long drive(const char* table, int threads, int rounds, uint64_t& hash) {
   Inputs inputs;
   for (size_t i = 0; i < kSites.size(); ++i)
     e.add_site(static_cast<int32_t>(i), static_cast<int32_t>(kSites[i][0]), kSites[i][1], kSites[i][2], kSites[i][3]);
-  e.seal(inputs.arrays(), arena_floats(), kStrides.size() - 1, kVocab);
+  e.seal(inputs.arrays(), arena_floats(), kStrides.size() - 1, kVocab, kPlannedRank);
   Memory images[2];
   const int32_t slot = add_adapter(e, 8, kSites.size(), images[0]);
   add_adapter(e, 24, 4, images[1]);  // of the first expert its gate alone

@@ -48,20 +48,36 @@ Matrix matrix_of(int32_t format, const PanelOrder& order, int64_t inputs, Number
 constexpr int32_t kRowCounts[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 17, 25, 48, 49, 97, 130};
 constexpr int32_t kWidths[] = {32, 64, 160, 1120}, kOddWidths[] = {1, 2, 33, 64, 71};
 
-// What adapters add: any rank, over some of the rows and panels.
+// What adapters do: any rank and role, over some of the rows, panels and lanes.
 struct Adapter {
   RowArray h;
   Matrix b;
   Delta delta;
+  Array column;
+  std::vector<int32_t> ids;
+  std::shared_ptr<LinearCall> own = std::make_shared<LinearCall>();
 
   Adapter(Numbers& numbers, int32_t rows, int32_t panels, bool glu)
-      : h(RowArray::random(numbers, 1, 1)), b{nullptr, {}}, delta{} {
+      : h(RowArray::random(numbers, 1, 1)), b{nullptr, {}}, delta{}, column(numbers.floats(panels * kLanes)) {
     const int32_t lo = numbers.below(rows), hi = lo + 1 + numbers.below(rows - lo), rank = 1 + numbers.below(40);
     const int32_t step = glu && numbers.below(2) ? 2 : 1, first = numbers.below(step == 2 ? 2 : panels);
     const int32_t most = (panels - first + step - 1) / step, count = step == 2 ? most : 1 + numbers.below(most);
     h = RowArray::random(numbers, hi - lo, rank);
     b = matrix_of(numbers.below(2) ? kBF16 : kF32, {count * kLanes, 0}, rank, numbers);
-    delta = {h.memory->floats(), h.apart, b.packed, lo, hi, first, step, 0, 0};
+    const int32_t role = numbers.below(5), lane = numbers.below(kLanes), end = (count - 1) * kLanes + 1 + numbers.below(kLanes);
+    const bool scaled = role == kScales || numbers.below(2);
+    delta = {h.memory->floats(), h.apart, b.packed, lo, hi, first, step, 0, 0, role, numbers.below(2) ? 1.0f : -0.5f,
+             role == kOwnColumns ? 0 : lane, end, scaled ? column->floats() : nullptr, nullptr, nullptr, 0};
+    if (role == kOwnProduct) {
+      own->x = h.rows(), own->w = b.packed, own->rows = hi - lo, own->in_blocks = 1;
+      delta.own = own.get();
+    } else if (role == kOwnValues) {
+      h = RowArray::random(numbers, hi - lo, count * kLanes);
+      delta.h = h.memory->floats(), delta.h_stride = h.apart;
+    } else if (role == kOwnColumns) {
+      for (int32_t id = numbers.below(9); id < count * kLanes && static_cast<int32_t>(ids.size()) < rank; id += 1 + numbers.below(20)) ids.push_back(id);
+      delta.num_ids = static_cast<int32_t>(ids.size());
+    }
   }
 };
 
@@ -87,7 +103,7 @@ struct Product {
     numbers.half = false;
     const int32_t count = numbers.below(2) * numbers.below(4), panels = static_cast<int32_t>(order.panels());
     for (int32_t i = 0; i < count; ++i) adapters.emplace_back(numbers, rows, panels, glu);
-    for (const Adapter& one : adapters) deltas.push_back(one.delta);
+    for (const Adapter& one : adapters) deltas.push_back(one.delta), deltas.back().ids = one.ids.data();
     set_bounds(deltas.data(), static_cast<int32_t>(deltas.size()));
     call.activation = numbers.below(6);
     call.round_out = numbers.below(2);
@@ -165,16 +181,16 @@ Case embed_case(int32_t number) {
       RowArray::random(numbers, rows, inputs), rows, inputs, {}, {}, {}});
   for (int32_t i = 0; i < number % 4; ++i)
     made->adapters.emplace_back(numbers, rows, static_cast<int32_t>((inputs + kLanes - 1) / kLanes), false);
-  for (const Adapter& one : made->adapters) made->deltas.push_back(one.delta);
+  for (const Adapter& one : made->adapters) made->deltas.push_back(one.delta), made->deltas.back().ids = one.ids.data();
   set_bounds(made->deltas.data(), static_cast<int32_t>(made->deltas.size()));
-  made->call = {{made->w.packed.data, made->w.packed.panel_bytes, format, inputs}, {}, {}, 3.3f, numbers.below(2),
+  made->call = {{made->w.packed.data, made->w.packed.panel_bytes, format, inputs, 50}, {}, {}, 3.3f, numbers.below(2),
                 numbers.below(2), made->deltas.data(), static_cast<int32_t>(made->deltas.size())};
   if (numbers.below(2)) made->call.add = made->add.rows();
   return {numbers.wild, [made](const Kernels& table) {
     const RowArray out(made->rows, made->inputs);
     EmbedCall call = made->call;
     call.out = out.rows();
-    const int32_t ids[] = {0, 49, 15, 16, 31, 1, 47, 32, 5};
+    const int32_t ids[] = {0, 70, 15, 16, 31, 1, 47, 32, 5};
     table.embed(&call, ids, 0, made->rows);
     return out.taken();
   }};

@@ -184,7 +184,10 @@ class Op:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(Op):
-    """``out = (table[ids] * scale) + add``. ``scale`` is first rounded to the table's serving dtype (Gemma)."""
+    """``out = (table[ids] * scale) + add``. ``scale`` is first rounded to the table's serving dtype (Gemma).
+
+    Adapters act on ``table[ids]``. Rows of an adapter's own tokens, whose ids are behind the table, are not scaled.
+    """
 
     table: WeightId
     out: Ref

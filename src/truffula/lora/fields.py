@@ -80,7 +80,7 @@ _SUBTRACTED = "the part of the base that training began with is computed when th
 _FIRST_PATTERN = "the first matching pattern in the file's order applies"
 
 FIELDS: Mapping[str, Field] = {
-    "peft_type": Field("check", "the method"),
+    "peft_type": Field("check", "LORA, or another method that is served"),
     "task_type": Field(
         "check", "must be CAUSAL_LM or null: other tasks need another head", Literal["CAUSAL_LM"] | None
     ),
@@ -209,7 +209,7 @@ def field_rows(config: Mapping[str, Any], table: FieldTable = LORA) -> list[Fiel
     rows = [_field_row(name, value, table.fields) for name, value in config.items()]
     if config.get("peft_type") is None:
         rows.insert(0, FieldRow("peft_type", "", "refuse", "missing; PEFT writes LORA here"))
-    missing = "missing; PEFT writes this field"
+    missing = "missing, so the scale or size of the adapter is unknown; PEFT writes this field"
     rows += [FieldRow(name, "", "refuse", missing) for name in table.required if name not in config]
     return rows + _contradictions(config)
 

@@ -46,7 +46,7 @@ def method_of(config: Mapping[str, Any]) -> Method | None:
         return None
     method = METHODS.get(kind) if isinstance(kind, str) else None
     if method is None:
-        raise refuse_method(str(kind)[:60])
+        raise refuse_method(str(kind)[:60], ["LORA", *METHODS])
     return method
 
 

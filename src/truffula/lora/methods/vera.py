@@ -34,7 +34,7 @@ SHARED = ("base_model.vera_A", "base_model.vera_B")
 
 _FIELDS = {
     **COMMON,
-    **TARGETS,
+    **{name: field for name, field in TARGETS.items() if name != "exclude_modules"},
     "r": Field("check", "must be the rank of the projections", Rank),
     "save_projection": Field("check", "the projections must be in the file"),
     "projection_prng_key": Field("ignore", "the projections are read from the file"),

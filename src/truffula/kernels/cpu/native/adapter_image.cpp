@@ -151,6 +151,9 @@ std::unique_ptr<Adapter> Executable::make_adapter(const int64_t* table, int64_t 
   for (const auto& [site, found] : sites)
     if (found.scaled != kAbsent && !found.replaced) multiply_scaled(*made, places_[static_cast<size_t>(site)], found);
   for (AdapterOp& op : made->ops) {
+    // What scales or replaces a product comes before what is added to it.
+    std::stable_sort(op.expands.begin(), op.expands.end(), [](const auto& a, const auto& b) { return a.role != kAdds && b.role == kAdds; });
+    for (const AdapterExpand& expand : op.expands) op.disjoint &= expand.role < kOwnProduct || !expand.column;
     const LatentVectors& of = op.of_latent;
     op.num_deltas = op.expands.size() + op.latents.size() + (of.keys ? 1 : 0) + (of.bias ? 1 : 0);  // of values or keys
   }
@@ -159,6 +162,7 @@ std::unique_ptr<Adapter> Executable::make_adapter(const int64_t* table, int64_t 
       if (one != kAbsent) {
         op.h_width = std::max(op.h_width, made->ops[static_cast<size_t>(one)].h_width);
         op.num_deltas = std::max(op.num_deltas, made->ops[static_cast<size_t>(one)].num_deltas);
+        op.disjoint &= made->ops[static_cast<size_t>(one)].disjoint;
       }
   return made;
 }

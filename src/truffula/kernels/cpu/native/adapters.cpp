@@ -43,7 +43,8 @@ void Executable::plan_adapters() {
     const auto from = static_cast<int32_t>(active_adapters_.size());
     const bool logits = has_logit_rows(out_of(ops_[index])), takes = takes_adapters(ops_[index]);
     int64_t at = 0, of_experts = 0;
-    int32_t chunk = 0;
+    int32_t chunk = 0, end = 0;
+    bool disjoint = true;
     size_t deltas = 0;
     for (int32_t g = 0; takes && g < counts_.G; ++g) {
       const int32_t* seg = in_.seg + 3 * g;
@@ -56,10 +57,12 @@ void Executable::plan_adapters() {
       if (op.of_expert.empty()) at += (hi - lo) * op.h_width;
       else of_experts += op.h_width;  // computed where they are used
       widest = std::max(widest, op.h_width);
+      disjoint &= op.disjoint && lo >= end;
+      end = std::max(end, hi);
       chunk += shrink_tasks(op, hi - lo);
       deltas += op.num_deltas;
     }
-    active_of_op_[index] = {from, static_cast<int32_t>(active_adapters_.size())};
+    active_of_op_[index] = {from, static_cast<int32_t>(active_adapters_.size()), disjoint};
     most = std::max(most, at);
     most_of_experts = std::max(most_of_experts, of_experts);
     most_deltas = std::max(most_deltas, deltas);
@@ -81,7 +84,7 @@ void Executable::plan_adapters() {
 
 // The number of shrink tasks at an op.
 int32_t Executable::num_shrink_tasks(size_t index) const {
-  const auto [from, to] = active_of_op_[index];
+  const auto [from, to, disjoint] = active_of_op_[index];
   if (from == to) return 0;
   const ActiveAdapter& last = active_adapters_[static_cast<size_t>(to) - 1];
   return last.first_task + shrink_tasks(*last.op, last.hi - last.lo);
@@ -90,7 +93,7 @@ int32_t Executable::num_shrink_tasks(size_t index) const {
 // Computes the columns of h for the rows of one task.
 void Executable::run_shrink_task(const Stage& stage, int32_t number) {
   const size_t index = stage.op;
-  const auto [from, to] = active_of_op_[index];
+  const auto [from, to, disjoint] = active_of_op_[index];
   const auto behind = std::upper_bound(active_adapters_.begin() + from, active_adapters_.begin() + to, number,
                                        [](int32_t wanted, const ActiveAdapter& active) { return wanted < active.first_task; });
   const ActiveAdapter& active = *(behind - 1);
@@ -124,7 +127,7 @@ void Executable::shrink(const AdapterOp& op, const Rows& x, float* h, float weig
 void Executable::gather(const EmbedOp& op, const ActiveAdapter& active, int32_t lo, int32_t count, float* h) const {
   const int64_t stride = active.op->h_width;
   const int32_t* tokens = in_.token_ids + lo;
-  EmbedCall call{{}, {nullptr, stride}, {}, 1.0f, false, false, nullptr, 0};
+  EmbedCall call{{}, {nullptr, stride}, {}, 1.0f, false, false, nullptr, 0, true};
   for (const AdapterShrink& part : active.op->shrinks) {
     call.table = {part.a.data, 0, part.a.format, part.rank, part.a.inputs};
     call.out.data = h + part.h_start;
@@ -158,11 +161,30 @@ void Executable::append_deltas(const AdapterOp& op, const float& weight, const f
     made.role = expand.role, made.weight = weight, made.lane = expand.lane, made.end = expand.end;
     made.column = expand.column, made.ids = expand.ids, made.num_ids = expand.num_ids;
     if (expand.role == kOwnProduct) {
-      made.own = &state.own.emplace_back(own_product(op, expand, h, lo, hi, base));
+      const LinearCall own = own_product(op, expand, h, lo, hi, base);
+      if (joins(state, made, own)) continue;
+      made.own = &state.own.emplace_back(own);
       made.h = nullptr, made.h_stride = 0;
     }
     state.deltas.push_back(made);
   }
+}
+
+// Whether a product continues that of the segment before, of which it then becomes a part: the same matrix, and rows of x
+// behind the other's. So the rows of many adapters that scale inputs are multiplied together.
+bool Executable::joins(ThreadState& state, const Delta& made, const LinearCall& own) {
+  constexpr ptrdiff_t kBack = 16;
+  for (auto last = state.deltas.rbegin(); last != state.deltas.rend() && last - state.deltas.rbegin() < kBack; ++last) {
+    if (last->role != kOwnProduct || last->b.data != made.b.data) continue;
+    LinearCall& before = state.own[static_cast<size_t>(last->own - state.own.data())];
+    const bool same = last->hi == made.lo && last->weight == made.weight && !last->column && !made.column && before.x.stride == own.x.stride &&
+                      before.x.data + before.rows * own.x.stride == own.x.data && (before.quantised_x == nullptr) == (own.quantised_x == nullptr);
+    if (!same) return false;
+    last->hi = made.hi;
+    before.rows += own.rows;
+    return true;
+  }
+  return false;
 }
 
 // A product of rows lo .. hi of x, scaled or not, with a matrix of the adapter's or the base's.
@@ -193,7 +215,7 @@ const std::vector<Delta>& Executable::deltas_of(size_t index, const LinearCall& 
   state.deltas_op = index;
   state.deltas.clear();
   state.own.clear();
-  const auto [from, to] = active_of_op_[index];
+  const auto [from, to, disjoint] = active_of_op_[index];
   for (int32_t i = from; i < to; ++i) {
     const ActiveAdapter& active = active_adapters_[static_cast<size_t>(i)];
     append_deltas(*active.op, active.weight, h_.data() + active.h_start, active.lo, active.hi, 0, base, state);
@@ -204,7 +226,7 @@ const std::vector<Delta>& Executable::deltas_of(size_t index, const LinearCall& 
 
 // The vectors of a norm for rows lo .. hi, which no segment that acts on it divides; `made` has room for both.
 void Executable::norm_vectors(size_t index, int32_t lo, int64_t width, NormCall& call, float* made) const {
-  const auto [from, to] = active_of_op_[index];
+  const auto [from, to, disjoint] = active_of_op_[index];
   float left = 1.0f;
   float *w = made, *b = made + width;
   bool acts = false, biased = call.bias != nullptr;

@@ -138,6 +138,10 @@ class Executable {
     float weight;
     int64_t h_start;
   };
+  // Those of an op, in active_adapters_. `disjoint`: as LinearCall has it.
+  struct ActiveRange {
+    int32_t from, to, disjoint;
+  };
   // Scratch memory and counters of one thread.
   struct alignas(128) ThreadState {
     std::vector<float> attention, delta;
@@ -245,6 +249,7 @@ class Executable {
                      const LinearCall& base, ThreadState& state) const;
   static LinearCall own_product(const AdapterOp& op, const AdapterExpand& expand, const float* h, int32_t lo, int32_t hi,
                                 const LinearCall& base);
+  static bool joins(ThreadState& state, const Delta& made, const LinearCall& own);
   void norm_vectors(size_t op, int32_t lo, int64_t width, NormCall& call, float* made) const;
   void run_shrink_task(const Stage&, int32_t number);
   void shrink_chunk(const Stage&, int32_t chunk);
@@ -291,7 +296,7 @@ class Executable {
   std::vector<ThreadState> thread_states_;  // per thread
   std::vector<Stage> stages_;
   std::vector<ActiveAdapter> active_adapters_;
-  std::vector<std::array<int32_t, 2>> active_of_op_;  // per op: its range in active_adapters_
+  std::vector<ActiveRange> active_of_op_;  // per op
   // Of the current op with experts: its pairs of row and place (t * k + place) by expert, ascending; where each expert's
   // begin; and the experts that have any.
   std::vector<int32_t> expert_pairs_, expert_starts_, used_experts_;

@@ -246,7 +246,7 @@ void Executable::multiply_expert(const ExpertLinearOp& op, size_t index, int32_t
   for (int32_t from = expert_starts_[static_cast<size_t>(expert)]; from < end; from += kExpertRows) {
     const int32_t* pairs = expert_pairs_.data() + from;
     call.rows = std::min(kExpertRows, end - from);
-    const bool adapted = active_of_op_[index][0] != active_of_op_[index][1];
+    const bool adapted = active_of_op_[index].from != active_of_op_[index].to;
     for (int32_t r = 0; r < call.rows; ++r) {
       const int64_t t = pairs[r] / k, row = each == 1 ? t : pairs[r], j = each == 1 ? 0 : pairs[r] % k;
       if (converts) std::memcpy(state.expert_quantised.data() + r * stride, quantised_x_.data() + row * stride, static_cast<size_t>(stride));
@@ -255,6 +255,7 @@ void Executable::multiply_expert(const ExpertLinearOp& op, size_t index, int32_t
     }
     call.num_deltas = adapted ? expert_deltas(index, expert, pairs, call, k, 2 * unit_lo, state) : 0;
     call.deltas = state.deltas.data();
+    call.disjoint = active_of_op_[index].disjoint;
     kernels_->linear(&call, 0, unit_hi - unit_lo);
     for (int32_t r = 0; r < call.rows; ++r) {
       const int64_t t = pairs[r] / k, j = pairs[r] % k;
@@ -278,7 +279,7 @@ int32_t Executable::expert_deltas(size_t index, int32_t expert, const int32_t* p
   state.deltas.clear();
   state.own.clear();
   state.deltas_op = SIZE_MAX;
-  const auto [from, to] = active_of_op_[index];
+  const auto [from, to, disjoint] = active_of_op_[index];
   const int32_t* end = pairs + base.rows;
   float* h = state.expert_h.data();
   for (int32_t i = from; i < to; ++i) {

@@ -102,6 +102,7 @@ struct LinearCall {
   const float* bias;   // in packed order (16 x panels), zero in unused lanes
   const Delta* deltas;
   int32_t num_deltas;
+  int32_t disjoint;   // of the deltas, no two scale or replace the product of one row, and none of such has a column
   int32_t rows;
   int32_t out_width;
   int32_t activation;
@@ -252,14 +253,14 @@ struct Table {
   int32_t format, width, rows;
 };
 
-// out = scale * (table row + deltas) + add
+// out = scale * (table row + deltas) + add; rows that the table does not have are not scaled.
 struct EmbedCall {
   Table table;
   Rows out, add;   // add.data may be null
   float scale;
   int32_t scaled, round_out;
   const Delta* deltas;
-  int32_t num_deltas;
+  int32_t num_deltas, disjoint;
 };
 
 // Whether products of bfloat16 matrices read x as bfloat16 pairs where it holds such values, and in which order they

@@ -118,6 +118,7 @@ void Executable::multiply_heads(const MlaOp& op, const Stage& stage, int32_t chu
     call.w = values ? w.latent_values(head) : w.latent_keys(head);
     call.deltas = deltas.data();
     call.num_deltas = static_cast<int32_t>(deltas.size());
+    call.disjoint = active_of_op_[stage.op].disjoint;
     call.rows = counts_.T;
     call.out_width = values ? op.dim_v : op.rank;
     call.in_blocks = values || !rounded(op.q);
@@ -139,7 +140,7 @@ const std::vector<Delta>& Executable::head_deltas(size_t index, int32_t head, bo
   state.deltas_op = SIZE_MAX;
   state.deltas.clear();
   state.own.clear();
-  const auto [from, to] = active_of_op_[index];
+  const auto [from, to, disjoint] = active_of_op_[index];
   for (int32_t i = from; i < to; ++i) {
     const ActiveAdapter& active = active_adapters_[static_cast<size_t>(i)];
     const LatentVectors& of = active.op->of_latent;

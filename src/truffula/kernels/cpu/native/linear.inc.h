@@ -170,18 +170,34 @@ static bool replaced(DeltaSpan span, int r, int rows, int first, int panels) {
 }
 
 // Applies deltas to y, which holds the base product of rows r .. r + rows and panels first .. first + panels.
-static void apply_deltas(DeltaSpan span, int r, int rows, int first, int panels, float* y, int64_t y_stride) {
+// `disjoint`: no row has two that scale or replace it, so that each does that by itself, without a tile of factors.
+static void apply_deltas(DeltaSpan span, int32_t disjoint, int r, int rows, int first, int panels, float* y, int64_t y_stride) {
   alignas(64) float made[kBlockRows * kUnitPanels * kLanes];
-  scale_base(span, r, rows, first, panels, y, y_stride);
+  if (!disjoint) scale_base(span, r, rows, first, panels, y, y_stride);
   DeltaPart part;
   for (const Delta* delta = span.begin; delta < span.end; ++delta) {
-    if (delta->role == kScales || !part_of(delta, r, rows, first, panels, &part)) continue;
+    if ((delta->role == kScales && !disjoint) || !part_of(delta, r, rows, first, panels, &part)) continue;
     float* to = y + (part.row - r) * y_stride + kLanes * part.at;
     const float* h = delta->h + (part.row - delta->lo) * delta->h_stride;
+    if (delta->role == kScales) {
+      for (int p = 0; p < part.panels; ++p) {
+        const V weight = set1(delta->weight), left = set1(1.0f) - weight * lanes_of(delta, part.panel + p);
+        const V factor = fma(weight, column_of(delta, part.panel + p), left);
+        for (int row = 0; row < part.rows; ++row) {
+          float* value = to + row * y_stride + kLanes * p;
+          store(value, load(value) * factor);
+        }
+      }
+      continue;
+    }
     if (delta->role == kOwnColumns) {
+      const float left = disjoint ? 1.0f - delta->weight : 1.0f;
       for_each_column(delta, &part, [&](int i, int lane) {
         const float by = delta->column ? delta->column[delta->ids[i]] : 1.0f;
-        for (int row = 0; row < part.rows; ++row) (to - kLanes * part.at)[row * y_stride + lane] += by * h[row * delta->h_stride + i];
+        for (int row = 0; row < part.rows; ++row) {
+          float* value = to - kLanes * part.at + row * y_stride + lane;
+          *value = left * *value + by * h[row * delta->h_stride + i];
+        }
       });
       continue;
     }
@@ -209,9 +225,10 @@ static void apply_deltas(DeltaSpan span, int r, int rows, int first, int panels,
     }
     for (int p = 0; p < part.panels; ++p) {
       const V by = set1(weight) * column_of(delta, part.panel + p);
+      const V left = disjoint && delta->role != kAdds ? set1(1.0f) - by : set1(1.0f);
       for (int row = 0; row < part.rows; ++row) {
         float* value = to + row * y_stride + kLanes * p;
-        store(value, fma(by, load(from + row * stride + kLanes * p), load(value)));
+        store(value, fma(by, load(from + row * stride + kLanes * p), load(value) * left));
       }
     }
   }
@@ -253,7 +270,7 @@ static void linear(const LinearCall* c, int32_t unit_lo, int32_t unit_hi) {
       const DeltaSpan span = deltas_at(c->deltas, c->num_deltas, r, r + rows);
       if (replaced(span, r, rows, first, panels)) memset(y, 0, sizeof y);
       else multiply_rows(c, r, rows, panels, panel, y, y_stride);
-      if (span.begin != span.end) apply_deltas(span, r, rows, first, panels, y, y_stride);
+      if (span.begin != span.end) apply_deltas(span, c->disjoint, r, rows, first, panels, y, y_stride);
       for (int p = 0; p < panels; p += c->glu ? 2 : 1) {
         const int column = kLanes * (c->glu ? unit : first + p);
         const int count = c->out_width - column < kLanes ? c->out_width - column : kLanes;

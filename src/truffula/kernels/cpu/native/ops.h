@@ -453,6 +453,7 @@ struct AdapterOp {
   std::vector<int32_t> of_expert;  // at an op with experts: per expert an index into `Adapter::ops`, or kAbsent
   // The deltas that it makes, at most; at an op with experts, of one of them, and then `h_width` too is that of the widest.
   size_t num_deltas = 0;
+  bool disjoint = true;  // no column of its output is both scaled and replaced
 };
 
 // Pointers into an image that the caller keeps mapped.

@@ -154,7 +154,7 @@ static void add_embed_deltas(const EmbedCall* c, int32_t row_lo, int32_t row_hi)
           const int column = kLanes * (first + p);
           store(y + i * y_stride + kLanes * p, load_n(c->out.data + (r + i) * c->out.stride + column, width - column));
         }
-      apply_deltas(span, r, rows, first, panels, y, y_stride);
+      apply_deltas(span, c->disjoint, r, rows, first, panels, y, y_stride);
       for (int i = 0; i < rows; ++i)
         for (int p = 0; p < panels; ++p) {
           const int column = kLanes * (first + p);
@@ -198,7 +198,7 @@ static void embed(const EmbedCall* c, const int32_t* ids, int32_t row_lo, int32_
     for (int i = 0; i < width; i += kLanes) {
       const int n = width - i;
       V a = load_n(out + i, n);
-      if (c->scaled) a = a * set1(c->scale);
+      if (c->scaled && ids[t] < table->rows) a = a * set1(c->scale);
       if (c->add.data) a = a + load_n(c->add.data + t * c->add.stride + i, n);
       store_n(out + i, rounded(a, c->round_out), n);
     }

@@ -195,7 +195,7 @@ void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, Th
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   const std::vector<Delta>& deltas = deltas_of(stage.op, {}, state);
   const EmbedCall call{weight(op.table).table(), rows(op.out), rows(op.add), op.scale, op.scale != 1.0f,
-                       rounded(op.out), deltas.data(), static_cast<int32_t>(deltas.size())};
+                       rounded(op.out), deltas.data(), static_cast<int32_t>(deltas.size()), active_of_op_[stage.op].disjoint};
   if (op.source == kFromToken) return kernels_->embed(&call, in_.token_ids, mine.lo, mine.hi);
   for (int32_t t = mine.lo; t < mine.hi; ++t) {
     const int32_t row = in_.position[t] + op.offset;
@@ -214,7 +214,7 @@ void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Thr
                       op.groups,     group_step,  op.kind == kLayerNorm, op.cast == kCastFirst, op.gate_activation,
                       rounded(op.out), op.eps};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
-  const auto [from, to] = active_of_op_[stage.op];
+  const auto [from, to, disjoint] = active_of_op_[stage.op];
   if (from == to) return kernels_->norm(&call, mine.lo, mine.hi);
   for (int32_t lo = mine.lo, hi; lo < mine.hi; lo = hi) {
     hi = mine.hi;  // or where the next segment begins or ends
@@ -272,6 +272,7 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
   call.glu_offset = op.glu_offset;
   const std::vector<Delta>& deltas = deltas_of(stage.op, call, state);
   call.deltas = deltas.data();
+  call.disjoint = active_of_op_[stage.op].disjoint;
   call.num_deltas = static_cast<int32_t>(deltas.size());
   const auto mine = span_of((call.w.panels + 1) / 2, chunk, chunks_of(stage));
   kernels_->linear(&call, mine.lo, mine.hi);
