@@ -259,3 +259,48 @@ def test_trained_tokens_must_be_of_a_table_that_is_named(tmp_path: Path, tensor:
     with pytest.raises(AdapterError) as caught:
         validate_adapter(tmp_path, llama_sites(), base=BASE)
     assert caught.value.param == ("token_indices" if tensor == "embed_tokens" else "target_modules")
+
+
+CALLED = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alora_invocation_tokens": [5, 6]}
+Q_PAIR = {f"{PREFIX}{Q}.lora_A.weight": values(2, D), f"{PREFIX}{Q}.lora_B.weight": values(16, 2)}
+
+
+def test_an_activated_lora_has_its_invocation_among_its_facts(tmp_path: Path) -> None:
+    write_adapter(tmp_path, {**CALLED, "target_modules": [Q]}, Q_PAIR)
+    assert validate_adapter(tmp_path, llama_sites(), base=BASE).facts.invocation == (5, 6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensors", "param", "says"),
+    [
+        ({"target_modules": [Q], "init_lora_weights": "pissa"}, Q_PAIR, "init_lora_weights", "not with alora"),
+        (
+            {"target_modules": [Q], "target_parameters": ["mlp.gate.weight"]},
+            Q_PAIR,
+            "target_parameters",
+            "not with alora",
+        ),
+        ({"target_modules": [Q], "use_dora": True}, Q_PAIR, "alora_invocation_tokens", "does not combine"),
+        (
+            {"target_modules": ["embed_tokens"]},
+            {
+                f"{PREFIX}model.embed_tokens.lora_embedding_A": values(2, 97),
+                f"{PREFIX}model.embed_tokens.lora_embedding_B": values(D, 2),
+            },
+            "alora_invocation_tokens",
+            "embedding",
+        ),
+    ],
+)
+def test_an_activated_lora_of_what_peft_does_not_activate_is_refused(tmp_path, fields, tensors, param, says) -> None:
+    write_adapter(tmp_path, {**CALLED, **fields}, tensors)
+    with pytest.raises(AdapterError, match=says) as caught:
+        validate_adapter(tmp_path, llama_sites(), base=BASE)
+    assert caught.value.param == param
+
+
+def test_an_activated_lora_needs_a_model_that_computes_rows_apart(tmp_path: Path) -> None:
+    write_adapter(tmp_path, {**CALLED, "target_modules": [Q]}, Q_PAIR)
+    weights = BaseWeights(dataclasses.replace(SOURCE, serial=True))
+    with pytest.raises(AdapterError, match="one sequence at a time"):
+        validate_adapter(tmp_path, llama_sites(), base=BaseFacts(BASE.model, weights))

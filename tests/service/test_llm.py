@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from truffula.errors import (
     ShuttingDown,
 )
 from truffula.service import collect
+from truffula.testing.adapters import write_adapter as write_files
 from truffula.testing.oracle import Oracle
 from truffula.types import TextDelta
 
@@ -32,13 +34,35 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("llm")
     model = write_model(root / "model")
-    adapters = {name: write_adapter(root / name, model, seed) for seed, name in enumerate(["one", "two"])}
+    adapters = {name: write_adapter(root / name, model, seed) for seed, name in enumerate(["one", "two", "called"])}
+    config = json.loads((adapters["called"] / "adapter_config.json").read_text())
+    changed = {"alora_invocation_tokens": [300, 12], "task_type": "CAUSAL_LM"}
+    (adapters["called"] / "adapter_config.json").write_text(json.dumps(config | changed))
+    adapters |= {kind: write_prompt(root / kind, model, kind) for kind in ("PROMPT_TUNING", "PREFIX_TUNING")}
     return {"model": model, "bare": write_model(root / "bare", tokenizer=False), **adapters}
+
+
+def write_prompt(folder: Path, model: Path, kind: str) -> Path:
+    """Four virtual tokens, given as embeddings or as keys and values."""
+    base = json.loads((model / "config.json").read_text())
+    width, layers, heads = base["hidden_size"], base["num_hidden_layers"], base["num_attention_heads"]
+    if kind == "PREFIX_TUNING":
+        width = width // heads * base["num_key_value_heads"]
+        heads = base["num_key_value_heads"]
+    config = {
+        "peft_type": kind, "task_type": "CAUSAL_LM", "num_virtual_tokens": 4, "token_dim": width,
+        "num_attention_heads": heads, "num_layers": layers, "num_transformer_submodules": 1,
+    }  # fmt: skip
+    rows = width if kind == "PROMPT_TUNING" else 2 * layers * width
+    values = np.random.default_rng(1).standard_normal((4, rows)).astype(np.float32)
+    return write_files(folder, config, {"prompt_embeddings": values})
 
 
 @pytest.fixture(scope="module")
 def llm(folders: dict[str, Path]) -> Iterator[LLM]:
-    with LLM(folders["model"], adapters={"one": folders["one"], "two": str(folders["two"])}, **OPTIONS) as llm:
+    others = {name: folders[name] for name in ("called", "PROMPT_TUNING", "PREFIX_TUNING")}
+    named = {"one": folders["one"], "two": str(folders["two"]), **others}
+    with LLM(folders["model"], adapters=named, **OPTIONS) as llm:
         yield llm
 
 
@@ -47,7 +71,8 @@ def quiet(llm: LLM) -> bool:
     return stats.running == stats.waiting == stats.used_blocks == 0
 
 
-@pytest.mark.parametrize("adapter", [None, "one"])
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")  # peft gives a prefix by that name
+@pytest.mark.parametrize("adapter", [None, "one", "called", "PROMPT_TUNING", "PREFIX_TUNING"])
 def test_logprobs_and_tokens_are_the_reference_models(llm: LLM, folders: dict[str, Path], adapter: str | None) -> None:
     """Against transformers and peft run directly on the same folder."""
     oracle = Oracle(folders["model"], tied=False, adapter=None if adapter is None else folders[adapter])
@@ -55,7 +80,7 @@ def test_logprobs_and_tokens_are_the_reference_models(llm: LLM, folders: dict[st
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=2)
     (out,) = llm.generate(prompt, params, adapters=adapter)
     ids = [*prompt, *out.token_ids]
-    logits = oracle.logits(ids).astype(np.float64)
+    logits = oracle.logits(ids, len(prompt)).astype(np.float64)
     logprobs = (
         logits
         - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
