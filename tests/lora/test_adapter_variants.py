@@ -1,4 +1,4 @@
-"""QALoRA, which PEFT has for GPTQ layers only: the pair that is served computes what PEFT's variant does."""
+"""Variants of LoRA and names of tensors that the parity table does not reach."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from lora_bases import llama_sites, pairs, validate
 
 from truffula.errors import AdapterError
+from truffula.lora.keys import plan_keys
 from truffula.lora.variants import Form
 from truffula.testing.adapters import PREFIX, tiny_config, write_adapter
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_qalora_is_pefts(groups: int, group: int, rank: int, seed: int) -> None:
+    """PEFT has it for GPTQ layers only: the pair that is served computes what its variant does."""
     import torch
     from peft.tuners.lora.variants import QALoraLinearVariant
 
@@ -47,3 +49,11 @@ def test_an_adapter_of_qalora_has_as_many_inputs_as_groups(tmp_path: Path) -> No
     write_adapter(tmp_path, config | {"qalora_group_size": 8}, tensors)
     with pytest.raises(AdapterError, match=r"has shape \[2, 4\], but .* needs \[2, 2\]"):
         validate(tmp_path, llama_sites())
+
+
+def test_biases_of_saved_modules_may_be_in_the_file_twice() -> None:
+    """As bias="all" leaves them; PEFT computes with neither the second one nor that of the replaced module."""
+    names = ["weight", "bias", "modules_to_save.bias", "original_module.bias"]
+    plan = plan_keys([f"{PREFIX}transformer.ln_f.{name}" for name in reversed(names)])
+    assert plan.biases == {"transformer.ln_f": f"{PREFIX}transformer.ln_f.bias"} and len(plan.weights) == 1
+    assert sorted(plan.unused) == [f"{PREFIX}transformer.ln_f.{name}" for name in names[2:]]

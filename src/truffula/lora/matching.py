@@ -116,7 +116,7 @@ def parse_metadata(
         if unused := table.unused(plan.left_out):
             parsed.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
     if plan.unused:
-        parsed.warnings.append(f"Buffers that are used only in training: {listed(plan.unused)}.")
+        parsed.warnings.append(f"Tensors that PEFT does not compute with when generating: {listed(plan.unused)}.")
     parsed.warnings += extra_file_warnings(folder, config, sites=sites.all, model=base.model)
     return parsed
 
