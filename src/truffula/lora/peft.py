@@ -156,6 +156,12 @@ def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[Fi
     row = FieldRow(
         "tensors", f"{len(plan.a)} pairs, {nbytes} bytes", "check", f"ranks {_numbers(ranks)}; not compared with a base"
     )
+    rows += [
+        FieldRow(what, f"{len(group)} tensors", "check", "not compared with a base")
+        for what, group in (("saved weights", plan.weights | plan.copies), ("trained biases", plan.biases),
+                            ("trained rows", plan.tokens))
+        if group
+    ]  # fmt: skip
     warnings = (*left_out_warnings(plan), *extra_file_warnings(files.folder, config, sites=None, model=None))
     return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
 

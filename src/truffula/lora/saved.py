@@ -96,7 +96,9 @@ class _Matcher:
     def weights(self) -> Iterator[Saved]:
         copies = {module for module in self.plan.weights if self._is_copy(module)}
         every = [(m, k, m in copies) for m, k in self.plan.weights.items()]
-        every += [(m, k, True) for m, k in self.plan.copies.items() if m not in self.plan.weights]
+        if both := self.plan.weights.keys() & self.plan.copies.keys():
+            raise _stray(self.plan.copies[min(both)], "save_embedding_layers", "It has another weight of this table")
+        every += [(m, k, True) for m, k in self.plan.copies.items()]
         for module, key, copy in every:
             if not copy and not is_saved(module, self.settings.modules_to_save):
                 raise _stray(key, "modules_to_save", "Its modules_to_save does not name this module")
@@ -208,7 +210,7 @@ def _check_complete(found: Sequence[Saved], settings: LoraSettings, sites: Sites
     """Every module that ``modules_to_save`` names has its weight in the file."""
     covered = {site.id for saved in found if saved.kind == "weight" for site, _ in saved.parts}
     entries = settings.modules_to_save
-    names = {sites.name_of(site, site.modules[0]) for site in sites.all if site.id not in covered}
+    names = {sites.name_of(site, module) for site in sites.all if site.id not in covered for module in site.modules}
     missing = [name for name in names if is_saved(name, entries)]
     if missing:
         raise AdapterError(
