@@ -29,7 +29,7 @@ from truffula.environment import expanded
 from truffula.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest
 from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config
 from truffula.lora.foreign import close_path, describe_file, describe_folder, meant_as_adapter
-from truffula.lora.methods import check_config
+from truffula.lora.method_fields import check_config
 from truffula.lora.paths import CONFIG, TENSORS, fingerprint
 from truffula.types import AdapterRef
 

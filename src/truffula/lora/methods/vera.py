@@ -7,21 +7,14 @@ from collections.abc import Callable, Iterable
 
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
-from truffula.lora.fields import Field, FieldTable, Rank
 from truffula.lora.methods.method import (
-    COMMON,
-    ORIENTATION,
-    SAVED,
-    TARGETS,
     Metadata,
     Method,
     Tensors,
     as_float32,
     check_shape,
-    for_training,
     group_keys,
     match,
-    no_bias,
     products,
     require,
 )
@@ -31,18 +24,6 @@ from truffula.weights.checkpoint import TensorInfo
 
 LEAVES = ("vera_lambda_b", "vera_lambda_d")
 SHARED = ("base_model.vera_A", "base_model.vera_B")
-
-_FIELDS = {
-    **COMMON,
-    **{name: field for name, field in TARGETS.items() if name != "exclude_modules"},
-    "r": Field("check", "must be the rank of the projections", Rank),
-    "save_projection": Field("check", "the projections must be in the file"),
-    "projection_prng_key": Field("ignore", "the projections are read from the file"),
-    "fan_in_fan_out": ORIENTATION,
-    **for_training("vera_dropout", "d_initial", "init_weights"),
-    "bias": no_bias("vera_only"),
-    "modules_to_save": SAVED,
-}
 
 
 def _parse(source: Metadata) -> ParsedAdapter:
@@ -79,4 +60,4 @@ def _maker(parts: Parts, own_b: TensorInfo, own_d: TensorInfo) -> Callable[[Tens
     return make
 
 
-VERA = Method(FieldTable(_FIELDS, ("r",)), _parse, "LoRA, where the file has the projections (save_projection)")
+VERA = Method(_parse, "LoRA, where the file has the projections (save_projection)")
