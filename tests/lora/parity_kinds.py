@@ -136,6 +136,29 @@ KINDS: list[Kind] = [
     ),
     Kind("tied saved table", Lora(lambda t: {"modules_to_save": [t.embed], "ensure_weight_tying": True}), tied=True),
     Kind("experts", Lora(lambda t: {"target_parameters": list(t.experts)}), only=("mixtral", "deepseek_v3")),
+    Kind(
+        "linear parameters",
+        Lora(
+            lambda t: {
+                "target_modules": list(t.linear[1:]),
+                "target_parameters": [f"{t.linear[0]}.weight"],
+                "rank_pattern": {f"{t.linear[0]}.weight": 5},
+            }
+        ),
+        only=LINEAR,
+    ),
+    Kind("copies of tables", Lora(lambda t: {"target_modules": [t.embed, "lm_head"]}, {"save_embedding_layers": True})),
+    Kind(
+        "all at once",
+        Lora(
+            lambda t: {
+                "use_dora": True,
+                "bias": "all",
+                "modules_to_save": list(t.norms),
+                "trainable_token_indices": [3, 4],
+            }
+        ),
+    ),
     Kind("PiSSA", Lora(_pick(init_lora_weights="pissa"), noise=0.05), tolerance=1e-3),
     Kind("OLoRA", Lora(_pick(init_lora_weights="olora"), noise=0.05), only=DENSE, tolerance=1e-3),
     Kind("KaSA", Lora(lambda t: {"kasa_config": _config("KasaConfig")}), only=DENSE, tolerance=1e-3),

@@ -64,6 +64,11 @@ def _invoked(target: Target, facts: dict[str, Any]) -> dict[str, Any]:
     return {"target_modules": list(target.linear), "r": 3, "lora_alpha": 5, "alora_invocation_tokens": called}
 
 
+def _seen(target: Target, facts: dict[str, Any]) -> dict[str, Any]:
+    """Three tokens of the table's first prompt."""
+    return {"token_indices": sorted(set(prompt_ids(0, facts["vocab_size"])))[:3]}
+
+
 def _virtual(**fields: Any) -> Callable[[Target, dict[str, Any]], dict[str, Any]]:
     return lambda target, facts: {"num_virtual_tokens": 5, **fields}
 
@@ -84,7 +89,7 @@ KINDS: list[Kind] = [
     Kind("LoHa", Method("LoHaConfig", _linear(r=2, alpha=3, init_weights=False)), only=LINEAR),
     Kind("LoKr", Method("LoKrConfig", _linear(r=1, alpha=3, init_weights=False)), only=LINEAR),
     Kind("LoKr, both decomposed", Method("LoKrConfig", _small_blocks), only=LINEAR),
-    Kind("trainable tokens method", Method("TrainableTokensConfig", lambda t, f: {"token_indices": [50, 7, 60]}, None)),
+    Kind("trainable tokens method", Method("TrainableTokensConfig", _seen, None)),
     Kind("LN tuning", Method("LNTuningConfig", lambda t, f: {"target_modules": list(t.norms)})),
     Kind("prompt tuning", Method("PromptTuningConfig", _virtual())),
     Kind("prefix tuning", Method("PrefixTuningConfig", _virtual()), only=("llama", "qwen2", "gpt2", "mixtral")),

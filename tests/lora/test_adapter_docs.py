@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from truffula.lora.fields import FIELDS
+from truffula.lora.method_fields import COMMON, TABLES
 from truffula.lora.methods import METHODS
-from truffula.lora.methods.method import COMMON
-from truffula.lora.methods.refused import REFUSED
+from truffula.lora.refused import REFUSED
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
 
@@ -28,7 +28,7 @@ def table_of_methods() -> str:
     head = "| method | becomes | served | checked | without effect | refused unless empty |"
     lines = [head, "|---|---|---|---|---|---|"]
     for name, method in METHODS.items():
-        own = {field: row.verdict for field, row in method.table.fields.items() if field not in COMMON}
+        own = {field: row.verdict for field, row in TABLES[name].fields.items() if field not in COMMON}
         fields = [", ".join(field for field, found in own.items() if found == verdict) or "-" for verdict in verdicts]
         lines.append(f"| `{name}` | {method.becomes} | {' | '.join(fields)} |")
     return "\n".join(lines)

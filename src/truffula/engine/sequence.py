@@ -52,8 +52,7 @@ class Sequence:
     ``grammar`` it has a ``matcher`` from when the grammar is compiled; its next token is planned only when all its
     tokens are known, as the mask of a draw depends on them.
     ``last_step`` is the newest step that was planned with it. All of its adapters act from position ``acts_from`` on.
-    ``num_virtual`` of its ``num_prompt`` prompt tokens are virtual ones of its adapter, of which the client knows
-    nothing.
+    ``num_virtual`` of its ``num_prompt`` prompt tokens are virtual ones of its adapter, which clients do not see.
     """
 
     def __init__(

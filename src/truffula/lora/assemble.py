@@ -54,7 +54,7 @@ class Assembly:
         made = []
         for site, parts in sorted(self.parts.items()):
             biases = [part.values.astype(np.float32) for part in parts if isinstance(part, Bias)]
-            others = [part for part in parts if not isinstance(part, Bias)]
+            others: list[Part] = [part for part in parts if not isinstance(part, Bias)]
             if biases:
                 others.append(Bias(functools.reduce(np.add, biases)))
             made.append(SiteTensors(site, tuple(sorted(others, key=lambda part: order.index(part.kind)))))

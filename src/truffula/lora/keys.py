@@ -44,7 +44,8 @@ _OF_MODULES: Mapping[str, re.Pattern[str]] = MappingProxyType(
 )
 _TRAINING = re.compile(r".+\.lora_(velora_embed|monteclora_sampler\b.*)(\..+)?\Z")
 _TABLE_COPY = re.compile(rf"(?P<module>(.+\.)?({_TABLE_NAMES}))(\.token_adapter)?\.base_layer\.weight\Z")
-_SAVED = re.compile(r"(?P<module>.+?)(\.modules_to_save(\.[^.]+)?)?\.(?P<what>weight|bias)\Z")
+_SAVED = re.compile(r"(?P<module>.+?)(?P<infix>\.modules_to_save(\.[^.]+)?)?\.(?P<what>weight|bias)\Z")
+_ORIGINAL = re.compile(r".+\.original_module\.(weight|bias)\Z")
 _OWN_BIAS = re.compile(r"(?P<module>.+)\.base_layer\.bias\Z")
 
 # Pattern → what has such tensors, in other formats and methods.
@@ -61,7 +62,7 @@ _FOREIGN = {
     r"\.(oft|boft)_": "OFT or BOFT",
     r"^prompt_embeddings": "prompt or prefix tuning",
 }
-_BASE_COPY = re.compile(r"(?P<module>[^.]+)\.(base_layer\.weight|original_module\.(weight|bias))$")
+_BASE_COPY = re.compile(r"(?P<module>[^.]+)\.base_layer\.weight$")
 
 
 @dataclass
@@ -138,11 +139,11 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
     plan = KeyPlan()
     unexpected: list[str] = []
     infixes: dict[str | None, str] = {}
-    for key in keys:
+    for key in sorted(keys):
         path = key.removeprefix(PREFIX)
         if other_part(path) is not None:
             plan.left_out[_module_of(key)] = key
-        elif _TRAINING.match(path):
+        elif _TRAINING.match(path) or _ORIGINAL.match(path):  # PEFT does not compute with what a saved module replaces
             plan.unused.append(key)
         elif not _add_part(plan, path, key, infixes) and not _add_whole(plan, path, key):
             unexpected.append(key)
@@ -174,7 +175,11 @@ def _add_whole(plan: KeyPlan, path: str, key: str) -> bool:
     elif (bias := _OWN_BIAS.match(path)) is not None:
         _add(plan.biases, bias["module"], key)
     elif (saved := _SAVED.match(path)) is not None and not _BASE_COPY.search(path) and not _is_foreign(path):
-        _add(plan.weights if saved["what"] == "weight" else plan.biases, saved["module"], key)
+        group = plan.weights if saved["what"] == "weight" else plan.biases
+        if saved["infix"] and saved["module"] in group:  # bias="all" writes those of saved modules twice
+            plan.unused.append(key)
+            return True
+        _add(group, saved["module"], key)
     else:
         return False
     return True

@@ -116,7 +116,7 @@ def parse_metadata(
         if unused := table.unused(plan.left_out):
             parsed.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
     if plan.unused:
-        parsed.warnings.append(f"Buffers that are used only in training: {listed(plan.unused)}.")
+        parsed.warnings.append(f"Tensors that PEFT does not compute with when generating: {listed(plan.unused)}.")
     parsed.warnings += extra_file_warnings(folder, config, sites=sites.all, model=base.model)
     return parsed
 
@@ -160,4 +160,5 @@ def _make_pair(
         )
     a, b = infos[plan.a[wrapper]], infos[plan.b[wrapper]]
     form = form_of(settings, module, rank, parts[0][0].in_features, parts[0][1].of) if not experts else PLAIN
-    return Pair(module, a, b, scale, parts, rank, experts, form, *extra)
+    magnitude, b_bias, diagonal = extra
+    return Pair(module, a, b, scale, parts, rank, experts, form, magnitude, b_bias, diagonal)

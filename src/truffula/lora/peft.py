@@ -25,7 +25,8 @@ from truffula.lora.folder import AdapterFiles, open_adapter
 from truffula.lora.image import AdapterFacts, check_size
 from truffula.lora.keys import listed, plan_keys
 from truffula.lora.matching import parse_metadata
-from truffula.lora.methods import Metadata, check_config, method_of, table_of
+from truffula.lora.method_fields import check_config, table_of
+from truffula.lora.methods import METHODS, Metadata
 from truffula.lora.parsed import BaseFacts as BaseFacts
 from truffula.lora.parsed import ParsedAdapter
 from truffula.lora.paths import OpenFolder
@@ -129,10 +130,10 @@ def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: Bas
 
 def _parse(files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site], base: BaseFacts) -> ParsedAdapter:
     """The adapter as its metadata says, whatever its method."""
-    method, infos = method_of(config), files.tensors.tensors
+    method, infos = METHODS.get(str(config.get("peft_type"))), files.tensors.tensors
+    check_config(config)
     if method is None:
         return parse_metadata(files.folder, infos, config, sites, base)
-    check_config(config)
     with matching_limit():
         parsed = method.parse(Metadata(config, infos, sites, base))
     parsed.warnings += extra_file_warnings(files.folder, config, sites=sites, model=base.model)
@@ -143,7 +144,7 @@ def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[Fi
     """The report without a base."""
     check_config(config)
     infos = files.tensors.tensors
-    if method_of(config) is not None:
+    if config["peft_type"] in METHODS:
         nbytes = sum(info.nbytes for info in infos.values())
         row = FieldRow("tensors", f"{len(infos)} tensors, {nbytes} bytes", "check", "not compared with a base")
         notes = extra_file_warnings(files.folder, config, sites=None, model=None)
@@ -155,6 +156,12 @@ def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[Fi
     row = FieldRow(
         "tensors", f"{len(plan.a)} pairs, {nbytes} bytes", "check", f"ranks {_numbers(ranks)}; not compared with a base"
     )
+    rows += [
+        FieldRow(what, f"{len(group)} tensors", "check", "not compared with a base")
+        for what, group in (("saved weights", plan.weights | plan.copies), ("trained biases", plan.biases),
+                            ("trained rows", plan.tokens))
+        if group
+    ]  # fmt: skip
     warnings = (*left_out_warnings(plan), *extra_file_warnings(files.folder, config, sites=None, model=None))
     return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
 

@@ -34,7 +34,7 @@ from truffula.errors import AdapterError, ConfigError, InvalidRequest, unknown_a
 from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config
 from truffula.lora.foreign import close_path, describe_file, describe_folder, meant_as_adapter
 from truffula.lora.locations import URL_KINDS, Location, allows, is_url, parse_location, parse_pattern, url_of
-from truffula.lora.methods import check_config
+from truffula.lora.method_fields import check_config
 from truffula.lora.paths import CONFIG, TENSORS, fingerprint
 from truffula.lora.registry import AdapterRegistry
 from truffula.types import AdapterRef, Credential

@@ -30,21 +30,21 @@ Taken = tuple[Float32, Float32]
 
 @dataclass(frozen=True)
 class Form:
-    """How a pair is stored: ``a_blocks`` and ``b_blocks`` on the diagonal, means of ``group`` inputs, and rows of B in
-    an ``order`` of their own."""
+    """How a pair is stored: with ``a_blocks`` and ``b_blocks`` on the diagonal, A of means of ``group`` inputs (0: of
+    inputs), and rows of B in an ``order`` of their own."""
 
     a_blocks: int = 1
     b_blocks: int = 1
-    group: int = 1
+    group: int = 0
     order: RowOrder | None = None
 
     def shapes(self, rank: int, inputs: int, outputs: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """The stored shapes of A and B."""
-        return (rank, inputs // (self.a_blocks * self.group)), (outputs, rank // self.b_blocks)
+        return (rank, inputs // (self.a_blocks * max(1, self.group))), (outputs, rank // self.b_blocks)
 
     def expand(self, a: Array, b: Array) -> tuple[Array, Array]:
         """A [r, I] and B [O, r] as plain matrices."""
-        if self.group > 1:
+        if self.group:
             a = np.repeat(a.astype(np.float32) * np.float32(a.shape[1] / self.group), self.group, axis=1)
         b = _block_diagonal(b, self.b_blocks)
         return _block_diagonal(a, self.a_blocks), b if self.order is None else self.order.sorted(b)
@@ -56,7 +56,7 @@ PLAIN = Form()
 def form_of(settings: LoraSettings, module: str, rank: int, inputs: int, outputs: int) -> Form:
     """How the pair of ``module`` is stored. Raises ``AdapterError`` where numbers do not divide."""
     if settings.use_qalora:
-        group = settings.qalora_group_size or 1
+        group = settings.qalora_group_size
         _require_multiple("qalora_group_size", module, inputs, group)
         return Form(group=group)
     blocks = settings.use_bdlora

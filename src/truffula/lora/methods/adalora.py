@@ -13,21 +13,15 @@ import numpy as np
 
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
-from truffula.lora.fields import FIELDS, Alpha, Field, FieldTable, Rank
 from truffula.lora.methods.method import (
-    COMMON,
-    TARGETS,
     Metadata,
     Method,
     Tensors,
     as_float32,
     check_shape,
-    for_training,
     group_keys,
     match,
-    no_bias,
     products,
-    refused,
     require,
 )
 from truffula.lora.parsed import Computed, ParsedAdapter
@@ -36,32 +30,6 @@ from truffula.weights.checkpoint import TensorInfo
 
 LEAVES = ("lora_A", "lora_B", "lora_E")
 _EPSILON = np.float32(1e-5)
-
-_FIELDS = {
-    **COMMON,
-    **TARGETS,
-    "lora_alpha": Field("serve", "scale is lora_alpha / (init_r + 1e-5)", Alpha),
-    "init_r": Field("serve", "divides the scale; rank of modules without an entry in rank_pattern", Rank),
-    "rank_pattern": Field("check", "must name the ranks that the tensors have", dict[str, list[bool]] | None),
-    "r": Field("ignore", "AdaLoRA's rank is init_r"),
-    "use_rslora": Field("ignore", "PEFT's AdaLoRA has no such scale"),
-    "alpha_pattern": Field("ignore", "PEFT's AdaLoRA has one lora_alpha"),
-    **for_training("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
-    **for_training("init_lora_weights", "qalora_group_size"),
-    **{
-        name: FIELDS[name]
-        for name in (
-            "lora_dropout", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config",
-            "lora_ga_config", "runtime_config", "velora_config", "monteclora_config", "megatron_core",
-        )
-    },
-    "bias": no_bias("lora_only"),
-    **refused(
-        "not with AdaLoRA; train LoRA, or without it", "lora_bias", "modules_to_save", "use_dora",
-        "trainable_token_indices", "target_parameters", "ensure_weight_tying", "layer_replication",
-        "alora_invocation_tokens", "use_qalora", "kasa_config", "use_bdlora", "arrow_config", "megatron_config",
-    ),
-}  # fmt: skip
 
 
 class _Settings(msgspec.Struct, frozen=True):
@@ -113,4 +81,4 @@ def _maker(
     return make
 
 
-ADALORA = Method(FieldTable(_FIELDS, ("lora_alpha", "init_r")), _parse, "LoRA with the rows of A multiplied by E")
+ADALORA = Method(_parse, "LoRA with the rows of A multiplied by E")

@@ -8,18 +8,12 @@ from typing import Any
 
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import Bias, ColumnScale, InputScale, Part, SiteTensors
-from truffula.lora.fields import Field, FieldTable
 from truffula.lora.methods.method import (
-    COMMON,
-    ORIENTATION,
-    SAVED,
-    TARGETS,
     Metadata,
     Method,
     Tensors,
     as_float32,
     check_shape,
-    for_training,
     group_keys,
     match,
     require,
@@ -31,16 +25,6 @@ from truffula.weights.checkpoint import TensorInfo
 
 _LEAF = "ia3_l"
 _Names = str | list[str] | None
-
-_FIELDS = {
-    **COMMON,
-    "target_modules": TARGETS["target_modules"],
-    "exclude_modules": TARGETS["exclude_modules"],
-    "feedforward_modules": Field("check", "must name exactly the modules whose vectors scale the input", _Names),
-    "fan_in_fan_out": ORIENTATION,
-    "modules_to_save": SAVED,
-    **for_training("init_ia3_weights"),
-}
 
 
 def _parse(source: Metadata) -> ParsedAdapter:
@@ -93,4 +77,4 @@ def _maker(
     return make
 
 
-IA3 = Method(FieldTable(_FIELDS), _parse, "scales of inputs and outputs, also of biases")
+IA3 = Method(_parse, "scales of inputs and outputs, also of biases")

@@ -6,7 +6,7 @@ the rows of A those of w1_b and w2_b: rank r².
 LOKR: ``w1 ⊗ w2``. With w1 = a1 b1 and w2 = a2 b2 it is ``(a1 ⊗ a2)(b1 ⊗ b2)``; a matrix that is stored whole is its own
 product with the identity of its smaller side.
 
-Above the rank at which A and B hold more numbers than the weight itself an adapter is refused.
+An adapter whose rank would be more than the weight's is refused.
 """
 
 from __future__ import annotations
@@ -19,17 +19,13 @@ import numpy as np
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
 from truffula.kernels.backend import Array
-from truffula.lora.fields import FIELDS, MERGE, Alpha, Field, FieldTable, Rank
+from truffula.lora.fields import MERGE
 from truffula.lora.methods.method import (
-    COMMON,
-    SAVED,
-    TARGETS,
     Metadata,
     Method,
     Tensors,
     as_float32,
     check_shape,
-    for_training,
     group_keys,
     match,
     products,
@@ -42,18 +38,6 @@ from truffula.weights.checkpoint import TensorInfo
 
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-
-_FIELDS = {
-    **COMMON,
-    **TARGETS,
-    "r": Field("serve", "rank of modules without an entry in rank_pattern", Rank),
-    "alpha": Field("serve", "scale is alpha / r", Alpha),
-    "rank_pattern": FIELDS["rank_pattern"],
-    "alpha_pattern": FIELDS["alpha_pattern"],
-    "modules_to_save": SAVED,
-    "use_effective_conv2d": Field("ignore", "concerns only convolutions"),
-    **for_training("rank_dropout", "module_dropout", "init_weights"),
-}
 
 
 class _Settings(msgspec.Struct, frozen=True):
@@ -82,11 +66,10 @@ def _parse(
         infos = keys.modules[module]
         expanded = check(module, infos, parts, r, source)
         inputs, outputs = parts[0][0].in_features, parts[0][1].of
-        if expanded * (inputs + outputs) > inputs * outputs:
+        if expanded > min(inputs, outputs):
             raise AdapterError(
-                f"{module}: as LoRA it has rank {expanded}, which takes more numbers than the weight [{outputs}, "
-                f"{inputs}] itself. {MERGE[0].upper()}{MERGE[1:]}, or convert it with PEFT's convert_to_lora "
-                "(approximate).",
+                f"{module}: as LoRA it has rank {expanded}, more than its weight [{outputs}, {inputs}] can have. "
+                f"{MERGE[0].upper()}{MERGE[1:]}, or convert it with PEFT's convert_to_lora (approximate).",
                 param="r",
                 rank=expanded,
             )
@@ -164,19 +147,9 @@ def _factors(tensors: Tensors, infos: _Infos, name: str) -> tuple[Array, Array]:
 
 
 LOHA = Method(
-    FieldTable(_FIELDS, ("r", "alpha")),
-    lambda source: _parse(source, _LOHA, _check_loha, _expand_loha),
-    "LoRA of rank r², where that is smaller than the weight",
+    lambda source: _parse(source, _LOHA, _check_loha, _expand_loha), "LoRA of rank r², up to the rank of the weight"
 )
 LOKR = Method(
-    FieldTable(
-        {
-            **_FIELDS,
-            **dict.fromkeys(("decompose_both", "decompose_factor"), Field("check", "the tensors tell")),
-            **for_training("rank_dropout_scale"),
-        },
-        ("r", "alpha"),
-    ),
     lambda source: _parse(source, _LOKR, _check_lokr, _expand_lokr),
-    "LoRA of the product's rank, where that is smaller than the weight",
+    "LoRA of the product's rank, up to the rank of the weight",
 )

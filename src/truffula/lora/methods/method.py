@@ -21,8 +21,9 @@ from truffula.lora.checks import (
     left_out_warnings,
     trained_on,
 )
-from truffula.lora.fields import FIELDS, Field, FieldTable, LoraSettings, is_empty
+from truffula.lora.fields import LoraSettings
 from truffula.lora.keys import MAX_KEY_CHARS, PREFIX, KeyPlan, listed
+from truffula.lora.method_fields import TARGETS
 from truffula.lora.parsed import BaseFacts, Pair, ParsedAdapter, Sites
 from truffula.lora.patterns import Targets
 from truffula.lora.roots import other_part
@@ -31,47 +32,6 @@ from truffula.weights.checkpoint import TensorInfo
 
 Tensors = Mapping[str, Array]
 """Tensors by key."""
-
-
-def _no_text_modules(value: Any) -> bool:
-    """Nothing, or image and audio parts, which text does not pass through."""
-    return is_empty(value) or all(isinstance(name, str) and other_part(f"{name}.") is not None for name in value)
-
-
-TRAINING = "affects only training"
-COMMON = {
-    name: FIELDS[name]
-    for name in (
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "peft_version",
-        "inference_mode",
-    )
-}
-TARGETS = {
-    name: FIELDS[name] for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-}
-SAVED = Field("refuse", "fully trained modules beside this method; train without it", harmless=_no_text_modules)
-ORIENTATION = FIELDS["fan_in_fan_out"]
-
-
-def for_training(*names: str) -> dict[str, Field]:
-    """Fields without effect on answers."""
-    return dict.fromkeys(names, Field("ignore", TRAINING))
-
-
-def refused(note: str, *names: str) -> dict[str, Field]:
-    """Fields that are refused unless they are empty."""
-    return dict.fromkeys(names, Field("refuse", note))
-
-
-def no_bias(own: str) -> Field:
-    """``bias`` of a method whose own value for trained biases is ``own``."""
-    note = f"trained biases ('all', '{own}') beside this method; train with bias='none'"
-    return Field("refuse", note, harmless=lambda value: is_empty(value) or value == "none")
 
 
 @dataclass(frozen=True)
@@ -86,10 +46,9 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Method:
-    """How adapters of one ``peft_type`` are served. ``table`` has a verdict for each field of its configuration;
-    ``parse`` raises ``AdapterError``; ``becomes`` is for the docs."""
+    """How adapters of one ``peft_type`` are served, whose fields are in ``method_fields.TABLES``. ``parse`` raises
+    ``AdapterError``; ``becomes`` is for the docs."""
 
-    table: FieldTable
     parse: Callable[[Metadata], ParsedAdapter]
     becomes: str
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from truffula.errors import AdapterError
 from truffula.lora.checks import check_known, trained_on
-from truffula.lora.fields import FieldTable
 from truffula.lora.keys import listed
 from truffula.lora.methods.method import (
-    COMMON,
-    SAVED,
-    TARGETS,
     Metadata,
     Method,
     check_shape,
@@ -21,13 +17,6 @@ from truffula.lora.patterns import Targets
 from truffula.lora.saved import Saved, check_weight
 
 _WEIGHT, _BIAS = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
-
-_FIELDS = {
-    **COMMON,
-    "target_modules": TARGETS["target_modules"],
-    "exclude_modules": TARGETS["exclude_modules"],
-    "modules_to_save": SAVED,
-}
 
 
 def _parse(source: Metadata) -> ParsedAdapter:
@@ -61,4 +50,4 @@ def _parse(source: Metadata) -> ParsedAdapter:
     return ParsedAdapter(settings, saved=saved)
 
 
-LN_TUNING = Method(FieldTable(_FIELDS), _parse, "replaced weights of norms")
+LN_TUNING = Method(_parse, "replaced weights of norms")

@@ -11,7 +11,6 @@ import numpy as np
 from truffula.errors import AdapterError
 from truffula.kernels.inputs import Float32
 from truffula.lora.base import KvLayer
-from truffula.lora.fields import Field, FieldTable
 from truffula.lora.image import AdapterFacts
 from truffula.lora.methods.method import (
     Metadata,
@@ -19,22 +18,11 @@ from truffula.lora.methods.method import (
     Tensors,
     as_float32,
     check_shape,
-    for_training,
     group_keys,
     own_settings,
 )
-from truffula.lora.methods.prompts import KEY, VIRTUAL, check_decoder
+from truffula.lora.methods.prompts import KEY, check_decoder
 from truffula.lora.parsed import Computed, ParsedAdapter
-
-_FIELDS = {
-    **VIRTUAL,
-    "token_dim": Field("check", "must be the width of a layer's keys", int),
-    "num_attention_heads": Field("check", "must be the number of a layer's key heads", int),
-    "num_layers": Field("check", "must be the number of layers", int),
-    "prefix_projection": Field("ignore", "the file has what the projection computed"),
-    "encoder_hidden_size": Field("ignore", "the width inside the projection"),
-    **for_training("init_weights"),
-}
 
 
 def _parse(source: Metadata) -> ParsedAdapter:
@@ -76,8 +64,4 @@ def _layers(source: Metadata) -> tuple[KvLayer, ...]:
     return found
 
 
-PREFIX_TUNING = Method(
-    FieldTable(_FIELDS, ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers")),
-    _parse,
-    "cached keys and values before the prompt",
-)
+PREFIX_TUNING = Method(_parse, "cached keys and values before the prompt")

@@ -13,37 +13,19 @@ import numpy as np
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import Rows, SiteTensors
 from truffula.kernels.program import Site
-from truffula.lora.fields import Field, FieldTable
 from truffula.lora.image import AdapterFacts
 from truffula.lora.methods.method import (
-    COMMON,
-    SAVED,
     Metadata,
     Method,
     Tensors,
     as_float32,
     check_shape,
-    for_training,
     group_keys,
     own_settings,
 )
 from truffula.lora.parsed import Computed, ParsedAdapter
 
 KEY = "prompt_embeddings"
-_REQUIRED = ("num_virtual_tokens",)
-
-VIRTUAL = {
-    **COMMON,
-    "num_virtual_tokens": Field("serve", "tokens before every prompt; they count in its length, not in usage", int),
-    "num_transformer_submodules": Field("check", "must be 1: a decoder alone", int | None),
-    "token_dim": Field("check", "must be the width of the embedding", int | None),
-    "modules_to_save": SAVED,
-}
-_FIELDS = {
-    **VIRTUAL,
-    "num_attention_heads": Field("ignore", "only prefix tuning depends on it"),
-    "num_layers": Field("ignore", "only prefix tuning depends on it"),
-}
 
 
 def check_decoder(source: Metadata) -> None:
@@ -89,24 +71,5 @@ def _embedding(source: Metadata) -> Site:
     return site
 
 
-PROMPT_TUNING = Method(
-    FieldTable(
-        _FIELDS
-        | for_training("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
-        _REQUIRED,
-    ),
-    _parse,
-    "virtual tokens before the prompt",
-)
-P_TUNING = Method(
-    FieldTable(
-        _FIELDS
-        | dict.fromkeys(
-            ("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
-            Field("ignore", "the file has what the encoder computed"),
-        ),
-        _REQUIRED,
-    ),
-    _parse,
-    "virtual tokens before the prompt",
-)
+PROMPT_TUNING = Method(_parse, "virtual tokens before the prompt")
+P_TUNING = Method(_parse, "virtual tokens before the prompt")

@@ -13,15 +13,12 @@ import msgspec
 from truffula.errors import AdapterError
 from truffula.kernels.program import Site
 from truffula.lora.checks import check_known, trained_on
-from truffula.lora.fields import Field, FieldTable
 from truffula.lora.keys import listed
 from truffula.lora.methods.method import (
-    COMMON,
     Keys,
     Metadata,
     Method,
     check_shape,
-    for_training,
     group_keys,
     own_settings,
 )
@@ -31,13 +28,6 @@ from truffula.lora.saved import RESIZED, Saved, table_shape
 
 _LEAF = "trainable_tokens_delta"
 _Id = Annotated[int, msgspec.Meta(ge=0)]
-
-_FIELDS = {
-    **COMMON,
-    "token_indices": Field("serve", "rows of the table that are replaced", list[_Id]),
-    "target_modules": Field("check", "must name the tables that have rows", str | list[str] | None),
-    **for_training("init_weights"),
-}
 
 
 def _parse(source: Metadata) -> ParsedAdapter:
@@ -86,4 +76,4 @@ def _check_targets(source: Metadata, keys: Keys, sites: Sites) -> None:
         )
 
 
-TRAINABLE_TOKENS = Method(FieldTable(_FIELDS, ("token_indices",)), _parse, "replaced rows of embedding and head")
+TRAINABLE_TOKENS = Method(_parse, "replaced rows of embedding and head")

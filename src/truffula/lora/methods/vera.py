@@ -1,4 +1,4 @@
-"""VERA: ``W x + b ⊙ (B (d ⊙ (A x)))`` is LoRA with A' = d A and B' = b B. A and B are shared by all modules, which use
+"""VERA: ``W x + b ⊙ (B (d ⊙ (A x)))`` is LoRA with B' = diag(b) B diag(d). A and B are shared by all modules, which use
 the first columns of A and the first rows of B that they need."""
 
 from __future__ import annotations
@@ -7,21 +7,15 @@ from collections.abc import Callable, Iterable
 
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
-from truffula.lora.fields import Field, FieldTable, Rank
+from truffula.kernels.backend import Array
 from truffula.lora.methods.method import (
-    COMMON,
-    ORIENTATION,
-    SAVED,
-    TARGETS,
     Metadata,
     Method,
     Tensors,
     as_float32,
     check_shape,
-    for_training,
     group_keys,
     match,
-    no_bias,
     products,
     require,
 )
@@ -31,18 +25,6 @@ from truffula.weights.checkpoint import TensorInfo
 
 LEAVES = ("vera_lambda_b", "vera_lambda_d")
 SHARED = ("base_model.vera_A", "base_model.vera_B")
-
-_FIELDS = {
-    **COMMON,
-    **{name: field for name, field in TARGETS.items() if name != "exclude_modules"},
-    "r": Field("check", "must be the rank of the projections", Rank),
-    "save_projection": Field("check", "the projections must be in the file"),
-    "projection_prng_key": Field("ignore", "the projections are read from the file"),
-    "fan_in_fan_out": ORIENTATION,
-    **for_training("vera_dropout", "d_initial", "init_weights"),
-    "bias": no_bias("vera_only"),
-    "modules_to_save": SAVED,
-}
 
 
 def _parse(source: Metadata) -> ParsedAdapter:
@@ -57,6 +39,7 @@ def _parse(source: Metadata) -> ParsedAdapter:
     a, b = (keys.alone[key] for key in SHARED)
     rank = int(source.config["r"])
     found, parsed = match(source, keys)
+    shared: dict[int, Array] = {}  # the columns of A by their number, which are stored once
     for module, parts in found.items():
         own_b, own_d = require(module, keys.modules[module], *LEAVES)
         inputs, outputs = parts[0][0].in_features, parts[0][1].of
@@ -64,19 +47,20 @@ def _parse(source: Metadata) -> ParsedAdapter:
         check_shape(own_d, (rank,), source.base)
         check_shape(a, (rank, max(inputs, a.shape[-1] if a.shape else 0)), source.base)
         check_shape(b, (max(outputs, b.shape[0] if b.shape else 0), rank), source.base)
-        parsed.computed.append(Computed(module, (own_b, own_d, a, b), _maker(parts, own_b, own_d), rank))
+        parsed.computed.append(Computed(module, (own_b, own_d, a, b), _maker(parts, own_b, own_d, shared), rank))
     return parsed
 
 
-def _maker(parts: Parts, own_b: TensorInfo, own_d: TensorInfo) -> Callable[[Tensors], Iterable[SiteTensors]]:
+def _maker(
+    parts: Parts, own_b: TensorInfo, own_d: TensorInfo, shared: dict[int, Array]
+) -> Callable[[Tensors], Iterable[SiteTensors]]:
     def make(tensors: Tensors) -> Iterable[SiteTensors]:
         a, b = (tensors[key] for key in SHARED)
         inputs, outputs = parts[0][0].in_features, parts[0][1].of
-        scaled_a = as_float32(tensors[own_d.name])[:, None] * as_float32(a[:, :inputs])
-        scaled_b = as_float32(tensors[own_b.name])[:, None] * as_float32(b[:outputs])
-        return products(parts, scaled_a, scaled_b, 1.0)
+        scaled = as_float32(tensors[own_b.name])[:, None] * as_float32(b[:outputs]) * as_float32(tensors[own_d.name])
+        return products(parts, shared.setdefault(inputs, a[:, :inputs]), scaled, 1.0)
 
     return make
 
 
-VERA = Method(FieldTable(_FIELDS, ("r",)), _parse, "LoRA, where the file has the projections (save_projection)")
+VERA = Method(_parse, "LoRA, where the file has the projections (save_projection)")
