@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from truffula.weights.checkpoint import Array
+from truffula.weights.finite import first_non_finite
 from truffula.weights.gguf_quants import BY_NAME, BlockFormat
 from truffula.weights.quantised.bits import affine, table
 from truffula.weights.quantised.logical import Logical
@@ -110,7 +112,7 @@ def pack_float8(kind: str, codes: Array, scales: Array, group: int) -> Array | N
     """
     (rows, inputs), size = codes.shape, FLOAT8[kind].size
     scales = np.take(scales, np.arange(0, inputs, size) // group, 1).astype(np.float32)
-    if not np.isfinite(scales).all() or ((codes & 0x7F) == 0x7F).any():
+    if not np.isfinite(scales).all() or first_non_finite(codes.view(ml_dtypes.float8_e4m3fn)) is not None:
         return None
     blocks = np.zeros((rows, -(-inputs // size), 4 + size), np.uint8)
     blocks[..., :4] = scales[..., None].view(np.uint8)
