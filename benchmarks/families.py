@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
 from truffula import LLM, SamplingParams
+from truffula.errors import TruffulaError
 from truffula.kernels.host import usable_cpus
 
 ROWS, PROMPT = 8, 32
@@ -188,11 +190,19 @@ def main() -> None:
     title = f"{ROWS} rows, {PROMPT} + {new} tokens, bfloat16, {options.threads} threads: output tokens/s, median"
     table = Table("family", "served", "shape", "M parameters", "truffula", "transformers", "x (each round)",
                   "prefix hits", title=title)  # fmt: skip
+    refused: list[str] = []
     for family in options.families or (SMOKE if options.smoke else FAMILIES):
         for tiny in (True,) if options.smoke else (True, False):
-            name, served, *rest = measure(family, tiny=tiny, rounds=rounds, new=new, threads=options.threads)
-            table.add_row(name, served, "tiny" if tiny else "", *rest)
+            shape = "tiny" if tiny else ""
+            try:
+                name, served, *rest = measure(family, tiny=tiny, rounds=rounds, new=new, threads=options.threads)
+            except TruffulaError as error:
+                refused.append(f"{family} {shape}: {error.message}")
+                continue
+            table.add_row(name, served, shape, *rest)
     Console(width=120).print(table)
+    if refused:
+        sys.exit("\n".join(["Not measured:", *refused]))
 
 
 if __name__ == "__main__":
