@@ -31,6 +31,7 @@ from quantised_files import Fixture, as_model, write_folder  # noqa: E402
 from rig import Rig  # noqa: E402
 
 from truffula.lora.image import AdapterFacts, KvPrefix  # noqa: E402
+from truffula.lora.refused import REFUSED as OTHER_METHODS  # noqa: E402
 from truffula.testing.programs import Driver  # noqa: E402
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint  # noqa: E402
 from truffula.weights.open import open_checkpoint  # noqa: E402
