@@ -20,6 +20,7 @@ BUILD = ROOT / "build" / "sanitize"
 TESTS = (
     "test_row_ops",
     "test_linear_adapters",
+    "test_adapter_parts",
     "test_paged_attention",
     "test_logits_op",
     "test_cpu_exact",

@@ -187,7 +187,7 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
     (
         "a saved convolution",
         beside("model.layers.0.conv1d.weight", ONES, modules_to_save=["conv1d"]),
-        ["linear layers, norms, the embedding and the head", "without it in modules_to_save"],
+        ["linear layers, norms, the embedding and the head", "Train the adapter without it"],
     ),
     ("a bias", beside("model.layers.0.self_attn.q_proj.base_layer.bias", ONES[0]), ["bias is 'none'"]),
     (

@@ -252,7 +252,11 @@ class BaseWeights:
         numbers = np.asarray(values, np.float32)
         if kept or form == "float32":
             return numbers
-        return q8_0(numbers) if form == "q8_0" else np.asarray(numbers.astype(ml_dtypes.bfloat16), np.float32)
+        if form == "q8_0":
+            return q8_0(numbers)
+        if form != "bfloat16":
+            raise _unavailable(f"how {form} rounds {decl.name} is not known here")
+        return np.asarray(numbers.astype(ml_dtypes.bfloat16), np.float32)
 
     def _checkpoint(self) -> Checkpoint:
         if self._opened is None:

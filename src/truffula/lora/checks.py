@@ -13,6 +13,7 @@ from truffula.lora.keys import KeyPlan, left_out_words, listed
 from truffula.lora.parsed import BaseFacts, Pair, ParsedAdapter, Sites, leaf_of, names_in_use
 from truffula.lora.patterns import Targets, is_named, tied_tables
 from truffula.lora.roots import TEXT_ROOTS, tail_of
+from truffula.lora.saved import is_whole
 from truffula.lora.stacked import pair_shapes
 from truffula.weights.checkpoint import TensorInfo
 
@@ -65,14 +66,15 @@ def check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str, sta
         if module in stacked:
             continue
         parts = sites.by_name[module]
+        if parts[0][0].kind == "norm":
+            raise AdapterError(f"{plan.a[module]}: {module} is a norm, which has no LoRA.", param=plan.a[module])
         if (parts[0][0].kind == "embed") != (module in plan.embeddings):
             raise AdapterError(
                 f"{plan.a[module]}: LoRA on an embedding is saved as lora_embedding_A and lora_embedding_B, on a "
                 "linear layer as lora_A.weight and lora_B.weight. The adapter was made for another base.",
                 param=plan.a[module],
             )
-        starts, ends = [part.lo for _, part in parts], [part.hi for _, part in parts]
-        if [*starts, parts[0][1].of] != [0, *ends]:  # with a gap, or an overlap
+        if not is_whole(tuple(parts)):  # with a gap, or an overlap
             raise AdapterError(f"{module} cannot be adapted as one module in {base.model}.", param=plan.a[module])
 
 

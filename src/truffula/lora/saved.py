@@ -102,7 +102,7 @@ class _Matcher:
         for module, key, copy in every:
             if not copy and not is_saved(module, self.settings.modules_to_save):
                 raise _stray(key, "modules_to_save", "Its modules_to_save does not name this module")
-            parts = self._parts(module, key)
+            parts = self._parts(module, key, "modules_to_save")
             check_weight(self.infos[key], parts, "save_embedding_layers" if copy else "modules_to_save")
             # PEFT loads a copy into the base, whose embedding and head may be one tensor.
             shared = self.tied and _is_table(parts[0][0]) and (copy or tied_tables(self.settings) == "saved")
@@ -115,7 +115,7 @@ class _Matcher:
             copy = module == self.tables.get("head") and not (named or of_all)
             if not (named or of_all or copy):
                 raise _stray(key, "bias", "Its bias is 'none' and its modules_to_save does not name this module")
-            parts = self._parts(module, key)
+            parts = self._parts(module, key, "modules_to_save" if named else "bias")
             _check_shape(self.infos[key], (parts[0][1].of,))
             yield Saved("bias", module, self.infos[key], parts, copy=copy)
 
@@ -129,7 +129,7 @@ class _Matcher:
             if entry is None:
                 raise _stray(key, "trainable_token_indices", "Its trainable_token_indices does not name this table")
             used.add(entry)
-            parts, ids = self._parts(module, key), tuple(by_entry[entry])
+            parts, ids = self._parts(module, key, "trainable_token_indices"), tuple(by_entry[entry])
             site = parts[0][0]
             if not _is_table(site):
                 raise AdapterError(f"{key}: trained rows are of an embedding or a head.", param=key)
@@ -168,16 +168,25 @@ class _Matcher:
         if shared and other is not None and not has_own:
             yield Saved(kind, module, info, tuple(self.sites.by_name[other]), ids, shared, copy)
 
-    def _parts(self, module: str, key: str) -> Parts:
-        found = self.sites.by_name.get(module)
-        if found is None:
+    def _parts(self, module: str, key: str, field: str) -> Parts:
+        found = tuple(self.sites.by_name.get(module, ()))
+        if not found:
             raise AdapterError(
-                f"{key}: whole tensors are served for linear layers, norms, the embedding and the head of the base, "
-                f"and {module} is none of these here. Save the adapter without it in modules_to_save.",
-                param="modules_to_save",
-                key=key,
+                f"{key} ({field}): whole tensors are served for linear layers, norms, the embedding and the head of "
+                f"the base, and {module} is none of these here. Train the adapter without it.",
+                param=field, key=key,
+            )  # fmt: skip
+        if not is_whole(found):
+            raise AdapterError(
+                f"{key} ({field}): {module} cannot be replaced as one module here.", param=field, key=key
             )
-        return tuple(found)
+        return found
+
+
+def is_whole(parts: Parts) -> bool:
+    """Whether the rows of a module's sites, in their order, are all of its rows, each once."""
+    starts, ends = [part.lo for _, part in parts], [part.hi for _, part in parts]
+    return [*starts, parts[0][1].of] == [0, *ends]
 
 
 def check_weight(info: TensorInfo, parts: Parts, field: str) -> None:

@@ -180,6 +180,8 @@ static void apply_deltas(DeltaSpan span, int32_t disjoint, int r, int rows, int 
     float* to = y + (part.row - r) * y_stride + kLanes * part.at;
     const float* h = delta->h + (part.row - delta->lo) * delta->h_stride;
     if (delta->role == kScales) {
+      if (part.panel + part.panels < delta->b.panels)  // what the next tile reads of it
+        prefetch((const uint8_t*)(delta->column + kLanes * (part.panel + part.panels)), 4 * kLanes * part.panels);
       for (int p = 0; p < part.panels; ++p) {
         const V weight = set1(delta->weight), left = set1(1.0f) - weight * lanes_of(delta, part.panel + p);
         const V factor = fma(weight, column_of(delta, part.panel + p), left);
