@@ -123,7 +123,7 @@ def test_leased_and_pinned_adapters_stay(tmp_path: Path) -> None:
         lease = r.pool.acquire(r.loaded(b))
         assert lease is not None
         third = r.loaded(c)  # read, but there is no room for it
-        assert r.pool.acquire(third) is None and not r.pool.is_pending(third)
+        assert r.pool.acquire(third) is None and not r.pool.is_pending([third])
         assert {s.name: s.status for s in r.pool.states()} == {"a": "resident", "b": "resident", "c": "ready"}
         r.pool.release(lease)
         taken = r.pool.acquire(third)
@@ -351,7 +351,7 @@ def test_at_most_one_adapter_is_uploaded_between_two_polls(tmp_path: Path) -> No
             lease = r.pool.acquire(generation)
             others = [r.pool.acquire(other) for other in loaded if other not in loaded[:turn]]
             assert lease is not None and others == [None] * (4 - turn)
-            assert all(r.pool.is_pending(other) for other in loaded[turn:])
+            assert all(r.pool.is_pending([other]) for other in loaded[turn:])
             assert r.table.num_uploads == turn
             r.poll()
 
@@ -363,7 +363,7 @@ def test_an_upload_that_has_not_ended_is_waited_for(tmp_path: Path) -> None:
         r.table.slow = True
         command = r.command("load", ref)
         for _ in range(3):
-            assert r.pool.acquire(generation) is None and r.pool.is_pending(generation)
+            assert r.pool.acquire(generation) is None and r.pool.is_pending([generation])
             assert [s.status for s in r.pool.states()] == ["uploading"] and not command.done()
             assert r.pool.oldest() is None and r.pool.leased_bytes == r.pool.resident_bytes > 0
             assert r.pool.poll_timeout() == RETRY_POLL_S
@@ -372,7 +372,7 @@ def test_an_upload_that_has_not_ended_is_waited_for(tmp_path: Path) -> None:
         r.poll()
         assert command.result()[0].status == "resident" and r.pool.leased_bytes == 0
         lease = r.pool.acquire(generation)
-        assert lease is not None and not r.pool.is_pending(generation)
+        assert lease is not None and not r.pool.is_pending([generation])
 
 
 def test_an_adapter_that_is_unloaded_during_its_upload_is_dropped_after_it(tmp_path: Path) -> None:
