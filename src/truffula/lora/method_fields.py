@@ -1,5 +1,5 @@
 """A verdict for every field of the methods of PEFT other than LoRA, by ``peft_type``. Imports nothing heavy: a server
-checks configurations with it. What becomes of an adapter is in ``lora/methods``."""
+checks configurations with it. The methods themselves are in ``lora/methods``."""
 
 from __future__ import annotations
 
