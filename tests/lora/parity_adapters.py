@@ -31,6 +31,7 @@ from quantised_files import Fixture, as_model, write_folder  # noqa: E402
 from rig import Rig  # noqa: E402
 
 from truffula.lora.image import AdapterFacts, KvPrefix  # noqa: E402
+from truffula.lora.refused import REFUSED as OTHER_METHODS  # noqa: E402
 from truffula.testing.programs import Driver  # noqa: E402
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint  # noqa: E402
 from truffula.weights.open import open_checkpoint  # noqa: E402
@@ -165,12 +166,11 @@ def results(model: ParityModel, kinds: list[Kind], checks: list[str]) -> Iterato
 
 def refusals() -> Iterator[tuple[str, str]]:
     """What is refused, and the message: fields, methods, files."""
-    from peft import PeftType
     from test_adapter_fields import PLAIN, REFUSED
     from test_adapter_messages import MESSAGES, WRAPPED, configured, refusal
 
     made = [(f"{name} = {value!r}", configured(**PLAIN | {name: value})) for name, value in REFUSED]
-    made += [(f"peft_type {kind.value}", configured(peft_type=kind.value)) for kind in PeftType if kind.value != "LORA"]
+    made += [(f"peft_type {name}", configured(peft_type=name)) for name in OTHER_METHODS]
     for label, make in [*made, *((name, make) for name, make, _ in (*WRAPPED, *MESSAGES))]:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder) / "adapter")

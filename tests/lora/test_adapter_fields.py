@@ -11,7 +11,7 @@ import pytest
 from lora_bases import llama_sites, validate
 
 from truffula.errors import AdapterError
-from truffula.lora.fields import FIELDS, MAX_CONFIG_BYTES, field_rows, parse_config
+from truffula.lora.fields import FIELDS, MAX_CONFIG_BYTES, field_rows, parse_config, read_settings
 from truffula.lora.peft import inspect_adapter
 from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
 
@@ -243,3 +243,9 @@ def test_a_written_configuration_is_pefts_own(tmp_path: Path) -> None:
     write_tiny_adapter(tmp_path, llama_sites())
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert set(written) <= {field.name for field in dataclasses.fields(LoraConfig)}
+
+
+def test_the_settings_of_lora_are_not_read_from_another_method() -> None:
+    with pytest.raises(AdapterError) as caught:
+        read_settings(PLAIN | {"peft_type": "HIRA"})
+    assert caught.value.param == "peft_type"

@@ -14,6 +14,9 @@ import msgspec
 import numpy as np
 import pytest
 from lora_bases import BASE, KV, D, F, llama_sites
+from parity_adapters import write_base
+from parity_kinds import Kind
+from parity_methods import KINDS
 
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import InputScale, LowRank, Rows
@@ -23,11 +26,13 @@ from truffula.lora.methods import METHODS
 from truffula.lora.peft import BaseFacts, inspect_adapter, validate_adapter
 from truffula.lora.refused import REFUSED
 from truffula.testing.adapters import PREFIX, write_adapter
+from truffula.testing.parity import verify_model
 
 Tensors = dict[str, Any]
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 SOURCE = BaseSource("", (), {}, {}, kv=(KvLayer(3, 2, 4), KvLayer(7, 2, 4)))
 SHAPES = {Q: (16, D), DOWN: (D, F)}
+VERIFIED = ("aLoRA", "prompt tuning", "prefix tuning")
 
 
 def values(*shape: int, seed: int = 0) -> Any:
@@ -308,3 +313,12 @@ def test_an_activated_lora_needs_a_model_that_computes_rows_apart(tmp_path: Path
     weights = BaseWeights(dataclasses.replace(SOURCE, serial=True))
     with pytest.raises(AdapterError, match="one sequence at a time"):
         validate_adapter(tmp_path, llama_sites(), base=BaseFacts(BASE.model, weights))
+
+
+@pytest.mark.slow  # peft makes them
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in VERIFIED], ids=lambda kind: kind.name)
+def test_verify_compares_what_acts_in_peft_s_wrapper(tmp_path: Path, kind: Kind) -> None:
+    base = write_base(tmp_path / "model", "llama", tied=False)
+    report = verify_model(base, adapter=kind.make(tmp_path / "adapter", base, 0), new_tokens=6)
+    assert report.ok and len(report.rows) > 10, report.first_divergence

@@ -164,13 +164,6 @@ class BaseWeights:
         """Whether embedding and head are one tensor."""
         return self.source.tied
 
-    def knows(self, site: Site) -> bool:
-        return site.id in self.source.sites
-
-    def part(self, site: Site) -> WeightPart:
-        """How the files hold the site's weight."""
-        return self._decl(self._place(site).weight).parts[0]
-
     def has_bias(self, site: Site) -> bool:
         return self._place(site).bias is not None
 

@@ -80,7 +80,7 @@ _SUBTRACTED = "the part of the base that training began with is computed when th
 _FIRST_PATTERN = "the first matching pattern in the file's order applies"
 
 FIELDS: Mapping[str, Field] = {
-    "peft_type": Field("check", "LORA, or another method that is served"),
+    "peft_type": Field("check", "LORA, or another method that is served", Literal["LORA"] | None),
     "task_type": Field(
         "check", "must be CAUSAL_LM or null: other tasks need another head", Literal["CAUSAL_LM"] | None
     ),

@@ -1,5 +1,5 @@
 """A verdict for every field of the methods of PEFT other than LoRA, by ``peft_type``. Imports nothing heavy: a server
-checks configurations with it. What becomes of an adapter is in ``lora/methods``."""
+checks configurations with it. The methods themselves are in ``lora/methods``."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def _no_bias(own: str) -> Field:
     return Field("refuse", note, harmless=lambda value: is_empty(value) or value == "none")
 
 
-COMMON = _lora(
-    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"
-)
+COMMON = {
+    "peft_type": Field("check", "the method"),
+    **_lora("task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"),
+}
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SAVED = Field("refuse", "fully trained modules beside this method; train without it", harmless=_no_text_modules)
 
