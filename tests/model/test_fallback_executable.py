@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from fallback_types import small_config, write_small
 
 from truffula.errors import KernelError
-from truffula.kernels.adapters import AdapterLayout, Place, low_rank, make_image
+from truffula.kernels.adapters import (
+    AdapterLayout,
+    Bias,
+    ColumnScale,
+    InputScale,
+    Place,
+    Replace,
+    Rows,
+    SiteTensors,
+    low_rank,
+    make_image,
+)
 from truffula.kernels.inputs import Capacity, SequenceSampling, StepInputs
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.slots import AdapterSlots
-from truffula.model.fallback.adapters import AdapterHooks
+from truffula.model.fallback.adapters import AdapterHooks, layout_of_sites
 from truffula.model.fallback.backend import TransformersBackend
 from truffula.model.load import WeightReader, plan_model
 from truffula.testing.programs import Part, fill_step
@@ -69,3 +82,35 @@ def test_an_adapter_on_a_module_that_sees_other_rows_is_an_error():
         model(x)
     hooks.prepare_one(segments)  # all rows are of one sequence: kv_b_proj of latent attention sees its cached ones too
     assert (model(x) - x @ model[0].weight.T).detach().round().tolist() == [[4.0] * 4] * 5
+
+
+@torch.inference_mode()
+def test_every_part_acts_behind_a_modules_own_bias():
+    """Rows of a segment alone, by the site contract of kernels/adapters.py; a table's scale is behind its adapter."""
+    rng = np.random.default_rng(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(6, 4), torch.nn.Linear(4, 3))
+    model[0].embed_scale = 2.0
+    sites = [
+        Site(0, "embed", None, 6, 4, (ModuleSlice("0", 0, 4, 4),)),
+        Site(1, "linear", 0, 4, 3, (ModuleSlice("1", 0, 3, 3),)),
+    ]
+    layout = layout_of_sites(SimpleNamespace(sites=sites))
+    hooks, adapters = AdapterHooks(model, sites, ()), AdapterSlots(layout, torch.device("cpu"))
+    row, c, u, b = (rng.standard_normal(n).astype(np.float32) for n in ((1, 4), 3, 4, 3))
+    own = rng.standard_normal((3, 4)).astype(np.float32)
+    parts = [
+        SiteTensors(0, (Rows(np.array([5], np.int32), row),)),
+        SiteTensors(1, (ColumnScale(c), InputScale(u), Bias(b), Replace(own))),
+    ]
+    inputs = StepInputs.allocate(CAPACITY, 1)
+    inputs.G, inputs.seg[0] = 1, (0, 2, adapters.add(make_image(layout, parts, generation="a")))
+    inputs.seg_weight[0] = 1.0
+    ids = torch.tensor([5, 1, 5])
+    hooks.prepare(3, (), 0, ())
+    base = model(ids).detach().numpy()
+    hooks.prepare(3, adapters.segments(inputs, inputs.seg[:, :2]), 0, ())
+    got = model(ids).detach().numpy()
+    x = 2.0 * np.stack([row[0], model[0].weight.detach().numpy()[1]])
+    wanted = c * ((x * u) @ own.T) + model[1].bias.detach().numpy() + b
+    np.testing.assert_allclose(got[:2], wanted, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(got[2], base[2])

@@ -254,7 +254,7 @@ constexpr std::array<std::array<int64_t, 5>, 7> kSites{{{1, 0, 64, 0, kVocab},
 constexpr int64_t kScaledRank = 20;
 int32_t add_adapter(Executable& e, int64_t rank, size_t sites, Memory& image) {
   const int64_t place = 64 * 4 * 64 * 8;  // bytes, for any tensor of these
-  image = Memory(static_cast<size_t>(16 * place));
+  image = Memory(static_cast<size_t>(40 * place));
   std::vector<PartRow> rows;
   int64_t at = 0;
   const auto add = [&](int64_t outputs, int64_t inputs, bool table, int64_t latent) {

@@ -196,7 +196,7 @@ Case embed_case(int32_t number) {
   for (const Adapter& one : made->adapters) made->deltas.push_back(one.delta), made->deltas.back().ids = one.ids.data();
   set_bounds(made->deltas.data(), static_cast<int32_t>(made->deltas.size()));
   made->call = {{made->w.packed.data, made->w.packed.panel_bytes, format, inputs, 50}, {}, {}, 3.3f, numbers.below(2),
-                numbers.below(2), made->deltas.data(), static_cast<int32_t>(made->deltas.size())};
+                numbers.below(2), made->deltas.data(), static_cast<int32_t>(made->deltas.size()), 0};
   if (numbers.below(2)) made->call.add = made->add.rows();
   return {numbers.wild, [made](const Kernels& table) {
     const RowArray out(made->rows, made->inputs);
