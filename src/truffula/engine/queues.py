@@ -133,15 +133,20 @@ class WaitingQueues:
             unbound = [one for one in self._first(key, self._limits.max_running) if not one.ready]
             if not unbound:  # they wait behind a full window of sequences that are ready
                 continue
-            refs = sources_of(unbound[0])
+            # Without those that all of them have a lease on: such a source may have been unloaded meanwhile.
+            lacking = [source for source in key if any(source not in one.loaded_leases for one in unbound)]
+            refs = {source: ref for source, ref in sources_of(unbound[0]).items() if source in lacking}
             enough = max(loading[origin_of(ref)] for ref in refs.values()) >= most or self.num_ready() >= most
             if enough and key not in self._loading and not all(map(self._adapters.is_loaded, refs.values())):
                 self._unbound.move_to_end(key)
                 continue
             found = {source: self._adapters.lookup(ref, now) for source, ref in refs.items()}
-            error = next((status.error for status in found.values() if status.error is not None), None)
-            if error is not None:
-                ended += [(one, error) for one in self._queues[key].values() if not one.ready]
+            failed = next(
+                ((source, status.error) for source, status in found.items() if status.error is not None), None
+            )
+            if failed is not None:
+                source, error = failed
+                ended += [(one, error) for one in self._queues[key].values() if source not in one.loaded_leases]
                 continue
             for source, status in found.items():
                 if status.generation is not None:
