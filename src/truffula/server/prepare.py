@@ -156,7 +156,7 @@ async def addressed(request: Request, made: Sequence[GenerateRequest], address: 
     record.max_tokens = made[0].params.max_tokens
     salt = prefix_salt(request, address.salt, state.config.salt_by_api_key)
     if adapter is not None and (rights := adapter.rights):
-        salt = f"{','.join(rights)}:{salt}"  # a right is a tenant: what one caches says nothing to another
+        salt = f"{','.join(rights)}:{salt}"  # a right is a tenant: none sees what another has cached
     whose = {"salt": salt, "tenant": access.tenant or "", "weight": access.weight}
     return [replace(one, adapter=adapter, request_id=record.request_id, **whose) for one in made]
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from truffula.errors import TruffulaError
 from truffula.metrics import Metrics
-from truffula.service import AsyncService
+from truffula.service.aio import AsyncService
 from truffula.types import AdapterRef, GenerateRequest
 
 MOST = 8
