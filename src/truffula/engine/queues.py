@@ -134,7 +134,7 @@ class WaitingQueues:
             if not unbound:  # they wait behind a full window of sequences that are ready
                 continue
             # Without those that all of them have a lease on: such a source may have been unloaded meanwhile.
-            lacking = [source for source in key if any(source not in one.loaded_leases for one in unbound)]
+            lacking = [source for source in key[1] if any(source not in one.loaded_leases for one in unbound)]
             refs = {source: ref for source, ref in sources_of(unbound[0]).items() if source in lacking}
             enough = max(loading[origin_of(ref)] for ref in refs.values()) >= most or self.num_ready() >= most
             if enough and key not in self._loading and not all(map(self._adapters.is_loaded, refs.values())):

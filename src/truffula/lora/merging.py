@@ -26,10 +26,10 @@ import numpy as np
 from truffula.errors import AdapterError, InvalidRequest
 from truffula.kernels.backend import Array
 from truffula.kernels.inputs import Float32
+from truffula.lora.checks import check_values, left_out_warnings
 from truffula.lora.fields import LoraSettings, is_empty, parse_config, read_settings
 from truffula.lora.folder import AdapterFiles
 from truffula.lora.keys import PREFIX, KeyPlan, listed, plan_keys
-from truffula.lora.matching import check_values, left_out_warnings
 from truffula.lora.paths import CONFIG, TENSORS
 from truffula.lora.patterns import PatternTable, matching_limit
 from truffula.types import MergeMethod
