@@ -60,7 +60,7 @@ def refused(url: str) -> dict:
         "merged": lambda: client.generate("Hello", merged_adapters=merged),
         "merged stream": lambda: list(client.generate_stream("Hello", merged_adapters=merged)),
         "watermark": lambda: client.generate("Hello", watermark=True),
-        "adapter_source": lambda: client.generate("Hello", adapter_id="pirate", adapter_source="s3"),
+        "adapter_source": lambda: client.generate("Hello", adapter_id="pirate", adapter_source="pbase"),
         "unknown adapter": lambda: list(client.generate_stream("Hello", adapter_id="nobody")),
     }
     for name, call in calls.items():
