@@ -2,7 +2,7 @@
 
     entries/ID/       the files of one adapter; ID is the hash of their names and bytes, so that damage is noticed
     sources/KEY       which entry a source had, by which marks (``Stamp``); no name, URL or credential is written
-    scratch/…         downloads that are not finished; one that nobody has locked was left by a killed process
+    scratch/…         downloads that are not finished; one without a lock was left by a killed process
 
 An entry appears by one rename, complete. A reader holds a shared lock of the entry's folder (``flock``), and an entry
 is evicted under an exclusive one, least recently used first: time of use is the folder's mtime. Changes of the cache
@@ -131,7 +131,7 @@ class DiskCache:
     def store(self, key: str, stamps: Mapping[str, Stamp], checked: str | None, scratch: Scratch) -> tuple[str, Path]:
         """Make a scratch folder an entry, and that the source's. Returns the entry's id, and where the files are.
 
-        One that does not fit stays where it is. Nobody evicts the entry until the ``scratch`` block ends.
+        One that does not fit stays where it is. It is not evicted before the ``scratch`` block ends.
         """
         folder = scratch.folder
         entry = content_id(folder)
@@ -183,7 +183,7 @@ class DiskCache:
             used -= size if self._evict(path) else 0
 
     def _evict(self, path: Path) -> bool:
-        """Remove an entry unless somebody reads it."""
+        """Remove an entry unless a process reads it."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

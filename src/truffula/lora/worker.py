@@ -178,7 +178,7 @@ def load(
     """
     started = time.monotonic()
     try:
-        with _located(request, setup, staging) as found:
+        with _adapter_files(request, setup, staging) as found:
             response = LoadResponse(ticket=request.ticket, commit=found.commit, warnings=found.warnings)
             if found.folder is not None:
                 root = Path(request.ref.root) if request.ref.root and request.ref.kind == "local" else None
@@ -251,7 +251,7 @@ def out_of_memory(request: LoadRequest, setup: Setup) -> LoadResponse:
 
 
 @contextlib.contextmanager
-def _located(request: LoadRequest, setup: Setup, staging: Sequence[Path]) -> Iterator[Fetched]:
+def _adapter_files(request: LoadRequest, setup: Setup, staging: Sequence[Path]) -> Iterator[Fetched]:
     """The adapter's folder, on this machine or fetched."""
     ref = request.ref
     if ref.kind == "local":

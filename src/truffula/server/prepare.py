@@ -148,7 +148,7 @@ async def addressed(request: Request, made: Sequence[GenerateRequest], address: 
     record.max_tokens = made[0].params.max_tokens
     salt = prefix_salt(request, address.salt, state.config.salt_by_api_key)
     if adapter is not None and adapter.credential is not None:
-        salt = f"{adapter.credential.id}:{salt}"  # a right is a tenant: what one caches says nothing to another
+        salt = f"{adapter.credential.id}:{salt}"  # each right has prefix-cache blocks of its own
     return [replace(one, adapter=adapter, request_id=record.request_id, salt=salt) for one in made]
 
 
