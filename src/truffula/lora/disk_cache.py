@@ -140,7 +140,7 @@ class DiskCache:
             return entry, folder
         with self._locked():
             target = self._entries / entry
-            self._entries.mkdir(exist_ok=True)
+            self._entries.mkdir(exist_ok=True, mode=0o700)
             if not target.is_dir():
                 self._make_room(nbytes)
                 folder.rename(target)
@@ -162,7 +162,7 @@ class DiskCache:
 
     def _note(self, key: str, source: CachedSource) -> None:
         known = self.find(key)
-        self._sources.mkdir(exist_ok=True)
+        self._sources.mkdir(exist_ok=True, mode=0o700)
         fresh = self._sources / f".{uuid.uuid4().hex}"
         fresh.write_bytes(msgspec.json.encode(source))
         fresh.replace(self._sources / key)
