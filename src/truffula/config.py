@@ -168,7 +168,7 @@ class ServerConfig:
     adapters: Mapping[str, str] = _option(
         MappingProxyType({}),
         "Common",
-        "serve the adapter in FOLDER (PEFT format, or a Hub id) as NAME; without NAME=, the folder's name is used",
+        "serve the adapter in FOLDER (or a Hub id, or a URL) as NAME; without NAME=, the folder's name is used",
         short="-a",
     )
     adapter_dir: Path | None = _option(

@@ -53,8 +53,8 @@ class Adapters:
         self._directory = directory
 
     def load(self, name: str, source: str | Path | None = None) -> AdapterState:
-        """Load the adapter ``name`` and wait until it is ready. ``source``: a folder or a Hub id, unless ``name`` is
-        known.
+        """Load the adapter ``name`` and wait until it is ready. ``source``: a folder, a Hub id or a URL, unless
+        ``name`` is known.
 
         Raises ``AdapterNotFound``, ``AdapterError`` (broken, unsupported, of another base), ``AdapterLoadError``,
         ``InsufficientMemory``.
@@ -131,7 +131,7 @@ class LLM:
 
     Args:
         model: A folder, a ``.gguf`` file, an alias, or a Hub id.
-        adapters: Name → folder or Hub id. They are loaded when first used.
+        adapters: Name → folder, Hub id or URL. They are loaded when first used.
         device, dtype: Compute device and dtype; ``auto`` selects the faster of float32 and bfloat16.
         transport: Where the engine runs: in the calling thread (``inline``), or in a process of its own (``process``).
         chat_template: Jinja source that replaces the model's template.

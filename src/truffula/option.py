@@ -263,7 +263,7 @@ _KINDS: Mapping[Kind, _KindSpec] = MappingProxyType(
         "mapping": _KindSpec(
             Mapping[str, str],
             _mapping,
-            "NAME=FOLDER, NAME=ORG/REPO or a folder alone, several separated by commas",
+            "NAME=FOLDER, NAME=ORG/REPO, NAME=URL or a folder alone, several separated by commas",
             "NAME=FOLDER",
         ),
     }

@@ -277,6 +277,25 @@ def test_a_thousand_waiting_adapters_load_a_few_at_a_time():
     assert len(rig.loader.started) <= 12
 
 
+def test_a_source_that_hangs_keeps_only_its_own_adapters_from_loading():
+    rig = Rig(limits(prefetch_adapters=5, max_running=2))
+    rig.loader.automatic = False
+    for i in range(100):
+        hanging = AdapterRef(name=f"h{i}", kind="s3", locator=f"s3://hangs/h{i}")
+        rig.add(request(f"h{i}", [1, 2], adapter=hanging, max_tokens=1))
+    rig.step()
+    assert len(rig.loader.started) == 5
+    elsewhere = AdapterRef(name="e", kind="s3", locator="s3://other/e")
+    rig.add(request("e", [1, 2], adapter=elsewhere, max_tokens=1))
+    rig.add(request("local", [1, 2], adapter="local", max_tokens=1))
+    for _ in range(2 + 100 // 5):  # a step looks at some of the adapters that wait
+        rig.step()
+        rig.loader.finish(["s3://other/e", "local"])
+    rig.step()
+    assert rig.answers["e"].final is not None and rig.answers["local"].final is not None
+    assert len(rig.loader.started) == 7
+
+
 def test_a_short_prompt_does_not_wait_for_a_long_one_of_its_adapter():
     rig = Rig(limits(max_model_len=2000, step_tokens=16, num_blocks=800))
     rig.add(request("long", [9] * 1600, max_tokens=1))

@@ -388,3 +388,50 @@ def test_a_listing_notices_what_changes_inside_of_subfolders(tmp_path: Path, mon
     adapter(root / "d")
     adapter(root / "a")
     assert directory.names() == ["a", "b", "d"]
+
+
+def test_urls_are_named_by_the_operator_or_match_a_pattern(tmp_path: Path) -> None:
+    directory = AdapterDirectory(
+        {"ours": "s3://models/team/a/", "hub": f"org/x@{'a' * 40}", "moving": "org/x"},
+        allow_source=("s3://models/open/*", "https://host/x/*/y", "az://account/box/*"),
+        allow_hub=("org/*",),
+        recheck_s=60,
+    )
+    ours = directory.resolve("ours")
+    assert ours is not None and (ours.kind, ours.locator, ours.root) == (
+        *("s3", "s3://models/team/a"),
+        "s3://models/team/a/*",
+    )
+    assert ours.fingerprint.isdigit()  # the period in which it is checked
+    fixed, moving = directory.resolve("hub"), directory.resolve("moving")
+    assert fixed is not None and moving is not None and (fixed.fingerprint, moving.fingerprint != "") == ("", True)
+    for name, source, url in (
+        ("s3://models/open/a/b", None, "s3://models/open/a/b"),
+        ("models/open/a", "s3", "s3://models/open/a"),
+        ("host/x/1/y", "http", "https://host/x/1/y"),
+        ("az://account/box/a", "azure", "az://account/box/a"),
+    ):
+        ref = directory.resolve(name, source)
+        assert ref is not None and ref.name == ref.locator == url
+    wrong = [
+        *("s3://models/open", "s3://models/openly", "s3://models/open/../team/a", "s3://models/open/%2e%2e/a"),
+        *("s3://other/open/a", "s3://models/open//a", "S3://models/open/a", "s3://models/open/a b", "az://account/box"),
+        *(
+            "http://host/x/1/y",
+            "https://host:444/x/1/y",
+            "https://u@host/x/1/y",
+            "https://host/x/1/y?q",
+            "gs://models/a",
+        ),
+        *("file:///etc/passwd", "s3://models/team/a", "s3://models/open/" + "a" * 600, "s3://[::1]/open/a"),
+    ]
+    for name in wrong:
+        with pytest.raises(AdapterNotFound, match="GET /v1/models"):
+            directory.resolve(name)
+    with pytest.raises(AdapterNotFound):
+        directory.resolve("s3://models/open/a", "http")
+    with pytest.raises(ConfigError, match="Write NAME=URL"):
+        AdapterDirectory({"s3://models/x": "1/a"})
+    for source in ("s3://Models/a", "https://host/a?b=c", "gs://bucket"):
+        with pytest.raises(ConfigError, match="is not the URL of an adapter"):
+            AdapterDirectory({"a": source})

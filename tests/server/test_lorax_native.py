@@ -250,7 +250,7 @@ def test_a_stream_without_details(live):
         ({"grammar": {"type": "regex", "value": "("}}, "grammar"),
         ({"response_format": {"type": "json_object", "schema": {"not": {}}}}, "response_format"),
         ({"merged_adapters": {"ids": [], "weights": []}}, "merged_adapters.ids"),
-        ({"adapter_id": "pirate", "adapter_source": "s3"}, "adapter_source"),
+        ({"adapter_id": "pirate", "adapter_source": "pbase"}, "adapter_source"),
         ({"adapter_id": 5}, "adapter_id"),
         ([], "parameters"),
     ],

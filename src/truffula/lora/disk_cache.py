@@ -131,7 +131,7 @@ class DiskCache:
     def store(self, key: str, stamps: Mapping[str, Stamp], checked: str | None, scratch: Scratch) -> tuple[str, Path]:
         """Make a scratch folder an entry, and that the source's. Returns the entry's id, and where the files are.
 
-        One that does not fit stays where it is. The entry is not evicted until the ``scratch`` block ends.
+        One that does not fit stays where it is. It is not evicted before the ``scratch`` block ends.
         """
         folder = scratch.folder
         entry = content_id(folder)
@@ -140,7 +140,7 @@ class DiskCache:
             return entry, folder
         with self._locked():
             target = self._entries / entry
-            self._entries.mkdir(exist_ok=True)
+            self._entries.mkdir(exist_ok=True, mode=0o700)
             if not target.is_dir():
                 self._make_room(nbytes)
                 folder.rename(target)
@@ -162,7 +162,7 @@ class DiskCache:
 
     def _note(self, key: str, source: CachedSource) -> None:
         known = self.find(key)
-        self._sources.mkdir(exist_ok=True)
+        self._sources.mkdir(exist_ok=True, mode=0o700)
         fresh = self._sources / f".{uuid.uuid4().hex}"
         fresh.write_bytes(msgspec.json.encode(source))
         fresh.replace(self._sources / key)
@@ -183,7 +183,7 @@ class DiskCache:
             used -= size if self._evict(path) else 0
 
     def _evict(self, path: Path) -> bool:
-        """Remove an entry unless it is being read."""
+        """Remove an entry unless a process reads it."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

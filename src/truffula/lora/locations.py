@@ -22,7 +22,7 @@ _SCHEMES: MappingProxyType[str, UrlKind] = MappingProxyType(
 )
 _EXAMPLES = "s3://BUCKET/PATH, gs://BUCKET/PATH, az://ACCOUNT/CONTAINER/PATH or https://HOST/PATH"
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]{0,251}[a-z0-9])?(:[0-9]{1,5})?", re.ASCII)
-_SEGMENT = re.compile(r"[\w.~+=@,-]{1,255}", re.ASCII)
+_SEGMENT = re.compile(r"[\w.~+=@-]{1,255}", re.ASCII)
 MAX_URL_CHARS = 512
 
 
@@ -70,7 +70,7 @@ def parse_location(text: str) -> Location:
         raise ValueError(f"it names no folder; a source's URL is like {_EXAMPLES}")
     for segment in segments:
         if not _SEGMENT.fullmatch(segment) or segment in (".", ".."):
-            raise ValueError(f"{segment[:80]!r} in its path has other characters than letters, digits and _.~+=@,-")
+            raise ValueError(f"{segment[:80]!r} in its path has other characters than letters, digits and _.~+=@-")
     return Location(kind, f"{scheme}://{host}", path)
 
 

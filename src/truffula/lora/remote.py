@@ -1,8 +1,8 @@
 """An adapter that is not on this machine: compared with its source, then taken from the disk cache, or downloaded.
 
 All its files are of one state of the source: their stamps are equal before and after the download, so there was a
-moment when all of them were the current ones. A request with a credential of its own is checked by the source itself
-at every load, before anything is taken from the cache.
+moment when all of them were the current ones. A client's credential is shown to the source at every
+load, before anything is taken from the cache.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class _Source:
 
     @property
     def checked(self) -> str | None:
-        """What to record of this check: one by a client's right does not prove the operator's."""
+        """What to record of this check: one by a client's right is no check of the operator's."""
         return self.ref.fingerprint if self.ref.credential is None else None
 
     def note(self) -> None:

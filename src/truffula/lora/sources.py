@@ -47,6 +47,7 @@ MAX_NAME_CHARS = 512
 _UNKNOWN = "it is neither set with --adapter nor a subfolder of --adapter-dir"
 LISTING_S = 1.0
 """How long a listing of the adapter folder is good."""
+_COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 SETTLED_NS = 2 * 10**9
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@[\w./-]{1,128})?\Z", re.ASCII)
 MAX_TOKEN_CHARS = 4096
@@ -234,7 +235,8 @@ class AdapterDirectory:
         """``ref`` with the fingerprint that it has now."""
         if ref.kind == "local":
             return _with_fingerprint(ref)
-        if self._recheck_s is None:
+        fixed = ref.kind == "hub" and ref.credential is None and _COMMIT.match(ref.revision or "")
+        if self._recheck_s is None or fixed:
             return ref
         # Not all of them at one time. The clock is the machine's, so that the period is the same after a restart.
         shift = zlib.crc32(ref.locator.encode()) / 2**32
@@ -421,6 +423,10 @@ def _parse_source(name: str, source: Path | str) -> AdapterRef:
         raise ConfigError(
             f"{name[:80]!r} is not a valid adapter name: names have 1 to {MAX_NAME_CHARS} printable characters.",
             param="adapters",
+        )
+    if is_url(name):
+        raise ConfigError(
+            f"{name[:80]!r} is not a valid adapter name: it begins like a URL. Write NAME=URL.", param="adapters"
         )
     folder = expanded(source)
     if folder.is_dir():

@@ -180,7 +180,7 @@ def load(
     """
     started = time.monotonic()
     try:
-        with _fetched(request, setup, staging, on_files) as found:
+        with _adapter_files(request, setup, staging, on_files) as found:
             response = LoadResponse(ticket=request.ticket, commit=found.commit, warnings=found.warnings)
             if found.folder is not None:
                 made = _prepare(found.folder, request, setup, staging, on_files)
@@ -278,7 +278,7 @@ def out_of_memory(request: LoadRequest, setup: Setup) -> LoadResponse:
 
 
 @contextlib.contextmanager
-def _fetched(
+def _adapter_files(
     request: LoadRequest, setup: Setup, staging: Sequence[Path], on_files: Callable[[int], None]
 ) -> Iterator[Fetched]:
     """The adapter's folder, on this machine or fetched."""
@@ -325,7 +325,7 @@ def _merge(
         base = stack.enter_context(_base(setup))
         for part in request.ref.parts:
             wanted = msgspec.structs.replace(request, ref=part.ref, has="")
-            found = stack.enter_context(_fetched(wanted, setup, staging, on_files))
+            found = stack.enter_context(_adapter_files(wanted, setup, staging, on_files))
             assert found.folder is not None
             folder = stack.enter_context(contextlib.closing(open_folder(found.folder, _root(part.ref))))
             opened.append((folder, fingerprint(folder.stat)))
