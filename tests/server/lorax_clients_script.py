@@ -81,7 +81,7 @@ def refused(url: str) -> dict:
         "async classify": lambda: asyncio.run(lorax.AsyncClient(url, timeout=60).classify("Hello")),
         "merged": lambda: client.generate("Hello", merged_adapters=merged_of(["pirate", "org/poet"], "ties", 0.5)),
         "watermark": lambda: client.generate("Hello", watermark=True),
-        "adapter_source": lambda: client.generate("Hello", adapter_id="pirate", adapter_source="s3"),
+        "adapter_source": lambda: client.generate("Hello", adapter_id="pirate", adapter_source="pbase"),
         "unknown adapter": lambda: list(client.generate_stream("Hello", adapter_id="nobody")),
     }
     for name, call in calls.items():
