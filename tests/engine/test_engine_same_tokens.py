@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rig import DEPTHS, VOCAB, HandLoader, Rig, alone, composed, limits, request
 
+from truffula.types import AdapterCommand, AdapterRef
+
 SHARED = [list(range(1, 30)), [7] * 22, [5, 6] * 13]
 
 sampling = st.fixed_dictionaries(
@@ -255,6 +257,23 @@ def test_a_sum_waits_until_all_its_adapters_are_loaded_and_fails_with_the_first_
         rig.answers["both"],
         alone(request("both", [1, 2, 3], adapter=composed({"blue": 0.5, "red": 1.0}), max_tokens=2)),
     )
+
+
+def test_a_part_that_is_unloaded_while_another_loads_is_not_loaded_again():
+    loader = HandLoader(automatic=False)
+    rig = Rig(loader=loader)
+    weights = {"red": 1.0, "blue": 0.5}
+    rig.add(request("both", [1, 2, 3], adapter=composed(weights), max_tokens=2))
+    rig.step()
+    loader.finish(["red"])
+    rig.step()
+    rig.engine.command(AdapterCommand(action="unload", ref=AdapterRef(name="red", locator="red")))
+    rig.step()
+    loader.finish()
+    rig.drain()
+    rig.assert_clean()
+    assert sorted(loader.started) == ["blue", "red"]
+    assert_same(rig.answers["both"], alone(request("both", [1, 2, 3], adapter=composed(weights), max_tokens=2)))
 
 
 def test_an_adapter_with_virtual_tokens_is_refused_in_a_sum():
