@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from truffula.errors import AdapterError, UnsupportedModel
 from truffula.kernels.adapters import Bias, ColumnScale, InputScale, LowRank, Part, Replace, Rows, SiteTensors
@@ -235,7 +236,7 @@ def _matrices(
         if part.name == name:
             stored = values.T if part.transform == "transpose" else values
             if len(decl.shape) == 3:
-                view = arranged(replace(part, order=None), stored, decl.shape)
+                view = arranged(structs.replace(part, order=None), stored, decl.shape)
                 for expert, lo, rows in expert_matrices(replace(decl, parts=(part,)), [view]):
                     yield expert, lo, np.asarray(rows), None
             else:
@@ -255,7 +256,7 @@ def _change_vector(
     numbered: list[Any] = []
     for part, lo, hi in zip(decl.parts, starts, starts[1:], strict=False):
         numbers = np.arange(lo, hi).reshape(infos[part.name].shape)
-        numbered.append(arranged(replace(part, transform=_of_vector(part)), numbers, decl.shape))
+        numbered.append(arranged(structs.replace(part, transform=_of_vector(part)), numbers, decl.shape))
     places = np.concatenate([np.asarray(one).reshape(-1) for one in joined(decl, numbered)])[change.lo : change.hi]
     changed = False
     for part, lo, hi in zip(decl.parts, starts, starts[1:], strict=False):
