@@ -13,7 +13,7 @@ from torch import Tensor
 from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterImage, AdapterLayout
 from truffula.kernels.arena import dead_after, written_by
-from truffula.kernels.inputs import Array, (
+from truffula.kernels.inputs import (
     Array,
     Capacity,
     Float32,

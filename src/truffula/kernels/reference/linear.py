@@ -26,6 +26,7 @@ from truffula.kernels.adapters import (
     require_served,
     tensors_of,
 )
+from truffula.kernels.inputs import Array
 from truffula.kernels.reference.weights import Weight, view
 
 _FIELDS: Mapping[type[Part], str] = MappingProxyType(
