@@ -45,9 +45,12 @@ class Access:
         return re.compile("|".join(map(fnmatch.translate, self.patterns)) or r"(?!)")
 
     def may_use(self, name: str) -> bool:
-        """Whether the key may use the adapter ``name``, or a version of it."""
+        """Whether the key may use the adapter ``name``, or a version of it. A version follows an @ behind the last
+        slash: one before that is part of a path.
+        """
+        folder, slash, last = name.rpartition("/")
         allowed = self._allowed
-        return allowed is None or allowed.match(name.partition("@")[0]) is not None
+        return allowed is None or allowed.match(f"{folder}{slash}{last.partition('@')[0]}") is not None
 
     def may_see(self, name: str) -> bool:
         """Whether listings show the adapter ``name`` to the key."""
