@@ -105,9 +105,10 @@ class WaitingQueues:
         return sum(self._unbound[key] for key in self._loading)
 
     def unbound_names(self, most: int) -> list[str]:
-        """Names of the first ``most`` adapters that have unbound sequences."""
+        """Names of the first ``most`` adapters that have unbound sequences, but for private ones."""
         refs = [next(iter(self._queues[key].values())).request.adapter for key in islice(self._unbound, most)]
-        return list(dict.fromkeys(part.ref.name for ref in refs if ref is not None for part in ref.acting))
+        acting = [part.ref for ref in refs if ref is not None for part in ref.acting]
+        return list(dict.fromkeys(ref.name for ref in acting if not ref.private))
 
     def is_loading(self, sequence: Sequence) -> bool:
         return not sequence.ready and sequence.key in self._loading

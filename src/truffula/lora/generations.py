@@ -83,6 +83,7 @@ class Generation:
     prefix: KvPrefix | None = None
     sources: set[AdapterSource] = field(default_factory=set)  # that have these bytes now; none: it is retired
     names: list[str] = field(default_factory=list)  # by which a retired one was last known
+    private: bool = False  # whether these names are
     slot: int | None = None
     resident: bool = False  # in its slot, and uploaded
     leases: int = 0
@@ -115,7 +116,7 @@ class Generation:
         """What an account counts for it: its image is outside the budget while it has no slot."""
         return self.image.nbytes if account == "mapped" else self.nbytes
 
-    def state(self, name: str) -> AdapterState:
+    def state(self, name: str, *, private: bool = False) -> AdapterState:
         """Its row under one of its names."""
         loaded: Literal["ready", "uploading"] = "ready" if self.slot is None else "uploading"
         return AdapterState(
@@ -130,6 +131,7 @@ class Generation:
             parts=self.parts,
             sites=self.sites,
             used_at=self.used_at,
+            private=private,
         )
 
 

@@ -105,7 +105,7 @@ class AdapterLoads:
         """Count and log a load whose image is mapped."""
         self.completed += 1
         known = ref.label in self.completed_by_name or len(self.completed_by_name) < MAX_COUNTED_NAMES
-        self.completed_by_name[ref.label if known else OTHER_NAMES] += 1
+        self.completed_by_name[ref.label if known and not ref.rights else OTHER_NAMES] += 1
         where = f"{ref.locator}@{response.commit}" if response.commit else ref.locator
         logger.info(
             "adapter %r (%s) loaded in %.2f s: rank %d, %d bytes, generation %s",
@@ -140,12 +140,12 @@ class AdapterLoads:
         return bool(states)
 
     def names(self) -> list[str]:
-        """The names that open loads were asked for by."""
-        return [ref.name for _, ref in self._open.values()]
+        """The names that open loads were asked for by, but for private ones."""
+        return [ref.name for _, ref in self._open.values() if not ref.private]
 
     def states(self) -> list[AdapterState]:
         """One row per open load and per failure."""
-        rows = [AdapterState(name=ref.name, status="loading") for _, ref in self._open.values()]
+        rows = [AdapterState(name=ref.name, status="loading", private=ref.private) for _, ref in self._open.values()]
         return rows + [AdapterState(name=f.name, status="failed", error=f.error) for f in self._failures.values()]
 
     def close(self) -> None:

@@ -42,9 +42,12 @@ RETRY_POLL_S = 0.002
 
 @dataclass
 class _LoadedSource:
-    """A source whose bytes are mapped: its generation, the fingerprints they were read under, and the names used."""
+    """A source whose bytes are mapped: its generation, the fingerprints they were read under, and the names used.
+    ``private`` as of ``AdapterRef``.
+    """
 
     generation: Generation
+    private: bool
     fingerprints: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
 
@@ -213,16 +216,18 @@ class AdapterPool:
         """One row per name and generation, loads and failures included, by name."""
         rows = self.loads.states()
         for entry in self._generations:
-            names = set().union(*(self._sources[source].names for source in entry.sources)) or entry.names
-            rows += [entry.state(name) for name in names]
+            names = dict.fromkeys(entry.names if not entry.sources else (), entry.private)
+            for loaded in map(self._sources.__getitem__, entry.sources):
+                names |= {name: loaded.private and names.get(name, True) for name in loaded.names}
+            rows += [entry.state(name, private=private) for name, private in names.items()]
         return sorted(rows, key=lambda row: (row.name, row.status, row.generation or ""))
 
     def resident_names(self, most: int) -> list[str]:
-        """The first ``most`` names of resident adapters, the last used first. One that is retired has none."""
+        """The first ``most`` names of resident adapters, the last used first, of none that is retired or private."""
         names: list[str] = []
         for entry in self._generations.newest():
-            for source in entry.sources:
-                names += self._sources[source].names
+            for loaded in map(self._sources.__getitem__, entry.sources):
+                names += () if loaded.private else loaded.names
             if len(names) >= most:
                 break
         return list(dict.fromkeys(names))[:most]
@@ -415,7 +420,7 @@ class AdapterPool:
         loaded = self._sources.get(source)
         if loaded is not None and loaded.generation is not entry:
             self._detach(source)
-        loaded = self._sources.setdefault(source, _LoadedSource(entry))
+        loaded = self._sources.setdefault(source, _LoadedSource(entry, ref.private))
         loaded.add(fingerprint)
         loaded.names.add(ref.name)
         entry.sources.add(source)
@@ -426,7 +431,7 @@ class AdapterPool:
         """Forget the generation of this source; one that no other source has is retired."""
         loaded = self._sources.pop(source)
         entry = loaded.generation
-        entry.names = sorted(loaded.names)
+        entry.names, entry.private = sorted(loaded.names), loaded.private
         entry.sources.discard(source)
         self._generations.touch(entry, entry.used_at)
         self._drop_if_retired(entry)

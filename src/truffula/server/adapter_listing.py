@@ -1,7 +1,8 @@
 """What is known of the adapters: ``GET /v1/adapters``, one of them, and mistral.rs's list.
 
 A key sees the adapters that it may use. Sources and the errors of failed loads name paths, so they are only given where
-adapters may be loaded by path, and to keys that may do so.
+adapters may be loaded by path, and to keys that may do so; so are adapters that one client's credential opened, and
+merged ones, whose names are those of their parts.
 """
 
 from __future__ import annotations
@@ -37,12 +38,9 @@ class Known:
 
     state: ServerState
     access: Access
+    with_sources: bool
     listed: Sequence[AdapterState]
     states: Mapping[str, AdapterState]
-
-    @property
-    def with_sources(self) -> bool:
-        return self.state.config.adapter_admin and self.access.admin
 
     def row(self, name: str) -> dict[str, Any]:
         """What is known of the adapter that ``name`` means; of an alias, of its first target."""
@@ -118,8 +116,10 @@ def _wall_time(monotonic: float) -> int:
 async def known(state: ServerState, access: Access) -> Known:
     """What the engine knows of its adapters now."""
     found = await state.service.adapters(AdapterCommand(action="list"))
-    ordered = sorted(found, key=lambda one: -STATUSES.index(one.status))
-    return Known(state, access, found, {one.name: one for one in ordered})
+    with_sources = state.config.adapter_admin and access.admin
+    listed = [one for one in found if with_sources or not one.private]
+    ordered = sorted(listed, key=lambda one: -STATUSES.index(one.status))
+    return Known(state, access, with_sources, listed, {one.name: one for one in ordered})
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,7 @@ async def addressed(request: Request, made: Sequence[GenerateRequest], address: 
     salt = prefix_salt(request, address.salt, state.config.salt_by_api_key)
     if adapter is not None and (rights := adapter.rights):
         salt = f"{','.join(rights)}:{salt}"  # a right is a tenant: none sees what another has cached
+        record.own_right = True
     whose = {"salt": salt, "tenant": access.tenant or "", "weight": access.weight}
     return [replace(one, adapter=adapter, request_id=record.request_id, **whose) for one in made]
 
