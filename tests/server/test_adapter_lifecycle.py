@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -24,6 +24,7 @@ from truffula.errors import AdapterNotFound, ConfigError
 from truffula.lora.registry import AdapterRegistry, Alias, point
 from truffula.lora.sources import AdapterDirectory
 from truffula.testing.adapters import write_tiny_adapter
+from truffula.types import AdapterRef
 
 
 @pytest.fixture(scope="module")
@@ -439,6 +440,25 @@ def test_a_file_that_is_no_registry_ends_the_start(tmp_path: Path) -> None:
     newer.close()
     with pytest.raises(ConfigError, match="its format is 99"):
         AdapterRegistry(tmp_path / "newer.db")
+
+
+@pytest.mark.parametrize("damage", ["pages", "adapters", "aliases"])
+def test_a_damaged_registry_ends_the_start_and_is_released(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "adapters.db"
+    registry = AdapterRegistry(path)
+    registry.add([AdapterRef(name="a@1", locator="/a")])
+    registry.set_alias(Alias(name="b", targets={"a@1": 1.0}))
+    registry.close()
+    if damage == "pages":
+        path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 65536)
+    else:
+        column = "ref" if damage == "adapters" else "alias"
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute(f"UPDATE {damage} SET {column} = '{{}}'")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="--state-dir") as found:
+            AdapterRegistry(path)
+        assert "another server" not in found.value.message
 
 
 def test_hub_ids_keep_their_revisions() -> None:
