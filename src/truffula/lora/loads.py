@@ -120,11 +120,14 @@ class AdapterLoads:
 
     # Failures
 
-    def fail(self, state: SourceState, name: str, error: ErrorInfo, now: float) -> None:
-        """Count, log and remember the failure of an adapter that ``name`` asked for."""
+    def fail(
+        self, state: SourceState, name: str, error: ErrorInfo, now: float, outcome: str | None = "is not loaded"
+    ) -> None:
+        """Count, log and remember the failure of an adapter that ``name`` asked for. Logged with ``outcome``."""
         self.failed += 1
         why = error.data.get("reason", error.message)  # one that only the operator is told, if there is one
-        logger.warning("adapter %r (%s) is not loaded (%s): %s", name, state[0][1], error.code, why)
+        if outcome is not None:
+            logger.warning("adapter %r (%s) %s (%s): %s", name, state[0][1], outcome, error.code, why)
         self._failures[state] = _Failure(name, error, now + self._failure_ttl_s)
 
     def error(self, state: SourceState, now: float) -> ErrorInfo | None:

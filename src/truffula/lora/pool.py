@@ -43,13 +43,14 @@ RETRY_POLL_S = 0.002
 @dataclass
 class _LoadedSource:
     """A source whose bytes are mapped: its generation, the fingerprints they were read under, and the names used.
-    ``private`` as of ``AdapterRef``.
+    ``private`` as of ``AdapterRef``; ``unchecked`` is the last fingerprint under which it could not be compared.
     """
 
     generation: Generation
     private: bool
     fingerprints: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+    unchecked: str | None = None
 
     def add(self, fingerprint: str) -> None:
         """Keep the newest: a source that is checked every few minutes has ever new ones."""
@@ -358,13 +359,22 @@ class AdapterPool:
             try:
                 entry = self._generations.add(response, now)
             except TruffulaError as error:
-                self.loads.fail(source_state(ref), ref.name, error.info(), now)
-                # A source that cannot be read now keeps what it had. One that has something else now does not.
-                if self._checked_meanwhile(ref) is not None and not isinstance(error, AdapterLoadError):
-                    self._detach(source_of(ref))
+                self._on_failure(ref, error, now)
             else:
                 self.loads.complete(ref, response, entry.image)
                 return self._attach(ref, entry, response.commit)
+
+    def _on_failure(self, ref: AdapterRef, error: TruffulaError, now: float) -> None:
+        """A source that cannot be read now keeps what it had. One that has something else now does not."""
+        loaded = self._checked_meanwhile(ref)
+        outcome: str | None = "is not loaded"
+        if loaded is not None and isinstance(error, AdapterLoadError):
+            tried = loaded.unchecked == ref.fingerprint
+            loaded.unchecked = ref.fingerprint
+            outcome = None if tried else "is served as it was, since it cannot be compared with its source"
+        elif loaded is not None:
+            self._detach(source_of(ref))
+        self.loads.fail(source_state(ref), ref.name, error.info(), now, outcome)
 
     def _confirm(self, ref: AdapterRef, response: LoadResponse) -> None:
         """A source still has the commit that was loaded. If that is no longer here, it is loaded."""
