@@ -288,6 +288,15 @@ def test_pins(served: Live, folders: dict[str, Path]) -> None:
     assert_canonical_error(act(served, "nope", "pin"), 404)
 
 
+def test_a_pin_that_fails_leaves_none(served: Live, folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "late").mkdir()
+    register(served, ("late", tmp_path / "late"))
+    assert_canonical_error(act(served, "late", "pin"), 400)
+    shutil.copytree(folders["0"], tmp_path / "late", dirs_exist_ok=True)
+    text(served, "late")
+    assert (show(served, "late")["status"], show(served, "late")["pinned"]) == ("resident", False)
+
+
 def test_the_list_is_paged_and_filtered(served: Live, folders: dict[str, Path]) -> None:
     register(served, *((f"p{i:02}", folders["0"]) for i in range(25)))
     register(served, ("q", folders["1"]), load=True)

@@ -145,7 +145,7 @@ class Generations:
         self._by_account: dict[Account, dict[str, Generation]] = defaultdict(dict)  # least recently used first
         self._bytes: Counter[Account] = Counter()
         self._dropped: dict[str, None] = {}  # ids of used ones, the last dropped last: as many as are mapped
-        self.pins: set[AdapterSource] = set()  # whose generation stays resident
+        self.pins: dict[AdapterSource, set[str]] = {}  # names that keep the generation of a source resident
         self._stamp = 0.0
 
     def get(self, generation: str) -> Generation | None:
@@ -242,7 +242,7 @@ class Generations:
     def touch(self, entry: Generation, now: float) -> None:
         """Record a use or a change of state, and count its bytes accordingly. Stamps never decrease."""
         entry.used_at = self._stamp = max(self._stamp, now)
-        entry.pinned = not self.pins.isdisjoint(entry.sources)
+        entry.pinned = not entry.sources.isdisjoint(self.pins)
         self._count(entry, entry.account)
 
     def _count(self, entry: Generation, account: Account | None) -> None:
@@ -339,6 +339,6 @@ class Generations:
             assert stamps == sorted(stamps), f"{account} is out of order"
         assert self._budget.used(OWNER) == self.resident_bytes
         for entry in entries:
-            assert entry.pinned == (not self.pins.isdisjoint(entry.sources)), "a wrong pin"
+            assert entry.pinned == (not entry.sources.isdisjoint(self.pins)), "a wrong pin"
             assert entry.leases >= entry.resident_leases >= 0, "a lease was released twice"
             assert not entry.resident_leases or entry.resident, "a resident lease without a slot"

@@ -259,18 +259,17 @@ class AdapterPool:
             done.set_result(self.states())
         elif command.action == "unpin" or self._unload(ref.name):
             if command.action == "unpin":
-                self._generations.pins.discard(source_of(ref))
-                self._recount(source_of(ref))
+                self._unpin(source_of(ref), ref.name)
             done.set_result([state for state in self.states() if state.name == ref.name])
         else:
             done.set_exception(AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter"))
         return done
 
     def _load(self, ref: AdapterRef, pinned: bool, now: float) -> Future[list[AdapterState]]:
-        """Load even what failed recently. ``pinned``: keep it resident, through reloads, until it is unloaded."""
+        """Load even what failed recently. ``pinned``: keep it resident, also through reloads, until it is unloaded."""
         source = source_of(ref)
         if pinned:
-            self._generations.pins.add(source)
+            self._generations.pins.setdefault(source, set()).add(ref.name)
             self._recount(source)
         self.loads.forget_failures(source=source)
         self.lookup(ref, now)
@@ -284,19 +283,28 @@ class AdapterPool:
         cancelled = self.loads.cancel(name)
         failed = self.loads.forget_failures(name=name)
         named = [source for source, loaded in self._sources.items() if name in loaded.names]
-        self._generations.pins.difference_update(cancelled, named)
+        for source in [source for source, names in self._generations.pins.items() if name in names]:
+            self._unpin(source, name)
         for source in named:
             self._remove_name(source, name)
         return bool(cancelled or failed or named)
 
     def _remove_name(self, source: AdapterSource, name: str) -> None:
-        """Remove a name of a source; one without another name is forgotten, and its pin ends."""
-        if self._sources[source].names == {name}:
-            self._generations.pins.discard(source)
+        """Remove a name of a source, and end its pin; a source without another name is forgotten."""
+        self._unpin(source, name)
+        loaded = self._sources[source]
+        loaded.names = loaded.names - {name} | self._generations.pins.get(source, set())
+        if not loaded.names:
+            loaded.names = {name}
             self._detach(source)
-        else:
-            self._sources[source].names.discard(name)
-            self._recount(source)
+
+    def _unpin(self, source: AdapterSource, name: str) -> None:
+        """End the pin of a source by one of its names."""
+        names = self._generations.pins.get(source, set())
+        names.discard(name)
+        if not names:
+            self._generations.pins.pop(source, None)
+        self._recount(source)
 
     def _advance(self, command: _LoadCommand, now: float, idle: bool) -> None:
         """Complete a load command whose adapter is resident or has failed."""
