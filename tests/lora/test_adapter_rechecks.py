@@ -122,3 +122,19 @@ def test_each_credential_is_a_right_of_its_own(source: Source, made: Rig) -> Non
     assert made.lookup(ref(source, "right", period=1)).status == "loading"  # and not yet in this one
     made.poll()
     assert made.lookup(ref(source, "right", period=1)).status == "failed"
+
+
+def test_an_error_names_the_adapter_as_its_request_does(source: Source, made: Rig) -> None:
+    """Two tenants' names of one source: neither learns the other's."""
+    mine, theirs = (replace(ref(source), name=name) for name in ("mine", "theirs/secret"))
+    for status, code in ((404, "adapter_not_found"), (503, "adapter_load_failed")):
+        source.status[CONFIG] = status
+        assert made.lookup(theirs).status == "loading"
+        made.poll()
+        errors = [made.lookup(one).error for one in (mine, theirs)]
+        assert [error and error.code for error in errors] == [code, code]
+        assert errors[0] is not None and errors[1] is not None
+        assert "'mine'" in errors[0].message and "theirs" not in str(errors[0])
+        assert errors[1].message == errors[0].message.replace("mine", "theirs/secret")
+        made.clock.now += 11
+        made.poll()

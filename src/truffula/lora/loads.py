@@ -7,7 +7,9 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from truffula.errors import ErrorInfo
+from msgspec.structs import replace
+
+from truffula.errors import AdapterNotFound, ErrorInfo, unknown_adapter
 from truffula.kernels.backend import AdapterImage
 from truffula.lora.loading import LoadingWorker
 from truffula.lora.worker import LoadResponse
@@ -38,6 +40,15 @@ class _Failure:
     name: str
     error: ErrorInfo
     expires: float
+
+    def told(self, name: str) -> ErrorInfo:
+        """The error for one that calls the adapter ``name``, and is not to learn by which name another client did."""
+        error = self.error
+        if name == self.name:
+            return error
+        if error.code == AdapterNotFound.code and "reason" in error.data:  # of ``unknown_adapter``
+            return unknown_adapter(name, str(error.data["reason"]), error.param or "").info()
+        return replace(error, message=error.message.replace(repr(self.name), repr(name)))
 
 
 class AdapterLoads:
@@ -130,10 +141,12 @@ class AdapterLoads:
             logger.warning("adapter %r (%s) %s (%s): %s", name, state[0][1], outcome, error.code, why)
         self._failures[state] = _Failure(name, error, now + self._failure_ttl_s)
 
-    def error(self, state: SourceState, now: float) -> ErrorInfo | None:
-        """Why this state failed to load less than ``failure_ttl_s`` ago; None when it did not."""
+    def error(self, state: SourceState, name: str, now: float) -> ErrorInfo | None:
+        """Why this state failed to load less than ``failure_ttl_s`` ago, for one that calls it ``name``; None when it
+        did not.
+        """
         failure = self._failures.get(state)
-        return None if failure is None or now >= failure.expires else failure.error
+        return None if failure is None or now >= failure.expires else failure.told(name)
 
     def forget_failures(self, *, source: AdapterSource | None = None, name: str | None = None) -> bool:
         """Forget the failures of a source or of a name; whether there were any."""

@@ -108,7 +108,7 @@ class AdapterPool:
         state = source_state(ref)
         loaded = self._loaded(state)
         if loaded is None:
-            loaded, error = self._checked_meanwhile(ref), self.loads.error(state, now)
+            loaded, error = self._checked_meanwhile(ref), self.loads.error(state, ref.name, now)
             if error is None:
                 known = self._sources.get(state[0])
                 self.loads.begin(ref, "" if known is None else known.generation.commit)
@@ -326,7 +326,7 @@ class AdapterPool:
         ref, state = command.ref, source_state(command.ref)
         if state in self.loads:
             return None
-        error = self.loads.error(state, now)
+        error = self.loads.error(state, ref.name, now)
         if error is not None and self._loaded(state) is None:
             raise TruffulaError.from_info(error)
         loaded = self._sources.get(source_of(ref))
