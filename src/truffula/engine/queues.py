@@ -14,7 +14,7 @@ from truffula.lora.locations import origin_of
 from truffula.lora.pool import AdapterPool
 
 PREFETCH_WINDOW = 4
-"""Adapters looked at in a step for those that are loaded already, as a multiple of ``prefetch_adapters``."""
+"""Adapters looked at in a step beside those that load, as a multiple of ``prefetch_adapters``."""
 MAX_OVERTAKING = 16
 """How many sequences of a queue are looked at for one that need not wait for a running prompt."""
 
@@ -130,7 +130,8 @@ class WaitingQueues:
         """
         most, loading = self._limits.prefetch_adapters, Counter[str]()
         ended: list[tuple[Sequence, ErrorInfo | None]] = []
-        for key in list(islice(self._unbound, PREFETCH_WINDOW * most)):
+        others = (key for key in self._unbound if key not in self._loading)
+        for key in [*self._loading, *islice(others, PREFETCH_WINDOW * most)]:
             unbound = [one for one in self._first(key, self._limits.max_running) if not one.ready]
             if not unbound:  # they wait behind a full window of sequences that are ready
                 continue
