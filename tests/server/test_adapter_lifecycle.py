@@ -313,7 +313,15 @@ def test_the_list_is_paged_and_filtered(served: Live, folders: dict[str, Path]) 
     assert named(prefix="p1") == [f"p1{i}" for i in range(10)]
     assert named(status="resident") == named(kind="low_rank") == ["q"]
     assert "q" not in named(status="not loaded") and len(named(source="local")) == 27 and named(source="hub") == []
-    for query in ({"limit": "0"}, {"limit": "x"}, {"limit": "1001"}, {"status": "fine"}, {"sort": "name"}):
+    for query in (
+        {"limit": "0"},
+        {"limit": "x"},
+        {"limit": "1001"},
+        {"status": "fine"},
+        {"kind": "lora"},
+        {"source": "hbu"},
+        {"sort": "x"},
+    ):
         assert_canonical_error(served.client.get("/v1/adapters", params=query), 400, next(iter(query)))
     listed = openai.OpenAI(base_url=f"{served.url}/v1", api_key="-").models.list()
     assert [one.id for one in listed] == [MODEL, *ids]

@@ -17,7 +17,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula.errors import AdapterNotFound, InvalidRequest
+from truffula.kernels.adapters import KINDS
 from truffula.lora.registry import Alias
+from truffula.lora.sources import SOURCES
 from truffula.server.auth import access_of
 from truffula.server.keys import Access
 from truffula.server.replies import json_reply
@@ -140,9 +142,10 @@ class _Query:
         if unknown := sorted(set(given) - set(cls.__dataclass_fields__)):
             names = ", ".join(cls.__dataclass_fields__)
             raise InvalidRequest(f"{unknown[0][:40]} has no effect here; use {names}.", param=unknown[0][:40])
-        if "status" in given and given["status"] not in (*STATUSES, NOT_LOADED):
-            allowed = ", ".join((*STATUSES, NOT_LOADED))
-            raise InvalidRequest(f"status: should be one of {allowed}, got {given['status'][:40]!r}.", param="status")
+        for name, allowed in (("status", (*STATUSES, NOT_LOADED)), ("kind", tuple(KINDS)), ("source", SOURCES)):
+            if name in given and given[name] not in allowed:
+                text = f"{name}: should be one of {', '.join(allowed)}, got {given[name][:40]!r}."
+                raise InvalidRequest(text, param=name)
         if "limit" in given:
             text = given["limit"]
             given["limit"] = int(text) if text.isascii() and text.isdigit() and len(text) < 5 else 0
