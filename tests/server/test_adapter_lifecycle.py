@@ -318,7 +318,6 @@ def test_the_list_is_paged_and_filtered(served: Live, folders: dict[str, Path]) 
         {"limit": "x"},
         {"limit": "1001"},
         {"status": "fine"},
-        {"kind": "lora"},
         {"source": "hbu"},
         {"sort": "x"},
     ):

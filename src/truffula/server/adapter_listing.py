@@ -17,7 +17,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula.errors import AdapterNotFound, InvalidRequest
-from truffula.kernels.adapters import KINDS
 from truffula.lora.registry import Alias
 from truffula.lora.sources import SOURCES
 from truffula.server.auth import access_of
@@ -142,7 +141,7 @@ class _Query:
         if unknown := sorted(set(given) - set(cls.__dataclass_fields__)):
             names = ", ".join(cls.__dataclass_fields__)
             raise InvalidRequest(f"{unknown[0][:40]} has no effect here; use {names}.", param=unknown[0][:40])
-        for name, allowed in (("status", (*STATUSES, NOT_LOADED)), ("kind", tuple(KINDS)), ("source", SOURCES)):
+        for name, allowed in (("status", (*STATUSES, NOT_LOADED)), ("source", SOURCES)):
             if name in given and given[name] not in allowed:
                 text = f"{name}: should be one of {', '.join(allowed)}, got {given[name][:40]!r}."
                 raise InvalidRequest(text, param=name)
