@@ -357,6 +357,7 @@ def test_the_file_is_read_again_when_it_changes(tmp_path: Path, live: Live) -> N
             "[[keys]]\nid = 'a'\nkey = 'x'\nweight = 2\n[[keys]]\nid = 'b'\ntenant = 'a'\nkey = 'y'\nweight = 3",
             "another weight",
         ),
+        ("[[keys]]\nid = 'a'\nkey = 'x'\nadapters = ['s@x/*', 'support@7']", "'a' has a pattern with a version"),
         ("not toml", "cannot be used"),
     ],
 )

@@ -136,6 +136,10 @@ def read_keys(path: Path) -> dict[str, Access]:
     for one in found:
         if (one.key is None) == (one.key_sha256 is None):
             raise _wrong(path, one, "needs either key or key_sha256")
+        if any("@" in pattern.rpartition("/")[2] for pattern in one.adapters):
+            raise _wrong(
+                path, one, "has a pattern with a version; one without @ allows the adapter in all its versions"
+            )
         known = digest(one.key.encode()) if one.key is not None else str(one.key_sha256).lower()
         if one.id in ids or known in keys:
             raise _wrong(path, one, "has the id or the key of another entry")
