@@ -69,7 +69,8 @@ _ENGINE_SERIES: tuple[tuple[str, str, str], ...] = (
 class RequestRecord:
     """One HTTP request: filled while it is served, then logged as one line and counted.
 
-    ``adapter`` stays None for the base model. ``generates`` marks the routes that produce tokens.
+    ``adapter`` stays None for the base model. With ``own_right`` a client's credential opened it, and it is counted
+    without its name. ``generates`` marks the routes that produce tokens.
     """
 
     request_id: str
@@ -78,6 +79,7 @@ class RequestRecord:
     route: str = ""
     generates: bool = False
     adapter: str | None = None
+    own_right: bool = False
     status: int = 0
     finish: str | None = None
     error_code: str | None = None
@@ -90,6 +92,11 @@ class RequestRecord:
     ttft_s: float | None = None
     total_s: float = 0.0
     ignored: str = ""
+
+    @property
+    def counted_as(self) -> str | None:
+        """Its adapter's name for metrics."""
+        return OTHER_LABEL if self.own_right else self.adapter
 
 
 class TokenTimes:
@@ -177,7 +184,7 @@ class Metrics(Collector):
         if adapter is None:
             return BASE_LABEL
         with self._lock:
-            if adapter in self._labels:
+            if adapter in self._labels or adapter == OTHER_LABEL:
                 return adapter
             if not answered or len(self._labels) >= self._max_adapters:
                 return OTHER_LABEL
@@ -199,9 +206,9 @@ class Metrics(Collector):
             return
         outcome = record.error_code or record.finish or "unknown"
         answered = record.completion_tokens > 0 or record.finish in ("stop", "length")
-        label = self.label(record.adapter, answered=answered)
+        label = self.label(record.counted_as, answered=answered)
         self._requests.labels(label, record.route, outcome).inc()
-        observer = self.observer(record.adapter, answered=answered)
+        observer = self.observer(record.counted_as, answered=answered)
         observer.total.observe(record.total_s)
         if record.prompt_tokens:
             observer.prompt.inc(record.prompt_tokens)

@@ -79,6 +79,11 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(sorted(own.union(*(part.ref.rights for part in self.parts))))
 
     @property
+    def private(self) -> bool:
+        """Whether a client's own right or request made it, so that other clients do not learn of it."""
+        return self.kind == "merged" or bool(self.rights)
+
+    @property
     def label(self) -> str:
         """Its name in metrics: of several adapters their names without weights, so that there are few."""
         return "+".join(sorted({part.ref.name for part in self.parts})) or self.name
@@ -391,7 +396,7 @@ was computed before.
 
 class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
     """The state of one adapter in the pool. ``parts`` are the kinds of its parts, ``sites`` counts where they act;
-    ``used_at`` is the monotonic time of its last use.
+    ``used_at`` is the monotonic time of its last use, ``private`` as of ``AdapterRef``.
     """
 
     name: str
@@ -405,6 +410,7 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
     parts: list[str] = []
     sites: int = 0
     used_at: float | None = None
+    private: bool = False
     error: ErrorInfo | None = None
 
 

@@ -296,6 +296,23 @@ def test_a_source_that_hangs_keeps_only_its_own_adapters_from_loading():
     assert len(rig.loader.started) == 7
 
 
+def test_many_sources_that_hang_keep_no_other_from_loading():
+    """More adapters of theirs load than a step looks at."""
+    rig = Rig(limits(prefetch_adapters=2, max_running=2))
+    rig.loader.automatic = False
+    for i in range(20):
+        hanging = AdapterRef(name=f"h{i}", kind="s3", locator=f"s3://hangs{i // 2}/h{i}")
+        rig.add(request(f"h{i}", [1, 2], adapter=hanging, max_tokens=1))
+    for _ in range(20):
+        rig.step()
+    assert len(rig.loader.started) == 20
+    rig.add(request("local", [1, 2], adapter="local", max_tokens=1))
+    for _ in range(4):
+        rig.step()
+        rig.loader.finish(["local"])
+    assert rig.answers["local"].final is not None
+
+
 def test_a_short_prompt_does_not_wait_for_a_long_one_of_its_adapter():
     rig = Rig(limits(max_model_len=2000, step_tokens=16, num_blocks=800))
     rig.add(request("long", [9] * 1600, max_tokens=1))

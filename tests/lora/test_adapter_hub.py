@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -53,6 +54,8 @@ class Hub(ThreadingHTTPServer):
         self.commits = {OLD: old, NEW: new}
         self.asked: list[str] = []
         self.token = ""  # that reading it needs
+        self.stalled: threading.Event | None = None  # set once half of the tensors were sent, after which nothing comes
+        self.go = threading.Event()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -89,7 +92,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if with_body:
+        if with_body and path.endswith(TENSORS) and self.server.stalled is not None:
+            self.wfile.write(body[: len(body) // 2])
+            self.server.stalled.set()
+            self.server.go.wait(60)
+        elif with_body:
             self.wfile.write(body)
 
 
@@ -114,17 +121,24 @@ def hub(server: Hub) -> Hub:
 Download = Callable[..., str]
 
 
-@pytest.fixture(scope="module")
-def download(server: Hub) -> Iterator[Download]:
-    """``download(cache, how)`` in another process, one for the module: the Hub's address is read at its import."""
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
+@contextmanager
+def process(server: Hub, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """One that answers ``CALLS``: the Hub's address is read at its import."""
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1", **more}
     for name in ("HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         env.pop(name, None)
     with subprocess.Popen(
         [sys.executable, "-c", CALLS], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-        asked, answers = process.stdin, process.stdout
+    ) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def download(server: Hub) -> Iterator[Download]:
+    """``download(cache, how)`` in another process, one for the module."""
+    with process(server) as made:
+        assert made.stdin is not None and made.stdout is not None
+        asked, answers = made.stdin, made.stdout
 
         def call(cache: Path, how: str = "online", token: str = "") -> str:
             print(json.dumps([str(cache), how, token]), file=asked, flush=True)
@@ -133,7 +147,7 @@ def download(server: Hub) -> Iterator[Download]:
 
         yield call
         asked.close()
-        assert process.wait(60) == 0
+        assert made.wait(60) == 0
 
 
 def test_what_was_checked_is_what_is_fetched_and_found_again_offline(
@@ -193,3 +207,21 @@ def test_a_clients_token_opens_a_private_repository_for_those_who_send_it(
     hub.token = ""
     hub.commits = {OLD: {CONFIG: b"{}", TENSORS: b" " * 65}, NEW: {}}
     assert "the limit is 64" in download(tmp_path / "other", token="right")
+
+
+def test_what_a_killed_process_downloaded_by_a_token_is_removed_by_the_next(
+    hub: Hub, download: Download, tmp_path: Path
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    hub.token, hub.stalled = "right", threading.Event()
+    with process(hub, TMPDIR=str(tmp_path / "tmp")) as made:
+        assert made.stdin is not None
+        print(json.dumps([str(tmp_path), "1", "right"]), file=made.stdin, flush=True)
+        assert hub.stalled.wait(60)
+        made.kill()
+    hub.go.set()
+    hub.stalled = None
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert len(list((tmp_path / "own" / "scratch").iterdir())) == 2
+    assert download(tmp_path, "1", "right") == "old"
+    assert list((tmp_path / "own" / "scratch").iterdir()) == []

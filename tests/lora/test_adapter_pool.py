@@ -143,6 +143,24 @@ def test_a_pinned_adapter_stays_pinned_through_a_reload(tmp_path: Path) -> None:
         assert r.pool.states() == []
 
 
+def test_a_pin_is_of_a_name_and_ends_with_it(tmp_path: Path) -> None:
+    """Two names of one folder, of which one is pinned: the other may be unloaded, or mean another folder."""
+    with rig(tmp_path) as r:
+        mine, other = r.write("a", seed=1), replace(r.write("a", seed=1), name="other")
+        r.load(mine, pinned=True)
+        r.loaded(other)
+        r.unload(other)
+        assert [(s.name, s.pinned) for s in r.pool.states()] == [("a", True)]
+        r.loaded(replace(other, fingerprint="again"))  # its bytes are read again, by the other name
+        r.load(replace(r.write("b", seed=2), name="other"))
+        assert [(s.name, s.pinned) for s in r.pool.states()] == [("a", True), ("other", False)]
+        r.load(other, pinned=True)
+        r.unload(mine)
+        assert [(s.name, s.pinned) for s in r.pool.states()] == [("other", True)]
+        r.unload(other)
+        assert r.pool.states() == []
+
+
 def test_a_pin_ends_and_a_name_moves_to_another_source(tmp_path: Path) -> None:
     with rig(tmp_path) as r:
         a, b = r.write("a", seed=1), r.write("b", seed=2)

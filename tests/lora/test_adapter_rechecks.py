@@ -80,7 +80,9 @@ def test_what_the_source_no_longer_gives_is_no_longer_served(source: Source, mad
     assert made.becomes_ready(ref(source, period=1))
 
 
-def test_a_source_that_is_down_does_not_end_what_is_loaded(tmp_path: Path, source: Source) -> None:
+def test_a_source_that_is_down_does_not_end_what_is_loaded(
+    tmp_path: Path, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
     for cached in (1 << 20, 0):
         with rig(tmp_path, offline=False, adapter_cache=str(tmp_path / "c"), adapter_cache_bytes=cached) as made:
             put(source, made)
@@ -90,6 +92,20 @@ def test_a_source_that_is_down_does_not_end_what_is_loaded(tmp_path: Path, sourc
                 assert made.lookup(ref(source, period=1)).generation == generation
                 made.poll()
             source.status.clear()
+    # Without a cache the load fails, and is tried again once the failure has expired: said once in a period.
+    with rig(tmp_path, offline=False, adapter_cache=str(tmp_path / "none"), adapter_cache_bytes=0) as made:
+        generation = made.resident(ref(source))
+        source.status[CONFIG] = 503
+        caplog.clear()
+        for period in (1, 1, 1, 2):
+            assert made.lookup(ref(source, period=period)).generation == generation
+            made.poll()
+            made.clock.now += 11
+            made.poll()
+        assert made.pool.loads.failed == 4
+        assert [record.getMessage().partition(") ")[2].partition(" (")[0] for record in caplog.records] == [
+            "is served as it was, since it cannot be compared with its source"
+        ] * 2
 
 
 def test_each_credential_is_a_right_of_its_own(source: Source, made: Rig) -> None:
@@ -106,3 +122,19 @@ def test_each_credential_is_a_right_of_its_own(source: Source, made: Rig) -> Non
     assert made.lookup(ref(source, "right", period=1)).status == "loading"  # and not yet in this one
     made.poll()
     assert made.lookup(ref(source, "right", period=1)).status == "failed"
+
+
+def test_an_error_names_the_adapter_as_its_request_does(source: Source, made: Rig) -> None:
+    """Two tenants' names of one source: neither learns the other's."""
+    mine, theirs = (replace(ref(source), name=name) for name in ("mine", "theirs/secret"))
+    for status, code in ((404, "adapter_not_found"), (503, "adapter_load_failed")):
+        source.status[CONFIG] = status
+        assert made.lookup(theirs).status == "loading"
+        made.poll()
+        errors = [made.lookup(one).error for one in (mine, theirs)]
+        assert [error and error.code for error in errors] == [code, code]
+        assert errors[0] is not None and errors[1] is not None
+        assert "'mine'" in errors[0].message and "theirs" not in str(errors[0])
+        assert errors[1].message == errors[0].message.replace("mine", "theirs/secret")
+        made.clock.now += 11
+        made.poll()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -387,7 +388,9 @@ def test_a_listing_notices_what_changes_inside_of_subfolders(tmp_path: Path, mon
     assert directory.names() == ["b"]
     adapter(root / "d")
     adapter(root / "a")
-    assert directory.names() == ["a", "b", "d"]
+    assert directory.names() == ["a", "b", "d"] and directory._plain.keys() == {"b"}
+    shutil.rmtree(root / "b")
+    assert directory.names() == ["a", "d"] and not directory._plain, "nothing is kept of one that is gone"
 
 
 def test_urls_are_named_by_the_operator_or_match_a_pattern(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -24,6 +24,7 @@ from truffula.errors import AdapterNotFound, ConfigError
 from truffula.lora.registry import AdapterRegistry, Alias, point
 from truffula.lora.sources import AdapterDirectory
 from truffula.testing.adapters import write_tiny_adapter
+from truffula.types import AdapterRef
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +288,15 @@ def test_pins(served: Live, folders: dict[str, Path]) -> None:
     assert_canonical_error(act(served, "nope", "pin"), 404)
 
 
+def test_a_pin_that_fails_leaves_none(served: Live, folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "late").mkdir()
+    register(served, ("late", tmp_path / "late"))
+    assert_canonical_error(act(served, "late", "pin"), 400)
+    shutil.copytree(folders["0"], tmp_path / "late", dirs_exist_ok=True)
+    text(served, "late")
+    assert (show(served, "late")["status"], show(served, "late")["pinned"]) == ("resident", False)
+
+
 def test_the_list_is_paged_and_filtered(served: Live, folders: dict[str, Path]) -> None:
     register(served, *((f"p{i:02}", folders["0"]) for i in range(25)))
     register(served, ("q", folders["1"]), load=True)
@@ -303,7 +313,14 @@ def test_the_list_is_paged_and_filtered(served: Live, folders: dict[str, Path]) 
     assert named(prefix="p1") == [f"p1{i}" for i in range(10)]
     assert named(status="resident") == named(kind="low_rank") == ["q"]
     assert "q" not in named(status="not loaded") and len(named(source="local")) == 27 and named(source="hub") == []
-    for query in ({"limit": "0"}, {"limit": "x"}, {"limit": "1001"}, {"status": "fine"}, {"sort": "name"}):
+    for query in (
+        {"limit": "0"},
+        {"limit": "x"},
+        {"limit": "1001"},
+        {"status": "fine"},
+        {"source": "hbu"},
+        {"sort": "x"},
+    ):
         assert_canonical_error(served.client.get("/v1/adapters", params=query), 400, next(iter(query)))
     listed = openai.OpenAI(base_url=f"{served.url}/v1", api_key="-").models.list()
     assert [one.id for one in listed] == [MODEL, *ids]
@@ -439,6 +456,25 @@ def test_a_file_that_is_no_registry_ends_the_start(tmp_path: Path) -> None:
     newer.close()
     with pytest.raises(ConfigError, match="its format is 99"):
         AdapterRegistry(tmp_path / "newer.db")
+
+
+@pytest.mark.parametrize("damage", ["pages", "adapters", "aliases"])
+def test_a_damaged_registry_ends_the_start_and_is_released(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "adapters.db"
+    registry = AdapterRegistry(path)
+    registry.add([AdapterRef(name="a@1", locator="/a")])
+    registry.set_alias(Alias(name="b", targets={"a@1": 1.0}))
+    registry.close()
+    if damage == "pages":
+        path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 65536)
+    else:
+        column = "ref" if damage == "adapters" else "alias"
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute(f"UPDATE {damage} SET {column} = '{{}}'")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="--state-dir") as found:
+            AdapterRegistry(path)
+        assert "another server" not in found.value.message
 
 
 def test_hub_ids_keep_their_revisions() -> None:

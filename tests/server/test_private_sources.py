@@ -30,6 +30,7 @@ def live(model_folder, source, tmp_path_factory):
         source.put(f"{tenant}/two", made)  # equal bytes under another name
         source.tokens[tenant] = f"token-{tenant}"
     options = {"allow_sources": (f"{source.url}/*",), "allow_client_credentials": True, "adapter_failure_ttl": "0.001"}
+    options["vllm_metrics"] = True
     with serving(model_folder, adapter_cache_dir=str(root / "cache"), **options) as found:
         yield found
 
@@ -117,6 +118,29 @@ def test_the_prefix_cache_says_nothing_of_another_right(live, source):
         source.files[path.replace("/b/", "/c/")] = source.files[path.replace("/b/", "/a/")]  # equal bytes, public
     assert cached("c/one", "token-c") == 0
     assert cached("c/one", "token-c") > 0
+
+
+def test_no_listing_or_metric_names_what_a_token_opened(live, source):
+    """Nor what was merged of it, alone or beside what everyone may use."""
+    source.files |= {path.replace("/a/", "/open/"): body for path, body in source.files.items() if "/a/" in path}
+    mine, free = f"{source.url}/a/one", f"{source.url}/open/one"
+    for mix in ("linear", "magnitude_prune"):
+        merged = {"ids": [mine, free], "weights": [0.5, 0.5], "merge_strategy": mix, "density": 0.5}
+        response = asked(live, MODEL, "token-a", merged_adapters=merged)
+        ok(response)
+        assert "a/one" in response.headers["x-truffula-adapter"]
+    ok(asked(live, mine, "token-a"))
+    ok(asked(live, free))
+    for path in ("/v1/lora_adapters", "/v1/adapters", "/v1/models", "/metrics", "/metrics?format=json"):
+        assert "/a/one" not in live.client.get(path).text, path
+    assert free in live.client.get("/v1/lora_adapters").text and free in live.client.get("/metrics").text
+    assert ok(live.client.get(f"/v1/adapters/{free}"))["status"] == "resident", "of equal bytes"
+    got = [live.client.get(f"/v1/adapters/{source.url}/{name}/one") for name in ("a", "x")]
+    assert [response.status_code for response in got] == [404, 404]
+    assert got[0].text.replace("/a/one", "/x/one") == got[1].text
+    lines = live.client.get("/metrics").text.splitlines()
+    counted = [line for line in lines if line.startswith("truffula_completion_tokens_total{")]
+    assert any('adapter="__other__"' in line for line in counted)
 
 
 def test_nothing_of_a_token_is_logged(live, source, caplog):

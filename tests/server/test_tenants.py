@@ -25,7 +25,7 @@ KEYS = f"""
 id = "acme-1"
 key = "sk-acme-1"
 tenant = "acme"
-adapters = ["acme/*", "shared"]
+adapters = ["acme/*", "shared", "https://127.0.0.1:9/acme/*"]
 weight = 2.5
 
 [[keys]]
@@ -98,6 +98,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     options = {
         "api_keys_file": folder / "keys.toml", "adapters": named, "adapter_admin": True, "backend": "auto",
         "adapter_dir": folder / "dir", "allow_local": (folder / "roots",), "adapter_source": "local",
+        "allow_sources": ("https://127.0.0.1:9/*",),
     }  # fmt: skip
     with serving(model, **options) as found:
         rows = [{"name": "acme/versioned", "version": v, "source": str(made[3])} for v in ("1", "2")]
@@ -143,20 +144,38 @@ def test_forbidden_and_absent_are_answered_alike(live: Live, path: str) -> None:
             alike(got[0], got[1], ("acme/secret", "acme/sxcret"))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names", "others"),
+    [
+        ("support", "support support@7 support@latest", "support@team/x support@team/x@7 support/x"),
+        ("s3://b/acme", "s3://b/acme", "s3://b/acme@globex/x s3://b/acme/x"),
+        ("s3://b/acme@globex/*", "s3://b/acme@globex/x s3://b/acme@globex/x@7", "s3://b/acme s3://b/acme/x"),
+    ],
+)
+def test_what_follows_an_at_sign_in_a_folders_name_is_no_version(pattern: str, names: str, others: str) -> None:
+    access = Access(patterns=(pattern,))
+    assert all(map(access.may_use, names.split())) and not any(map(access.may_use, others.split()))
+
+
+def test_a_source_that_is_sent_apart_is_the_url_that_the_key_may_use(live: Live) -> None:
+    """As LoRAX's clients send it. Nothing listens there."""
+    for name, headers, status in (("acme/x", ACME, 503), ("globex/x", ACME, 404), ("acme/x", GLOBEX, 404)):
+        body = {**BODIES["/v1/completions"], "model": f"127.0.0.1:9/{name}", "adapter_source": "http"}
+        assert live.client.post("/v1/completions", json=body, headers=headers).status_code == status
+
+
 def test_a_composition_reaches_no_other_tenants_adapter(live: Live) -> None:
-    def mixed(path: str, name: str, headers: dict[str, str]) -> httpx.Response:
-        body = json.loads(json.dumps(BODIES[path]))
-        if "parameters" in body:
-            body["parameters"]["merged_adapters"] = {"ids": ["shared", name], "weights": [0.5, 0.5]}
-        else:
-            body["lora"] = [{"name": "shared", "scale": 0.5}, {"name": name, "scale": 0.5}]
-        return live.client.post(path, json=body, headers={**headers, "x-request-id": "same"})
+    def composed(path: str, name: str, headers: dict[str, str]) -> httpx.Response:
+        fields: dict[str, Any] = {"lora": [{"name": "shared", "scale": 0.5}, {"name": name, "scale": 0.5}]}
+        if path == "/generate":
+            fields = {"merged_adapters": {"ids": ["shared", name], "weights": [0.5, 0.5]}}
+        return mixed(live, path, fields, headers)
 
     for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
-        assert mixed(path, "acme/secret", ACME).status_code == 200
+        assert composed(path, "acme/secret", ACME).status_code == 200
         for name, absent in NAMES.items():
             if not name.startswith(MODEL):
-                alike(mixed(path, name, GLOBEX), mixed(path, absent, GLOBEX), (name, absent))
+                alike(composed(path, name, GLOBEX), composed(path, absent, GLOBEX), (name, absent))
 
 
 def test_each_tenant_uses_its_own(live: Live) -> None:
@@ -169,11 +188,27 @@ def test_each_tenant_uses_its_own(live: Live) -> None:
     assert ask(live, "/v1/completions", "shared", ACME_2).status_code == 404
 
 
+def mixed(live: Live, path: str, fields: dict[str, Any], headers: dict[str, str], **more: Any) -> httpx.Response:
+    """The answer to a body with more fields, those of ``fields`` where the route names its adapter."""
+    body = json.loads(json.dumps(BODIES[path])) | more
+    body.get("parameters", body).update(fields)
+    return live.client.post(path, json=body, headers={**headers, "x-request-id": "same"})
+
+
 def test_a_key_without_the_base(live: Live) -> None:
     for name in (MODEL, "", "tgi", "dummy", f"{MODEL}:"):
         assert_canonical_error(ask(live, "/v1/completions", name, NO_BASE), 404, "There is no model or adapter")
     assert_canonical_error(live.post("/v1/completions", BODIES["/v1/completions"], headers=NO_BASE), 404)
     assert live.post("/generate", BODIES["/generate"], headers=NO_BASE).status_code == 424
+    for path, refused in (("/v1/completions", 404), ("/generate", 424)):
+        statuses = []
+        for weights in ([1, 1], [0, 0], [1, -1]):
+            mix = {"merged_adapters": {"ids": ["shared", "shared"], "weights": weights}}
+            statuses.append(mixed(live, path, mix, NO_BASE).status_code)
+            assert mixed(live, path, mix, ACME).status_code == 200
+        assert statuses == [200, refused, refused], "weights that are 0 leave the base"
+        assert mixed(live, path, {"adapter_id": "shared"}, NO_BASE).status_code == 200
+        assert mixed(live, path, {"adapter_id": "shared"}, NO_BASE, model=MODEL).status_code == 200
     assert [row["id"] for row in ok(live.client.get("/v1/models", headers=NO_BASE))["data"]] == ["shared"]
     assert_canonical_error(live.client.get(f"/v1/models/{MODEL}", headers=NO_BASE), 404)
     assert ok(live.post("/tokenize", {"prompt": "Hello"}, headers=NO_BASE))["count"] > 0
@@ -322,6 +357,7 @@ def test_the_file_is_read_again_when_it_changes(tmp_path: Path, live: Live) -> N
             "[[keys]]\nid = 'a'\nkey = 'x'\nweight = 2\n[[keys]]\nid = 'b'\ntenant = 'a'\nkey = 'y'\nweight = 3",
             "another weight",
         ),
+        ("[[keys]]\nid = 'a'\nkey = 'x'\nadapters = ['s@x/*', 'support@7']", "'a' has a pattern with a version"),
         ("not toml", "cannot be used"),
     ],
 )

@@ -40,7 +40,7 @@ def adapters_list(
     ] = "",
     kind: Annotated[str, typer.Option("--kind", metavar="KIND", help="Only those with parts of this kind.")] = "",
     source: Annotated[
-        str, typer.Option("--source", metavar="SOURCE", help="Only those from this kind of source: local or hub.")
+        str, typer.Option("--source", metavar="SOURCE", help="Only those from this kind of source, such as hub.")
     ] = "",
     url: Url = None,
     port: Port = None,

@@ -14,7 +14,7 @@ from truffula.lora.locations import origin_of
 from truffula.lora.pool import AdapterPool
 
 PREFETCH_WINDOW = 4
-"""Adapters looked at in a step for those that are loaded already, as a multiple of ``prefetch_adapters``."""
+"""Adapters looked at in a step beside those that load, as a multiple of ``prefetch_adapters``."""
 MAX_OVERTAKING = 16
 """How many sequences of a queue are looked at for one that need not wait for a running prompt."""
 
@@ -105,9 +105,10 @@ class WaitingQueues:
         return sum(self._unbound[key] for key in self._loading)
 
     def unbound_names(self, most: int) -> list[str]:
-        """Names of the first ``most`` adapters that have unbound sequences."""
+        """Names of the first ``most`` adapters that have unbound sequences, but for private ones."""
         refs = [next(iter(self._queues[key].values())).request.adapter for key in islice(self._unbound, most)]
-        return list(dict.fromkeys(part.ref.name for ref in refs if ref is not None for part in ref.acting))
+        acting = [part.ref for ref in refs if ref is not None for part in ref.acting]
+        return list(dict.fromkeys(ref.name for ref in acting if not ref.private))
 
     def is_loading(self, sequence: Sequence) -> bool:
         return not sequence.ready and sequence.key in self._loading
@@ -129,7 +130,8 @@ class WaitingQueues:
         """
         most, loading = self._limits.prefetch_adapters, Counter[str]()
         ended: list[tuple[Sequence, ErrorInfo | None]] = []
-        for key in list(islice(self._unbound, PREFETCH_WINDOW * most)):
+        others = (key for key in self._unbound if key not in self._loading)
+        for key in [*self._loading, *islice(others, PREFETCH_WINDOW * most)]:
             unbound = [one for one in self._first(key, self._limits.max_running) if not one.ready]
             if not unbound:  # they wait behind a full window of sequences that are ready
                 continue

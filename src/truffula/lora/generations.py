@@ -83,6 +83,7 @@ class Generation:
     prefix: KvPrefix | None = None
     sources: set[AdapterSource] = field(default_factory=set)  # that have these bytes now; none: it is retired
     names: list[str] = field(default_factory=list)  # by which a retired one was last known
+    private: bool = False  # whether these names are
     slot: int | None = None
     resident: bool = False  # in its slot, and uploaded
     leases: int = 0
@@ -115,7 +116,7 @@ class Generation:
         """What an account counts for it: its image is outside the budget while it has no slot."""
         return self.image.nbytes if account == "mapped" else self.nbytes
 
-    def state(self, name: str) -> AdapterState:
+    def state(self, name: str, *, private: bool = False) -> AdapterState:
         """Its row under one of its names."""
         loaded: Literal["ready", "uploading"] = "ready" if self.slot is None else "uploading"
         return AdapterState(
@@ -130,6 +131,7 @@ class Generation:
             parts=self.parts,
             sites=self.sites,
             used_at=self.used_at,
+            private=private,
         )
 
 
@@ -143,7 +145,7 @@ class Generations:
         self._by_account: dict[Account, dict[str, Generation]] = defaultdict(dict)  # least recently used first
         self._bytes: Counter[Account] = Counter()
         self._dropped: dict[str, None] = {}  # ids of used ones, the last dropped last: as many as are mapped
-        self.pins: set[AdapterSource] = set()  # whose generation stays resident
+        self.pins: dict[AdapterSource, set[str]] = {}  # names that keep the generation of a source resident
         self._stamp = 0.0
 
     def get(self, generation: str) -> Generation | None:
@@ -240,7 +242,7 @@ class Generations:
     def touch(self, entry: Generation, now: float) -> None:
         """Record a use or a change of state, and count its bytes accordingly. Stamps never decrease."""
         entry.used_at = self._stamp = max(self._stamp, now)
-        entry.pinned = not self.pins.isdisjoint(entry.sources)
+        entry.pinned = not entry.sources.isdisjoint(self.pins)
         self._count(entry, entry.account)
 
     def _count(self, entry: Generation, account: Account | None) -> None:
@@ -337,6 +339,6 @@ class Generations:
             assert stamps == sorted(stamps), f"{account} is out of order"
         assert self._budget.used(OWNER) == self.resident_bytes
         for entry in entries:
-            assert entry.pinned == (not self.pins.isdisjoint(entry.sources)), "a wrong pin"
+            assert entry.pinned == (not entry.sources.isdisjoint(self.pins)), "a wrong pin"
             assert entry.leases >= entry.resident_leases >= 0, "a lease was released twice"
             assert not entry.resident_leases or entry.resident, "a resident lease without a slot"

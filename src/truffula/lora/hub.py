@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,17 +108,18 @@ def _check_listing(info: Any, repo: str, max_file_bytes: int) -> tuple[str, ...]
 
 class HubStore:
     """A repository of the Hub, read with a client's token (``stores.Store``). Its files are of the one commit that was
-    the revision's when it was opened. They never are in the Hub library's cache, which loads without the token read.
+    the revision's when it was opened. They never are in the Hub library's cache, which loads without the token read:
+    the library downloads them to ``folder``, which the caller removes.
     """
 
-    def __init__(self, ref: AdapterRef) -> None:
+    def __init__(self, ref: AdapterRef, folder: Path) -> None:
         import huggingface_hub as hub
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
         assert ref.credential is not None
         self._repo, self._token = ref.locator, ref.credential.token
-        self._folder = tempfile.TemporaryDirectory(prefix="truffula-hub-")
+        self._folder = folder
         self._commit, self._sizes = "", dict[str, int | None]()
         try:
             info = hub.HfApi().model_info(self._repo, revision=ref.revision, files_metadata=True, token=self._token)
@@ -141,9 +141,7 @@ class HubStore:
         import huggingface_hub as hub
 
         try:
-            path = hub.hf_hub_download(
-                self._repo, name, revision=stamp.mark, token=self._token, cache_dir=self._folder.name
-            )
+            path = hub.hf_hub_download(self._repo, name, revision=stamp.mark, token=self._token, cache_dir=self._folder)
         except MemoryError:
             raise
         except Exception as error:  # as in ``download``
@@ -156,7 +154,7 @@ class HubStore:
                 yield chunk
 
     def close(self) -> None:
-        self._folder.cleanup()
+        """Nothing is held."""
 
 
 def _source_error(failure: HubError) -> SourceError:

@@ -7,7 +7,9 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from truffula.errors import ErrorInfo
+from msgspec.structs import replace
+
+from truffula.errors import AdapterNotFound, ErrorInfo, unknown_adapter
 from truffula.kernels.backend import AdapterImage
 from truffula.lora.loading import LoadingWorker
 from truffula.lora.worker import LoadResponse
@@ -38,6 +40,15 @@ class _Failure:
     name: str
     error: ErrorInfo
     expires: float
+
+    def told(self, name: str) -> ErrorInfo:
+        """The error for one that calls the adapter ``name``, and is not to learn by which name another client did."""
+        error = self.error
+        if name == self.name:
+            return error
+        if error.code == AdapterNotFound.code and "reason" in error.data:  # of ``unknown_adapter``
+            return unknown_adapter(name, str(error.data["reason"]), error.param or "").info()
+        return replace(error, message=error.message.replace(repr(self.name), repr(name)))
 
 
 class AdapterLoads:
@@ -105,7 +116,7 @@ class AdapterLoads:
         """Count and log a load whose image is mapped."""
         self.completed += 1
         known = ref.label in self.completed_by_name or len(self.completed_by_name) < MAX_COUNTED_NAMES
-        self.completed_by_name[ref.label if known else OTHER_NAMES] += 1
+        self.completed_by_name[ref.label if known and not ref.rights else OTHER_NAMES] += 1
         where = f"{ref.locator}@{response.commit}" if response.commit else ref.locator
         logger.info(
             "adapter %r (%s) loaded in %.2f s: rank %d, %d bytes, generation %s",
@@ -120,17 +131,22 @@ class AdapterLoads:
 
     # Failures
 
-    def fail(self, state: SourceState, name: str, error: ErrorInfo, now: float) -> None:
-        """Count, log and remember the failure of an adapter that ``name`` asked for."""
+    def fail(
+        self, state: SourceState, name: str, error: ErrorInfo, now: float, outcome: str | None = "is not loaded"
+    ) -> None:
+        """Count, log and remember the failure of an adapter that ``name`` asked for. Logged with ``outcome``."""
         self.failed += 1
         why = error.data.get("reason", error.message)  # one that only the operator is told, if there is one
-        logger.warning("adapter %r (%s) is not loaded (%s): %s", name, state[0][1], error.code, why)
+        if outcome is not None:
+            logger.warning("adapter %r (%s) %s (%s): %s", name, state[0][1], outcome, error.code, why)
         self._failures[state] = _Failure(name, error, now + self._failure_ttl_s)
 
-    def error(self, state: SourceState, now: float) -> ErrorInfo | None:
-        """Why this state failed to load less than ``failure_ttl_s`` ago; None when it did not."""
+    def error(self, state: SourceState, name: str, now: float) -> ErrorInfo | None:
+        """Why this state failed to load less than ``failure_ttl_s`` ago, for one that calls it ``name``; None when it
+        did not.
+        """
         failure = self._failures.get(state)
-        return None if failure is None or now >= failure.expires else failure.error
+        return None if failure is None or now >= failure.expires else failure.told(name)
 
     def forget_failures(self, *, source: AdapterSource | None = None, name: str | None = None) -> bool:
         """Forget the failures of a source or of a name; whether there were any."""
@@ -140,12 +156,12 @@ class AdapterLoads:
         return bool(states)
 
     def names(self) -> list[str]:
-        """The names that open loads were asked for by."""
-        return [ref.name for _, ref in self._open.values()]
+        """The names that open loads were asked for by, but for private ones."""
+        return [ref.name for _, ref in self._open.values() if not ref.private]
 
     def states(self) -> list[AdapterState]:
         """One row per open load and per failure."""
-        rows = [AdapterState(name=ref.name, status="loading") for _, ref in self._open.values()]
+        rows = [AdapterState(name=ref.name, status="loading", private=ref.private) for _, ref in self._open.values()]
         return rows + [AdapterState(name=f.name, status="failed", error=f.error) for f in self._failures.values()]
 
     def close(self) -> None:

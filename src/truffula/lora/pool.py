@@ -42,11 +42,15 @@ RETRY_POLL_S = 0.002
 
 @dataclass
 class _LoadedSource:
-    """A source whose bytes are mapped: its generation, the fingerprints they were read under, and the names used."""
+    """A source whose bytes are mapped: its generation, the fingerprints they were read under, and the names used.
+    ``private`` as of ``AdapterRef``; ``unchecked`` is the last fingerprint under which it could not be compared.
+    """
 
     generation: Generation
+    private: bool
     fingerprints: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+    unchecked: str | None = None
 
     def add(self, fingerprint: str) -> None:
         """Keep the newest: a source that is checked every few minutes has ever new ones."""
@@ -104,7 +108,7 @@ class AdapterPool:
         state = source_state(ref)
         loaded = self._loaded(state)
         if loaded is None:
-            loaded, error = self._checked_meanwhile(ref), self.loads.error(state, now)
+            loaded, error = self._checked_meanwhile(ref), self.loads.error(state, ref.name, now)
             if error is None:
                 known = self._sources.get(state[0])
                 self.loads.begin(ref, "" if known is None else known.generation.commit)
@@ -213,16 +217,18 @@ class AdapterPool:
         """One row per name and generation, loads and failures included, by name."""
         rows = self.loads.states()
         for entry in self._generations:
-            names = set().union(*(self._sources[source].names for source in entry.sources)) or entry.names
-            rows += [entry.state(name) for name in names]
+            names = dict.fromkeys(entry.names if not entry.sources else (), entry.private)
+            for loaded in map(self._sources.__getitem__, entry.sources):
+                names |= {name: loaded.private and names.get(name, True) for name in loaded.names}
+            rows += [entry.state(name, private=private) for name, private in names.items()]
         return sorted(rows, key=lambda row: (row.name, row.status, row.generation or ""))
 
     def resident_names(self, most: int) -> list[str]:
-        """The first ``most`` names of resident adapters, the last used first. One that is retired has none."""
+        """The first ``most`` names of resident adapters, the last used first, of none that is retired or private."""
         names: list[str] = []
         for entry in self._generations.newest():
-            for source in entry.sources:
-                names += self._sources[source].names
+            for loaded in map(self._sources.__getitem__, entry.sources):
+                names += () if loaded.private else loaded.names
             if len(names) >= most:
                 break
         return list(dict.fromkeys(names))[:most]
@@ -253,18 +259,17 @@ class AdapterPool:
             done.set_result(self.states())
         elif command.action == "unpin" or self._unload(ref.name):
             if command.action == "unpin":
-                self._generations.pins.discard(source_of(ref))
-                self._recount(source_of(ref))
+                self._unpin(source_of(ref), ref.name)
             done.set_result([state for state in self.states() if state.name == ref.name])
         else:
             done.set_exception(AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter"))
         return done
 
     def _load(self, ref: AdapterRef, pinned: bool, now: float) -> Future[list[AdapterState]]:
-        """Load even what failed recently. ``pinned``: keep it resident, through reloads, until it is unloaded."""
+        """Load even what failed recently. ``pinned``: keep it resident, also through reloads, until it is unloaded."""
         source = source_of(ref)
         if pinned:
-            self._generations.pins.add(source)
+            self._generations.pins.setdefault(source, set()).add(ref.name)
             self._recount(source)
         self.loads.forget_failures(source=source)
         self.lookup(ref, now)
@@ -278,19 +283,28 @@ class AdapterPool:
         cancelled = self.loads.cancel(name)
         failed = self.loads.forget_failures(name=name)
         named = [source for source, loaded in self._sources.items() if name in loaded.names]
-        self._generations.pins.difference_update(cancelled, named)
+        for source in [source for source, names in self._generations.pins.items() if name in names]:
+            self._unpin(source, name)
         for source in named:
             self._remove_name(source, name)
         return bool(cancelled or failed or named)
 
     def _remove_name(self, source: AdapterSource, name: str) -> None:
-        """Remove a name of a source; one without another name is forgotten, and its pin ends."""
-        if self._sources[source].names == {name}:
-            self._generations.pins.discard(source)
+        """Remove a name of a source, and end its pin; a source without another name is forgotten."""
+        self._unpin(source, name)
+        loaded = self._sources[source]
+        loaded.names = loaded.names - {name} | self._generations.pins.get(source, set())
+        if not loaded.names:
+            loaded.names = {name}
             self._detach(source)
-        else:
-            self._sources[source].names.discard(name)
-            self._recount(source)
+
+    def _unpin(self, source: AdapterSource, name: str) -> None:
+        """End the pin of a source by one of its names."""
+        names = self._generations.pins.get(source, set())
+        names.discard(name)
+        if not names:
+            self._generations.pins.pop(source, None)
+        self._recount(source)
 
     def _advance(self, command: _LoadCommand, now: float, idle: bool) -> None:
         """Complete a load command whose adapter is resident or has failed."""
@@ -312,7 +326,7 @@ class AdapterPool:
         ref, state = command.ref, source_state(command.ref)
         if state in self.loads:
             return None
-        error = self.loads.error(state, now)
+        error = self.loads.error(state, ref.name, now)
         if error is not None and self._loaded(state) is None:
             raise TruffulaError.from_info(error)
         loaded = self._sources.get(source_of(ref))
@@ -353,13 +367,22 @@ class AdapterPool:
             try:
                 entry = self._generations.add(response, now)
             except TruffulaError as error:
-                self.loads.fail(source_state(ref), ref.name, error.info(), now)
-                # A source that cannot be read now keeps what it had. One that has something else now does not.
-                if self._checked_meanwhile(ref) is not None and not isinstance(error, AdapterLoadError):
-                    self._detach(source_of(ref))
+                self._on_failure(ref, error, now)
             else:
                 self.loads.complete(ref, response, entry.image)
                 return self._attach(ref, entry, response.commit)
+
+    def _on_failure(self, ref: AdapterRef, error: TruffulaError, now: float) -> None:
+        """A source that cannot be read now keeps what it had. One that has something else now does not."""
+        loaded = self._checked_meanwhile(ref)
+        outcome: str | None = "is not loaded"
+        if loaded is not None and isinstance(error, AdapterLoadError):
+            tried = loaded.unchecked == ref.fingerprint
+            loaded.unchecked = ref.fingerprint
+            outcome = None if tried else "is served as it was, since it cannot be compared with its source"
+        elif loaded is not None:
+            self._detach(source_of(ref))
+        self.loads.fail(source_state(ref), ref.name, error.info(), now, outcome)
 
     def _confirm(self, ref: AdapterRef, response: LoadResponse) -> None:
         """A source still has the commit that was loaded. If that is no longer here, it is loaded."""
@@ -415,7 +438,7 @@ class AdapterPool:
         loaded = self._sources.get(source)
         if loaded is not None and loaded.generation is not entry:
             self._detach(source)
-        loaded = self._sources.setdefault(source, _LoadedSource(entry))
+        loaded = self._sources.setdefault(source, _LoadedSource(entry, ref.private))
         loaded.add(fingerprint)
         loaded.names.add(ref.name)
         entry.sources.add(source)
@@ -426,7 +449,7 @@ class AdapterPool:
         """Forget the generation of this source; one that no other source has is retired."""
         loaded = self._sources.pop(source)
         entry = loaded.generation
-        entry.names = sorted(loaded.names)
+        entry.names, entry.private = sorted(loaded.names), loaded.private
         entry.sources.discard(source)
         self._generations.touch(entry, entry.used_at)
         self._drop_if_retired(entry)

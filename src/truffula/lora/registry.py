@@ -111,7 +111,11 @@ class AdapterRegistry:
         self._aliases: dict[str, Alias] = {}
         self._pins: set[str] = set()
         if self._db is not None:
-            self._read(self._db)
+            try:
+                self._read(self._db)
+            except (self._db.Error, msgspec.MsgspecError) as error:
+                self._db.close()
+                raise _unusable(path, str(error)) from error
 
     def _read(self, db: sqlite3.Connection) -> None:
         for name, version, ref, created in db.execute(
@@ -263,9 +267,10 @@ def _open(path: Path) -> sqlite3.Connection:
             raise sqlite3.DatabaseError(f"its format is {found}, not {FORMAT}")
         db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
     except (sqlite3.Error, OSError) as error:
-        why = "another server uses it" if "locked" in str(error) else str(error)
-        raise ConfigError(
-            f"The registered adapters in {path} cannot be used: {why}. --state-dir names another folder.",
-            param="state_dir",
-        ) from error
+        raise _unusable(path, "another server uses it" if "locked" in str(error) else str(error)) from error
     return db
+
+
+def _unusable(path: Path | None, why: str) -> ConfigError:
+    text = f"The registered adapters in {path} cannot be used: {why}. --state-dir names another folder."
+    return ConfigError(text, param="state_dir")

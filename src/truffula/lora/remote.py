@@ -184,7 +184,10 @@ class _Source:
 
     def _opened(self) -> Store:
         if self._store is None:
-            made = HubStore(self.ref) if self.ref.kind == "hub" else open_store(self.ref)
+            if self.ref.kind == "hub":  # in a scratch folder, since that of a killed process is removed by the next one
+                made: Store = HubStore(self.ref, self._stack.enter_context(self.cache.scratch()).folder)
+            else:
+                made = open_store(self.ref)
             self._store = self._stack.enter_context(closing(made))
         return self._store
 

@@ -346,6 +346,8 @@ class AdapterDirectory:
                 there = {entry.name for entry in entries if self._is_adapter(entry)}
         except OSError:
             return frozenset()  # the folder was removed; the named adapters are still served
+        for gone in self._plain.keys() - there:
+            self._plain.pop(gone, None)
         listed = frozenset() if kept is None else kept.names
         left_out = {name for name in there - listed if self._is_reserved(name)}
         for name in sorted(left_out - self._left_out):

@@ -1,7 +1,8 @@
 """What is known of the adapters: ``GET /v1/adapters``, one of them, and mistral.rs's list.
 
 A key sees the adapters that it may use. Sources and the errors of failed loads name paths, so they are only given where
-adapters may be loaded by path, and to keys that may do so.
+adapters may be loaded by path, and to keys that may do so; so are adapters that one client's credential opened, and
+merged ones, whose names are those of their parts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from starlette.responses import Response
 
 from truffula.errors import AdapterNotFound, InvalidRequest
 from truffula.lora.registry import Alias
+from truffula.lora.sources import SOURCES
 from truffula.server.auth import access_of
 from truffula.server.keys import Access
 from truffula.server.replies import json_reply
@@ -37,12 +39,9 @@ class Known:
 
     state: ServerState
     access: Access
+    with_sources: bool
     listed: Sequence[AdapterState]
     states: Mapping[str, AdapterState]
-
-    @property
-    def with_sources(self) -> bool:
-        return self.state.config.adapter_admin and self.access.admin
 
     def row(self, name: str) -> dict[str, Any]:
         """What is known of the adapter that ``name`` means; of an alias, of its first target."""
@@ -118,8 +117,10 @@ def _wall_time(monotonic: float) -> int:
 async def known(state: ServerState, access: Access) -> Known:
     """What the engine knows of its adapters now."""
     found = await state.service.adapters(AdapterCommand(action="list"))
-    ordered = sorted(found, key=lambda one: -STATUSES.index(one.status))
-    return Known(state, access, found, {one.name: one for one in ordered})
+    with_sources = state.config.adapter_admin and access.admin
+    listed = [one for one in found if with_sources or not one.private]
+    ordered = sorted(listed, key=lambda one: -STATUSES.index(one.status))
+    return Known(state, access, with_sources, listed, {one.name: one for one in ordered})
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,10 @@ class _Query:
         if unknown := sorted(set(given) - set(cls.__dataclass_fields__)):
             names = ", ".join(cls.__dataclass_fields__)
             raise InvalidRequest(f"{unknown[0][:40]} has no effect here; use {names}.", param=unknown[0][:40])
-        if "status" in given and given["status"] not in (*STATUSES, NOT_LOADED):
-            allowed = ", ".join((*STATUSES, NOT_LOADED))
-            raise InvalidRequest(f"status: should be one of {allowed}, got {given['status'][:40]!r}.", param="status")
+        for name, allowed in (("status", (*STATUSES, NOT_LOADED)), ("source", SOURCES)):
+            if name in given and given[name] not in allowed:
+                text = f"{name}: should be one of {', '.join(allowed)}, got {given[name][:40]!r}."
+                raise InvalidRequest(text, param=name)
         if "limit" in given:
             text = given["limit"]
             given["limit"] = int(text) if text.isascii() and text.isdigit() and len(text) < 5 else 0

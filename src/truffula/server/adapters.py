@@ -92,7 +92,12 @@ def locate_new(
 
 async def load(state: ServerState, ref: AdapterRef, *, pinned: bool = False) -> str | None:
     """Load ``ref``; its generation once requests can use it. Raises why it cannot be loaded."""
-    states = await state.service.adapters(AdapterCommand(action="load", ref=ref, pinned=pinned))
+    try:
+        states = await state.service.adapters(AdapterCommand(action="load", ref=ref, pinned=pinned))
+    except TruffulaError:
+        if pinned and not state.directory.registry.is_pinned(ref.name):
+            await state.service.adapters(AdapterCommand(action="unpin", ref=ref))
+        raise
     if pinned:
         await state.service.look_up(state.directory.registry.set_pin, ref.name, True)
     return next((one.generation for one in states if one.name == ref.name), None)

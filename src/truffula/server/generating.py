@@ -61,7 +61,7 @@ class _Watch:
             before, seen = self._last.get(key, (None, 0))
             if count:
                 if self._observer is None:
-                    self._observer = self._state.metrics.observer(record.adapter, answered=True)
+                    self._observer = self._state.metrics.observer(record.counted_as, answered=True)
                 if before is not None:
                     self._observer.inter_token.observe((now - before) / count)
             self._last[key] = now, seen + count

@@ -45,9 +45,12 @@ class Access:
         return re.compile("|".join(map(fnmatch.translate, self.patterns)) or r"(?!)")
 
     def may_use(self, name: str) -> bool:
-        """Whether the key may use the adapter ``name``, or a version of it."""
+        """Whether the key may use the adapter ``name``, or a version of it. A version follows an @ behind the last
+        slash: one before that is part of a path.
+        """
+        folder, slash, last = name.rpartition("/")
         allowed = self._allowed
-        return allowed is None or allowed.match(name.partition("@")[0]) is not None
+        return allowed is None or allowed.match(f"{folder}{slash}{last.partition('@')[0]}") is not None
 
     def may_see(self, name: str) -> bool:
         """Whether listings show the adapter ``name`` to the key."""
@@ -133,6 +136,10 @@ def read_keys(path: Path) -> dict[str, Access]:
     for one in found:
         if (one.key is None) == (one.key_sha256 is None):
             raise _wrong(path, one, "needs either key or key_sha256")
+        if any("@" in pattern.rpartition("/")[2] for pattern in one.adapters):
+            raise _wrong(
+                path, one, "has a pattern with a version; one without @ allows the adapter in all its versions"
+            )
         known = digest(one.key.encode()) if one.key is not None else str(one.key_sha256).lower()
         if one.id in ids or known in keys:
             raise _wrong(path, one, "has the id or the key of another entry")

@@ -97,7 +97,7 @@ class RequestPipeline:
                 extra = [(b"x-request-id", record.request_id.encode())]
                 if dialect_of_request(scope) == "anthropic":
                     extra.append((b"request-id", record.request_id.encode()))
-                if record.adapter:
+                if record.adapter and record.status < 400:  # it answered
                     extra.append((b"x-truffula-adapter", safe_header(record.adapter).encode("latin-1")))
                 if record.ignored:
                     extra.append((b"x-truffula-ignored", record.ignored.encode("latin-1", "replace")))

@@ -6,10 +6,10 @@ back what the reply needs of the body: all but the fields in ``_LEFT_OUT``.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -66,7 +66,7 @@ SPLIT_KEY = "x-truffula-split-key"
 """The header whose value chooses among the targets of an alias; without it, the request's id does."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Read:
     """A body and its requests, how many characters their texts have, and when the body was read (monotonic seconds)."""
 
@@ -157,6 +157,7 @@ async def addressed(request: Request, made: Sequence[GenerateRequest], address: 
     salt = prefix_salt(request, address.salt, state.config.salt_by_api_key)
     if adapter is not None and (rights := adapter.rights):
         salt = f"{','.join(rights)}:{salt}"  # a right is a tenant: none sees what another has cached
+        record.own_right = True
     whose = {"salt": salt, "tenant": access.tenant or "", "weight": access.weight}
     return [replace(one, adapter=adapter, request_id=record.request_id, **whose) for one in made]
 
@@ -168,8 +169,11 @@ async def answering(address: Address, state: ServerState, caller: Caller) -> Ada
     where two fields name different adapters, ``AdapterNotFound`` for a name that this server does not serve.
     """
     found: AdapterRef | None = None
+    beside = caller  # beside an adapter, a model that is the base's name asks for no answer of the base
+    if address.adapters and not caller.access.base:
+        beside = dataclasses.replace(caller, access=dataclasses.replace(caller.access, base=True))
     for model in address.models:
-        ref = await state.named_model(model, address.source, caller)
+        ref = await state.named_model(model, address.source, beside)
         if found is not None and ref is not None and ref.name != found.name:
             raise InvalidRequest("model is given twice, for different adapters; give one of them.", param="model")
         found = found or ref
@@ -184,6 +188,8 @@ async def answering(address: Address, state: ServerState, caller: Caller) -> Ada
         return state.adapter(name, address.source, caller)
 
     adapter = await (find(named) if isinstance(named, str) else named.resolve(first, find))
+    if adapter is None:  # weights that are 0 leave the base
+        await state.adapter(None, None, caller)
     if found is not None and (adapter is None or adapter.name != found.name):
         raise InvalidRequest(f"model names one adapter and {first} another; give one of them.", param=first)
     return adapter

@@ -211,7 +211,7 @@ class BackgroundRun:
         given = record_of(self.draft.request)
         record = RequestRecord(request_id=given.request_id, method=given.method, path=given.path)
         record.route, record.generates, record.status = "/v1/responses", True, 200
-        record.adapter, record.max_tokens = given.adapter, given.max_tokens
+        record.adapter, record.own_right, record.max_tokens = given.adapter, given.own_right, given.max_tokens
         return Request({**scope, "state": {**scope["state"], "record": record}})
 
     def _add(self, chunk: bytes) -> None:

@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from truffula.config import ServerConfig
 from truffula.errors import AdapterNotFound, InvalidRequest, unknown_adapter
+from truffula.lora.locations import URL_KINDS, url_of
 from truffula.lora.sources import BASE_WORDS, SOURCES, AdapterDirectory
 from truffula.metrics import Metrics, RequestRecord
 from truffula.server.keys import OPERATOR, Access, Caller
@@ -115,7 +116,7 @@ class ServerState:
 
     def _resolve(self, name: str, source: str | None, caller: Caller) -> AdapterRef | None:
         access = caller.access
-        access.require(name)
+        access.require(url_of(source, name) if source in URL_KINDS else name)
         alias = self.directory.registry.alias(name) if source is None else None
         if alias is not None:
             name = alias.choose(caller.key)
