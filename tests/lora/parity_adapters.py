@@ -109,9 +109,13 @@ def check_mixed(model: ParityModel, names: list[str]) -> dict[str, str]:
     for label, prompt, name in crowd:
         try:
             model.expect(answers[label], prompt, name)
-        except AssertionError as error:
-            failed[name or "base"] = str(error)
+        except Exception as error:  # noqa: BLE001  (peft's, too)
+            failed[name or "base"] = _why(error)
     return failed
+
+
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def check_preempted(model: ParityModel, kind: Kind) -> None:
@@ -158,10 +162,10 @@ def results(model: ParityModel, kinds: list[Kind], checks: list[str]) -> Iterato
                 EACH[name](model, kind)
                 yield kind.name, name, ""
             except Exception as error:  # noqa: BLE001  (peft's, too: one row says so)
-                yield kind.name, name, " ".join(str(error).split())[:300] or type(error).__name__
+                yield kind.name, name, _why(error)
     failed = check_mixed(model, [kind.name for kind in kinds])
-    for kind in kinds:
-        yield kind.name, "mixed", failed.get(kind.name, "")
+    for name in ("base", *(kind.name for kind in kinds)):
+        yield name, "mixed", failed.get(name, "")
 
 
 def refusals() -> Iterator[tuple[str, str]]:
@@ -212,7 +216,7 @@ def main() -> int:
                     if why:
                         failed.append(f"{label}: {kind}: {check}: {why}")
             for kind, row in rows.items():
-                marks = "".join(f"{'FAILS' if row[c] else 'ok':16}" for c in columns)
+                marks = "".join(f"{'FAILS' if row.get(c) else 'ok' if c in row else '':16}" for c in columns)
                 print(f"{label + ': ' + kind:46}{marks}", flush=True)
     if not options.families and not options.kind:
         print("\nRefused:")

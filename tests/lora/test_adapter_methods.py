@@ -270,6 +270,13 @@ def test_trained_tokens_must_be_of_a_table_that_is_named(tmp_path: Path, tensor:
     assert caught.value.param == ("token_indices" if tensor == "embed_tokens" else "target_modules")
 
 
+def test_a_tensor_may_not_be_in_the_file_under_two_names(tmp_path: Path) -> None:
+    tensors = {f"{prefix}{DOWN}.ia3_l": values(1, F, seed=n) for n, prefix in enumerate(("", PREFIX))}
+    write_adapter(tmp_path, {"peft_type": "IA3", "target_modules": [DOWN], "feedforward_modules": [DOWN]}, tensors)
+    with pytest.raises(AdapterError, match="are the same tensor of one module"):
+        validate_adapter(tmp_path, llama_sites(), base=BASE)
+
+
 CALLED = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alora_invocation_tokens": [5, 6]}
 Q_PAIR = {f"{PREFIX}{Q}.lora_A.weight": values(2, D), f"{PREFIX}{Q}.lora_B.weight": values(16, 2)}
 

@@ -198,7 +198,7 @@ class Assembly:
         if pair.magnitude is None:
             return False
         key = pair.magnitude.name
-        magnitude = part.rows(self.tensors[key])
+        magnitude = part.rows(pair.form.in_order(self.tensors[key].reshape(-1)))
         if site.kind == "embed":
             norms = column_norms(self._weight_rows(site, "use_dora"), a, b, scale)
         else:
@@ -211,7 +211,7 @@ class Assembly:
         """Add the biases of B, scaled; False when they are zero."""
         if pair.b_bias is None:
             return False
-        values = self.tensors[pair.b_bias.name].astype(np.float32) * np.float32(pair.scale)
+        values = pair.form.in_order(self.tensors[pair.b_bias.name]).astype(np.float32) * np.float32(pair.scale)
         for site, part in pair.parts:
             self._add(site, Bias(part.rows(values)))
         return bool(values.any())
@@ -220,6 +220,12 @@ class Assembly:
         """``ensure_weight_tying``: the head has the embedding's pair, with A and B transposed. ``own``: the file has
         it, too."""
         a, b = self.tensors[embed.b.name].T, self.tensors[embed.a.name].T
+        if own is None and embed.magnitude is not None:
+            raise AdapterError(
+                "ensure_weight_tying is true, but the file has no pair of the head, whose lora_magnitude_vector is "
+                f"another than that of {embed.module}. The file is incomplete; save the adapter again.",
+                param="ensure_weight_tying", key=embed.magnitude.name,
+            )  # fmt: skip
         if own is None:
             self._add(head, LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b), embed.scale))
         elif not (np.array_equal(a, self.tensors[own.a.name]) and np.array_equal(b, self.tensors[own.b.name])):

@@ -68,22 +68,14 @@ def parse_metadata(
     }
     stacked = parameters_of(plan.a.keys() - grouped, sites.parameters, settings.target_parameters)
     check_modules(plan, sites, base, origin, stacked.keys() | grouped)
-    if invocation and base.weights is not None and base.weights.source.serial:
-        raise AdapterError(
-            "alora_invocation_tokens: transformers' code computes this model one sequence at a time, where an adapter "
-            "acts on all tokens or none. Train plain LoRA.",
-            param="alora_invocation_tokens",
-        )
-    if invocation and plan.embeddings:
-        raise AdapterError(
-            f"alora_invocation_tokens is set, but PEFT has no activated LoRA on an embedding: "
-            f"{listed(plan.embeddings)}.",
-            param="alora_invocation_tokens",
-        )
+    if invocation:
+        _check_invocation(plan, sites, base)
     targets = Targets(settings, sites.linear_names)
     for wrapper in plan.a:
         module = stacked.get(wrapper, wrapper)
-        patterned = _parameter(module, targets, settings, sites) or module
+        patterned = renamed.stored_name(module)
+        if patterned == module:
+            patterned = _parameter(module, targets, settings, sites) or module
         of_experts = sites.parameters[module] if wrapper in stacked else []
         if wrapper in grouped:
             of_experts = list(sites.groups[wrapper])
@@ -119,6 +111,28 @@ def parse_metadata(
         parsed.warnings.append(f"Tensors that PEFT does not compute with when generating: {listed(plan.unused)}.")
     parsed.warnings += extra_file_warnings(folder, config, sites=sites.all, model=base.model)
     return parsed
+
+
+def _check_invocation(plan: KeyPlan, sites: Sites, base: BaseFacts) -> None:
+    """Raise ``AdapterError`` where an activated LoRA cannot act from one token on."""
+    source = None if base.weights is None else base.weights.source
+    acting = {name: {site.id for site, _ in sites.by_name.get(name, ())} for name in plan.a}
+    of_all = [] if source is None else [name for name, ids in acting.items() if ids.intersection(source.latent)]
+    why = ""
+    if source is not None and source.serial:
+        why = (
+            "transformers' code computes this model one sequence at a time, where an adapter acts on all tokens or "
+            "none. Train plain LoRA."
+        )
+    elif plan.embeddings:
+        why = f"PEFT has no activated LoRA on an embedding: {listed(plan.embeddings)}."
+    elif of_all:
+        why = (
+            f"the keys and values that {listed(of_all)} makes are computed from cached latents when they are used, so "
+            "that it would act on the tokens before the invocation, too. Train without it."
+        )
+    if why:
+        raise AdapterError(f"alora_invocation_tokens: {why}", param="alora_invocation_tokens")
 
 
 def _parameter(module: str, targets: Targets, settings: LoraSettings, sites: Sites) -> str | None:

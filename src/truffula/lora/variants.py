@@ -31,7 +31,7 @@ Taken = tuple[Float32, Float32]
 @dataclass(frozen=True)
 class Form:
     """How a pair is stored: with ``a_blocks`` and ``b_blocks`` on the diagonal, A of means of ``group`` inputs (0: of
-    inputs), and rows of B in an ``order`` of their own."""
+    inputs), and outputs (rows of B, magnitudes, biases) in an ``order`` of their own."""
 
     a_blocks: int = 1
     b_blocks: int = 1
@@ -46,8 +46,11 @@ class Form:
         """A [r, I] and B [O, r] as plain matrices."""
         if self.group:
             a = np.repeat(a.astype(np.float32) * np.float32(a.shape[1] / self.group), self.group, axis=1)
-        b = _block_diagonal(b, self.b_blocks)
-        return _block_diagonal(a, self.a_blocks), b if self.order is None else self.order.sorted(b)
+        return _block_diagonal(a, self.a_blocks), self.in_order(_block_diagonal(b, self.b_blocks))
+
+    def in_order(self, rows: Array) -> Array:
+        """``rows`` ``[O, ...]`` as stored, in the order of the base's."""
+        return rows if self.order is None else self.order.sorted(rows)
 
 
 PLAIN = Form()
