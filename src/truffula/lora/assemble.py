@@ -216,9 +216,9 @@ class Assembly:
             self._add(site, Bias(part.rows(values)))
         return bool(values.any())
 
-    def tie_head(self, embed: Pair, head: Site, own: Pair | None) -> None:
-        """``ensure_weight_tying``: the head has the embedding's pair, with A and B transposed. ``own``: the file has
-        it, too."""
+    def tie_head(self, embed: Pair, head: Site, own: Pair | None, scale: float) -> None:
+        """``ensure_weight_tying``: the head has the embedding's pair, with A and B transposed, and a ``scale`` of its
+        own. ``own``: the file has it, too."""
         a, b = self.tensors[embed.b.name].T, self.tensors[embed.a.name].T
         if own is None and embed.magnitude is not None:
             raise AdapterError(
@@ -227,7 +227,7 @@ class Assembly:
                 param="ensure_weight_tying", key=embed.magnitude.name,
             )  # fmt: skip
         if own is None:
-            self._add(head, LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b), embed.scale))
+            self._add(head, LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b), scale))
         elif not (np.array_equal(a, self.tensors[own.a.name]) and np.array_equal(b, self.tensors[own.b.name])):
             raise AdapterError(
                 f"ensure_weight_tying is true, but {own.a.name} and {own.b.name} are not those of {embed.module} "

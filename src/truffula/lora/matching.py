@@ -6,12 +6,9 @@ gives ranks and scales, and must name exactly those modules.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from truffula.errors import AdapterError
 from truffula.kernels.program import Site
@@ -31,7 +28,7 @@ from truffula.lora.image import AdapterFacts
 from truffula.lora.keys import KeyPlan, listed, plan_keys
 from truffula.lora.parsed import BaseFacts, Pair, ParsedAdapter, Sites
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import PatternTable, Targets, is_named, matching_limit
+from truffula.lora.patterns import Ranks, Targets, is_named, matching_limit
 from truffula.lora.saved import Parts, match_saved
 from truffula.lora.stacked import check_stacked, parameters_of, stacked_by_expert
 from truffula.lora.variants import PLAIN, form_of
@@ -58,8 +55,7 @@ def parse_metadata(
     renamed = rename(plan, sites, base.kv_heads)
     settings = renamed_settings(settings, renamed)
     parsed = ParsedAdapter(settings, facts=AdapterFacts(invocation=invocation))
-    ranks = PatternTable(settings.rank_pattern or {}, "rank_pattern")
-    alphas = PatternTable(settings.alpha_pattern or {}, "alpha_pattern")
+    ranks = Ranks(settings)
     origin = trained_on(config)
     grouped = {
         name
@@ -79,9 +75,7 @@ def parse_metadata(
         of_experts = sites.parameters[module] if wrapper in stacked else []
         if wrapper in grouped:
             of_experts = list(sites.groups[wrapper])
-        rank = ranks.value(patterned, settings.r)
-        alpha = alphas.value(patterned, settings.lora_alpha)
-        scale = float(np.float32(alpha / (math.sqrt(rank) if settings.use_rslora else rank)))
+        rank, scale = ranks.of(patterned)
         parts = tuple((site, site.modules[0]) for site in of_experts) or tuple(sites.by_name[module])
         experts = of_experts[0].stacked.experts if of_experts and of_experts[0].stacked is not None else 0
         pair = _make_pair(module, wrapper, parts, rank, scale, experts, plan, infos, settings)
@@ -99,7 +93,7 @@ def parse_metadata(
     if settings.bias not in (None, "none") and not plan.biases:
         parsed.warnings.append(f"bias is {settings.bias!r}, but the file has no biases: the base's are used.")
     parsed.warnings += left_out_warnings(plan)
-    for table, name in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
+    for table, name in ((ranks.ranks, "rank_pattern"), (ranks.alphas, "alpha_pattern")):
         for module, winner, loser in table.conflicts[:10]:
             parsed.warnings.append(
                 f"{name}: {winner!r} and {loser!r} both match {module} with different values; the first in the file "
