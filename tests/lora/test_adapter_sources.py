@@ -354,14 +354,14 @@ def test_an_adapter_with_a_refused_config_is_warned_of_at_the_start(tmp_path: Pa
         adapter(folder).joinpath("adapter_config.json").write_text(text)
         return folder
 
-    refused = tiny_config(rank=2, alpha=4, targets=["q_proj"], use_dora=True)
-    dora = with_config(tmp_path / "dir" / "dora", json.dumps(refused))
+    refused = tiny_config(rank=2, alpha=4, targets=["q_proj"], layer_replication=[[0, 1]])
+    deeper = with_config(tmp_path / "dir" / "deeper", json.dumps(refused))
     with_config(tmp_path / "dir" / "broken", "{")
     adapter(tmp_path / "dir" / "good")
-    named, *found = AdapterDirectory({"d": dora}, adapter_dir=tmp_path / "dir").warnings()
-    assert f"'d': {dora} cannot be served: " in named and "use_dora" in named
+    named, *found = AdapterDirectory({"d": deeper}, adapter_dir=tmp_path / "dir").warnings()
+    assert f"'d': {deeper} cannot be served: " in named and "layer_replication" in named
     assert sorted(text.partition(" cannot be served")[0] for text in found) == [
-        "--adapter-dir: broken", "--adapter-dir: dora",
+        "--adapter-dir: broken", "--adapter-dir: deeper",
     ]  # fmt: skip
     assert any("not valid JSON" in text for text in found)
 

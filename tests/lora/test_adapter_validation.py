@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from lora_bases import BASE, D, F, fused_sites, llama_sites, pairs, validate
+from msgspec.structs import replace
 from raw_safetensors import write_raw_safetensors
 
 from truffula.errors import AdapterError, AdapterNotFound, InsufficientMemory
@@ -360,8 +361,7 @@ def test_some_untrained_modules_are_warned_of(tmp_path: Path) -> None:
 def test_an_adapter_for_another_base_says_so_with_both_shapes(tmp_path: Path) -> None:
     write_tiny_adapter(tmp_path, llama_sites(), targets=["down_proj"])
     wider = tuple(
-        site if not site.module.endswith("down_proj") else type(site)(**{**vars(site), "in_features": F * 2})
-        for site in llama_sites()
+        site if not site.module.endswith("down_proj") else replace(site, in_features=F * 2) for site in llama_sites()
     )
     error = refused(tmp_path, wider)
     assert "another base" in error.message and BASE.model in error.message

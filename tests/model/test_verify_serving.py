@@ -12,7 +12,7 @@ from perturbed import Parts, PerturbedBackend
 
 from truffula.config import EngineConfig
 from truffula.errors import ConfigError
-from truffula.kernels.backend import QuantisedArray
+from truffula.kernels.backend import QuantisedArray, as_array
 from truffula.kernels.program import WeightDecl
 from truffula.kernels.select import Precision, select_backend
 from truffula.testing.adapters import write_tiny_adapter
@@ -69,7 +69,7 @@ def test_a_mistake_that_only_the_served_arithmetic_makes_is_found(model: Path) -
         if not decl.name.endswith("down_proj.weight"):
             return parts
         assert not any(isinstance(part, QuantisedArray) for part in parts)
-        return [np.ascontiguousarray(np.asarray(part)[::-1]) for part in parts]
+        return [np.ascontiguousarray(as_array(part)[::-1]) for part in parts]
 
     backend = select_backend("cpu", "cpu", precision=Precision("q8_0"))
     given = {"prompts": PROMPTS, "adapter": None, "new_tokens": 4, "oracle": Oracle(model, tied=False)}

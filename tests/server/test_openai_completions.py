@@ -277,7 +277,7 @@ def test_usage_in_a_stream_only_when_asked_for(live):
         ({"prompt": "a", "min_tokens": 9, "max_tokens": 3}, "min_tokens"),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
-        ({"prompt": "a", "adapter_source": "s3"}, "adapter_source"),
+        ({"prompt": "a", "adapter_source": "nfs"}, "adapter_source"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "response_format": {"type": "yaml"}}, "response_format"),
         ({"prompt": "a", "guided_json": {"not": {}}}, "guided_json"),

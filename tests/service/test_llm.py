@@ -312,7 +312,7 @@ def test_adapters_are_loaded_named_and_forgotten(llm: LLM, folders: dict[str, Pa
         llm.generate("a", adapters="three")
     state = llm.adapters.load("three", folders["one"])
     assert state.status in ("ready", "resident")
-    assert llm.adapters.names() == ["one", "three", "two"]
+    assert llm.adapters.names() == ["PREFIX_TUNING", "PROMPT_TUNING", "called", "one", "three", "two"]
     assert (
         llm.generate("hello", GREEDY, adapters="three")[0].token_ids
         == llm.generate("hello", GREEDY, adapters="one")[0].token_ids

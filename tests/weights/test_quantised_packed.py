@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from quantised_files import CAPACITY, MODEL, PATH, PROMPT, Fixture, as_model, run, write_folder
 
 from truffula.errors import CheckpointError
@@ -173,7 +174,7 @@ def test_a_matrix_whose_rows_are_sorted_is_planned_as_it_is_read(tmp_path: Path)
     opened = open_checkpoint(write_folder(tmp_path, *as_model(Fixture("fp8-channel"))))
     plan = plan_model(opened)
     last = next(decl for decl in reversed(plan.program.weights) if decl.parts[0].name.endswith("down_proj.weight"))
-    parts = (replace(last.parts[0], order=RowOrder(2, (last.shape[0] // 2,))),)
+    parts = (structs.replace(last.parts[0], order=RowOrder(2, (last.shape[0] // 2,))),)
     weights = tuple(replace(decl, parts=parts) if decl is last else decl for decl in plan.program.weights)
     plan = replace(plan, program=replace(plan.program, weights=weights))
     planned = planned_weights(plan.program, WeightOptions("bfloat16"), plan.stored_types)

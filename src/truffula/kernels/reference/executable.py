@@ -262,7 +262,9 @@ class ReferenceExecutable(SynchronousExecutable):
     def _embed(self, op: Embed, step: _Step) -> None:
         ids = step.token_ids if op.source == "token" else step.position + op.offset
         table, acting = self._weights[op.table].whole, step.acting()
-        _check_ids(ids, len(table), (step.op, 0), acting)
+        i = self.inputs
+        given = i.token_ids[: i.T] if op.source == "token" else i.position[: i.T] + op.offset
+        _check_ids(given, len(table), (step.op, 0), acting)
         rows = table.index_select(0, ids.clamp(max=len(table) - 1))
         virtual = ids >= len(table)
         if acting:
@@ -386,15 +388,15 @@ class ReferenceExecutable(SynchronousExecutable):
         self._buffers.put(op.out, y)
 
 
-def _check_ids(ids: Tensor, rows: int, op: tuple[int, int], segments: Sequence[Segment]) -> None:
+def _check_ids(ids: Array, rows: int, op: tuple[int, int], segments: Sequence[Segment]) -> None:
     """Raise ``KernelError`` unless a table of ``rows`` has every id, or the adapter of a segment of its row does."""
     missing = (ids < 0) | (ids >= rows)
     if not missing.any():
         return
     for segment in segments:
-        own, span = segment.ops[op].sites[0].ids, slice(segment.lo, segment.hi)
+        own, span = segment.ops[op].sites[0].host_ids, slice(segment.lo, segment.hi)
         if own is not None:
-            missing[span] &= ~torch.isin(ids[span], own)
+            missing[span] &= ~np.isin(ids[span], own)
     if missing.any():
         raise KernelError(f"token_ids: id {int(ids[missing][0])} is outside the table.", param="token_ids")
 

@@ -26,6 +26,7 @@ from truffula.kernels.adapters import (
     require_served,
     tensors_of,
 )
+from truffula.kernels.inputs import Array
 from truffula.kernels.reference.weights import Weight, view
 
 _FIELDS: Mapping[type[Part], str] = MappingProxyType(
@@ -55,6 +56,7 @@ class SiteAdapter:
     bias: Tensor | None = None
     weight: Tensor | None = None
     ids: Tensor | None = None  # int64, ascending
+    host_ids: Array | None = None  # the same, so that a check of token ids does not wait for the device
     rows: Tensor | None = None
 
     @property
@@ -212,6 +214,7 @@ def lay_out(image: AdapterImage, layout: AdapterLayout, device: torch.device) ->
         op = ops.setdefault((place.op, place.expert), OpAdapter())
         expands: list[Expand] = []
         others: dict[str, Tensor] = {}
+        host_ids: Array | None = None
         for part in tensors.parts:
             if isinstance(part, LowRank):
                 key = part.a.ctypes.data  # fused modules share one A
@@ -220,9 +223,11 @@ def lay_out(image: AdapterImage, layout: AdapterLayout, device: torch.device) ->
                 expands.append(Expand(key, view(part.b).to(device), part.scale))
             elif isinstance(part, Rows):
                 order = np.argsort(part.ids)
-                others["ids"] = torch.from_numpy(part.ids[order].astype(np.int64)).to(device)
+                host_ids = part.ids[order].astype(np.int64)
+                others["ids"] = torch.from_numpy(host_ids).to(device)
                 others["rows"] = view(part.values[order]).to(device)
             else:
                 others[_FIELDS[type(part)]] = view(tensors_of(part)[0]).to(device)
-        op.sites.append(SiteAdapter(place.first, place.first + place.outputs, tuple(expands), **others))
+        last = place.first + place.outputs
+        op.sites.append(SiteAdapter(place.first, last, tuple(expands), host_ids=host_ids, **others))
     return ops
