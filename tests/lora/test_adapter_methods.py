@@ -297,6 +297,8 @@ def test_an_activated_lora_has_its_invocation_among_its_facts(tmp_path: Path) ->
             "not with alora",
         ),
         ({"target_modules": [Q], "use_dora": True}, Q_PAIR, "alora_invocation_tokens", "does not combine"),
+        ({"target_modules": [Q], "alora_invocation_tokens": [5, 97]}, Q_PAIR, "alora_invocation_tokens", "97 rows"),
+        ({"target_modules": [Q], "alora_invocation_tokens": [5] * 257}, Q_PAIR, "alora_invocation_tokens", "<= 256"),
         (
             {"target_modules": ["embed_tokens"]},
             {

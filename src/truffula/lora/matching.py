@@ -65,7 +65,7 @@ def parse_metadata(
     stacked = parameters_of(plan.a.keys() - grouped, sites.parameters, settings.target_parameters)
     check_modules(plan, sites, base, origin, stacked.keys() | grouped)
     if invocation:
-        _check_invocation(plan, sites, base)
+        _check_invocation(max(invocation), plan, sites, base)
     targets = Targets(settings, sites.linear_names)
     for wrapper in plan.a:
         module = stacked.get(wrapper, wrapper)
@@ -107,8 +107,10 @@ def parse_metadata(
     return parsed
 
 
-def _check_invocation(plan: KeyPlan, sites: Sites, base: BaseFacts) -> None:
-    """Raise ``AdapterError`` where an activated LoRA cannot act from one token on."""
+def _check_invocation(highest: int, plan: KeyPlan, sites: Sites, base: BaseFacts) -> None:
+    """Raise ``AdapterError`` where an activated LoRA, ``highest`` the largest of its ids, cannot act from one token
+    on."""
+    rows = next((site.in_features for site in sites.all if site.kind == "embed"), None)
     source = None if base.weights is None else base.weights.source
     acting = {name: {site.id for site, _ in sites.by_name.get(name, ())} for name in plan.a}
     of_all = [] if source is None else [name for name, ids in acting.items() if ids.intersection(source.latent)]
@@ -118,6 +120,8 @@ def _check_invocation(plan: KeyPlan, sites: Sites, base: BaseFacts) -> None:
             "transformers' code computes this model one sequence at a time, where an adapter acts on all tokens or "
             "none. Train plain LoRA."
         )
+    elif rows is not None and highest >= rows:
+        why = f"token {highest} is in no prompt, as the base's embedding has {rows} rows: the adapter would never act."
     elif plan.embeddings:
         why = f"PEFT has no activated LoRA on an embedding: {listed(plan.embeddings)}."
     elif of_all:
