@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from truffula.errors import AdapterError
-from truffula.kernels.adapters import KINDS, Bias, ColumnScale, InputScale, LowRank, Part, Replace, SiteTensors
+from truffula.kernels.adapters import (
+    KINDS,
+    Bias,
+    ColumnScale,
+    InputScale,
+    LowRank,
+    Part,
+    Replace,
+    SiteTensors,
+    tensors_of,
+)
 from truffula.kernels.adapters import Rows as RowsPart
 from truffula.kernels.backend import Array
 from truffula.kernels.program import ModuleSlice, Site
@@ -30,6 +40,7 @@ from truffula.lora.variants import (
     with_taken_a,
     with_taken_b,
 )
+from truffula.weights.finite import first_non_finite
 
 _ZERO_CHUNK = 1 << 20
 _SAME_SCALE = 1e-5
@@ -138,18 +149,22 @@ class Assembly:
 
     # ---- other methods
 
+    @np.errstate(over="ignore", invalid="ignore")  # checked afterwards
     def add_computed(self, item: Computed) -> None:
         made = list(item.make(self.tensors))
         if item.make_prefix is not None:
             self.prefix = item.make_prefix(self.tensors)
             return
         for tensors in made:
+            for part in tensors.parts:
+                _check_finite(item.infos[0].name, part)
             self.parts.setdefault(tensors.site, []).extend(tensors.parts)
         if not any(_has_effect(part) for tensors in made for part in tensors.parts):
             self.without_effect.append(item.module)
 
     # ---- pairs
 
+    @np.errstate(over="ignore", invalid="ignore")  # checked afterwards
     def add_pair(self, pair: Pair) -> None:
         a, b = self.tensors[pair.a.name], self.tensors[pair.b.name]
         empty = pair.scale == 0 or _is_zero(b) or _is_zero(a)
@@ -167,7 +182,10 @@ class Assembly:
             for site, part in pair.parts:
                 rows = with_taken_b(part.rows(b), pair.scale, taken, lo)
                 lo += len(rows)
-                self._add(site, LowRank(a, rows, scale))
+                low_rank = LowRank(a, rows, scale)
+                if pair.form.group or diagonal is not None or taken is not None:
+                    _check_finite(pair.b.name, low_rank)
+                self._add(site, low_rank)
                 empty &= not self._add_scale(pair, site, part, a, rows, scale)
         empty &= not self._add_b_bias(pair)
         if empty:
@@ -204,6 +222,7 @@ class Assembly:
         else:
             norms = row_norms(self._weight_rows(site, "use_dora"), site.out_features, a, b, scale)
         factor = magnitude_scale(magnitude, norms, key)
+        _check_finite(key, ColumnScale(factor))
         self._add(site, ColumnScale(factor))
         return bool(np.abs(factor - 1).max() > _SAME_SCALE)
 
@@ -212,6 +231,7 @@ class Assembly:
         if pair.b_bias is None:
             return False
         values = pair.form.in_order(self.tensors[pair.b_bias.name]).astype(np.float32) * np.float32(pair.scale)
+        _check_finite(pair.b_bias.name, Bias(values))
         for site, part in pair.parts:
             self._add(site, Bias(part.rows(values)))
         return bool(values.any())
@@ -253,6 +273,12 @@ class Assembly:
 
     def _add(self, site: Site, part: Part) -> None:
         self.parts.setdefault(site.id, []).append(part)
+
+
+def _check_finite(key: str, part: Part) -> None:
+    """Raise ``AdapterError`` when a part that was computed with the tensor ``key`` is not finite."""
+    if any(first_non_finite(array) is not None for array in tensors_of(part)):
+        raise AdapterError(f"{key}: what is computed with it is beyond the range of float32.", param=key)
 
 
 def _equal(own: Array, rows: Iterator[tuple[int, Array]]) -> bool:
