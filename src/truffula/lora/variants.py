@@ -91,15 +91,23 @@ def with_taken_b(b: Array, scale: float, taken: Taken | None, lo: int) -> Array:
 
 
 def largest_parts(weight: Float32, rank: int) -> Taken:
-    """U S [O, r] and Vᵀ [r, I] of the ``rank`` largest singular values (PiSSA)."""
-    u, s, v = np.linalg.svd(weight, full_matrices=False)
-    return u[:, :rank] * s[:rank], v[:rank]
+    """B0 and A0 whose product is the part of ``weight`` of its ``rank`` largest singular values (PiSSA)."""
+    return _singular_parts(weight, slice(-rank, None))
 
 
 def smallest_parts(weight: Float32, rank: int) -> Taken:
     """The same of the ``rank`` smallest (KaSA)."""
-    u, s, v = np.linalg.svd(weight, full_matrices=False)
-    return u[:, -rank:] * s[-rank:], v[-rank:]
+    return _singular_parts(weight, slice(rank))
+
+
+def _singular_parts(weight: Float32, which: slice) -> Taken:
+    """The part of some singular values, by their place from the smallest on: W projected on their vectors, which are
+    those of W Wᵀ or Wᵀ W, whichever is smaller. In float64 that is more exact than an SVD in float32, and faster."""
+    wide = weight.shape[0] <= weight.shape[1]
+    rows = (weight if wide else weight.T).astype(np.float64)
+    vectors = np.linalg.eigh(rows @ rows.T)[1][:, which]
+    b, a = vectors.astype(np.float32), (vectors.T @ rows).astype(np.float32)
+    return (b, a) if wide else (a.T, b.T)
 
 
 def first_parts(weight: Float32, rank: int) -> Taken:
