@@ -68,3 +68,11 @@ def test_biases_of_saved_modules_may_be_in_the_file_twice() -> None:
     plan = plan_keys([f"{PREFIX}transformer.ln_f.{name}" for name in reversed(names)])
     assert plan.biases == {"transformer.ln_f": f"{PREFIX}transformer.ln_f.bias"} and len(plan.weights) == 1
     assert sorted(plan.unused) == [f"{PREFIX}transformer.ln_f.{name}" for name in names[2:]]
+
+
+def test_a_saved_table_may_be_in_the_file_twice() -> None:
+    """As save_embedding_layers leaves it; PEFT computes with the first."""
+    keys = [f"{PREFIX}model.embed_tokens.{name}" for name in ("modules_to_save.weight", "weight")]
+    plan = plan_keys(keys)
+    assert (list(plan.weights.values()), plan.unused) == (keys[1:], keys[:1])
+    assert list(plan_keys(keys[:1]).weights.values()) == keys[:1]

@@ -138,8 +138,9 @@ class Assembly:
 
     def _check_tied_copies(self, every: list[Saved]) -> None:
         """PEFT loads copies and trained rows of a tied base into one tensor: both must be the same."""
-        copies = [saved for saved in every if saved.shared and (saved.copy or saved.kind == "rows")]
-        for first, other in itertools.pairwise(copies):
+        copies = [saved for saved in every if saved.shared and saved.copy]
+        rows = [saved for saved in every if saved.shared and saved.kind == "rows"]
+        for first, other in (*itertools.pairwise(copies), *itertools.pairwise(rows)):
             if not np.array_equal(self.tensors[first.info.name], self.tensors[other.info.name]):
                 raise AdapterError(
                     f"{first.info.name} and {other.info.name} ({other.field}) differ, but embedding and head of the "
