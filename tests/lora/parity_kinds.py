@@ -149,6 +149,11 @@ KINDS: list[Kind] = [
     ),
     Kind("copies of tables", Lora(lambda t: {"target_modules": [t.embed, "lm_head"]}, {"save_embedding_layers": True})),
     Kind(
+        "tokens and copies",
+        Lora(lambda t: {"trainable_token_indices": [50, 7, 60]}, {"save_embedding_layers": True}),
+    ),
+    Kind("saved and copied", Lora(lambda t: {"modules_to_save": [t.embed]}, {"save_embedding_layers": True})),
+    Kind(
         "all at once",
         Lora(
             lambda t: {

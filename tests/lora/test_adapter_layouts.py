@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from truffula.errors import AdapterError
-from truffula.kernels.adapters import LowRank, SiteTensors
+from truffula.kernels.adapters import LowRank, SiteTensors, tensors_of
 from truffula.lora.base import BaseWeights, base_source
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.model.load import plan_model
@@ -172,3 +172,74 @@ def test_megatrons_fused_names(tmp_path: Path) -> None:
     config = tiny_config(rank=R, alpha=5, targets=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
     plain = tiny_config(rank=R, alpha=5, targets="all-linear")
     expect_equal(base.changes(tmp_path / "own", plain, own), base.changes(tmp_path / "megatron", config, megatron))
+
+
+Q_K_V = ("q_proj", "k_proj", "v_proj")
+
+
+def fused(parts: list[np.ndarray]) -> np.ndarray:
+    """Rows of q, k and v as linear_qkv has them, of two KV heads."""
+    return np.concatenate([part.reshape(2, -1, *part.shape[1:])[head] for head in (0, 1) for part in parts])
+
+
+@pytest.mark.parametrize(
+    ("fields", "leaf"),
+    [({}, None), ({"use_dora": True}, "lora_magnitude_vector"), ({"lora_bias": True}, "lora_B.bias")],
+)
+def test_a_pattern_and_vectors_of_megatrons_modules(tmp_path: Path, fields: dict[str, Any], leaf: str | None) -> None:
+    """Patterns are written for the names in the file; magnitudes and biases of B are ordered as its rows are."""
+    base, rng = Base(tmp_path / "model", "llama", num_hidden_layers=1), np.random.default_rng(0)
+    sites = {s.module.rpartition(".")[2]: s for s in base.sites if s.kind == "linear"}
+    a = normal(rng, R, sites["q_proj"].in_features)
+    parts = {
+        end: [normal(rng, sites[name].out_features, *shape) for name in Q_K_V]
+        for end, shape in (("lora_B.weight", (R,)), *([(leaf, ())] if leaf else []))
+    }
+    root = f"{PREFIX}decoder.layers.0.self_attention.linear_qkv"
+    megatron = {f"{root}.{end}": fused(each) for end, each in parts.items()} | {f"{root}.lora_A.weight": a}
+    own: Tensors = {}
+    for number, name in enumerate(Q_K_V):
+        own |= {f"{PREFIX}{sites[name].module}.{end}": each[number] for end, each in parts.items()}
+        own[f"{PREFIX}{sites[name].module}.lora_A.weight"] = a
+    made = []
+    for folder, tensors, targets in (("megatron", megatron, ("linear_qkv",)), ("own", own, Q_K_V)):
+        config = tiny_config(rank=R, alpha=2, targets=list(targets), alpha_pattern=dict.fromkeys(targets, 7), **fields)
+        write_adapter(tmp_path / folder, config, tensors)
+        made.append(validate_adapter(tmp_path / folder, base.sites, base=base.facts).sites)
+    for one, other in zip(*made, strict=True):
+        assert one.site == other.site and len(one.parts) == len(other.parts) == 1 + bool(leaf)
+        for mine, theirs in zip(one.parts, other.parts, strict=True):
+            assert getattr(mine, "scale", 0) == getattr(theirs, "scale", 0)
+            for left, right in zip(tensors_of(mine), tensors_of(theirs), strict=True):
+                np.testing.assert_allclose(left, right, rtol=1e-6)
+
+
+def test_a_whole_tensor_of_a_module_of_megatron_is_refused(tmp_path: Path) -> None:
+    """Its rows are in another order than the base's."""
+    base = Base(tmp_path / "model", "llama", num_hidden_layers=1, attention_bias=True)
+    q = next(site for site in base.sites if site.module.endswith("q_proj"))
+    tensors = {
+        f"{PREFIX}{q.module}.lora_A.weight": np.ones((R, q.in_features), np.float32),
+        f"{PREFIX}{q.module}.lora_B.weight": np.ones((q.out_features, R), np.float32),
+        f"{PREFIX}decoder.layers.0.self_attention.linear_qkv.bias": np.ones(2 * q.out_features, np.float32),
+    }
+    write_adapter(tmp_path / "a", tiny_config(rank=R, alpha=2, targets=["q_proj"], bias="all"), tensors)
+    with pytest.raises(AdapterError, match=r"linear_qkv\.bias is a whole tensor of a module of Megatron"):
+        validate_adapter(tmp_path / "a", base.sites, base=base.facts)
+
+
+def test_an_activated_lora_does_not_act_on_cached_latents(tmp_path: Path) -> None:
+    """They are those of all tokens, also of those before the invocation."""
+    base, rng = Base(tmp_path / "model", "deepseek_v3", num_hidden_layers=1), np.random.default_rng(0)
+    for name in ("q_b_proj", "kv_b_proj"):
+        site = next(site for site in base.sites if site.module.endswith(name))
+        tensors = {
+            f"{PREFIX}{site.module}.lora_A.weight": normal(rng, R, site.in_features),
+            f"{PREFIX}{site.module}.lora_B.weight": normal(rng, site.out_features, R),
+        }
+        write_adapter(
+            tmp_path / name, tiny_config(rank=R, alpha=2, targets=[name], alora_invocation_tokens=[5]), tensors
+        )
+    assert validate_adapter(tmp_path / "q_b_proj", base.sites, base=base.facts).facts.invocation == (5,)
+    with pytest.raises(AdapterError, match=r"alora_invocation_tokens: .*kv_b_proj.*cached latents"):
+        validate_adapter(tmp_path / "kv_b_proj", base.sites, base=base.facts)

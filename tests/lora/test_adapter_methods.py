@@ -270,8 +270,43 @@ def test_trained_tokens_must_be_of_a_table_that_is_named(tmp_path: Path, tensor:
     assert caught.value.param == ("token_indices" if tensor == "embed_tokens" else "target_modules")
 
 
-CALLED = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alora_invocation_tokens": [5, 6]}
+def test_a_tensor_may_not_be_in_the_file_under_two_names(tmp_path: Path) -> None:
+    tensors = {f"{prefix}{DOWN}.ia3_l": values(1, F, seed=n) for n, prefix in enumerate(("", PREFIX))}
+    write_adapter(tmp_path, {"peft_type": "IA3", "target_modules": [DOWN], "feedforward_modules": [DOWN]}, tensors)
+    with pytest.raises(AdapterError, match="are the same tensor of one module"):
+        validate_adapter(tmp_path, llama_sites(), base=BASE)
+
+
 Q_PAIR = {f"{PREFIX}{Q}.lora_A.weight": values(2, D), f"{PREFIX}{Q}.lora_B.weight": values(16, 2)}
+OVERFLOW = {
+    "a row of A times E": (
+        {"peft_type": "ADALORA", "init_r": 1, "lora_alpha": 2},
+        {
+            f"{PREFIX}{Q}.lora_A": values(1, D) * np.float32(1e30), f"{PREFIX}{Q}.lora_B": values(16, 1),
+            f"{PREFIX}{Q}.lora_E": np.full((1, 1), 1e20, np.float32),
+        },
+    ),
+    "a bias of B times the scale": (
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 1e9, "lora_bias": True},
+        Q_PAIR | {f"{PREFIX}{Q}.lora_B.bias": np.full(16, 3e38, np.float32)},
+    ),
+    "a mean of inputs times their number": (
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_qalora": True, "qalora_group_size": 1},
+        {name: value * np.float32(1e38) for name, value in Q_PAIR.items()},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OVERFLOW)
+def test_what_is_computed_must_be_finite(tmp_path: Path, what: str) -> None:
+    config, tensors = OVERFLOW[what]
+    write_adapter(tmp_path, {**config, "target_modules": [Q]}, tensors)
+    with pytest.raises(AdapterError, match="beyond the range of float32") as caught:
+        validate_adapter(tmp_path, llama_sites(), base=BASE)
+    assert caught.value.param in tensors
+
+
+CALLED = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alora_invocation_tokens": [5, 6]}
 
 
 def test_an_activated_lora_has_its_invocation_among_its_facts(tmp_path: Path) -> None:
@@ -290,6 +325,8 @@ def test_an_activated_lora_has_its_invocation_among_its_facts(tmp_path: Path) ->
             "not with alora",
         ),
         ({"target_modules": [Q], "use_dora": True}, Q_PAIR, "alora_invocation_tokens", "does not combine"),
+        ({"target_modules": [Q], "alora_invocation_tokens": [5, 97]}, Q_PAIR, "alora_invocation_tokens", "97 rows"),
+        ({"target_modules": [Q], "alora_invocation_tokens": [5] * 257}, Q_PAIR, "alora_invocation_tokens", "<= 256"),
         (
             {"target_modules": ["embed_tokens"]},
             {

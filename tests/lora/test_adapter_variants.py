@@ -13,7 +13,7 @@ from lora_bases import llama_sites, pairs, validate
 
 from truffula.errors import AdapterError
 from truffula.lora.keys import plan_keys
-from truffula.lora.variants import Form
+from truffula.lora.variants import Form, largest_parts, smallest_parts
 from truffula.testing.adapters import PREFIX, tiny_config, write_adapter
 
 
@@ -33,6 +33,17 @@ def test_qalora_is_pefts(groups: int, group: int, rank: int, seed: int) -> None:
     theirs = QALoraLinearVariant.forward(module, "a", x, torch.zeros(5, outputs)).numpy()
     own_a, own_b = Form(group=group).expand(a.numpy(), b.numpy())
     np.testing.assert_allclose(scale * (x.numpy() @ own_a.T) @ own_b.T, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_parts_of_a_matrix_are_those_of_its_svd(shape: tuple[int, int], rank: int) -> None:
+    weight = np.random.default_rng(rank).normal(size=shape).astype(np.float32)
+    u, s, v = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
+    for make, some in ((largest_parts, slice(rank)), (smallest_parts, slice(-rank, None))):
+        b, a = make(weight, rank)
+        assert b.dtype == a.dtype == np.float32 and b.shape == (shape[0], rank) and a.shape == (rank, shape[1])
+        np.testing.assert_allclose(b @ a, (u[:, some] * s[some]) @ v[some], atol=1e-6)
 
 
 def test_an_adapter_of_qalora_has_as_many_inputs_as_groups(tmp_path: Path) -> None:
@@ -57,3 +68,11 @@ def test_biases_of_saved_modules_may_be_in_the_file_twice() -> None:
     plan = plan_keys([f"{PREFIX}transformer.ln_f.{name}" for name in reversed(names)])
     assert plan.biases == {"transformer.ln_f": f"{PREFIX}transformer.ln_f.bias"} and len(plan.weights) == 1
     assert sorted(plan.unused) == [f"{PREFIX}transformer.ln_f.{name}" for name in names[2:]]
+
+
+def test_a_saved_table_may_be_in_the_file_twice() -> None:
+    """As save_embedding_layers leaves it; PEFT computes with the first."""
+    keys = [f"{PREFIX}model.embed_tokens.{name}" for name in ("modules_to_save.weight", "weight")]
+    plan = plan_keys(keys)
+    assert (list(plan.weights.values()), plan.unused) == (keys[1:], keys[:1])
+    assert list(plan_keys(keys[:1]).weights.values()) == keys[:1]

@@ -295,7 +295,7 @@ def test_computing_for_too_long_ends_the_worker(make: Make, tmp_path: Path) -> N
     loader = make(limits=LoadLimits(cpu_s=0.2))
     loader.start(ref(tmp_path / "a"))
     error = one(loader).error
-    assert error is not None and error.code == AdapterLoadError.code and "0.2 s of computing" in error.message
+    assert error is not None and error.code == AdapterLoadError.code and "0.2 s of computing (--ad" in error.message
     loader.start(adapter(tmp_path / "b"))
     assert one(loader).error is None
 

@@ -97,6 +97,26 @@ def test_on_a_tied_base_each_side_changes_alone(tmp_path: Path, backend: Backend
         )
 
 
+@on_the_best
+def test_a_tied_head_without_tensors_has_a_scale_of_its_own(tmp_path: Path, backend: Backend) -> None:
+    """PEFT looks for the patterns of each table by its own name. A magnitude of DoRA is not shared."""
+    from safetensors.numpy import load_file, save_file
+
+    served = Served(write_tiny_checkpoint(tmp_path / "model", tiny_config("qwen2", **BASES["qwen2"]), seed=5), backend)
+    ids, tied = served.prompt(1), {"ensure_weight_tying": True, "alpha_pattern": {"embed_tokens": 1}}
+    for name, more in (("plain", {}), ("dora", {"use_dora": True})):
+        folder = written_by_peft(tmp_path / name, served.path, 0, ["embed_tokens", "q_proj"], 4, **tied, **more)
+        theirs, path = served.peft(folder, ids), folder / "adapter_model.safetensors"
+        limit = TOLERANCE * max(1.0, float(np.abs(theirs).max()) / 10)
+        np.testing.assert_allclose(served.run([(served.add(folder), ids)])[0], theirs, atol=limit)
+        save_file({key: value for key, value in load_file(path).items() if "lm_head" not in key}, path)
+        if more:
+            with pytest.raises(AdapterError, match="the file has no pair of the head"):
+                served.add(folder)
+        else:
+            np.testing.assert_allclose(served.run([(served.add(folder), ids)])[0], theirs, atol=limit)
+
+
 ODD = {
     **dict.fromkeys(("afmoe", "cohere", "gemma4_text", "glm_moe_dsa", "granitemoehybrid", "lfm2"), "embed_tokens"),
     **dict.fromkeys(("gpt2", "gpt_neo", "mpt"), "wte"), "gpt_neox": "embed_in", "bloom": "word_embeddings",

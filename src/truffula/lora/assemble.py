@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from truffula.errors import AdapterError
-from truffula.kernels.adapters import KINDS, Bias, ColumnScale, InputScale, LowRank, Part, Replace, SiteTensors
+from truffula.kernels.adapters import (
+    KINDS,
+    Bias,
+    ColumnScale,
+    InputScale,
+    LowRank,
+    Part,
+    Replace,
+    SiteTensors,
+    tensors_of,
+)
 from truffula.kernels.adapters import Rows as RowsPart
 from truffula.kernels.backend import Array
 from truffula.kernels.program import ModuleSlice, Site
@@ -30,6 +40,7 @@ from truffula.lora.variants import (
     with_taken_a,
     with_taken_b,
 )
+from truffula.weights.finite import first_non_finite
 
 _ZERO_CHUNK = 1 << 20
 _SAME_SCALE = 1e-5
@@ -127,8 +138,9 @@ class Assembly:
 
     def _check_tied_copies(self, every: list[Saved]) -> None:
         """PEFT loads copies and trained rows of a tied base into one tensor: both must be the same."""
-        copies = [saved for saved in every if saved.shared and (saved.copy or saved.kind == "rows")]
-        for first, other in itertools.pairwise(copies):
+        copies = [saved for saved in every if saved.shared and saved.copy]
+        rows = [saved for saved in every if saved.shared and saved.kind == "rows"]
+        for first, other in (*itertools.pairwise(copies), *itertools.pairwise(rows)):
             if not np.array_equal(self.tensors[first.info.name], self.tensors[other.info.name]):
                 raise AdapterError(
                     f"{first.info.name} and {other.info.name} ({other.field}) differ, but embedding and head of the "
@@ -138,18 +150,22 @@ class Assembly:
 
     # ---- other methods
 
+    @np.errstate(over="ignore", invalid="ignore")  # checked afterwards
     def add_computed(self, item: Computed) -> None:
         made = list(item.make(self.tensors))
         if item.make_prefix is not None:
             self.prefix = item.make_prefix(self.tensors)
             return
         for tensors in made:
+            for part in tensors.parts:
+                _check_finite(item.infos[0].name, part)
             self.parts.setdefault(tensors.site, []).extend(tensors.parts)
         if not any(_has_effect(part) for tensors in made for part in tensors.parts):
             self.without_effect.append(item.module)
 
     # ---- pairs
 
+    @np.errstate(over="ignore", invalid="ignore")  # checked afterwards
     def add_pair(self, pair: Pair) -> None:
         a, b = self.tensors[pair.a.name], self.tensors[pair.b.name]
         empty = pair.scale == 0 or _is_zero(b) or _is_zero(a)
@@ -167,7 +183,10 @@ class Assembly:
             for site, part in pair.parts:
                 rows = with_taken_b(part.rows(b), pair.scale, taken, lo)
                 lo += len(rows)
-                self._add(site, LowRank(a, rows, scale))
+                low_rank = LowRank(a, rows, scale)
+                if pair.form.group or diagonal is not None or taken is not None:
+                    _check_finite(pair.b.name, low_rank)
+                self._add(site, low_rank)
                 empty &= not self._add_scale(pair, site, part, a, rows, scale)
         empty &= not self._add_b_bias(pair)
         if empty:
@@ -198,12 +217,13 @@ class Assembly:
         if pair.magnitude is None:
             return False
         key = pair.magnitude.name
-        magnitude = part.rows(self.tensors[key])
+        magnitude = part.rows(pair.form.in_order(self.tensors[key].reshape(-1)))
         if site.kind == "embed":
             norms = column_norms(self._weight_rows(site, "use_dora"), a, b, scale)
         else:
             norms = row_norms(self._weight_rows(site, "use_dora"), site.out_features, a, b, scale)
         factor = magnitude_scale(magnitude, norms, key)
+        _check_finite(key, ColumnScale(factor))
         self._add(site, ColumnScale(factor))
         return bool(np.abs(factor - 1).max() > _SAME_SCALE)
 
@@ -211,17 +231,24 @@ class Assembly:
         """Add the biases of B, scaled; False when they are zero."""
         if pair.b_bias is None:
             return False
-        values = self.tensors[pair.b_bias.name].astype(np.float32) * np.float32(pair.scale)
+        values = pair.form.in_order(self.tensors[pair.b_bias.name]).astype(np.float32) * np.float32(pair.scale)
+        _check_finite(pair.b_bias.name, Bias(values))
         for site, part in pair.parts:
             self._add(site, Bias(part.rows(values)))
         return bool(values.any())
 
-    def tie_head(self, embed: Pair, head: Site, own: Pair | None) -> None:
-        """``ensure_weight_tying``: the head has the embedding's pair, with A and B transposed. ``own``: the file has
-        it, too."""
+    def tie_head(self, embed: Pair, head: Site, own: Pair | None, scale: float) -> None:
+        """``ensure_weight_tying``: the head has the embedding's pair, with A and B transposed, and a ``scale`` of its
+        own. ``own``: the file has it, too."""
         a, b = self.tensors[embed.b.name].T, self.tensors[embed.a.name].T
+        if own is None and embed.magnitude is not None:
+            raise AdapterError(
+                "ensure_weight_tying is true, but the file has no pair of the head, whose lora_magnitude_vector is "
+                f"another than that of {embed.module}. The file is incomplete; save the adapter again.",
+                param="ensure_weight_tying", key=embed.magnitude.name,
+            )  # fmt: skip
         if own is None:
-            self._add(head, LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b), embed.scale))
+            self._add(head, LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b), scale))
         elif not (np.array_equal(a, self.tensors[own.a.name]) and np.array_equal(b, self.tensors[own.b.name])):
             raise AdapterError(
                 f"ensure_weight_tying is true, but {own.a.name} and {own.b.name} are not those of {embed.module} "
@@ -247,6 +274,12 @@ class Assembly:
 
     def _add(self, site: Site, part: Part) -> None:
         self.parts.setdefault(site.id, []).append(part)
+
+
+def _check_finite(key: str, part: Part) -> None:
+    """Raise ``AdapterError`` when a part that was computed with the tensor ``key`` is not finite."""
+    if any(first_non_finite(array) is not None for array in tensors_of(part)):
+        raise AdapterError(f"{key}: what is computed with it is beyond the range of float32.", param=key)
 
 
 def _equal(own: Array, rows: Iterator[tuple[int, Array]]) -> bool:

@@ -63,7 +63,8 @@ class BaseSource:
     ``kv``: its attention in the order of layers, where all of them keep keys and values of all tokens and nothing else
     is kept; otherwise why not. ``serial``: it is computed one sequence at a time.
     ``dtype`` and ``quantize`` are the engine's, which rounds matrices accordingly; it does not round ``exact`` ones,
-    and does not quantise those in ``unquantised``. ``tied``: embedding and head are one tensor;
+    and does not quantise those in ``unquantised``. ``latent`` sites act where cached latents are read, on those of all
+    tokens. ``tied``: embedding and head are one tensor;
     ``kv_heads`` by layer.
     """
 
@@ -74,6 +75,7 @@ class BaseSource:
     tied: bool = False
     kv: tuple[KvLayer, ...] | str = ()
     serial: bool = False
+    latent: tuple[int, ...] = ()
     kv_heads: dict[int, int] = field(default_factory=dict)
     dtype: str = "float32"
     quantize: str = "none"
@@ -102,6 +104,7 @@ def base_source(
         quantize=quantize,
         exact=tuple(float32 | {decl.id for decl in program.weights if decl.dtype == "float32"}),
         unquantised=tuple(op.kv_b for op in program.ops if isinstance(op, Mla)),
+        latent=tuple(item.site for op in program.ops if isinstance(op, Mla) for item in op.slices),
     )
 
 

@@ -36,6 +36,10 @@ class Renamed:
     names: dict[str, str] = field(default_factory=dict)
     orders: dict[str, RowOrder] = field(default_factory=dict)
 
+    def stored_name(self, module: str) -> str:
+        """The name that the file has for a module of the base: patterns are written for it."""
+        return next((old for old, new in self.names.items() if new == module), module)
+
 
 def rename(plan: KeyPlan, sites: Sites, kv_heads: Mapping[int, int]) -> Renamed:
     """The names of ``plan`` that are another trainer's, which are replaced in it. ``kv_heads`` by layer.
@@ -57,6 +61,11 @@ def rename(plan: KeyPlan, sites: Sites, kv_heads: Mapping[int, int]) -> Renamed:
                     param=plan.a.get(module, module),
                 )
             made.names[module] = shared
+            if whole := plan.weights.get(module) or plan.biases.get(module) or plan.copies.get(module):
+                raise AdapterError(
+                    f"{whole} is a whole tensor of a module of Megatron, of which only LoRA is served. Export the "
+                    "adapter for the Hugging Face model.", param=whole,
+                )  # fmt: skip
             if found["leaf"] == "linear_qkv":
                 made.orders[shared] = _order(own, kv_heads.get(int(found["layer"]), 0), module)
     plan.rename(made.names)

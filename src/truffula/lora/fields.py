@@ -21,6 +21,7 @@ Verdict = Literal["serve", "check", "ignore", "refuse"]
 MAX_CONFIG_BYTES = 4 << 20
 MAX_RANK = 65_536
 MAX_ALPHA = 1e9
+MAX_INVOCATION = 256  # the engine compares them with each place of a prompt
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ FIELDS: Mapping[str, Field] = {
     "alora_invocation_tokens": Field(
         "serve",
         "activated LoRA: it acts from the last occurrence of these ids in the prompt on, and nowhere without one",
-        Annotated[_Ids, msgspec.Meta(min_length=1)] | None,
+        Annotated[_Ids, msgspec.Meta(min_length=1, max_length=MAX_INVOCATION)] | None,
     ),
     "use_qalora": Field("serve", "A acts on means of groups of inputs", _Flag),
     "qalora_group_size": Field("serve", "inputs of a group, with use_qalora", Annotated[int, msgspec.Meta(ge=1)]),

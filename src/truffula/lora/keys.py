@@ -139,7 +139,7 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
     plan = KeyPlan()
     unexpected: list[str] = []
     infixes: dict[str | None, str] = {}
-    for key in sorted(keys):
+    for key in sorted(keys, key=lambda key: (".modules_to_save." in key, key)):  # these may be there a second time
         path = key.removeprefix(PREFIX)
         if other_part(path) is not None:
             plan.left_out[_module_of(key)] = key
@@ -176,7 +176,8 @@ def _add_whole(plan: KeyPlan, path: str, key: str) -> bool:
         _add(plan.biases, bias["module"], key)
     elif (saved := _SAVED.match(path)) is not None and not _BASE_COPY.search(path) and not _is_foreign(path):
         group = plan.weights if saved["what"] == "weight" else plan.biases
-        if saved["infix"] and saved["module"] in group:  # bias="all" writes those of saved modules twice
+        # bias="all" writes those of saved modules twice, and save_embedding_layers saved tables.
+        if saved["infix"] and saved["module"] in group:
             plan.unused.append(key)
             return True
         _add(group, saved["module"], key)

@@ -104,7 +104,7 @@ class _Worker:
         if code is None:
             return "it stopped responding"
         if code == -signal.SIGXCPU:
-            return f"reading the adapter took more than {limits.cpu_s:g} s of computing"
+            return f"preparing the adapter took more than {limits.cpu_s:g} s of computing (--adapter-load-timeout)"
         if code < 0:
             with contextlib.suppress(ValueError):
                 return f"the loading worker was ended by {signal.Signals(-code).name}"

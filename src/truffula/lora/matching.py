@@ -6,12 +6,9 @@ gives ranks and scales, and must name exactly those modules.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from truffula.errors import AdapterError
 from truffula.kernels.program import Site
@@ -31,7 +28,7 @@ from truffula.lora.image import AdapterFacts
 from truffula.lora.keys import KeyPlan, listed, plan_keys
 from truffula.lora.parsed import BaseFacts, Pair, ParsedAdapter, Sites
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import PatternTable, Targets, is_named, matching_limit
+from truffula.lora.patterns import Ranks, Targets, is_named, matching_limit
 from truffula.lora.saved import Parts, match_saved
 from truffula.lora.stacked import check_stacked, parameters_of, stacked_by_expert
 from truffula.lora.variants import PLAIN, form_of
@@ -58,8 +55,7 @@ def parse_metadata(
     renamed = rename(plan, sites, base.kv_heads)
     settings = renamed_settings(settings, renamed)
     parsed = ParsedAdapter(settings, facts=AdapterFacts(invocation=invocation))
-    ranks = PatternTable(settings.rank_pattern or {}, "rank_pattern")
-    alphas = PatternTable(settings.alpha_pattern or {}, "alpha_pattern")
+    ranks = Ranks(settings)
     origin = trained_on(config)
     grouped = {
         name
@@ -68,28 +64,18 @@ def parse_metadata(
     }
     stacked = parameters_of(plan.a.keys() - grouped, sites.parameters, settings.target_parameters)
     check_modules(plan, sites, base, origin, stacked.keys() | grouped)
-    if invocation and base.weights is not None and base.weights.source.serial:
-        raise AdapterError(
-            "alora_invocation_tokens: transformers' code computes this model one sequence at a time, where an adapter "
-            "acts on all tokens or none. Train plain LoRA.",
-            param="alora_invocation_tokens",
-        )
-    if invocation and plan.embeddings:
-        raise AdapterError(
-            f"alora_invocation_tokens is set, but PEFT has no activated LoRA on an embedding: "
-            f"{listed(plan.embeddings)}.",
-            param="alora_invocation_tokens",
-        )
+    if invocation:
+        _check_invocation(max(invocation), plan, sites, base)
     targets = Targets(settings, sites.linear_names)
     for wrapper in plan.a:
         module = stacked.get(wrapper, wrapper)
-        patterned = _parameter(module, targets, settings, sites) or module
+        patterned = renamed.stored_name(module)
+        if patterned == module:
+            patterned = _parameter(module, targets, settings, sites) or module
         of_experts = sites.parameters[module] if wrapper in stacked else []
         if wrapper in grouped:
             of_experts = list(sites.groups[wrapper])
-        rank = ranks.value(patterned, settings.r)
-        alpha = alphas.value(patterned, settings.lora_alpha)
-        scale = float(np.float32(alpha / (math.sqrt(rank) if settings.use_rslora else rank)))
+        rank, scale = ranks.of(patterned)
         parts = tuple((site, site.modules[0]) for site in of_experts) or tuple(sites.by_name[module])
         experts = of_experts[0].stacked.experts if of_experts and of_experts[0].stacked is not None else 0
         pair = _make_pair(module, wrapper, parts, rank, scale, experts, plan, infos, settings)
@@ -107,7 +93,7 @@ def parse_metadata(
     if settings.bias not in (None, "none") and not plan.biases:
         parsed.warnings.append(f"bias is {settings.bias!r}, but the file has no biases: the base's are used.")
     parsed.warnings += left_out_warnings(plan)
-    for table, name in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
+    for table, name in ((ranks.ranks, "rank_pattern"), (ranks.alphas, "alpha_pattern")):
         for module, winner, loser in table.conflicts[:10]:
             parsed.warnings.append(
                 f"{name}: {winner!r} and {loser!r} both match {module} with different values; the first in the file "
@@ -119,6 +105,32 @@ def parse_metadata(
         parsed.warnings.append(f"Tensors that PEFT does not compute with when generating: {listed(plan.unused)}.")
     parsed.warnings += extra_file_warnings(folder, config, sites=sites.all, model=base.model)
     return parsed
+
+
+def _check_invocation(highest: int, plan: KeyPlan, sites: Sites, base: BaseFacts) -> None:
+    """Raise ``AdapterError`` where an activated LoRA, ``highest`` the largest of its ids, cannot act from one token
+    on."""
+    rows = next((site.in_features for site in sites.all if site.kind == "embed"), None)
+    source = None if base.weights is None else base.weights.source
+    acting = {name: {site.id for site, _ in sites.by_name.get(name, ())} for name in plan.a}
+    of_all = [] if source is None else [name for name, ids in acting.items() if ids.intersection(source.latent)]
+    why = ""
+    if source is not None and source.serial:
+        why = (
+            "transformers' code computes this model one sequence at a time, where an adapter acts on all tokens or "
+            "none. Train plain LoRA."
+        )
+    elif rows is not None and highest >= rows:
+        why = f"token {highest} is in no prompt, as the base's embedding has {rows} rows: the adapter would never act."
+    elif plan.embeddings:
+        why = f"PEFT has no activated LoRA on an embedding: {listed(plan.embeddings)}."
+    elif of_all:
+        why = (
+            f"the keys and values that {listed(of_all)} makes are computed from cached latents when they are used, so "
+            "that it would act on the tokens before the invocation, too. Train without it."
+        )
+    if why:
+        raise AdapterError(f"alora_invocation_tokens: {why}", param="alora_invocation_tokens")
 
 
 def _parameter(module: str, targets: Targets, settings: LoraSettings, sites: Sites) -> str | None:

@@ -31,7 +31,7 @@ from truffula.lora.fields import LoraSettings, is_empty, parse_config, read_sett
 from truffula.lora.folder import AdapterFiles
 from truffula.lora.keys import PREFIX, KeyPlan, listed, plan_keys
 from truffula.lora.paths import CONFIG, TENSORS
-from truffula.lora.patterns import PatternTable, matching_limit
+from truffula.lora.patterns import Ranks, matching_limit
 from truffula.types import MergeMethod
 from truffula.weights.safetensors import write_tensors
 
@@ -68,17 +68,14 @@ class MergePart:
     @cached_property
     def scales(self) -> Mapping[str, float]:
         """Its scale times its weight, by module."""
-        ranks = PatternTable(self.settings.rank_pattern or {}, "rank_pattern")
-        alphas = PatternTable(self.settings.alpha_pattern or {}, "alpha_pattern")
+        ranks = Ranks(self.settings)
         found: dict[str, float] = {}
         for module, key in self.keys.a.items():
-            rank, real = ranks.value(module, self.settings.r), self.files.tensors.tensors[key].shape[0]
+            (rank, scale), real = ranks.of(module), self.files.tensors.tensors[key].shape[0]
             if rank != real:
                 raise AdapterError(
                     f"{key} has rank {real}, but adapter_config.json says {rank}: its scale is not known.", param=key
                 )
-            alpha = alphas.value(module, self.settings.lora_alpha)
-            scale = float(np.float32(alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)))
             found[module] = scale * self.weight
         return found
 

@@ -8,12 +8,15 @@ ever. ``re`` handles signals while it matches, so a timer of CPU time ends it wi
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import signal
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from types import FrameType
 from typing import Any, Literal
+
+import numpy as np
 
 from truffula.errors import AdapterError
 from truffula.lora.fields import LoraSettings
@@ -97,6 +100,20 @@ class PatternTable:
         """Patterns that have hit no module so far, nor one of ``others``."""
         left = [source for source in self._entries if source not in self._used]
         return [source for source in left if not any(self._patterns[source].match(module) for module in others)]
+
+
+class Ranks:
+    """The rank and the scale of a module by ``settings``: r and lora_alpha, or what the patterns say."""
+
+    def __init__(self, settings: LoraSettings) -> None:
+        self._settings = settings
+        self.ranks = PatternTable(settings.rank_pattern or {}, "rank_pattern")
+        self.alphas = PatternTable(settings.alpha_pattern or {}, "alpha_pattern")
+
+    def of(self, module: str) -> tuple[int, float]:
+        rank = self.ranks.value(module, self._settings.r)
+        alpha = self.alphas.value(module, self._settings.lora_alpha)
+        return rank, float(np.float32(alpha / (math.sqrt(rank) if self._settings.use_rslora else rank)))
 
 
 class Targets:

@@ -30,7 +30,7 @@ from truffula.lora.methods import METHODS, Metadata
 from truffula.lora.parsed import BaseFacts as BaseFacts
 from truffula.lora.parsed import ParsedAdapter
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import matching_limit, tied_tables
+from truffula.lora.patterns import Ranks, matching_limit, tied_tables
 from truffula.weights.finite import first_non_finite
 
 
@@ -192,7 +192,9 @@ def _tie_head(parsed: ParsedAdapter, assembly: Assembly, sites: Sequence[Site], 
     head = next((site for site in sites if site.kind == "head"), None)
     tied = base.tied and tied_tables(parsed.settings) == "targets"
     if tied and "embed" in tables and head is not None:
-        assembly.tie_head(tables["embed"], head, tables.get("head"))
+        with matching_limit():
+            _, scale = Ranks(parsed.settings).of(head.module)
+        assembly.tie_head(tables["embed"], head, tables.get("head"), scale)
 
 
 def _acts_before(parsed: ParsedAdapter) -> AdapterError:

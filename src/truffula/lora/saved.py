@@ -124,8 +124,11 @@ class _Matcher:
         embed, head = self.tables.get("embed", ""), self.tables.get("head", "")
         by_entry = given if isinstance(given, dict) else {embed: given} if given else {}
         used: set[str] = set()
+        # With save_embedding_layers PEFT writes the rows of a tied head, too, which are the embedding's.
+        follows = self.tied and {embed, head} <= self.plan.tokens.keys() and not any(map(head.endswith, by_entry))
         for module, key in self.plan.tokens.items():
-            entry = next((name for name in by_entry if name and module.endswith(name)), None)
+            named = embed if follows else module
+            entry = next((name for name in by_entry if name and named.endswith(name)), None)
             if entry is None:
                 raise _stray(key, "trainable_token_indices", "Its trainable_token_indices does not name this table")
             used.add(entry)
@@ -142,7 +145,7 @@ class _Matcher:
             if len(set(ids)) < len(ids):
                 raise AdapterError("trainable_token_indices names a token twice.", param="trainable_token_indices")
             _check_shape(self.infos[key], (len(ids), width))
-            shared = self.tied and site.kind == "embed" and head not in self.plan.tokens
+            shared = follows or (self.tied and site.kind == "embed" and head not in self.plan.tokens)
             if shared:  # PEFT keeps equal lists of both as one
                 used |= {name for name, other in by_entry.items() if head.endswith(name) and tuple(other) == ids}
             yield from self._on_both("rows", module, key, parts, shared=shared, ids=ids)
@@ -164,7 +167,7 @@ class _Matcher:
         info = self.infos[key]
         yield Saved(kind, module, info, parts, ids, shared, copy)
         other = self.tables.get("head" if parts[0][0].kind == "embed" else "embed")
-        has_own = other in self.plan.weights or other in self.plan.copies if kind == "weight" else False
+        has_own = other in (self.plan.weights.keys() | self.plan.copies if kind == "weight" else self.plan.tokens)
         if shared and other is not None and not has_own:
             yield Saved(kind, module, info, tuple(self.sites.by_name[other]), ids, shared, copy)
 

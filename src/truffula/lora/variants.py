@@ -31,7 +31,7 @@ Taken = tuple[Float32, Float32]
 @dataclass(frozen=True)
 class Form:
     """How a pair is stored: with ``a_blocks`` and ``b_blocks`` on the diagonal, A of means of ``group`` inputs (0: of
-    inputs), and rows of B in an ``order`` of their own."""
+    inputs), and outputs (rows of B, magnitudes, biases) in an ``order`` of their own."""
 
     a_blocks: int = 1
     b_blocks: int = 1
@@ -46,8 +46,11 @@ class Form:
         """A [r, I] and B [O, r] as plain matrices."""
         if self.group:
             a = np.repeat(a.astype(np.float32) * np.float32(a.shape[1] / self.group), self.group, axis=1)
-        b = _block_diagonal(b, self.b_blocks)
-        return _block_diagonal(a, self.a_blocks), b if self.order is None else self.order.sorted(b)
+        return _block_diagonal(a, self.a_blocks), self.in_order(_block_diagonal(b, self.b_blocks))
+
+    def in_order(self, rows: Array) -> Array:
+        """``rows`` ``[O, ...]`` as stored, in the order of the base's."""
+        return rows if self.order is None else self.order.sorted(rows)
 
 
 PLAIN = Form()
@@ -88,15 +91,23 @@ def with_taken_b(b: Array, scale: float, taken: Taken | None, lo: int) -> Array:
 
 
 def largest_parts(weight: Float32, rank: int) -> Taken:
-    """U S [O, r] and Vᵀ [r, I] of the ``rank`` largest singular values (PiSSA)."""
-    u, s, v = np.linalg.svd(weight, full_matrices=False)
-    return u[:, :rank] * s[:rank], v[:rank]
+    """B0 and A0 whose product is the part of ``weight`` of its ``rank`` largest singular values (PiSSA)."""
+    return _singular_parts(weight, slice(-rank, None))
 
 
 def smallest_parts(weight: Float32, rank: int) -> Taken:
     """The same of the ``rank`` smallest (KaSA)."""
-    u, s, v = np.linalg.svd(weight, full_matrices=False)
-    return u[:, -rank:] * s[-rank:], v[-rank:]
+    return _singular_parts(weight, slice(rank))
+
+
+def _singular_parts(weight: Float32, which: slice) -> Taken:
+    """The part of some singular values, by their place from the smallest on: W projected on their vectors, which are
+    those of W Wᵀ or Wᵀ W, whichever is smaller. In float64 that is more exact than an SVD in float32, and faster."""
+    wide = weight.shape[0] <= weight.shape[1]
+    rows = (weight if wide else weight.T).astype(np.float64)
+    vectors = np.linalg.eigh(rows @ rows.T)[1][:, which]
+    b, a = vectors.astype(np.float32), (vectors.T @ rows).astype(np.float32)
+    return (b, a) if wide else (a.T, b.T)
 
 
 def first_parts(weight: Float32, rank: int) -> Taken:

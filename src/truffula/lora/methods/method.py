@@ -79,7 +79,7 @@ def group_keys(
     ``may_be_empty``: tensors may have no values.
 
     Raises:
-        AdapterError: No tensor, or one with another name.
+        AdapterError: No tensor, one with another name, or two of one name.
     """
     last = re.compile(rf"(?P<module>.+)\.(?P<leaf>{'|'.join(map(re.escape, leaves))})\Z")
     keys, unexpected, singles = Keys(), [], set(alone)
@@ -91,8 +91,8 @@ def group_keys(
             keys.left_out[found["module"] if found else key] = key
         elif found is None:
             unexpected.append(key)
-        else:
-            keys.modules.setdefault(found["module"], {})[found["leaf"]] = info
+        elif (other := keys.modules.setdefault(found["module"], {}).setdefault(found["leaf"], info)) is not info:
+            raise AdapterError(f"{key} and {other.name} are the same tensor of one module.", param=key)
     if unexpected or not (keys.modules or keys.alone):
         what = listed(unexpected) if unexpected else "no tensors"
         raise AdapterError(
