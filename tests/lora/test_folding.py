@@ -12,6 +12,7 @@ import pytest
 import torch
 from fallback_types import small_config, write_small
 from gguf_models import write_tiny_gguf
+from parity import prompt_ids
 from parity_adapters import FAMILIES, KINDS, write_base
 from parity_kinds import Kind
 from quantised_files import Fixture, as_model, write_folder
@@ -27,7 +28,7 @@ from truffula.weights.open import open_checkpoint
 from truffula.weights.safetensors import SafetensorsFile
 
 PROMPT = [5, 9, 4, 31, 7, 50, 12, 60]
-REFUSED = {"aLoRA": "invocation", "prompt tuning": "virtual tokens", "P-tuning": "virtual tokens"}
+REFUSED = {"aLoRA": "invocation"} | dict.fromkeys(("prompt tuning", "P-tuning", "prefix tuning"), "virtual tokens")
 FAST = {
     ("llama", False): {"plain", "DoRA", "bias all", "saved norms and layer", "trained tokens"},
     ("gemma3_text", True): {"tied tokens", "embedding and head", "saved embedding", "saved norms and layer"},
@@ -36,10 +37,10 @@ FAST = {
 }
 
 
-def logits(folder: Path) -> np.ndarray:
+def logits(folder: Path, prompt: list[int] = PROMPT) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([PROMPT])).logits[0].numpy()
+        return model(input_ids=torch.tensor([prompt])).logits[0].numpy()
 
 
 def cases() -> list:
@@ -53,6 +54,7 @@ def cases() -> list:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # peft, of its own patterns of parameters
 @pytest.mark.parametrize(("family", "tied", "kind"), cases())
 def test_every_kind_on_every_family(tmp_path: Path, family: str, tied: bool, kind: Kind) -> None:
     base = write_base(tmp_path / "base", family, tied=tied)
@@ -70,11 +72,14 @@ def test_every_kind_on_every_family(tmp_path: Path, family: str, tied: bool, kin
         elsewhere = any(text in error.message for text in ("the base has none there", "takes more numbers than"))
         assert elsewhere or (reason is not None and reason in error.message), error.message
         return
-    expected = Oracle(base, tied=tied, adapter=adapter).logits(PROMPT)
-    got = logits(tmp_path / "folded")
+    text = json.loads((base / "config.json").read_text())
+    prompt = PROMPT + prompt_ids(0, text.get("text_config", text)["vocab_size"])  # the kinds train tokens of it
+    expected = Oracle(base, tied=tied, adapter=adapter).logits(prompt)
+    got = logits(tmp_path / "folded", prompt)
     scale = max(1.0, float(np.abs(expected).max()) / 10)
-    np.testing.assert_allclose(got, expected, atol=1e-4 * scale)
-    assert np.abs(got - logits(base)).max() > 1e-2, "the adapter does not show"
+    # Float32 on both sides, over 31 tokens: qwen3_5's recurrent layers differ by 1.0e-4.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-4 * scale)
+    assert np.abs(got - logits(base, prompt)).max() > 1e-2, "the adapter does not show"
     config = json.loads((tmp_path / "folded/config.json").read_text())
     assert folded.untied == (tied and config.get("tie_word_embeddings") is False)
 
