@@ -20,7 +20,7 @@ import numpy.typing as npt
 from truffula.errors import AdapterLoadError, InsufficientMemory
 from truffula.kernels import adapters
 from truffula.kernels.adapters import ALIGN, COLUMNS, STORED, AdapterImage, AdapterLayout, SiteTensors, pack, place
-from truffula.kernels.mapped import map_file, use_huge_pages
+from truffula.kernels.mapped import map_file, map_new_file
 
 MAX_SCALE = 1e30  # far within float32; the comparison also fails for NaN and infinity
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -121,14 +121,12 @@ class ImageWriter:
         """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(fd, 0, self.header.nbytes)
-            mapped = map_file(fd, self.header.nbytes, shared=True)
+            mapped = map_new_file(fd, self.header.nbytes)  # kernels read all of it in each step
             mapped[: self._placed.table.nbytes] = self._placed.table.reshape(-1).view(np.uint8)
             data = mapped[self.header.data_start :]
             self._placed.write(data[: self._placed.data_bytes])
             if self._prefix is not None:
                 data[self._placed.data_bytes :] = np.ascontiguousarray(self._prefix).reshape(-1).view(np.uint8)
-            use_huge_pages(mapped)  # kernels read all of it in each step
         except BaseException:
             path.unlink(missing_ok=True)
             raise

@@ -78,7 +78,7 @@ def validate_adapter(
     can't be read, ``InsufficientMemory`` above ``max_bytes``. Costs two passes over the file. What it returns are views
     of the file: a caller that copies them compares the folder's fingerprint before and after.
     """
-    with open_adapter(folder, max_file_bytes) as files:
+    with open_adapter(folder, max_file_bytes) as files, files.hashing() as generation:
         config = parse_config(files.config_bytes)
         parsed = _parse(files, config, sites, base)
         check_size(stored_bytes(parsed), max_bytes)
@@ -101,7 +101,7 @@ def validate_adapter(
                 f"{listed(idle)}."
             )
         return PeftAdapter(
-            files.generation(), parsed.rank, assembly.sites(), parsed.facts, assembly.prefix, tuple(warnings)
+            generation.result(), parsed.rank, assembly.sites(), parsed.facts, assembly.prefix, tuple(warnings)
         )
 
 
@@ -173,7 +173,10 @@ def stored_bytes(parsed: ParsedAdapter) -> int:
 
 def _read_tensors(files: AdapterFiles, parsed: ParsedAdapter) -> dict[str, Array]:
     """Tensors by key, finite."""
-    tensors = {key: files.tensors.read(key) for key in parsed.tensors}
+    infos = parsed.tensors
+    tensors = {key: files.tensors.read(key) for key in infos}
+    if all(first_non_finite(run) is None for run in files.tensors.runs(infos.values())):
+        return tensors
     for key, array in tensors.items():
         if (bad := first_non_finite(array)) is not None:
             count, first = bad
