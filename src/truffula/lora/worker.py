@@ -121,6 +121,7 @@ def serve(fd: int, staging: Sequence[Path]) -> int:
     if not isinstance(setup, Setup):
         raise WireError("The first frame to a loading worker must be its setup.")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ImageWriter("", 0, (), setup.layout)  # imports what packs for this layout, before a load waits for it
     allowed = _data_bytes() + setup.limits.memory_bytes
     with contextlib.suppress(Disconnected):
         while True:
