@@ -43,9 +43,7 @@ _OF_MODULES: Mapping[str, re.Pattern[str]] = MappingProxyType(
     }
 )
 # Of training, and what a saved module replaces: PEFT does not compute with them.
-_UNUSED = re.compile(
-    r".+\.(lora_(velora_embed|monteclora_sampler\b.*)(\..+)?|original_module\.(weight|bias))\Z"
-)
+_UNUSED = re.compile(r".+\.(lora_(velora_embed|monteclora_sampler\b.*)(\..+)?|original_module\.(weight|bias))\Z")
 _TABLE_COPY = re.compile(rf"(?P<module>(.+\.)?({_TABLE_NAMES}))(\.token_adapter)?\.base_layer\.weight\Z")
 _SAVED = re.compile(r"(?P<module>.+?)(?P<infix>\.modules_to_save(\.[^.]+)?)?\.(?P<what>weight|bias)\Z")
 _OWN_BIAS = re.compile(r"(?P<module>.+)\.base_layer\.bias\Z")

@@ -145,8 +145,8 @@ class LoadingWorker:
         staging_roots: Where to make the staging folders; None: in shared memory and the temporary folder.
         clock: Monotonic seconds.
 
-    A worker is started when a load finds none free, or by ``prepare``. After ``IDLE_WORKER_S`` without a load ``poll`` stops all but one.
-    The staging folders are made with the first worker. A server that loads no adapter has neither.
+    A worker is started when a load finds none free, or by ``prepare``. After ``IDLE_WORKER_S`` without a load ``poll``
+    stops all but one. The staging folders are made with the first worker. A server that has no adapters has neither.
     """
 
     def __init__(

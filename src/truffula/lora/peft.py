@@ -8,7 +8,7 @@ those modules, and every number must be finite. A valid adapter is returned as p
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from truffula.lora.matching import parse_metadata
 from truffula.lora.method_fields import check_config, table_of
 from truffula.lora.methods import METHODS, Metadata
 from truffula.lora.parsed import BaseFacts as BaseFacts
+from truffula.lora.parsed import Matched as Matched
 from truffula.lora.parsed import ParsedAdapter
 from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import matching_limit, tied_tables
@@ -132,12 +133,15 @@ def _parse(files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site]
     """The adapter as its metadata says, whatever its method."""
     method, infos = METHODS.get(str(config.get("peft_type"))), files.tensors.tensors
     check_config(config)
-    if method is None:
-        return parse_metadata(files.folder, infos, config, sites, base)
-    with matching_limit():
-        parsed = method.parse(Metadata(config, infos, sites, base))
-    parsed.warnings += extra_file_warnings(files.folder, config, sites=sites, model=base.model)
-    return parsed
+    if method is not None:
+        with matching_limit():
+            parsed = method.parse(Metadata(config, infos, sites, base))
+    elif base.matched is None:
+        parsed = parse_metadata(infos, config, sites, base)
+    else:
+        parsed = base.matched.get(files.config_bytes, infos, lambda: parse_metadata(infos, config, sites, base))
+    more = extra_file_warnings(files.folder, config, sites=sites, model=base.model)
+    return replace(parsed, warnings=[*parsed.warnings, *more])
 
 
 def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[FieldRow]) -> AdapterReport:

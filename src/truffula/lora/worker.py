@@ -38,7 +38,7 @@ from truffula.lora.hub import download
 from truffula.lora.image import ImageHeader, ImageWriter, check_size
 from truffula.lora.merging import MergePart, merge_adapters
 from truffula.lora.paths import CONFIG, TENSORS, OpenFolder, fingerprint
-from truffula.lora.peft import BaseFacts, PeftAdapter, validate_adapter
+from truffula.lora.peft import BaseFacts, Matched, PeftAdapter, validate_adapter
 from truffula.lora.remote import Fetched, fetch
 from truffula.lora.staging import remove_abandoned, sweep
 from truffula.types import AdapterRef
@@ -123,6 +123,7 @@ def serve(fd: int, staging: Sequence[Path]) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ImageWriter("", 0, (), setup.layout)  # imports what packs for this layout, before a load waits for it
     allowed = _data_bytes() + setup.limits.memory_bytes
+    matched = Matched()
     with contextlib.suppress(Disconnected):
         while True:
             request = inbox.get()
@@ -132,7 +133,9 @@ def serve(fd: int, staging: Sequence[Path]) -> int:
             _limit_memory(allowed)
             # The adapter's file is mapped privately, hence counted as data: its size is added once it is known.
             try:
-                response = load(request, setup, staging, on_files=lambda nbytes: _limit_memory(allowed + nbytes))
+                response = load(
+                    request, setup, staging, matched, on_files=lambda nbytes: _limit_memory(allowed + nbytes)
+                )
             except MemoryError:
                 break
             channel.send(response)
@@ -172,10 +175,11 @@ def load(
     request: LoadRequest,
     setup: Setup,
     staging: Sequence[Path],
+    matched: Matched | None = None,
     *,
     on_files: Callable[[int], None] = lambda nbytes: None,
 ) -> LoadResponse:
-    """Execute ``request``; returns an image in a staging folder, or the error.
+    """Execute ``request``; returns an image in a staging folder, or the error. ``matched``: of earlier loads.
 
     ``on_files`` is called with the size of the adapter's files before they are read. Only ``MemoryError`` is raised.
     """
@@ -184,7 +188,7 @@ def load(
         with _adapter_files(request, setup, staging, on_files) as found:
             response = LoadResponse(ticket=request.ticket, commit=found.commit, warnings=found.warnings)
             if found.folder is not None:
-                made = _prepare(found.folder, request, setup, staging, on_files)
+                made = _prepare(found.folder, request, setup, staging, matched, on_files)
                 warnings = (*found.warnings, *made.warnings)
                 response = msgspec.structs.replace(made, commit=found.commit, warnings=warnings)
     except TruffulaError as error:
@@ -214,12 +218,13 @@ def _prepare(
     request: LoadRequest,
     setup: Setup,
     staging: Sequence[Path],
+    matched: Matched | None,
     on_files: Callable[[int], None],
 ) -> LoadResponse:
     """Validate the adapter in ``folder`` and write its image."""
     with (
         contextlib.closing(open_folder(folder, _root(request.ref))) as opened,
-        _base(setup) as base,
+        _base(setup, matched) as base,
     ):
         before = fingerprint(opened.stat)
         on_files(_files_nbytes(opened))
@@ -238,13 +243,13 @@ def _prepare(
 
 
 @contextlib.contextmanager
-def _base(setup: Setup) -> Iterator[BaseFacts]:
+def _base(setup: Setup, matched: Matched | None = None) -> Iterator[BaseFacts]:
     """The base, whose weights can be read while the block runs."""
     if setup.base is None:
-        yield BaseFacts(setup.model)
+        yield BaseFacts(setup.model, matched=matched)
         return
     with contextlib.closing(BaseWeights(setup.base)) as weights:
-        yield BaseFacts(setup.model, weights)
+        yield BaseFacts(setup.model, weights, matched)
 
 
 def _validate(folder: OpenFolder, ref: AdapterRef, setup: Setup, base: BaseFacts) -> PeftAdapter:
