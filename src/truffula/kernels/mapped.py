@@ -47,7 +47,8 @@ class _Mapping:
 
 
 def map_new_file(fd: int, size: int) -> Uint8:
-    """An open, empty file made ``size`` bytes of zeros, all of them allocated, and mapped for all that map it.
+    """An open file that is empty or of zeros, made ``size`` bytes, all of them allocated, and mapped for all that map
+    it.
 
     Its pages are huge where the system has them for files in memory (Linux 6.1), except for what does not fill one.
     They are so before anything is written: small pages first would be allocated, mapped one by one and copied. Raises
