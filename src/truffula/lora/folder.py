@@ -41,7 +41,11 @@ class AdapterFiles:
         data, stop = self.tensors.file.data(), threading.Event()
         with ThreadPoolExecutor(1, "hash") as thread:
             try:
-                yield thread.submit(self._hash, data, stop)
+                generation = thread.submit(self._hash, data, stop)
+            except RuntimeError as error:  # no thread can be started: its stack is above this process's limit
+                raise MemoryError(str(error)) from error
+            try:
+                yield generation
             finally:
                 stop.set()
 
