@@ -172,6 +172,8 @@ class LLM:
         try:
             templates = None if chat_template is None else {"default": chat_template}
             self._service = SyncService(client, Service(client.info, templates=templates))
+            if adapters:
+                self._service.adapters(AdapterCommand(action="prepare"))
         except BaseException:
             client.close()
             raise

@@ -379,10 +379,11 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 class AdapterCommand(msgspec.Struct, frozen=True, kw_only=True):
     """``load`` waits until the adapter is ready, or raises; ``unload`` waits for running requests; ``unpin`` ends what
-    a ``load`` that was ``pinned`` began; ``list`` returns the states.
+    a ``load`` that was ``pinned`` began; ``list`` returns the states; ``prepare`` starts what the first load would wait
+    for.
     """
 
-    action: Literal["load", "unload", "unpin", "list"]
+    action: Literal["load", "unload", "unpin", "list", "prepare"]
     ref: AdapterRef | None = None
     pinned: bool = False
 

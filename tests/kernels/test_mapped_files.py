@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from truffula.kernels.mapped import HUGE, map_file, use_huge_pages
+from truffula.kernels.mapped import HUGE, map_file, map_new_file
 
 
 @pytest.mark.parametrize("size", [1, 4096, HUGE - 1, HUGE, 3 * HUGE + 5])
@@ -24,10 +24,9 @@ def test_a_shared_mapping_writes_the_file_and_a_private_one_does_not(
     content = np.random.default_rng(size).integers(0, 256, size, np.uint8)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        os.ftruncate(fd, size)
-        shared = map_file(fd, size, shared=True)
+        shared = map_new_file(fd, size)
+        assert not shared.any() and os.fstat(fd).st_blocks * 512 >= size
         shared[:] = content
-        use_huge_pages(shared)
         private = map_file(fd, size)
         assert (private == content).all()
         private[0] ^= 0xFF

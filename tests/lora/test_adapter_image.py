@@ -37,7 +37,7 @@ from truffula.kernels.adapters import (
 from truffula.kernels.backend import Backend, Executable
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
-from truffula.lora.image import ImageHeader, ImageWriter, map_image
+from truffula.lora.image import ImageHeader, ImageWriter, Reserve, map_image
 from truffula.testing.programs import pull_from, random_weights
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
@@ -165,6 +165,23 @@ def test_a_file_that_exists_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         writer_of(low_ranks()).write(tmp_path / "image")
     assert (tmp_path / "image").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, 3 << 20])
+def test_an_image_in_reserved_memory_is_the_same_file(tmp_path: Path, nbytes: int) -> None:
+    _, plain = written(tmp_path / "plain")
+    reserve = Reserve(tmp_path)
+    for name in ("first", "second"):  # the second without a reserve
+        if name == "first":
+            reserve.fill(nbytes)
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["plain"]
+        writer_of(low_ranks()).write(tmp_path / name, reserve)
+        assert (tmp_path / name).read_bytes() == plain and (tmp_path / name).stat().st_mode & 0o777 == 0o600
+    reserve.fill(nbytes)
+    with pytest.raises(FileExistsError):
+        writer_of(low_ranks()).write(tmp_path / "first", reserve)
+    assert (tmp_path / "first").read_bytes() == plain
+    Reserve(tmp_path / "absent").fill(nbytes)
 
 
 def test_no_room_leaves_no_half_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from inline_loader import InlineLoader
@@ -30,6 +31,7 @@ from truffula.kernels.backend import Backend
 from truffula.lora.image import map_image
 from truffula.lora.loading import IDLE_WORKER_S, ORIGIN_DOWNLOADS, LoadingWorker
 from truffula.lora.loads import AdapterLoads
+from truffula.lora.peft import Matched
 from truffula.lora.sources import AdapterDirectory
 from truffula.lora.staging import PREFIX, Staging, remove_abandoned
 from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load
@@ -455,6 +457,53 @@ def test_a_folder_that_changes_while_it_is_read_is_not_served(tmp_path: Path) ->
     assert result.error is not None and result.error.code == AdapterLoadError.code and "changed" in result.error.message
     assert list(staging.folders[0].iterdir()) == []
     assert load(request, setup, staging.folders).error is None
+    staging.close()
+
+
+def test_a_worker_that_was_prepared_takes_the_first_load(make: Make, tmp_path: Path) -> None:
+    loader = make(layout=AdapterLayout("panels"))
+    loader.prepare()
+    loader.prepare()
+    (pid,) = loader.pids()
+    loader.start(ref(tmp_path / "absent"))
+    assert one(loader).error is not None and loader.pids() == [pid]
+
+
+def test_adapters_of_one_recipe_are_matched_once_and_keep_their_own_values(tmp_path: Path) -> None:
+    """The same metadata with other values, other metadata with the same values, and files that are wrong."""
+    setup, matched, staging = Setup(sites=llama_sites(), model="tiny-base"), Matched(), Staging([tmp_path])
+
+    def loaded(folder: Path, matched: Matched | None) -> tuple[bytes, LoadResponse]:
+        response = load(LoadRequest(ticket=1, ref=ref(folder)), setup, staging.folders, matched)
+        image = b"" if response.image_path is None else Path(response.image_path).read_bytes()
+        for path in staging.folders[0].glob("*-*"):
+            path.unlink()
+        return image, msgspec.structs.replace(response, image_path=None, seconds=0.0)
+
+    for number, options in enumerate(
+        [{"seed": 1}, {"seed": 2}, {"seed": 1, "alpha": 3}, {"seed": 1, "rank": 2}, {"seed": 1, "targets": ["q_proj"]}]
+    ):
+        folder = write_tiny_adapter(tmp_path / str(number), llama_sites(), **options)
+        assert loaded(folder, matched) == loaded(folder, None) and loaded(folder, matched)[0]
+    with_nan = tmp_path / "0" / "adapter_model.safetensors"
+    with_nan.write_bytes(with_nan.read_bytes()[:-4] + np.float32("nan").tobytes())
+    (tmp_path / "1" / "added_tokens.json").write_text(json.dumps({"<new>": 10**6}))
+    for number, why in ((0, "NaN"), (1, "added_tokens.json")):
+        image, response = loaded(tmp_path / str(number), matched)
+        assert image == b"" and response.error is not None and why in response.error.message
+    staging.close()
+
+
+def test_matched_metadata_is_kept_up_to_a_number_of_tensors(tmp_path: Path) -> None:
+    setup, staging = Setup(sites=llama_sites(), model="tiny-base"), Staging([tmp_path])
+    folders = [write_tiny_adapter(tmp_path / str(rank), llama_sites(), rank=rank) for rank in (1, 2, 3)]
+    for most in (0, 8, 10**6):
+        matched = Matched(most)
+        for folder in [*folders, *folders]:
+            response = load(LoadRequest(ticket=1, ref=ref(folder)), setup, staging.folders, matched)
+            assert response.image_path is not None and response.image is not None
+            assert response.image.rank == int(folder.name)
+            Path(response.image_path).unlink()
     staging.close()
 
 

@@ -218,3 +218,19 @@ def test_an_empty_tensor_that_no_array_can_be_is_refused(tmp_path: Path, shape: 
     with pytest.raises(CheckpointError, match="too large for an array") as caught:
         SafetensorsFile(path)
     assert caught.value.param == "a"
+
+
+@given(tensor_dicts())
+@settings(max_examples=50, deadline=None)
+def test_runs_are_the_bytes_of_all_tensors_each_once(tensors: dict[str, np.ndarray]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        write_safetensors(path, tensors)
+        file = SafetensorsFile(path)
+        runs = list(file.runs(file.tensors.values()))
+        assert b"".join(run.tobytes() for run in runs) == b"".join(file.raw(name).tobytes() for name in file.tensors)
+        if len({(info.dtype, info.nbytes > 0) for info in file.tensors.values()}) == 1:
+            assert len(runs) == 1
+        some = list(file.tensors.values())[::2]
+        assert sum(run.nbytes for run in file.runs(some)) == sum(info.nbytes for info in some)
+        file.close()

@@ -164,12 +164,14 @@ def plan_of(config: EngineConfig) -> ModelPlan:
         return plan_model(checkpoint, config.implementation)
 
 
-def random_adapters(plan: ModelPlan, folder: Path, names: list[str], rank: int) -> None:
+def random_adapters(plan: ModelPlan, folder: Path, names: list[str], rank: int, *, first_seed: int = 0) -> None:
     """Write a random all-linear adapter per name for a planned model: bfloat16, alpha 2r, different seeds."""
     from truffula.testing.adapters import write_tiny_adapter
 
     sites = plan.interface.sites
-    for seed, name in enumerate(names):
+    for seed, name in enumerate(names, first_seed):
+        # Without the name of a base, of which loading would warn.
         write_tiny_adapter(
-            folder / name, sites, rank=rank, alpha=2 * rank, targets="all-linear", seed=seed, dtype="bfloat16"
-        )
+            folder / name, sites, rank=rank, alpha=2 * rank, targets="all-linear", seed=seed, dtype="bfloat16",
+            base_model_name_or_path=None,
+        )  # fmt: skip

@@ -35,6 +35,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 )
 """By the names of safetensors. A table refers to a dtype by its position here."""
 _DTYPE_NAMES = tuple(DTYPES)
+_NAMES = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
 
 # ---- parts: what an adapter does at one site, with the base's weight W [O, I] and input x.
@@ -127,7 +128,7 @@ def low_rank(site: int, a: Array, b: Array, scale: float) -> SiteTensors:
 
 def tensors_of(part: Part) -> tuple[Array, ...]:
     """A part's arrays, in the order of its fields."""
-    return tuple(v for f in fields(part) if isinstance(v := getattr(part, f.name), np.ndarray))
+    return tuple(v for v in vars(part).values() if isinstance(v, np.ndarray))
 
 
 # ---- layouts: how a backend's kernels read parts
@@ -317,40 +318,46 @@ def check_served(place: Place, parts: Sequence[Part]) -> None:
 
 
 def _check_shapes(place: Place, part: Part) -> None:
-    shapes = [list(array.shape) for array in tensors_of(part)]
-    inputs, outputs, of_norm = place.inputs, place.outputs, place.kind == "norm"
-    width = outputs if place.kind == "embed" else inputs
+    arrays = tensors_of(part)
+    shapes = [list(array.shape) for array in arrays]
     n = shapes[0][0] if shapes[0] else 0  # the rank, or the number of ids
-    table = [inputs, outputs] if place.kind == "embed" else [outputs, inputs]
-    wanted = {
-        "low_rank": [[n, inputs], [outputs, n]],
-        "column_scale": [[outputs]],
-        "input_scale": [[inputs]],
-        "bias": [[outputs]],
-        "replace": [[outputs] if of_norm else table],
-        "rows": [[n], [n, width]],
-    }[part.kind]
+    wanted = _shapes(place, part, n)
     if shapes != wanted or n < 1:
         raise KernelError(
             f"site {place.module}: {part.kind} has tensors of shape {shapes}; the site needs {wanted}.",
             param=place.module,
         )
     ids = part.ids if isinstance(part, Rows) else None
-    for array in tensors_of(part):
+    for array in arrays:
         if (dtype_name(array) == "I32") != (array is ids):
             raise KernelError(f"site {place.module}: a tensor of {part.kind} is {array.dtype}.", param="dtype")
     if ids is not None:
         known = np.unique(ids)
-        end = outputs if place.kind == "head" else MAX_ID
+        end = place.outputs if place.kind == "head" else MAX_ID
         if len(known) < len(ids) or known[0] < 0 or known[-1] >= end:
             raise KernelError(f"site {place.module}: ids are not distinct or not in 0..{end - 1}.", param="ids")
 
 
+def _shapes(place: Place, part: Part, n: int) -> list[list[int]]:
+    """The shapes of a part's tensors at a place; ``n``: the rank, or the number of ids."""
+    inputs, outputs, of_table = place.inputs, place.outputs, place.kind == "embed"
+    match part:
+        case LowRank():
+            return [[n, inputs], [outputs, n]]
+        case ColumnScale() | Bias():
+            return [[outputs]]
+        case InputScale():
+            return [[inputs]]
+        case Replace():
+            return [[outputs] if place.kind == "norm" else [inputs, outputs] if of_table else [outputs, inputs]]
+        case Rows():
+            return [[n], [n, outputs if of_table else inputs]]
+
+
 def dtype_name(array: Array) -> str:
     """``F32``, ``F16``, ``BF16`` or ``I32``; ``KernelError`` for any other dtype."""
-    for name, dtype in DTYPES.items():
-        if array.dtype == dtype:
-            return name
+    if (name := _NAMES.get(array.dtype)) is not None:
+        return name
     raise KernelError(f"an adapter image holds {', '.join(DTYPES)}, not {array.dtype}.", param="dtype")
 
 
@@ -433,22 +440,23 @@ class PlacedParts:
 
 def place(parts: Sequence[PackedPart]) -> PlacedParts:
     """Assign an offset to every distinct tensor, in the order of the parts."""
-    kinds = tuple(KINDS)
-    table = np.zeros((len(parts), COLUMNS), np.int64)
+    kinds = {kind: number for number, kind in enumerate(KINDS)}
+    rows: list[list[int]] = []
     offsets: dict[int, int] = {}
     tensors: list[tuple[int, PackedTensor]] = []
     end = 0
-    for row, part in zip(table, parts, strict=True):
-        row[SITE], row[KIND] = part.site, kinds.index(part.kind)
-        row[SCALE] = np.float64(np.float32(part.scale)).view(np.int64)
-        for number, tensor in enumerate(part.tensors):
+    for part in parts:
+        row = [part.site, kinds[part.kind], 0]  # the scales come last, all at once
+        for tensor in part.tensors:
             if id(tensor) not in offsets:
                 offsets[id(tensor)] = end
                 tensors.append((end, tensor))
                 end += -(-tensor.nbytes // ALIGN) * ALIGN
-            columns = row[TENSORS + number * TENSOR_COLUMNS :]
-            columns[:SHAPE] = _DTYPE_NAMES.index(tensor.dtype), offsets[id(tensor)], tensor.nbytes
-            columns[SHAPE : SHAPE + len(tensor.shape)] = tensor.shape
+            row += _DTYPE_NAMES.index(tensor.dtype), offsets[id(tensor)], tensor.nbytes
+            row += tensor.shape + (0,) * (MAX_AXES - len(tensor.shape))
+        rows.append(row + [0] * (COLUMNS - len(row)))
+    table = np.array(rows, np.int64).reshape(len(rows), COLUMNS)
+    table[:, SCALE] = np.array([part.scale for part in parts], np.float32).astype(np.float64).view(np.int64)
     return PlacedParts(table, end, tuple(tensors))
 
 

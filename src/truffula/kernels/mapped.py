@@ -46,14 +46,23 @@ class _Mapping:
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, False)}
 
 
-def use_huge_pages(mapped: Uint8) -> None:
-    """Move a ``shared`` mapping of a file in memory to huge pages (Linux 6.1), except for what does not fill one.
+def map_new_file(fd: int, size: int) -> Uint8:
+    """An open file that is empty or of zeros, made ``size`` bytes, all of them allocated, and mapped for all that map
+    it.
 
-    Without huge pages (another kernel, a file on disk, fragmented memory) nothing changes.
+    Its pages are huge where the system has them for files in memory (Linux 6.1), except for what does not fill one.
+    They are so before anything is written: small pages first would be allocated, mapped one by one and copied. Raises
+    ``OSError`` when there is no room.
     """
-    whole = len(mapped) // HUGE * HUGE
-    if sys.platform == "linux" and whole:
+    os.ftruncate(fd, size)
+    whole = size // HUGE * HUGE if sys.platform == "linux" else 0
+    for start in range(0, whole, HUGE):
+        os.pwrite(fd, b"\0", start)  # a range without any page is not made huge
+    mapped = map_file(fd, size, shared=True)
+    if whole:  # without huge pages (another kernel, a file on disk, fragmented memory) this changes nothing
         ctypes.CDLL(None).madvise(ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(whole), _MADV_COLLAPSE)
+    os.posix_fallocate(fd, 0, size)
+    return mapped
 
 
 def release_pages(array: Array) -> None:

@@ -42,7 +42,8 @@ from truffula.lora.variants import (
 )
 from truffula.weights.finite import first_non_finite
 
-_ZERO_CHUNK = 1 << 20
+_ZERO_CHUNKS = (1 << 6, 1 << 20)
+"""Values that are compared with zero first, and from then on: the first few show that most tensors are not."""
 _SAME_SCALE = 1e-5
 """Norms that PEFT computed at the start of training differ from ours by rounding."""
 
@@ -298,5 +299,7 @@ def _has_effect(part: Part) -> bool:
 
 def _is_zero(array: Array) -> bool:
     """Whether every value is zero; stops at the first chunk that holds another."""
-    flat = array.reshape(-1)
-    return not any((flat[i : i + _ZERO_CHUNK] != 0).any() for i in range(0, flat.size, _ZERO_CHUNK))
+    flat, (first, step) = array.reshape(-1), _ZERO_CHUNKS
+    if (flat[:first] != 0).any():
+        return False
+    return not any((flat[i : i + step] != 0).any() for i in range(first, flat.size, step))

@@ -6,7 +6,9 @@ import errno
 import hashlib
 import os
 import stat
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,9 @@ from truffula.lora.fields import MAX_CONFIG_BYTES
 from truffula.lora.foreign import describe_folder, describe_names
 from truffula.lora.paths import CONFIG, TENSORS, OpenFolder
 from truffula.weights.safetensors import SafetensorsFile
+
+_HASH_CHUNK = 16 << 20
+"""Bytes that are hashed without the interpreter's lock. Each chunk waits for it, up to milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,28 @@ class AdapterFiles:
 
     def generation(self) -> str:
         """sha256 over both files' bytes: the identity of what is served. One pass over the file."""
+        return self._hash(self.tensors.file.data(), threading.Event())
+
+    @contextmanager
+    def hashing(self) -> Iterator[Future[str]]:
+        """``generation``, computed in a thread while the block runs, and not to its end when the block ends before."""
+        data, stop = self.tensors.file.data(), threading.Event()
+        with ThreadPoolExecutor(1, "hash") as thread:
+            try:
+                generation = thread.submit(self._hash, data, stop)
+            except RuntimeError as error:  # no thread can be started: its stack is above this process's limit
+                raise MemoryError(str(error)) from error
+            try:
+                yield generation
+            finally:
+                stop.set()
+
+    def _hash(self, data: memoryview, stop: threading.Event) -> str:
         digest = hashlib.sha256(len(self.config_bytes).to_bytes(8, "little") + self.config_bytes)
-        with os.fdopen(self.tensors.file.duplicate(), "rb") as file:
-            file.seek(0)
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        for start in range(0, len(data), _HASH_CHUNK):
+            if stop.is_set():
+                break
+            digest.update(data[start : start + _HASH_CHUNK])
         return digest.hexdigest()
 
 

@@ -41,6 +41,7 @@ _WRAPPERS = {
         "get_peft_model once, on the plain model",
     ),
 }
+_ANY_WRAPPER = re.compile("|".join(_WRAPPERS))
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors\Z")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".7z", ".rar", ".gz")
@@ -58,6 +59,8 @@ def _rewrite(tensors: str, module: str = "glob") -> str:
 def refuse_wrapped(keys: Sequence[str]) -> None:
     """Raises ``AdapterError`` when tensor names hold what a training wrapper adds, with the command that removes it."""
     paths = {key: key.partition(".lora_")[0] + "." for key in keys}
+    if not _ANY_WRAPPER.search("\n".join(paths.values())):
+        return
     found = [pattern for pattern in _WRAPPERS if any(re.search(pattern, path) for path in paths.values())]
     if not found:
         return

@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError
 from truffula.kernels.adapters import KIND, KINDS, SITE
 from truffula.kernels.backend import AdapterImage, Executable
@@ -95,8 +93,9 @@ class Generation:
 
     def __post_init__(self) -> None:
         table, kinds = self.image.table, tuple(KINDS)
-        self.parts = [kinds[kind] for kind in np.unique(table[:, KIND])]
-        self.sites = len(np.unique(table[:, SITE]))
+        # Not by np.unique, whose first call imports numpy.ma: ten milliseconds between two steps.
+        self.parts = [kinds[kind] for kind in sorted(set(table[:, KIND].tolist()))]
+        self.sites = len(set(table[:, SITE].tolist()))
 
     @property
     def id(self) -> str:

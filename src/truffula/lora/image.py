@@ -7,6 +7,7 @@ float32.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ import numpy.typing as npt
 from truffula.errors import AdapterLoadError, InsufficientMemory
 from truffula.kernels import adapters
 from truffula.kernels.adapters import ALIGN, COLUMNS, STORED, AdapterImage, AdapterLayout, SiteTensors, pack, place
-from truffula.kernels.mapped import map_file, use_huge_pages
+from truffula.kernels.mapped import map_file, map_new_file
 
 MAX_SCALE = 1e30  # far within float32; the comparison also fails for NaN and infinity
+MAX_RESERVE, _FREE_TIMES = 32 << 20, 8
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -94,6 +96,44 @@ class ImageHeader(msgspec.Struct, frozen=True):
         return self.data_start + self.data_bytes
 
 
+class Reserve:
+    """An unnamed file of zeros in ``folder`` for the next image, which then waits for no memory: what was never used
+    takes longer to get than all else that a load does, in a virtual machine. Without such files nothing is reserved."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._fd: int | None = None
+
+    def fill(self, nbytes: int) -> None:
+        """Reserve ``nbytes`` for the next image, at most ``MAX_RESERVE`` and a small part of what is free."""
+        nbytes = min(nbytes, MAX_RESERVE)
+        if self._fd is not None or not hasattr(os, "O_TMPFILE"):
+            return
+        with contextlib.suppress(OSError):  # a file system without unnamed files, or no room
+            found = os.statvfs(self._folder)
+            if found.f_bavail * found.f_frsize < _FREE_TIMES * nbytes:
+                return
+            fd = os.open(self._folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+            try:
+                map_new_file(fd, nbytes)
+            except OSError:
+                os.close(fd)
+                raise
+            self._fd = fd
+
+    def take(self, path: Path) -> int | None:
+        """The descriptor of the file, whose name is now ``path``; None when there is none, or not for this folder."""
+        fd, self._fd = self._fd, None
+        if fd is None:
+            return None
+        try:
+            os.link(f"/proc/self/fd/{fd}", path)
+        except OSError:
+            os.close(fd)
+            return None
+        return fd
+
+
 class ImageWriter:
     """An adapter packed for ``layout``, ready to be written; ``prefix`` float32 as in ``KvPrefix``.
 
@@ -114,21 +154,22 @@ class ImageWriter:
         nbytes = self._placed.data_bytes + more
         self.header = ImageHeader(layout.name, generation, rank, parts, nbytes, facts, more)
 
-    def write(self, path: Path) -> None:
-        """Make the file at ``path``, which must not exist, and pack into it where it is mapped.
+    def write(self, path: Path, reserve: Reserve | None = None) -> None:
+        """Make the file at ``path``, which must not exist, and pack into it where it is mapped; of ``reserve`` if it
+        has one.
 
         Its pages are allocated first: raises the system's ``OSError`` when there is no room, after removing the file.
         """
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = None if reserve is None else reserve.take(path)
+        if fd is None:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(fd, 0, self.header.nbytes)
-            mapped = map_file(fd, self.header.nbytes, shared=True)
+            mapped = map_new_file(fd, self.header.nbytes)  # kernels read all of it in each step
             mapped[: self._placed.table.nbytes] = self._placed.table.reshape(-1).view(np.uint8)
             data = mapped[self.header.data_start :]
             self._placed.write(data[: self._placed.data_bytes])
             if self._prefix is not None:
                 data[self._placed.data_bytes :] = np.ascontiguousarray(self._prefix).reshape(-1).view(np.uint8)
-            use_huge_pages(mapped)  # kernels read all of it in each step
         except BaseException:
             path.unlink(missing_ok=True)
             raise

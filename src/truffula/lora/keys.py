@@ -42,10 +42,10 @@ _OF_MODULES: Mapping[str, re.Pattern[str]] = MappingProxyType(
         }.items()
     }
 )
-_TRAINING = re.compile(r".+\.lora_(velora_embed|monteclora_sampler\b.*)(\..+)?\Z")
+# Of training, and what a saved module replaces: PEFT does not compute with them.
+_UNUSED = re.compile(r".+\.(lora_(velora_embed|monteclora_sampler\b.*)(\..+)?|original_module\.(weight|bias))\Z")
 _TABLE_COPY = re.compile(rf"(?P<module>(.+\.)?({_TABLE_NAMES}))(\.token_adapter)?\.base_layer\.weight\Z")
 _SAVED = re.compile(r"(?P<module>.+?)(?P<infix>\.modules_to_save(\.[^.]+)?)?\.(?P<what>weight|bias)\Z")
-_ORIGINAL = re.compile(r".+\.original_module\.(weight|bias)\Z")
 _OWN_BIAS = re.compile(r"(?P<module>.+)\.base_layer\.bias\Z")
 
 # Pattern → what has such tensors, in other formats and methods.
@@ -143,7 +143,7 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
         path = key.removeprefix(PREFIX)
         if other_part(path) is not None:
             plan.left_out[_module_of(key)] = key
-        elif _TRAINING.match(path) or _ORIGINAL.match(path):  # PEFT does not compute with what a saved module replaces
+        elif _UNUSED.match(path):
             plan.unused.append(key)
         elif not _add_part(plan, path, key, infixes) and not _add_whole(plan, path, key):
             unexpected.append(key)

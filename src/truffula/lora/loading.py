@@ -88,9 +88,14 @@ class _Worker:
             self._eof = frames is None
         return received
 
+    @property
+    def unsent(self) -> bool:
+        """Whether the socket has not taken all that was sent: the setup of a model of many sites."""
+        return bool(self._channel.unsent)
+
     def poll_events(self) -> tuple[int, int]:
         """Its descriptor, and the events after which ``io`` has something to do."""
-        return self._channel.fileno(), select.POLLIN | (select.POLLOUT if self._channel.unsent else 0)
+        return self._channel.fileno(), select.POLLIN | (select.POLLOUT if self.unsent else 0)
 
     def ended(self) -> bool:
         """Whether the process has ended. One that has closed its socket is killed."""
@@ -140,8 +145,8 @@ class LoadingWorker:
         staging_roots: Where to make the staging folders; None: in shared memory and the temporary folder.
         clock: Monotonic seconds.
 
-    A worker is started when a load finds none free. After ``IDLE_WORKER_S`` without a load ``poll`` stops all but one.
-    The staging folders are made with the first worker. A server that loads no adapter has neither.
+    A worker is started when a load finds none free, or by ``prepare``. After ``IDLE_WORKER_S`` without a load ``poll``
+    stops all but one. The staging folders are made with the first worker. A server that has no adapters has neither.
     """
 
     def __init__(
@@ -172,6 +177,15 @@ class LoadingWorker:
         self._dispatch()
         return self._next_ticket
 
+    def prepare(self) -> None:
+        """Start a worker where there is none, so that the first load waits for no start."""
+        if self._workers:
+            return
+        try:
+            self._start_worker()
+        except OSError as error:
+            logger.warning("no loading worker can be started now (%s); each load tries it again", error)
+
     def poll(self, *, paused: bool = False) -> list[LoadResponse]:
         """Loads that ended since the last call, each ticket once. ``paused``: until the next call no queued load is
         begun.
@@ -187,7 +201,8 @@ class LoadingWorker:
 
     def poll_fds(self) -> dict[int, int]:
         """File descriptors and ``select.poll`` events that announce work for ``poll``."""
-        return dict(worker.poll_events() for worker in self._workers if worker.request is not None)
+        busy = (worker for worker in self._workers if worker.request is not None or worker.unsent)
+        return dict(worker.poll_events() for worker in busy)
 
     def poll_timeout(self) -> float | None:
         """Seconds until ``poll`` has work without an event on ``poll_fds``; None: never."""

@@ -22,12 +22,10 @@ from truffula.lora.checks import (
     trained_on,
 )
 from truffula.lora.exports import rename, renamed_settings
-from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.image import AdapterFacts
 from truffula.lora.keys import KeyPlan, listed, plan_keys
 from truffula.lora.parsed import BaseFacts, Pair, ParsedAdapter, Sites
-from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import Ranks, Targets, is_named, matching_limit
 from truffula.lora.saved import Parts, match_saved
 from truffula.lora.stacked import check_stacked, parameters_of, stacked_by_expert
@@ -37,13 +35,12 @@ from truffula.weights.checkpoint import TensorInfo
 
 @matching_limit()
 def parse_metadata(
-    folder: OpenFolder,
     infos: Mapping[str, TensorInfo],
     config: Mapping[str, Any],
     all_sites: Sequence[Site],
     base: BaseFacts,
 ) -> ParsedAdapter:
-    """Match the tensors ``infos`` and ``config`` of the adapter in ``folder`` with a base's sites.
+    """Match the tensors ``infos`` and ``config`` of an adapter with a base's sites.
 
     Raises ``AdapterError`` (``param``: the field or the tensor) where they don't fit each other or the base.
     """
@@ -103,7 +100,6 @@ def parse_metadata(
             parsed.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
     if plan.unused:
         parsed.warnings.append(f"Tensors that PEFT does not compute with when generating: {listed(plan.unused)}.")
-    parsed.warnings += extra_file_warnings(folder, config, sites=sites.all, model=base.model)
     return parsed
 
 

@@ -25,10 +25,14 @@ from truffula.weights.checkpoint import TensorInfo
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """The base's name, for messages, and its weights, which some kinds of adapter need."""
+    """The base's name, for messages, and its weights, which some kinds of adapter need.
+
+    ``matched``: what was matched with this base before; None: it is not kept.
+    """
 
     model: str = "the base model"
     weights: BaseWeights | None = None
+    matched: Matched | None = None
 
     @property
     def tied(self) -> bool:
@@ -111,6 +115,27 @@ class ParsedAdapter:
         infos = [*(info for pair in self.pairs for info in pair.tensors), *(saved.info for saved in self.saved)]
         infos += [info for item in self.computed for info in item.infos]
         return {info.name: info for info in infos}
+
+
+Header = tuple[tuple[str, tuple[int, ...], str, int], ...]
+
+
+class Matched:
+    """Metadata of LoRA adapters that was matched with one base, the last used last: adapters of one training recipe
+    differ in their values alone. Together they have ``most`` tensors at most."""
+
+    def __init__(self, most: int = 4096) -> None:
+        self._most = most
+        self._kept: dict[tuple[bytes, Header], ParsedAdapter] = {}
+
+    def get(self, config: bytes, infos: Mapping[str, TensorInfo], match: Callable[[], ParsedAdapter]) -> ParsedAdapter:
+        """What ``match`` makes of an adapter with this configuration and these tensors; nothing else may decide it."""
+        key = config, tuple((info.name, info.shape, info.dtype, info.offset) for info in infos.values())
+        found = self._kept.pop(key, None) or match()
+        self._kept[key] = found
+        while sum(len(header) for _, header in self._kept) > self._most:
+            del self._kept[next(iter(self._kept))]
+        return found
 
 
 class Sites:

@@ -8,7 +8,7 @@ those modules, and every number must be finite. A valid adapter is returned as p
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from truffula.lora.matching import parse_metadata
 from truffula.lora.method_fields import check_config, table_of
 from truffula.lora.methods import METHODS, Metadata
 from truffula.lora.parsed import BaseFacts as BaseFacts
+from truffula.lora.parsed import Matched as Matched
 from truffula.lora.parsed import ParsedAdapter
 from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import Ranks, matching_limit, tied_tables
@@ -78,7 +79,7 @@ def validate_adapter(
     can't be read, ``InsufficientMemory`` above ``max_bytes``. Costs two passes over the file. What it returns are views
     of the file: a caller that copies them compares the folder's fingerprint before and after.
     """
-    with open_adapter(folder, max_file_bytes) as files:
+    with open_adapter(folder, max_file_bytes) as files, files.hashing() as generation:
         config = parse_config(files.config_bytes)
         parsed = _parse(files, config, sites, base)
         check_size(stored_bytes(parsed), max_bytes)
@@ -101,7 +102,7 @@ def validate_adapter(
                 f"{listed(idle)}."
             )
         return PeftAdapter(
-            files.generation(), parsed.rank, assembly.sites(), parsed.facts, assembly.prefix, tuple(warnings)
+            generation.result(), parsed.rank, assembly.sites(), parsed.facts, assembly.prefix, tuple(warnings)
         )
 
 
@@ -132,12 +133,15 @@ def _parse(files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site]
     """The adapter as its metadata says, whatever its method."""
     method, infos = METHODS.get(str(config.get("peft_type"))), files.tensors.tensors
     check_config(config)
-    if method is None:
-        return parse_metadata(files.folder, infos, config, sites, base)
-    with matching_limit():
-        parsed = method.parse(Metadata(config, infos, sites, base))
-    parsed.warnings += extra_file_warnings(files.folder, config, sites=sites, model=base.model)
-    return parsed
+    if method is not None:
+        with matching_limit():
+            parsed = method.parse(Metadata(config, infos, sites, base))
+    elif base.matched is None:
+        parsed = parse_metadata(infos, config, sites, base)
+    else:
+        parsed = base.matched.get(files.config_bytes, infos, lambda: parse_metadata(infos, config, sites, base))
+    more = extra_file_warnings(files.folder, config, sites=sites, model=base.model)
+    return replace(parsed, warnings=[*parsed.warnings, *more])
 
 
 def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[FieldRow]) -> AdapterReport:
@@ -173,7 +177,10 @@ def stored_bytes(parsed: ParsedAdapter) -> int:
 
 def _read_tensors(files: AdapterFiles, parsed: ParsedAdapter) -> dict[str, Array]:
     """Tensors by key, finite."""
-    tensors = {key: files.tensors.read(key) for key in parsed.tensors}
+    infos = parsed.tensors
+    tensors = {key: files.tensors.read(key) for key in infos}
+    if all(first_non_finite(run) is None for run in files.tensors.runs(infos.values())):
+        return tensors
     for key, array in tensors.items():
         if (bad := first_non_finite(array)) is not None:
             count, first = bad

@@ -255,7 +255,10 @@ class AdapterPool:
         if command.action == "load" and ref is not None:
             return self._load(ref, command.pinned, now)
         done: Future[list[AdapterState]] = Future()
-        if command.action == "list" or ref is None:
+        if command.action == "prepare":
+            self.loads.loader.prepare()
+            done.set_result([])
+        elif command.action == "list" or ref is None:
             done.set_result(self.states())
         elif command.action == "unpin" or self._unload(ref.name):
             if command.action == "unpin":

@@ -49,7 +49,7 @@ def root_used(modules: Collection[str], tails: Collection[str], own: str) -> str
         head = TEXT_ROOTS.get(root) in modules
         return head + sum(module.startswith(root) and module[len(root) :] in tails for module in modules)
 
-    return max((own, *TEXT_ROOTS), key=hits)
+    return own if hits(own) == len(modules) else max((own, *TEXT_ROOTS), key=hits)
 
 
 def tail_of(module: str, tails: Collection[str]) -> tuple[str, str] | None:

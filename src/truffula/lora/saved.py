@@ -79,9 +79,11 @@ def match_saved(
 def is_saved(module: str, entries: Collection[str] | None) -> bool:
     """Whether an entry of ``modules_to_save`` is the end of ``module``'s path, or of one of its parents', as PEFT has
     it."""
+    if not entries:
+        return False
     parts = module.split(".")
     paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(path.endswith(entry) for entry in entries or () for path in paths)
+    return any(path.endswith(entry) for entry in entries for path in paths)
 
 
 @dataclass(frozen=True)

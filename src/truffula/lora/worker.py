@@ -35,10 +35,10 @@ from truffula.lora.base import BaseSource, BaseWeights
 from truffula.lora.disk_cache import DiskCache
 from truffula.lora.folder import open_adapter, open_folder
 from truffula.lora.hub import download
-from truffula.lora.image import ImageHeader, ImageWriter, check_size
+from truffula.lora.image import ImageHeader, ImageWriter, Reserve, check_size
 from truffula.lora.merging import MergePart, merge_adapters
 from truffula.lora.paths import CONFIG, TENSORS, OpenFolder, fingerprint
-from truffula.lora.peft import BaseFacts, PeftAdapter, validate_adapter
+from truffula.lora.peft import BaseFacts, Matched, PeftAdapter, validate_adapter
 from truffula.lora.remote import Fetched, fetch
 from truffula.lora.staging import remove_abandoned, sweep
 from truffula.types import AdapterRef
@@ -121,7 +121,10 @@ def serve(fd: int, staging: Sequence[Path]) -> int:
     if not isinstance(setup, Setup):
         raise WireError("The first frame to a loading worker must be its setup.")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ImageWriter("", 0, (), setup.layout)  # imports what packs for this layout, before a load waits for it
     allowed = _data_bytes() + setup.limits.memory_bytes
+    matched, reserve = Matched(), Reserve(staging[0])
+    reserve.fill(_usual_bytes(setup.sites))
     with contextlib.suppress(Disconnected):
         while True:
             request = inbox.get()
@@ -131,10 +134,14 @@ def serve(fd: int, staging: Sequence[Path]) -> int:
             _limit_memory(allowed)
             # The adapter's file is mapped privately, hence counted as data: its size is added once it is known.
             try:
-                response = load(request, setup, staging, on_files=lambda nbytes: _limit_memory(allowed + nbytes))
+                response = load(
+                    request, setup, staging, matched, reserve, on_files=lambda nbytes: _limit_memory(allowed + nbytes)
+                )
             except MemoryError:
                 break
             channel.send(response)
+            if response.image is not None and inbox.empty():
+                reserve.fill(response.image.nbytes)
         # Some memory stays allocated, and the next load may use the full limit: that needs a new worker.
         _limit_memory(_data_bytes() + (16 << 20))
         channel.send(msgspec.structs.replace(out_of_memory(request, setup), last=True))
@@ -171,10 +178,13 @@ def load(
     request: LoadRequest,
     setup: Setup,
     staging: Sequence[Path],
+    matched: Matched | None = None,
+    reserve: Reserve | None = None,
     *,
     on_files: Callable[[int], None] = lambda nbytes: None,
 ) -> LoadResponse:
-    """Execute ``request``; returns an image in a staging folder, or the error.
+    """Execute ``request``; returns an image in a staging folder, or the error. ``matched``: of earlier loads;
+    ``reserve``: for the image.
 
     ``on_files`` is called with the size of the adapter's files before they are read. Only ``MemoryError`` is raised.
     """
@@ -183,7 +193,7 @@ def load(
         with _adapter_files(request, setup, staging, on_files) as found:
             response = LoadResponse(ticket=request.ticket, commit=found.commit, warnings=found.warnings)
             if found.folder is not None:
-                made = _prepare(found.folder, request, setup, staging, on_files)
+                made = _prepare(found.folder, request, setup, staging, matched, reserve, on_files)
                 warnings = (*found.warnings, *made.warnings)
                 response = msgspec.structs.replace(made, commit=found.commit, warnings=warnings)
     except TruffulaError as error:
@@ -213,12 +223,14 @@ def _prepare(
     request: LoadRequest,
     setup: Setup,
     staging: Sequence[Path],
+    matched: Matched | None,
+    reserve: Reserve | None,
     on_files: Callable[[int], None],
 ) -> LoadResponse:
     """Validate the adapter in ``folder`` and write its image."""
     with (
         contextlib.closing(open_folder(folder, _root(request.ref))) as opened,
-        _base(setup) as base,
+        _base(setup, matched) as base,
     ):
         before = fingerprint(opened.stat)
         on_files(_files_nbytes(opened))
@@ -228,7 +240,7 @@ def _prepare(
         )
         check_size(image.header.nbytes, setup.limits.image_bytes)
         path = _new_file(request, staging, image.header.nbytes)
-        image.write(path)
+        image.write(path, reserve)
         if fingerprint(opened.stat) != before:
             # The image was copied from the mapped file, which may have been written to after it was checked.
             path.unlink()
@@ -237,13 +249,13 @@ def _prepare(
 
 
 @contextlib.contextmanager
-def _base(setup: Setup) -> Iterator[BaseFacts]:
+def _base(setup: Setup, matched: Matched | None = None) -> Iterator[BaseFacts]:
     """The base, whose weights can be read while the block runs."""
     if setup.base is None:
-        yield BaseFacts(setup.model)
+        yield BaseFacts(setup.model, matched=matched)
         return
     with contextlib.closing(BaseWeights(setup.base)) as weights:
-        yield BaseFacts(setup.model, weights)
+        yield BaseFacts(setup.model, weights, matched)
 
 
 def _validate(folder: OpenFolder, ref: AdapterRef, setup: Setup, base: BaseFacts) -> PeftAdapter:
@@ -375,6 +387,11 @@ def _new_file(request: LoadRequest, staging: Sequence[Path], nbytes: int) -> Pat
         f"There is not enough space for the adapter: it needs {nbytes} bytes in shared memory or the temporary folder.",
         requested_bytes=nbytes,
     )
+
+
+def _usual_bytes(sites: Sequence[Site]) -> int:
+    """Of an image of rank 16 in two bytes on all linear layers."""
+    return 2 * 16 * sum(site.in_features + site.out_features for site in sites if site.kind == "linear")
 
 
 # Limits

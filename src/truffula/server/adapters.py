@@ -168,8 +168,16 @@ async def forget(state: ServerState, name: str) -> list[AdapterRef]:
     return removed
 
 
-async def restore_pins(state: ServerState) -> None:
-    """Load what was pinned when the server ended. What cannot be loaded is logged and stays pinned."""
+async def prepare_adapters(state: ServerState) -> None:
+    """Do what no request should wait for: start a loading worker where the server has adapters or takes them from
+    clients, and load what was pinned when the server ended. What cannot be loaded is logged and stays pinned."""
+    config = state.config
+    taken = (config.adapter_dir, config.allow_hub, config.allow_local, config.allow_sources)
+    if any(taken) or config.adapter_admin or state.directory.names():
+        try:
+            await state.service.adapters(AdapterCommand(action="prepare"))
+        except TruffulaError as error:
+            log.warning("no loading worker is started now (%s): %s", error.code, error.message)
     for name in state.directory.registry.pins():
         try:
             # Not an alias of the same name: pins are of adapters.

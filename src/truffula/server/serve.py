@@ -37,7 +37,7 @@ from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
 from truffula.option import format_size
 from truffula.params import SamplingParams
-from truffula.server.adapters import restore_pins
+from truffula.server.adapters import prepare_adapters
 from truffula.server.app import create_app
 from truffula.server.connections import (
     ACCEPT_BURST,
@@ -233,14 +233,14 @@ class LoadingApp:
             self.app = await self._loaded()
             service = self.app.service
             await service.start()
-            pins = asyncio.ensure_future(restore_pins(self.app.asgi.state.truffula))
+            prepared = asyncio.ensure_future(prepare_adapters(self.app.asgi.state.truffula))
             try:
                 self._asgi = self.app.asgi
                 self.app.announce()
                 await self._watch(service)
                 await self._ended.wait()
             finally:
-                pins.cancel()
+                prepared.cancel()
                 await self.app.asgi.state.responses.close()
                 await service.close()
         except Exception as error:  # noqa: BLE001  (``run_server`` raises it)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,6 +69,17 @@ class SafetensorsFile:
         """``[nbytes]`` uint8 view of the tensor's bytes in the file."""
         info = self.tensors[name]
         return self.file.view(info.offset, info.nbytes)
+
+    def runs(self, infos: Iterable[TensorInfo]) -> Iterator[Array]:
+        """The values of ``infos``, tensors of this file: adjacent ones of one dtype as one array ``[values]``."""
+        ordered = sorted(infos, key=lambda info: info.offset)
+        start = 0
+        for at, info in enumerate(ordered, 1):
+            end = info.offset + info.nbytes
+            if at == len(ordered) or (ordered[at].offset, ordered[at].dtype) != (end, info.dtype):
+                offset = ordered[start].offset
+                yield self.file.view(offset, end - offset).view(DTYPES[info.dtype])
+                start = at
 
     def close(self) -> None:
         self.file.close()

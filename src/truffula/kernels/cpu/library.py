@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ def library() -> Any:
     Raises:
         MissingDependency: It was not built, or can't be loaded.
     """
+    if _NAME in sys.modules:  # the packer calls this for every matrix
+        return sys.modules[_NAME]
     try:
         return importlib.import_module(_NAME)
     except ImportError as error:

@@ -47,6 +47,7 @@ def pack_panels(layout: AdapterLayout, sites: Sequence[SiteTensors]) -> list[Pac
 
     All A of one op have the same format, because an image of mixed dtypes must be summed in one order.
     """
+    library()  # here for a worker that packs nothing yet: the first load then finds it imported
     found = [(s.site, check_place(layout, s.site), p) for s in sites for p in s.parts]
     wide = {place.op for _, place, part in found if isinstance(part, LowRank) and part.a.dtype != BFLOAT16}
     shared: dict[tuple[int, str, bool, bool], PackedTensor] = {}
@@ -57,8 +58,11 @@ def pack_panels(layout: AdapterLayout, sites: Sequence[SiteTensors]) -> list[Pac
             key = (id(part.a), dtype, by_row, place.heads is not None)
             if key not in shared:
                 pieces = [(part.a, 0), *([(part.a.T, 0)] if place.heads else [])]
-                rows = replace(copied(part.a.T, dtype), shape=part.a.shape)
-                shared[key] = rows if by_row else _panels(part.a.shape, dtype, pieces)
+                shared[key] = (
+                    replace(copied(part.a.T, dtype), shape=part.a.shape)
+                    if by_row
+                    else _panels(part.a.shape, dtype, pieces)
+                )
             made.append(PackedPart(site, part.kind, part.scale, (shared[key], _of_outputs(part.b, place))))
         else:
             made.append(PackedPart(site, part.kind, 1.0, tuple(_tensors(part, place))))
