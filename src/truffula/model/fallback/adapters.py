@@ -67,7 +67,7 @@ class AdapterHooks:
                     f"{site.module} saw {len(x)} rows in a pass of {count}: an adapter cannot act there.",
                     param="adapter",
                 )
-            weight, made = _matrix(module), output.reshape(len(x), -1).clone()
+            weight, made = _matrix(module), output.reshape(len(x), output.shape[-1]).clone()
             bias = getattr(module, "bias", None)
             # A table that scales its rows (Gemma) scales an adapter's as well, as in PEFT.
             scale = getattr(module, "embed_scale", 1.0) if site.kind == "embed" else 1.0
