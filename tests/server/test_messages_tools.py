@@ -184,7 +184,7 @@ def test_a_schema(live, model):
     talk = [{"role": "user", "content": "Hello"}]
     with anthropic.Anthropic(base_url=live.url, api_key="-", max_retries=0) as client:
         for _ in range(3):
-            body = {"model": model, "max_tokens": 100, "messages": talk, "output_format": Answer}
+            body = {"model": model, "max_tokens": 300, "messages": talk, "output_format": Answer}  # drawn blanks, too
             parsed = client.messages.parse(**body)
             assert parsed.stop_reason == "end_turn"
             assert isinstance(parsed.parsed_output, Answer)
@@ -192,7 +192,7 @@ def test_a_schema(live, model):
                 assert isinstance(stream.get_final_message().parsed_output, Answer)
             # what the package makes of the class, by the older name of the field
             older = {"output_format": {"type": "json_schema", "schema": anthropic.transform_schema(Answer)}}
-            message = client.messages.create(model=model, max_tokens=100, messages=talk, extra_body=older)
+            message = client.messages.create(model=model, max_tokens=300, messages=talk, extra_body=older)
             assert Answer.model_validate_json(message.content[0].text)
 
 
