@@ -33,7 +33,7 @@ from truffula.kernels.synchronous import FinishedStep
 from truffula.lora.pool import AdapterPool
 from truffula.lora.worker import Setup
 from truffula.params import EngineParams
-from truffula.types import EngineRequest
+from truffula.types import MAX_ADAPTERS, EngineRequest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "lora"))
 from inline_loader import InlineLoader
@@ -76,7 +76,8 @@ def engine_of(rows: int, context: int, params: dict[str, Any]) -> Engine:
     blocks = rows * -(-(context + 512) // BLOCK) + 1
     tokens = max(2048, rows)
     capacity = Capacity(
-        max_tokens=tokens, max_seqs=rows, max_logit_rows=rows + 16, max_segments=rows, num_blocks=blocks,
+        max_tokens=tokens, max_seqs=rows, max_logit_rows=rows + 16,
+        max_segments=rows * MAX_ADAPTERS, num_blocks=blocks,
         block_size=BLOCK, max_blocks_per_seq=8192 // BLOCK,
     )  # fmt: skip
     limits = EngineLimits(

@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
 from rich.console import Console
 from rich.table import Table
 
@@ -47,7 +48,7 @@ class InBlocks:
     def __init__(self, inner: Checkpoint, kind: str) -> None:
         self._inner, self._kind = inner, kind
         self.tensors: Mapping[str, TensorInfo] = {
-            name: replace(info, dtype=self._kind_of(name)) if len(info.shape) > 1 else info
+            name: structs.replace(info, dtype=self._kind_of(name)) if len(info.shape) > 1 else info
             for name, info in inner.tensors.items()
         }
 
