@@ -27,10 +27,12 @@ def test_every_kernel_and_format_is_measured_beside_its_limit() -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     linears = [(line["shape"], line["format"], line["rows"]) for line in report["lines"] if line["kernel"] == "linear"]
-    formats = ("float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1", "Q5_0")
+    formats = ("float32", "bfloat16", "FP8_128", "NF4", "Q8_0", "Q4_0", "Q4_1", "Q5_0")
     assert linears == [("50x64", stored, rows) for stored in formats for rows in (1, 3)]
     others = {line["kernel"] for line in report["lines"]} - {"linear"}
-    assert others == {"with one adapter", "with adapter a row", "decode", "prefill", "norm", "head", "sampler"}
+    parts = {"lora", "lora, bias", "lora, input scale", "dora"}
+    rest = {"with one adapter", "with adapter a row", "decode", "prefill", "norm", "head", "sampler"}
+    assert others == parts | rest
     assert all(line["us"] > 0 and line["limit_us"] > 0 for line in report["lines"])
     assert all(report["limits"][name] > 0 for name in ("float_peak", "byte_peak", "read_one", "read_all"))
 
