@@ -67,7 +67,7 @@ def test_while_it_is_checked_requests_get_what_it_had(source: Source, made: Rig)
 def test_what_the_source_no_longer_gives_is_no_longer_served(source: Source, made: Rig) -> None:
     put(source, made)
     lease = made.pool.retain(made.loaded(ref(source)))
-    source.tokens["a"] = "somebody's"
+    source.tokens["a"] = "another right"
     assert made.lookup(ref(source, period=1)).status == "ready"  # it is being checked
     made.poll()
     error = made.lookup(ref(source, period=1)).error

@@ -28,7 +28,9 @@ from truffula.weights.open import open_checkpoint
 from truffula.weights.safetensors import SafetensorsFile
 
 PROMPT = [5, 9, 4, 31, 7, 50, 12, 60]
-REFUSED = {"aLoRA": "invocation"} | dict.fromkeys(("prompt tuning", "P-tuning", "prefix tuning"), "virtual tokens")
+REFUSED = {"aLoRA": "invocation", "lora_bias": "the base has none there"} | dict.fromkeys(
+    ("prompt tuning", "P-tuning", "prefix tuning"), "virtual tokens"
+)
 FAST = {
     ("llama", False): {"plain", "DoRA", "bias all", "saved norms and layer", "trained tokens"},
     ("gemma3_text", True): {"tied tokens", "embedding and head", "saved embedding", "saved norms and layer"},
@@ -60,8 +62,6 @@ def test_every_kind_on_every_family(tmp_path: Path, family: str, tied: bool, kin
     base = write_base(tmp_path / "base", family, tied=tied)
     if not kind.applies(base):
         pytest.skip("peft does not make it for this base")
-    if family == "gpt2" and kind.name in ("tied embedding", "tied saved table"):
-        pytest.skip("peft does not tie GPT-2's head")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapter = kind.make(tmp_path / "adapter", base, 3)
@@ -69,8 +69,7 @@ def test_every_kind_on_every_family(tmp_path: Path, family: str, tied: bool, kin
         folded = fold_adapter(base, adapter, tmp_path / "folded")
     except AdapterError as error:
         reason = next((text for name, text in REFUSED.items() if name.lower() in kind.name.lower()), None)
-        elsewhere = any(text in error.message for text in ("the base has none there", "takes more numbers than"))
-        assert elsewhere or (reason is not None and reason in error.message), error.message
+        assert reason is not None and reason in error.message, error.message
         return
     text = json.loads((base / "config.json").read_text())
     prompt = PROMPT + prompt_ids(0, text.get("text_config", text)["vocab_size"])  # the kinds train tokens of it

@@ -77,6 +77,8 @@ def test_an_adapter_on_a_module_that_sees_other_rows_is_an_error():
     segments, x = adapters.segments(inputs, inputs.seg[:, :2]), torch.ones(5, 4)
     hooks.prepare(5, segments, 0, [])
     assert (model(x) - x @ model[0].weight.T).detach().round().tolist() == [[4.0] * 4] * 2 + [[0.0] * 4] * 3
+    hooks.prepare(0, segments, 0, [])  # a step that draws nothing: a layer of the head sees no row
+    assert model(x[:0]).shape == (0, 4)
     hooks.prepare(6, segments, 0, [])
     with pytest.raises(KernelError, match="0 saw 5 rows in a pass of 6"):
         model(x)

@@ -107,7 +107,7 @@ def test_bad_values_are_refused_by_name(live, value, words):
     [
         ({"adapter_id": "pirate", "merged_adapters": {"ids": ["org/poet"]}}, 400, "adapter_id"),
         ({"model": "pirate", "merged_adapters": {"ids": ["pirate", "org/poet"]}}, 400, "model names one adapter"),
-        ({"merged_adapters": {"ids": ["pirate", "nobody"]}}, 404, "nobody"),
+        ({"merged_adapters": {"ids": ["pirate", "robin"]}}, 404, "robin"),
         ({"lora": [{"name": "pirate", "scale": "1"}]}, 400, "lora[0].scale"),
         ({"lora": [{"name": "pirate", "scale": 1, "weight": 1}]}, 400, "lora[0]"),
         ({"lora": [{"name": "pirate"}, {"id": 0}]}, 400, "lora"),

@@ -144,7 +144,7 @@ def test_a_weighted_sum_of_adapters(llm: LLM, folders: dict[str, Path], tmp_path
         with pytest.raises(InvalidRequest):
             llm.generate(prompt, adapters=bad)  # type: ignore[arg-type]
     with pytest.raises(AdapterNotFound):
-        llm.generate(prompt, adapters={"nobody": 1.0})
+        llm.generate(prompt, adapters={"three": 1.0})
     with pytest.raises(InvalidRequest, match="density"):
         llm.adapters.merge(weights, "ties", density=0.0)
 

@@ -6,6 +6,7 @@ Its ``Program`` has weights and no ops: each tensor of the checkpoint that is us
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -174,20 +175,21 @@ def _sites(skeleton: Skeleton, traced: Trace, names: StoredNames) -> tuple[Site,
         if f"{name}.weight" in names.converted:
             continue
         module = modules[name]
+        kind: Literal["linear", "embed", "head"] = "head" if name == head else "linear"
         if isinstance(module, nn.Embedding):
             if name != embed:
                 continue
             kind, inputs, outputs = "embed", module.num_embeddings, module.embedding_dim
         elif isinstance(module, Conv1D):
-            kind, (inputs, outputs) = "linear", module.weight.shape
+            inputs, outputs = module.weight.shape
         elif isinstance(module, nn.Linear):
-            kind, (outputs, inputs) = "head" if name == head else "linear", module.weight.shape
+            outputs, inputs = module.weight.shape
         else:
             continue
         layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
         parts = (ModuleSlice(name, 0, outputs, outputs),)
         # Its modules are given token ids only.
-        sites.append(Site(len(sites), kind, layer, inputs, outputs, parts, virtual_scale=None))  # type: ignore[arg-type]
+        sites.append(Site(len(sites), kind, layer, inputs, outputs, parts, virtual_scale=None))
     return tuple(sites)
 
 
