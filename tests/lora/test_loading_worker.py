@@ -34,7 +34,7 @@ from truffula.lora.loads import AdapterLoads
 from truffula.lora.peft import Matched
 from truffula.lora.sources import AdapterDirectory
 from truffula.lora.staging import PREFIX, Staging, remove_abandoned
-from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load
+from truffula.lora.worker import CHANGED_FILES_TRIES, LoadLimits, LoadRequest, LoadResponse, Setup, load
 from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
 from truffula.types import AdapterRef
 
@@ -448,15 +448,31 @@ def test_inline_loading_gives_the_same_image(make: Make, tmp_path: Path) -> None
     inline.close()
 
 
-def test_a_folder_that_changes_while_it_is_read_is_not_served(tmp_path: Path) -> None:
-    """The bytes that are hashed, validated and copied must be the same."""
+@pytest.mark.parametrize("times", [1, CHANGED_FILES_TRIES])
+def test_a_folder_that_changes_while_it_is_read_is_read_again(tmp_path: Path, times: int) -> None:
+    """The bytes that are hashed, validated and copied must be the same; files that change all the time are refused."""
     request = LoadRequest(ticket=1, ref=adapter(tmp_path / "a", seed=1))
     staging = Staging([tmp_path])
     setup = Setup(sites=llama_sites(), model="x")
-    result = load(request, setup, staging.folders, on_files=lambda nbytes: adapter(tmp_path / "a", seed=2) and None)
-    assert result.error is not None and result.error.code == AdapterLoadError.code and "changed" in result.error.message
-    assert list(staging.folders[0].iterdir()) == []
-    assert load(request, setup, staging.folders).error is None
+    reads: list[int] = []
+
+    def replace(nbytes: int) -> None:
+        reads.append(nbytes)
+        if len(reads) <= times:
+            adapter(tmp_path / "a", seed=1 + len(reads))
+
+    result = load(request, setup, staging.folders, on_files=replace)
+    if times == 1:
+        adapter(tmp_path / "alone", seed=2)
+        alone = load(LoadRequest(ticket=2, ref=ref(tmp_path / "alone")), setup, staging.folders)
+        assert result.image is not None and alone.image is not None
+        assert result.image.generation == alone.image.generation and len(reads) == 2
+        assert len(list(staging.folders[0].iterdir())) == 2
+    else:
+        assert result.error is not None and result.error.code == AdapterLoadError.code
+        assert "changed while they were read" in result.error.message and len(reads) == CHANGED_FILES_TRIES
+        assert list(staging.folders[0].iterdir()) == []
+        assert load(request, setup, staging.folders).error is None
     staging.close()
 
 

@@ -45,6 +45,7 @@ from truffula.types import AdapterRef
 
 VERSION = 4
 CLEAN_UP_TRIES, CLEAN_UP_PAUSE_S = 10, 0.05
+CHANGED_FILES_TRIES = 4
 MAX_MESSAGE_CHARS = 4000
 _SPARE_BYTES = 1 << 20
 
@@ -190,12 +191,7 @@ def load(
     """
     started = time.monotonic()
     try:
-        with _adapter_files(request, setup, staging, on_files) as found:
-            response = LoadResponse(ticket=request.ticket, commit=found.commit, warnings=found.warnings)
-            if found.folder is not None:
-                made = _prepare(found.folder, request, setup, staging, matched, reserve, on_files)
-                warnings = (*found.warnings, *made.warnings)
-                response = msgspec.structs.replace(made, commit=found.commit, warnings=warnings)
+        response = _load_unchanged(request, setup, staging, matched, reserve, on_files)
     except TruffulaError as error:
         info = error.info()
         if len(info.message) > MAX_MESSAGE_CHARS:  # it quotes the adapter's files, which may hold texts of any length
@@ -218,6 +214,29 @@ def load(
     return msgspec.structs.replace(response, seconds=time.monotonic() - started)
 
 
+def _load_unchanged(
+    request: LoadRequest,
+    setup: Setup,
+    staging: Sequence[Path],
+    matched: Matched | None,
+    reserve: Reserve | None,
+    on_files: Callable[[int], None],
+) -> LoadResponse:
+    """The image of files that did not change while they were read: a load that meets a replaced file starts again."""
+    for attempt in range(1, CHANGED_FILES_TRIES + 1):
+        try:
+            with _adapter_files(request, setup, staging, on_files) as found:
+                if found.folder is None:
+                    return LoadResponse(ticket=request.ticket, commit=found.commit, warnings=found.warnings)
+                made = _prepare(found.folder, request, setup, staging, matched, reserve, on_files)
+                warnings = (*found.warnings, *made.warnings)
+                return msgspec.structs.replace(made, commit=found.commit, warnings=warnings)
+        except _FilesChanged:
+            if attempt == CHANGED_FILES_TRIES:
+                raise
+    raise AssertionError("unreachable")
+
+
 def _prepare(
     folder: Path,
     request: LoadRequest,
@@ -234,7 +253,12 @@ def _prepare(
     ):
         before = fingerprint(opened.stat)
         on_files(_files_nbytes(opened))
-        adapter = _validate(opened, request.ref, setup, base)
+        try:
+            adapter = _validate(opened, request.ref, setup, base)
+        except AdapterError as error:
+            if fingerprint(opened.stat) != before:  # two versions of the files may not fit each other
+                raise _FilesChanged from error
+            raise
         image = ImageWriter(
             adapter.generation, adapter.rank, adapter.sites, setup.layout, adapter.facts, adapter.prefix
         )
@@ -244,7 +268,7 @@ def _prepare(
         if fingerprint(opened.stat) != before:
             # The image was copied from the mapped file, which may have been written to after it was checked.
             path.unlink()
-            raise _changed()
+            raise _FilesChanged
     return LoadResponse(ticket=request.ticket, image_path=str(path), image=image.header, warnings=adapter.warnings)
 
 
@@ -274,9 +298,10 @@ def _root(ref: AdapterRef) -> Path | None:
     return Path(ref.root) if ref.root and ref.kind == "local" else None
 
 
-def _changed() -> AdapterLoadError:
-    text = "The adapter's files changed while they were read; send the request again."
-    return AdapterLoadError(text, param="adapter")
+class _FilesChanged(AdapterLoadError):
+    def __init__(self) -> None:
+        text = f"The adapter's files changed while they were read, {CHANGED_FILES_TRIES} times; send the request again."
+        super().__init__(text, param="adapter")
 
 
 def out_of_memory(request: LoadRequest, setup: Setup) -> LoadResponse:
@@ -356,7 +381,7 @@ def _merge(
         made.callback(shutil.rmtree, path)
         merged.write(path)
         if any(fingerprint(folder.stat) != before for folder, before in opened):
-            raise _changed()
+            raise _FilesChanged
     return path, tuple(merged.warnings)
 
 
