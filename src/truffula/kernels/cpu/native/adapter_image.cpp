@@ -243,7 +243,7 @@ void Executable::add_part(Adapter& adapter, const PartRow& row, const ImageData&
         site.column = values;
         return add_expands(op, runs, kScales, {nullptr, 0, kF32, 0, 1}, values, kAbsent);
       }
-      return add_expands(op, runs, kAdds, {reinterpret_cast<const uint8_t*>(values), panel_bytes(kF32, 1), kF32, 0, 1}, nullptr, kAbsent);
+      return add_expands(op, runs, kAdds, {reinterpret_cast<const uint8_t*>(values), column_bytes(kF32, 1), kF32, 0, 1}, nullptr, kAbsent);
     }
   }
 }
@@ -257,7 +257,7 @@ void Executable::add_low_rank(AdapterOp& op, const AdapterPlace& place, const Pa
   require(has_shape(row.b, {place.outputs, rank, 0}), "adapter: B has another shape");
   const int32_t format = format_of(row.a), b_format = format_of(row.b);
   const int64_t line = gathers ? rank * (format == kF32 ? 4 : 2) : panel_bytes(format, inputs);
-  const uint8_t* a = bytes_at(row.a, (gathers ? inputs : panels) * line, image);
+  const uint8_t* a = bytes_at(row.a, gathers ? inputs * line : rows_bytes(format, inputs, rank), image);
   const auto scale = static_cast<float>(row.scale);
   // Slices of a fused module share one A: x A^T is computed once.
   auto shrink = std::find_if(op.shrinks.begin(), op.shrinks.end(), [&](const AdapterShrink& s) {
@@ -270,8 +270,9 @@ void Executable::add_low_rank(AdapterOp& op, const AdapterPlace& place, const Pa
     shrink = op.shrinks.end() - 1;
   }
   const Runs runs(place, gathers ? 0 : w.order.half);
-  const uint8_t* b = bytes_at(row.b, runs.panels * panel_bytes(b_format, rank), image);
-  add_expands(op, runs, kAdds, {b, panel_bytes(b_format, rank), b_format, 0, static_cast<int32_t>(rank)}, site.column, shrink->h_start);
+  const int64_t b_panel = column_bytes(b_format, rank);
+  const uint8_t* b = bytes_at(row.b, runs.panels * b_panel, image);
+  add_expands(op, runs, kAdds, {b, b_panel, b_format, 0, static_cast<int32_t>(rank)}, site.column, shrink->h_start);
 }
 
 // A matrix instead of the base's.
@@ -329,7 +330,7 @@ void Executable::add_columns(AdapterOp& op, const AdapterPlace& place, const Par
   const int64_t count = row.a.shape[0], panels = panels_of(count);
   require(has_shape(row.b, {count, w.inputs, 0}), "adapter: rows have another width");
   const int32_t format = format_of(row.b);
-  const uint8_t* data = bytes_at(row.b, panels * panel_bytes(format, w.inputs), image);
+  const uint8_t* data = bytes_at(row.b, rows_bytes(format, w.inputs, count), image);
   const int32_t h_start = h_columns(op, panels * kLanes);
   op.shrinks.push_back({{data, panel_bytes(format, w.inputs), format, static_cast<int32_t>(panels), static_cast<int32_t>(w.inputs)},
                         1.0f, h_start, static_cast<int32_t>(count)});

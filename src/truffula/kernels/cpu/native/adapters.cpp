@@ -110,7 +110,7 @@ void Executable::run_shrink_task(const Stage& stage, int32_t number) {
 void Executable::shrink(const AdapterOp& op, const Rows& x, float* h, float weight, int32_t count, int32_t format) const {
   const int64_t stride = op.h_width;
   for (const AdapterShrink& part : op.shrinks) {
-    const ShrinkCall call{x, {h + part.h_start, stride}, part.a, part.scale * weight, count};
+    const ShrinkCall call{x, {h + part.h_start, stride}, part.a, part.scale * weight, count, part.rank};
     kernels_->shrink(&call, 0, part.a.panels);
   }
   for (const AdapterInput& part : op.inputs) {

@@ -85,7 +85,7 @@ struct Rows {
 enum DeltaRole : int32_t { kAdds = 0, kScales = 1, kOwnProduct = 2, kOwnValues = 3, kOwnColumns = 4 };
 
 // What an adapter does to rows lo .. hi of a product and, with its panel i, to panel first + i * step: in the lanes
-// lane .. end of these panels. `h` is [hi - lo, inputs of b] and has the segment's weight. `max_hi` is the largest hi up
+// lane .. end of these panels. `b` is in the form kColumns (pack.h). `h` is [hi - lo, inputs of b] and has the segment's weight. `max_hi` is the largest hi up
 // to this delta of a list, `min_lo` the smallest lo from this one on: both ascend, so the deltas of given rows are found
 // by bisection.
 struct Delta {
@@ -143,12 +143,12 @@ struct QuantiseCall {
   int32_t format, inputs;
 };
 
-// h[rows, 16 x a.panels] = scale * (x A^T).
+// h[rows, 16 x a.panels] = scale * (x A^T). A has `outputs` rows, and its last panel has no more lanes than it has rows there.
 struct ShrinkCall {
   Rows x, h;
   Packed a;
   float scale;
-  int32_t rows;
+  int32_t rows, outputs;
 };
 
 struct NormCall {

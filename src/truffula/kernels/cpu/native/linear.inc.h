@@ -288,48 +288,36 @@ static void linear(const LinearCall* c, int32_t unit_lo, int32_t unit_hi) {
 
 // Each row is summed in four quarters of k, (0 + 1) + (2 + 3): for a single row one chain of dependent sums would be
 // slow, and every row must be summed in the same order.
-template <int FORMAT>
-static void shrink_rows(const ShrinkCall* c, int32_t panel, int32_t row_lo, int32_t row_hi) {
-  const uint8_t* data = c->a.data + panel * c->a.panel_bytes;
-  const int64_t quarter = c->a.inputs / 8 * 2;  // even: no pair is split
+template <int FORMAT, class LINES>
+static void shrink_rows(const ShrinkCall* c, const uint8_t* data, LINES lines, float* h, int32_t row_lo, int32_t row_hi) {
+  const int64_t quarter = c->a.inputs / 8 * 2;  // even: no pair is split; the last quarter is the longest
   const V scale = set1(c->scale);
   for (int32_t r = row_lo; r < row_hi; ++r) {
     const float* x = c->x.data + r * c->x.stride;
     V part[4][1][1];
     for (int q = 0; q < 4; ++q) part[q][0][0] = zero();
-    if constexpr (FORMAT == kF32) {
-      const int64_t common = c->a.inputs - 3 * quarter < quarter ? c->a.inputs - 3 * quarter : quarter;
-      int64_t k = 0;
-      for (; k < common; ++k)
-        for (int q = 0; q < 4; ++q)
-          part[q][0][0] = fma(load((const float*)(data + 64 * (k + q * quarter))), set1(x[k + q * quarter]), part[q][0][0]);
-      for (int q = 0; q < 3; ++q)
-        multiply<1, 1, FORMAT, false>(part[q], x, 0, data, 0, q * quarter + k, (q + 1) * quarter);
-      multiply<1, 1, FORMAT, false>(part[3], x, 0, data, 0, 3 * quarter + k, c->a.inputs);
-    } else {
-      const int64_t last = c->a.inputs - 3 * quarter;
-      const int64_t common = (last < quarter ? last : quarter) / 2 * 2;
-      int64_t k = 0;
-      for (; k < common; k += 2)
-        for (int q = 0; q < 4; ++q) {
-          const int64_t at = k + q * quarter;
-          part[q][0][0] = fma(odd_of(data + 32 * at), set1(x[at + 1]), part[q][0][0]);
-          part[q][0][0] = fma(even_of(data + 32 * at), set1(x[at]), part[q][0][0]);
+    for (int64_t k = 0; k < quarter; k += 2)
+      for (int q = 0; q < 4; ++q) {
+        const int64_t at = k + q * quarter;
+        V& sum = part[q][0][0];
+        if constexpr (FORMAT == kF32) {
+          sum = fma(floats_of(data + lines.bytes * at, lines), set1(x[at]), sum);
+          sum = fma(floats_of(data + lines.bytes * (at + 1), lines), set1(x[at + 1]), sum);
+        } else {
+          sum = fma(odd_of(data + lines.bytes / 2 * at, lines), set1(x[at + 1]), sum);
+          sum = fma(even_of(data + lines.bytes / 2 * at, lines), set1(x[at]), sum);
         }
-      for (int q = 0; q < 3; ++q)
-        multiply<1, 1, FORMAT, false>(part[q], x, 0, data, 0, q * quarter + k, (q + 1) * quarter);
-      multiply<1, 1, FORMAT, false>(part[3], x, 0, data, 0, 3 * quarter + k, c->a.inputs);
-    }
+      }
+    multiply<1, 1, FORMAT, false>(part[3], x, 0, data, 0, 4 * quarter, c->a.inputs, lines);
     const V sum = (part[0][0][0] + part[1][0][0]) + (part[2][0][0] + part[3][0][0]);
-    store(c->h.data + r * c->h.stride + (int64_t)kLanes * panel, sum * scale);
+    store(h + r * c->h.stride, sum * scale);
   }
 }
 
 // Four rows share the loads of A. Quarter by quarter, so that the sums are those of a single row.
-template <int FORMAT>
-static void shrink_tiles(const ShrinkCall* c, int32_t panel) {
+template <int FORMAT, class LINES>
+static void shrink_tiles(const ShrinkCall* c, const uint8_t* data, LINES lines, float* h) {
   constexpr int MR = 4;
-  const uint8_t* data = c->a.data + panel * c->a.panel_bytes;
   const int64_t quarter = c->a.inputs / 8 * 2;
   const V scale = set1(c->scale);
   int32_t r = 0;
@@ -339,19 +327,25 @@ static void shrink_tiles(const ShrinkCall* c, int32_t panel) {
     for (int q = 0; q < 4; ++q) {
       for (int i = 0; i < MR; ++i) sum[q][i][0] = zero();
       multiply<MR, 1, FORMAT, true>(sum[q], x, c->x.stride, data, 0, q * quarter, q < 3 ? (q + 1) * quarter : c->a.inputs,
-                                     PrefetchDistance{2048, 0});
+                                    lines, PrefetchDistance{2048, 0});
     }
     for (int i = 0; i < MR; ++i)
-      store(c->h.data + (r + i) * c->h.stride + (int64_t)kLanes * panel,
-            ((sum[0][i][0] + sum[1][i][0]) + (sum[2][i][0] + sum[3][i][0])) * scale);
+      store(h + (r + i) * c->h.stride, ((sum[0][i][0] + sum[1][i][0]) + (sum[2][i][0] + sum[3][i][0])) * scale);
   }
-  if (r < c->rows) shrink_rows<FORMAT>(c, panel, r, c->rows);
+  if (r < c->rows) shrink_rows<FORMAT>(c, data, lines, h, r, c->rows);
 }
 
 static void shrink(const ShrinkCall* c, int32_t panel_lo, int32_t panel_hi) {
   for (int32_t panel = panel_lo; panel < panel_hi; ++panel) {
-    if (c->a.format == kF32) shrink_tiles<kF32>(c, panel);
-    else shrink_tiles<kBF16>(c, panel);
+    const uint8_t* data = c->a.data + panel * c->a.panel_bytes;
+    float* h = c->h.data + (int64_t)kLanes * panel;
+    const int32_t lanes = c->outputs - kLanes * panel;
+    const auto run = [&](auto lines) {
+      if (c->a.format == kF32) shrink_tiles<kF32>(c, data, lines, h);
+      else shrink_tiles<kBF16>(c, data, lines, h);
+    };
+    if (lanes < kLanes) run(narrow(lanes));
+    else run(Full{});
   }
 }
 

@@ -433,7 +433,7 @@ struct AdapterExpand {
 struct AdapterLatent {
   Packed key_b, key_a, value_a, value_b;
   float scale;
-  int32_t h_start;
+  int32_t h_start, rank;
 };
 
 // Likewise c of the rows of all heads' keys [heads, keys], with which queries are multiplied into h, and in panels of
