@@ -65,22 +65,23 @@ struct Adapter {
   RowArray h;
   Matrix b;
   Delta delta;
-  Array column;
+  Array column, bias;
   std::vector<int32_t> ids;
   std::shared_ptr<LinearCall> own = std::make_shared<LinearCall>();
 
   Adapter(Numbers& numbers, int32_t rows, int32_t panels, bool glu)
-      : h(RowArray::random(numbers, 1, 1)), b{nullptr, {}}, delta{}, column(numbers.floats(panels * kLanes)) {
+      : h(RowArray::random(numbers, 1, 1)), b{nullptr, {}}, delta{}, column(numbers.floats(panels * kLanes)), bias(numbers.floats(panels * kLanes)) {
     const int32_t lo = numbers.below(rows), hi = lo + 1 + numbers.below(rows - lo), rank = 1 + numbers.below(40);
     const int32_t step = glu && numbers.below(2) ? 2 : 1, first = numbers.below(step == 2 ? 2 : panels);
     const int32_t most = (panels - first + step - 1) / step, count = step == 2 ? most : 1 + numbers.below(most);
     h = RowArray::random(numbers, hi - lo, rank);
-    const int32_t role = numbers.below(5);
+    const int32_t role = numbers.below(6);
     b = matrix_of(numbers.below(2) ? kBF16 : kF32, {count * kLanes, 0}, rank, numbers, role == kOwnProduct ? Form::kWhole : Form::kColumns);
     const int32_t lane = numbers.below(kLanes), end = (count - 1) * kLanes + 1 + numbers.below(kLanes);
-    const bool scaled = role == kScales || numbers.below(2);
+    const bool scaled = role == kScales || role == kScalesAndAdds || numbers.below(2);
+    const bool biased = role <= kScalesAndAdds && role != kScales && numbers.below(2);
     delta = {h.memory->floats(), h.apart, b.packed, lo, hi, first, step, 0, 0, role, numbers.below(2) ? 1.0f : -0.5f,
-             role == kOwnColumns ? 0 : lane, end, scaled ? column->floats() : nullptr, nullptr, nullptr, 0};
+             role == kOwnColumns ? 0 : lane, end, scaled ? column->floats() : nullptr, biased ? bias->floats() : nullptr, nullptr, nullptr, 0};
     if (role == kOwnProduct) {
       own->x = h.rows(), own->w = b.packed, own->rows = hi - lo, own->in_blocks = 1;
       delta.own = own.get();

@@ -50,6 +50,28 @@ struct Runs {
   }
 };
 
+// Joins what scales a site's product, and what is added to it, to its first product with B: one pass over its columns
+// instead of three.
+void join_expands(std::vector<AdapterExpand>& expands) {
+  const auto same = [](const AdapterExpand& a, const AdapterExpand& b) {
+    return a.first == b.first && a.step == b.step && a.lane == b.lane && a.end == b.end;
+  };
+  std::vector<bool> joined(expands.size());
+  for (size_t i = 0; i < expands.size(); ++i) {
+    AdapterExpand& product = expands[i];
+    if (product.role != kAdds || product.h_start == kAbsent) continue;
+    for (size_t j = 0; j < expands.size(); ++j) {
+      const AdapterExpand& other = expands[j];
+      if (i == j || joined[j] || !same(product, other)) continue;
+      if (other.role == kScales && product.role == kAdds) product.role = kScalesAndAdds, joined[j] = true;
+      else if (other.role == kAdds && other.h_start == kAbsent && !product.bias)
+        product.bias = reinterpret_cast<const float*>(other.b.data), joined[j] = true;
+    }
+  }
+  size_t next = 0;
+  std::erase_if(expands, [&](const AdapterExpand&) { return joined[next++]; });
+}
+
 // Adds an expand for each run of a site. `b` is a matrix in consecutive panels, `column` likewise; either may be null.
 void add_expands(AdapterOp& op, const Runs& runs, int32_t role, Packed b, const float* column, int32_t h_start, int32_t converted = kAbsent) {
   for (int32_t i = 0; i < runs.count; ++i) {
@@ -151,6 +173,7 @@ std::unique_ptr<Adapter> Executable::make_adapter(const int64_t* table, int64_t 
   for (const auto& [site, found] : sites)
     if (found.scaled != kAbsent && !found.replaced) multiply_scaled(*made, places_[static_cast<size_t>(site)], found);
   for (AdapterOp& op : made->ops) {
+    join_expands(op.expands);
     // What scales or replaces a product comes before what is added to it.
     std::stable_sort(op.expands.begin(), op.expands.end(), [](const auto& a, const auto& b) { return a.role != kAdds && b.role == kAdds; });
     for (const AdapterExpand& expand : op.expands) op.disjoint &= expand.role < kOwnProduct || !expand.column;

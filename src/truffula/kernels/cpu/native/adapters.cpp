@@ -159,7 +159,7 @@ void Executable::append_deltas(const AdapterOp& op, const float& weight, const f
     made.b = expand.b;
     made.lo = lo, made.hi = hi, made.first = expand.first - panel_lo, made.step = expand.step;
     made.role = expand.role, made.weight = weight, made.lane = expand.lane, made.end = expand.end;
-    made.column = expand.column, made.ids = expand.ids, made.num_ids = expand.num_ids;
+    made.column = expand.column, made.bias = expand.bias, made.ids = expand.ids, made.num_ids = expand.num_ids;
     if (expand.role == kOwnProduct) {
       const LinearCall own = own_product(op, expand, h, lo, hi, base);
       if (joins(state, made, own)) continue;

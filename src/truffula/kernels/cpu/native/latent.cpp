@@ -147,7 +147,7 @@ const std::vector<Delta>& Executable::head_deltas(size_t index, int32_t head, bo
     const int64_t stride = active.op->h_width, lanes = LatentOrder::panels_of(op.dim_v) * kLanes;
     const auto add = [&](int32_t role, const float* h, int64_t h_stride, const Packed& b, const float* column) -> Delta& {
       return state.deltas.emplace_back(Delta{h, h_stride, b, active.lo, active.hi, 0, 1, 0, 0, role, active.weight, 0,
-                                             values ? op.dim_v : op.rank, column, nullptr, nullptr, 0});
+                                             values ? op.dim_v : op.rank, column, nullptr, nullptr, nullptr, 0});
     };
     const float* column = values && of.values ? of.values + head * lanes : nullptr;
     const Packed vector{nullptr, column_bytes(kF32, 1), kF32, static_cast<int32_t>(lanes / kLanes), 1};

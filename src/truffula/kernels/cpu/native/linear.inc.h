@@ -141,8 +141,9 @@ static void scale_base(DeltaSpan span, int r, int rows, int first, int panels, f
     }
     for (int p = 0; p < part.panels; ++p) {
       const V weight = set1(delta->weight), column = weight * column_of(delta, part.panel + p);
-      const V less = delta->role == kScales ? weight * lanes_of(delta, part.panel + p) : column;
-      const V more = delta->role == kScales ? column : zero();
+      const bool scales = delta->role == kScales || delta->role == kScalesAndAdds;
+      const V less = scales ? weight * lanes_of(delta, part.panel + p) : column;
+      const V more = scales ? column : zero();
       for (int row = 0; row < part.rows; ++row) {
         float* factor = to + (row * kUnitPanels + part.at + p) * kLanes;
         store(factor, load(factor) - less + more);
@@ -171,6 +172,45 @@ static bool replaced(DeltaSpan span, int r, int rows, int first, int panels) {
   return next == r + rows;
 }
 
+// What the base product in a delta's panel is multiplied by where the delta scales it.
+TF_INLINE V scale_of(const Delta* delta, int panel) {
+  const V weight = set1(delta->weight);
+  return fma(weight, column_of(delta, panel), set1(1.0f) - weight * lanes_of(delta, panel));
+}
+
+// Prefetches what the next tile reads of a vector.
+TF_INLINE void prefetch_next(const float* vector, const DeltaPart* part, const Delta* delta) {
+  if (vector && part->panel + part->panels < delta->b.panels)
+    prefetch((const uint8_t*)(vector + kLanes * (part->panel + part->panels)), 4 * kLanes * part->panels);
+}
+
+// Adds h B^T to y in a part of a tile, with all that its delta has beside.
+static void add_product(const Delta* delta, const DeltaPart* part, int scales, const float* h, float* y, int64_t y_stride) {
+  const int64_t bytes = delta->b.panel_bytes;
+  const uint8_t* panel = delta->b.data + part->panel * bytes;
+  if (part->panel + part->panels < delta->b.panels) prefetch(panel + part->panels * bytes, part->panels * bytes);
+  prefetch_next(delta->column, part, delta);
+  prefetch_next(delta->bias, part, delta);
+  alignas(64) float made[kBlockRows * kUnitPanels * kLanes];
+  const int64_t stride = kUnitPanels * kLanes;
+  if (delta->column)
+    product_of<kScatteredColumns>(delta->b.format, part->rows, part->panels, h, delta->h_stride, panel, bytes, delta->b.inputs, made, stride);
+  else
+    product_of<kAddScatteredColumns>(delta->b.format, part->rows, part->panels, h, delta->h_stride, panel, bytes, delta->b.inputs, y, y_stride);
+  if (!delta->column && !delta->bias) return;
+  for (int p = 0; p < part->panels; ++p) {
+    const V factor = scales ? scale_of(delta, part->panel + p) : set1(1.0f), column = column_of(delta, part->panel + p);
+    const V bias = delta->bias ? load(delta->bias + kLanes * (part->panel + p)) : zero();
+    for (int row = 0; row < part->rows; ++row) {
+      float* value = y + row * y_stride + kLanes * p;
+      V sum = load(value);
+      if (delta->column) sum = fma(column, load(made + row * stride + kLanes * p), sum * factor);
+      if (delta->bias) sum = fma(bias, set1(delta->weight), sum);
+      store(value, sum);
+    }
+  }
+}
+
 // Applies deltas to y, which holds the base product of rows r .. r + rows and panels first .. first + panels.
 // `disjoint`: no row has two that scale or replace it, so that each does that by itself, without a tile of factors.
 static void apply_deltas(DeltaSpan span, int32_t disjoint, int r, int rows, int first, int panels, float* y, int64_t y_stride) {
@@ -181,12 +221,14 @@ static void apply_deltas(DeltaSpan span, int32_t disjoint, int r, int rows, int 
     if ((delta->role == kScales && !disjoint) || !part_of(delta, r, rows, first, panels, &part)) continue;
     float* to = y + (part.row - r) * y_stride + kLanes * part.at;
     const float* h = delta->h + (part.row - delta->lo) * delta->h_stride;
+    if (delta->role == kAdds || delta->role == kScalesAndAdds) {
+      add_product(delta, &part, delta->role == kScalesAndAdds && disjoint, h, to, y_stride);
+      continue;
+    }
     if (delta->role == kScales) {
-      if (part.panel + part.panels < delta->b.panels)  // what the next tile reads of it
-        prefetch((const uint8_t*)(delta->column + kLanes * (part.panel + part.panels)), 4 * kLanes * part.panels);
+      prefetch_next(delta->column, &part, delta);
       for (int p = 0; p < part.panels; ++p) {
-        const V weight = set1(delta->weight), left = set1(1.0f) - weight * lanes_of(delta, part.panel + p);
-        const V factor = fma(weight, column_of(delta, part.panel + p), left);
+        const V factor = scale_of(delta, part.panel + p);
         for (int row = 0; row < part.rows; ++row) {
           float* value = to + row * y_stride + kLanes * p;
           store(value, load(value) * factor);
@@ -205,31 +247,17 @@ static void apply_deltas(DeltaSpan span, int32_t disjoint, int r, int rows, int 
       });
       continue;
     }
-    const int64_t bytes = delta->b.panel_bytes;
     const float* from = made;
     int64_t stride = kUnitPanels * kLanes;
-    float weight = delta->weight;
-    if (delta->role == kAdds) {
-      const uint8_t* panel = delta->b.data + part.panel * bytes;
-      if (part.panel + part.panels < delta->b.panels) prefetch(panel + part.panels * bytes, part.panels * bytes);
-      if (!delta->column) {
-        product_of<kAddScattered>(delta->b.format, part.rows, part.panels, h, delta->h_stride, panel, bytes,
-                                  delta->b.inputs, to, y_stride);
-        continue;
-      }
-      memset(made, 0, (size_t)part.rows * (size_t)stride * sizeof(float));
-      product_of<kAddScattered>(delta->b.format, part.rows, part.panels, h, delta->h_stride, panel, bytes,
-                                delta->b.inputs, made, stride);
-      weight = 1.0f;
-    } else if (delta->role == kOwnProduct) {
-      const uint8_t* panel = delta->b.data + part.panel * bytes;
+    if (delta->role == kOwnProduct) {
+      const uint8_t* panel = delta->b.data + part.panel * delta->b.panel_bytes;
       multiply_rows(delta->own, part.row - delta->lo, part.rows, part.panels, panel, made, stride);
     } else {
       from = h + kLanes * part.panel, stride = delta->h_stride;
     }
     for (int p = 0; p < part.panels; ++p) {
-      const V by = set1(weight) * column_of(delta, part.panel + p);
-      const V left = disjoint && delta->role != kAdds ? set1(1.0f) - by : set1(1.0f);
+      const V by = set1(delta->weight) * column_of(delta, part.panel + p);
+      const V left = disjoint ? set1(1.0f) - by : set1(1.0f);
       for (int row = 0; row < part.rows; ++row) {
         float* value = to + row * y_stride + kLanes * p;
         store(value, fma(by, load(from + row * stride + kLanes * p), load(value) * left));

@@ -422,7 +422,7 @@ struct AdapterExpand {
   Packed b{};
   int32_t role = kAdds, first = 0, step = 1, lane = 0, end = 0;
   int32_t h_start = kAbsent, converted = kAbsent;
-  const float* column = nullptr;
+  const float *column = nullptr, *bias = nullptr;
   const int32_t* ids = nullptr;
   int32_t num_ids = 0;
 };

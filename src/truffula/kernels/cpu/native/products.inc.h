@@ -88,8 +88,8 @@ TF_INLINE void multiply(V (&acc)[MR][NP], const float* x, int64_t stride, const 
 }
 
 // How a product reads its matrix and writes its result. Weights are streamed, with sums in one chain or in blocks. Keys
-// and adapters are scattered in memory; adapters, whose panels are `Columns`, add to the values that are there.
-enum Use : int { kStream, kStreamBlocks, kScattered, kAddScattered };
+// and adapters are scattered in memory; the panels of adapters are `Columns`, and add to the values that are there or not.
+enum Use : int { kStream, kStreamBlocks, kScattered, kScatteredColumns, kAddScatteredColumns };
 
 // y[r, 16 p ...] = x[r] W^T, block by block. y holds the sum of the earlier blocks, as a tile fills the registers.
 template <int MR, int NP, int FORMAT>
@@ -119,8 +119,8 @@ static void tile(const float* x, int64_t stride, const uint8_t* panel, int64_t p
     return tile_in_blocks<MR, NP, FORMAT>(x, stride, panel, panel_bytes, inputs, y, y_stride, ahead);
   V acc[MR][NP];
   for (int r = 0; r < MR; ++r)
-    for (int p = 0; p < NP; ++p) acc[r][p] = USE == kAddScattered ? load(y + r * y_stride + kLanes * p) : zero();
-  if constexpr (USE == kAddScattered)
+    for (int p = 0; p < NP; ++p) acc[r][p] = USE == kAddScatteredColumns ? load(y + r * y_stride + kLanes * p) : zero();
+  if constexpr (USE == kScatteredColumns || USE == kAddScatteredColumns)
     multiply<MR, NP, FORMAT, false>(acc, x, stride, panel, panel_bytes, 0, inputs, Columns{});
   else multiply<MR, NP, FORMAT, USE == kStream>(acc, x, stride, panel, panel_bytes, 0, inputs, Full{}, ahead);
   for (int r = 0; r < MR; ++r)
