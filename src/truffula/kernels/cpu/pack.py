@@ -15,11 +15,11 @@ of each head's values in panels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
+from msgspec.structs import replace
 
 from truffula.kernels.adapters import (
     AdapterLayout,
@@ -151,7 +151,7 @@ def _panels(shape: tuple[int, ...], dtype: str, pieces: Sequence[Piece]) -> Pack
     def write(to: Uint8) -> None:
         at = 0
         for (piece, lane, form), size in zip(pieces, sizes, strict=True):
-            native.pack_panels(as_bits(piece), to[at : at + size], format=fmt, lane=lane, form=form)
+            native.pack_panels(as_bits(piece), to[at : at + size], fmt, lane, form)
             at += size
 
     return PackedTensor(dtype, shape, sum(sizes), write)

@@ -11,6 +11,7 @@ namespace {
 template <Stored TYPE>
 struct Reader {
   using Number = uint16_t;
+  static constexpr bool kIsPacked = TYPE == Stored::kBfloat16;  // as panels of bfloat16 hold it
   static float value(const Number* p) { return TYPE == Stored::kFloat16 ? from_f16(*p) : from_bf16(*p); }
   static uint16_t half(const Number* p) { return TYPE == Stored::kFloat16 ? to_bf16(from_f16(*p)) : *p; }
 };
@@ -18,6 +19,7 @@ struct Reader {
 template <>
 struct Reader<Stored::kFloat32> {
   using Number = float;
+  static constexpr bool kIsPacked = false;
   static float value(const Number* p) { return *p; }
   static uint16_t half(const Number* p) { return to_bf16(*p); }
 };
@@ -37,6 +39,8 @@ void pack_lanes(const typename R::Number* rows, int64_t inputs, int64_t count, u
       } else {
         uint16_t* to = reinterpret_cast<uint16_t*>(panel) + 2 * (lane + i);
         int64_t k = lo;
+        if constexpr (R::kIsPacked)
+          for (; k + 1 < hi; k += 2) std::memcpy(to + k * width, row + k, 4);
         for (; k + 1 < hi; k += 2) {
           to[k * width] = R::half(row + k);
           to[k * width + 1] = R::half(row + k + 1);
