@@ -79,13 +79,13 @@ struct Rows {
 };
 
 // What a delta does to the base product p in its lanes (kernels/adapters.py has the sum of all; c is `column`, or 1):
-// kAdds: + c (h B^T). kScales: + weight (c - 1) p. The others put a product q of their own in place of p:
+// kAdds: + c (h B^T) + weight bias. kScales: + weight (c - 1) p. kScalesAndAdds: both. The others put a product q of their own in place of p:
 // + weight c (q - p). kOwnProduct: q is that of `own`, whose panels are those of `b`. kOwnValues: q is h. kOwnColumns: q
 // is h / weight, for single columns alone, which `ids` names in ascending order.
-enum DeltaRole : int32_t { kAdds = 0, kScales = 1, kOwnProduct = 2, kOwnValues = 3, kOwnColumns = 4 };
+enum DeltaRole : int32_t { kAdds = 0, kScales = 1, kScalesAndAdds = 2, kOwnProduct = 3, kOwnValues = 4, kOwnColumns = 5 };
 
 // What an adapter does to rows lo .. hi of a product and, with its panel i, to panel first + i * step: in the lanes
-// lane .. end of these panels. `h` is [hi - lo, inputs of b] and has the segment's weight. `max_hi` is the largest hi up
+// lane .. end of these panels. `b` is in the form kColumns (pack.h). `h` is [hi - lo, inputs of b] and has the segment's weight. `max_hi` is the largest hi up
 // to this delta of a list, `min_lo` the smallest lo from this one on: both ascend, so the deltas of given rows are found
 // by bisection.
 struct Delta {
@@ -97,7 +97,7 @@ struct Delta {
   int32_t role;
   float weight;
   int32_t lane, end;
-  const float* column;   // per lane of b's panels; may be null
+  const float *column, *bias;   // per lane of b's panels; may be null
   const struct LinearCall* own;
   const int32_t* ids;
   int32_t num_ids;
@@ -143,12 +143,12 @@ struct QuantiseCall {
   int32_t format, inputs;
 };
 
-// h[rows, 16 x a.panels] = scale * (x A^T).
+// h[rows, 16 x a.panels] = scale * (x A^T). A has `outputs` rows, and its last panel has no more lanes than it has rows there.
 struct ShrinkCall {
   Rows x, h;
   Packed a;
   float scale;
-  int32_t rows;
+  int32_t rows, outputs;
 };
 
 struct NormCall {
