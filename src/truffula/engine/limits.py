@@ -86,13 +86,9 @@ def check_request(request: EngineRequest, limits: EngineLimits, longest: int, wa
         InsufficientMemory: Its KV would not fit even if it ran alone.
         Overloaded: As many requests wait as may.
     """
-    params = request.params
     if not request.prompt_ids:
         raise InvalidRequest("The prompt is empty; give at least one token.", param="prompt")
-    _check_ids("prompt", request.prompt_ids, limits.vocab_size)
-    _check_ids("resume_ids", request.resume_ids, limits.vocab_size)
-    _check_ids("stop_token_ids", params.stop_token_ids, limits.vocab_size)
-    _check_ids("logit_bias", list(params.logit_bias), limits.vocab_size)
+    check_vocabulary(request, limits.vocab_size)
     total = most_tokens(request, limits, longest)
     if waiting >= limits.max_waiting:
         raise Overloaded(
@@ -100,6 +96,15 @@ def check_request(request: EngineRequest, limits: EngineLimits, longest: int, wa
             waiting=waiting, limit=limits.max_waiting,
         )  # fmt: skip
     return total
+
+
+def check_vocabulary(request: EngineRequest, vocab_size: int) -> None:
+    """Raise ``InvalidRequest`` for an id outside a vocabulary of ``vocab_size`` ids."""
+    params = request.params
+    _check_ids("prompt", request.prompt_ids, vocab_size)
+    _check_ids("resume_ids", request.resume_ids, vocab_size)
+    _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    _check_ids("logit_bias", list(params.logit_bias), vocab_size)
 
 
 def most_tokens(request: EngineRequest, limits: EngineLimits, longest: int, virtual: int = 0) -> int:

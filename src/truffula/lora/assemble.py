@@ -58,6 +58,7 @@ class Assembly:
     parts: dict[int, list[Part]] = field(default_factory=dict)
     without_effect: list[str] = field(default_factory=list)
     prefix: Float32 | None = None
+    tables: Mapping[int, Site] = field(default_factory=dict)  # of the base, which may have more rows than its own
     _replaced: dict[int, Array] = field(default_factory=dict)
 
     def sites(self) -> tuple[SiteTensors, ...]:
@@ -69,6 +70,8 @@ class Assembly:
             others: list[Part] = [part for part in parts if not isinstance(part, Bias)]
             if biases:
                 others.append(Bias(functools.reduce(np.add, biases)))
+            if (table := self.tables.get(site)) is not None:
+                others = [_padded(part, table) for part in others]
             made.append(SiteTensors(site, tuple(sorted(others, key=lambda part: order.index(part.kind)))))
         return tuple(made)
 
@@ -275,6 +278,33 @@ class Assembly:
 
     def _add(self, site: Site, part: Part) -> None:
         self.parts.setdefault(site.id, []).append(part)
+
+
+def _padded(part: Part, table: Site) -> Part:
+    """``part`` with as many rows as the base's ``table``: no token of the adapter's is behind its own."""
+    if isinstance(part, InputScale | RowsPart):
+        return part
+    if table.kind == "embed":
+        rows = table.in_features
+        if isinstance(part, LowRank):
+            return LowRank(_extended(part.a.T, rows).T, part.b, part.scale)
+        return Replace(_extended(part.weight, rows)) if isinstance(part, Replace) else part
+    rows = table.out_features
+    match part:
+        case LowRank(a, b, scale):
+            return LowRank(a, _extended(b, rows), scale)
+        case ColumnScale(factor):
+            return ColumnScale(_extended(factor, rows, 1))
+        case Bias(values):
+            return Bias(_extended(values, rows))
+        case Replace(weight):
+            return Replace(_extended(weight, rows))
+
+
+def _extended(array: Array, rows: int, value: float = 0) -> Array:
+    """``array`` with further rows of ``value``."""
+    more = rows - len(array)
+    return array if not more else np.concatenate([array, np.full((more, *array.shape[1:]), value, array.dtype)])
 
 
 def _check_finite(key: str, part: Part) -> None:

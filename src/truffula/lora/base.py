@@ -173,7 +173,9 @@ class BaseWeights:
     def bias(self, site: Site) -> Float32 | None:
         """``[O]`` float32 as stored; None without one."""
         place = self._place(site)
-        return None if place.bias is None else self._vector(self._decl(place.bias))[place.lo : place.hi]
+        if place.bias is None:
+            return None
+        return self._vector(self._decl(place.bias))[place.lo : min(place.hi, place.lo + site.out_features)]
 
     def vector(self, site: Site) -> Float32:
         """The weight of a norm, as its op multiplies by it: ``[width]`` float32."""
@@ -191,10 +193,11 @@ class BaseWeights:
 
     def rows(self, site: Site, *, stored: bool = False) -> Iterator[tuple[int, Array]]:
         """Blocks of the site's weight [O, I] (of a table [V, D]): the number of the first row, and float32 values as
-        the engine holds them. ``stored``: in the file's dtype, or dequantised."""
+        the engine holds them; of a table as many as ``site`` has. ``stored``: in the file's dtype, or dequantised."""
         place = self._place(site)
         decl = self._decl(place.weight)
-        lo, hi, expert = place.lo, place.hi, None
+        lo, expert = place.lo, None
+        hi = min(place.hi, lo + (site.in_features if site.kind == "embed" else site.out_features))
         if len(decl.shape) == 3:
             expert, lo = divmod(lo, decl.shape[1])
             hi = lo + place.hi - place.lo

@@ -27,7 +27,7 @@ from truffula.lora.image import AdapterFacts
 from truffula.lora.keys import KeyPlan, listed, plan_keys
 from truffula.lora.parsed import BaseFacts, Pair, ParsedAdapter, Sites
 from truffula.lora.patterns import Ranks, Targets, is_named, matching_limit
-from truffula.lora.saved import Parts, match_saved
+from truffula.lora.saved import Parts, match_saved, own_vocabulary, with_rows
 from truffula.lora.stacked import check_stacked, parameters_of, stacked_by_expert
 from truffula.lora.variants import PLAIN, form_of
 from truffula.weights.checkpoint import TensorInfo
@@ -49,9 +49,11 @@ def parse_metadata(
     plan = plan_keys(list(infos))
     check_values([infos[key] for key in plan.read()])
     sites = Sites(all_sites, plan.modules())
+    if (vocabulary := own_vocabulary(plan, infos, sites)) is not None:
+        sites = Sites(with_rows(all_sites, vocabulary), plan.modules())
     renamed = rename(plan, sites, base.kv_heads)
     settings = renamed_settings(settings, renamed)
-    parsed = ParsedAdapter(settings, facts=AdapterFacts(invocation=invocation))
+    parsed = ParsedAdapter(settings, facts=AdapterFacts(invocation, vocab_size=vocabulary or 0))
     ranks = Ranks(settings)
     origin = trained_on(config)
     grouped = {

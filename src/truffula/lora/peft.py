@@ -83,7 +83,7 @@ def validate_adapter(
         config = parse_config(files.config_bytes)
         parsed = _parse(files, config, sites, base)
         check_size(stored_bytes(parsed), max_bytes)
-        assembly = Assembly(parsed.settings, _read_tensors(files, parsed), base.weights)
+        assembly = Assembly(parsed.settings, _read_tensors(files, parsed), base.weights, tables=_tables(sites))
         assembly.add_saved(parsed.saved)
         if parsed.facts.invocation and assembly.parts:
             raise _acts_before(parsed)
@@ -168,6 +168,10 @@ def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[Fi
     ]  # fmt: skip
     warnings = (*left_out_warnings(plan), *extra_file_warnings(files.folder, config, sites=None, model=None))
     return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
+
+
+def _tables(sites: Sequence[Site]) -> dict[int, Site]:
+    return {site.id: site for site in sites if site.kind in ("embed", "head")}
 
 
 def stored_bytes(parsed: ParsedAdapter) -> int:
