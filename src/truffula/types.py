@@ -440,6 +440,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     The engine names the end tokens of the model's configuration. A service adds those of the tokenizer and of the chat
     template (``eos_token_ids`` are those of every request); ``no_tokenizer`` is the reason when there is no tokenizer.
+    ``more_ids`` behind the ``vocab_size`` ids of the model are those of adapters that add tokens.
     ``path`` is the location of the model's files, ``files`` their state when they were loaded ("" and empty for an
     engine without files). ``revision`` is of the Hub. ``implementation`` is ``native``,
     ``fallback`` or ``serial``. ``*_reason`` and ``int8_note`` explain a choice in one line for
@@ -455,6 +456,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     vocab_size: int
+    more_ids: int = 0
     max_model_len: int
     block_size: int
     num_blocks: int

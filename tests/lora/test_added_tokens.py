@@ -22,13 +22,13 @@ BASES: dict[str, dict[str, Any]] = {
     "llama": {"vocab_size": 97, "tie_word_embeddings": False},
     "qwen2": {"vocab_size": 96, "tie_word_embeddings": True},
 }
-ROWS = 91
+FEWER, MORE = 91, 101
 CASES: dict[str, dict[str, Any]] = {
     "tables": {"target_modules": ["q_proj"]},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
     "pairs": {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
     "dora": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
-    "rows": {"target_modules": ["k_proj"], "trainable_token_indices": [5, ROWS - 1, 88]},
+    "rows": {"target_modules": ["k_proj"], "trainable_token_indices": [5, FEWER - 1, 88]},
     "tied": {"target_modules": ["embed_tokens", "k_proj"], "ensure_weight_tying": True},
 }
 
@@ -53,25 +53,32 @@ def trained(folder: Path, base: Path, rows: int, ids: list[int], **settings: Any
 
 @on_the_best
 @pytest.mark.parametrize("model_type", BASES)
-def test_tables_of_fewer_rows_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend) -> None:
-    """``resize_token_embeddings(len(tokenizer))`` takes padding from the base: the ids behind are no longer there."""
-    served = Served(write_tiny_checkpoint(tmp_path / "model", tiny_config(model_type, **BASES[model_type]), seed=5), backend)
-    ids = [i % ROWS for i in served.prompt(3)]
-    (base,) = served.run([(None, ids)])
+@pytest.mark.parametrize("rows", [FEWER, MORE])
+def test_resized_tables_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend, rows: int) -> None:
+    """``resize_token_embeddings(len(tokenizer))`` takes padding from a base, and adds rows to one without."""
+    path = write_tiny_checkpoint(tmp_path / "model", tiny_config(model_type, **BASES[model_type]), seed=5)
+    served, plain = Served(path, backend, more_ids=8), Served(path, backend)
+    own = BASES[model_type]["vocab_size"]
+    ids = [i % min(rows, own) for i in served.prompt(3)]
+    (base,) = plain.run([(None, ids)])
+    np.testing.assert_array_equal(served.run([(None, ids)])[0][:, :own], base)
     slots = []
     for name, settings in CASES.items():
         if name == "tied" and not served.tied:
             continue
-        theirs = trained(tmp_path / name, served.path, ROWS, ids, **settings)
+        asked = [*ids[:-3], rows - 1, *ids[-2:]]
+        theirs = trained(tmp_path / name, path, rows, asked, **settings)
         facts = validate_adapter(tmp_path / name, served.program.sites, base=BaseFacts("b", served.weights)).facts
-        assert (facts.vocab_size, theirs.shape[1]) == (ROWS, ROWS), name
+        assert (facts.vocab_size, theirs.shape[1]) == (rows, rows), name
         slots.append(slot := served.add(tmp_path / name))
-        (mine,) = served.run([(slot, ids)])
+        (mine,) = served.run([(slot, asked)])
         limit = TOLERANCE * max(1.0, float(np.abs(theirs).max()) / 10)
-        np.testing.assert_allclose(mine[:, :ROWS], theirs, atol=limit, err_msg=name)
-        assert np.abs(theirs - base[:, :ROWS]).max() > 30 * limit, f"{name} does not show"
+        np.testing.assert_allclose(mine[:, :rows], theirs, atol=limit, err_msg=name)
+        assert np.abs(theirs[:-3, : FEWER] - base[:-3, :FEWER]).max() > 30 * limit, f"{name} does not show"
+        if rows < own:
+            np.testing.assert_array_equal(plain.run([(plain.add(tmp_path / name), asked)])[0], mine[:, :own])
     *_, last = served.run([*((slot, ids) for slot in slots), (None, ids)])
-    np.testing.assert_array_equal(last, base)
+    np.testing.assert_array_equal(last[:, :own], base)
 
 
 def test_tables_that_disagree_or_are_larger_are_refused(tmp_path: Path) -> None:
@@ -81,9 +88,9 @@ def test_tables_that_disagree_or_are_larger_are_refused(tmp_path: Path) -> None:
     served = Served(path, SINGLE["reference"])
     folder = tmp_path / "larger"
     trained(folder, path, 99, [1, 2], **CASES["tables"])
-    with pytest.raises(AdapterError, match=r"has 99 rows, but the base's table has 97.*merge_and_unload"):
+    with pytest.raises(AdapterError, match=r"has 99 rows, but the base's table has 97\..*--adapter-tokens 2 or more, or merge"):
         served.add(folder)
-    trained(folder, path, ROWS, [1, 2], **CASES["pairs"])
+    trained(folder, path, FEWER, [1, 2], **CASES["pairs"])
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors = {k: v[:90] if k.endswith("lm_head.base_layer.weight") else v for k, v in tensors.items()}

@@ -183,10 +183,10 @@ class WaitingQueues:
             return [(sequence, error)]
         lease = sequence.virtual_lease
         try:
-            vocab_size = max((one.facts.vocab_size for one in sequence.acting_leases.values()), default=0)
-            if vocab_size:
-                check_vocabulary(sequence.request, vocab_size)
-                sequence.take_vocabulary(vocab_size)
+            own = max((one.facts.vocab_size for one in sequence.acting_leases.values()), default=0)
+            check_vocabulary(sequence.request, own or self._limits.base_ids)
+            if own:
+                sequence.take_vocabulary(own)
             if lease is None:
                 return []
             total = most_tokens(sequence.request, self._limits, self._longest(), len(lease.facts.virtual_ids))

@@ -102,7 +102,7 @@ class Sequence:
         self._stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else limits.eos_token_ids)
         self._min_tokens = params.min_tokens
         self._wants_logprobs = params.logprobs is not None
-        self._sampling = sampling_of(request, self._stop_ids, limits.vocab_size)
+        self._sampling = sampling_of(request, self._stop_ids, limits.base_ids)
         self.scores: list[tuple[float, TopList]] = []
         self._scores_sent = False
 

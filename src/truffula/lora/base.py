@@ -64,7 +64,7 @@ class BaseSource:
     is kept; otherwise why not. ``serial``: it is computed one sequence at a time.
     ``dtype`` and ``quantize`` are the engine's, which rounds matrices accordingly; it does not round ``exact`` ones,
     and does not quantise those in ``unquantised``. ``latent`` sites act where cached latents are read, on those of all
-    tokens. ``tied``: embedding and head are one tensor;
+    tokens. Of its ``vocab_size`` + ``more_ids`` ids the last are adapters' own. ``tied``: embedding and head are one tensor;
     ``kv_heads`` by layer.
     """
 
@@ -72,6 +72,8 @@ class BaseSource:
     files: tuple[FileStamp, ...]
     weights: dict[int, WeightDecl]
     sites: dict[int, SiteWeight]
+    vocab_size: int = 0
+    more_ids: int = 0
     tied: bool = False
     kv: tuple[KvLayer, ...] | str = ()
     serial: bool = False
@@ -96,6 +98,8 @@ def base_source(
         files=tuple(file.opened for file in checkpoint.files),
         weights={decl.id: decl for decl in program.weights if decl.id in used},
         sites=sites,
+        vocab_size=plan.interface.vocab_size - plan.interface.more_ids,
+        more_ids=plan.interface.more_ids,
         tied=plan.tying.tie is not Tie.SEPARATE,
         kv=_kv_layers(program) if plan.transformers is None else "transformers' code computes it",
         serial=plan.implementation.kind == "serial",

@@ -49,7 +49,7 @@ def parse_metadata(
     plan = plan_keys(list(infos))
     check_values([infos[key] for key in plan.read()])
     sites = Sites(all_sites, plan.modules())
-    if (vocabulary := own_vocabulary(plan, infos, sites)) is not None:
+    if (vocabulary := own_vocabulary(plan, infos, sites, base.more_ids)) is not None:
         sites = Sites(with_rows(all_sites, vocabulary), plan.modules())
     renamed = rename(plan, sites, base.kv_heads)
     settings = renamed_settings(settings, renamed)

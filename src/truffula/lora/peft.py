@@ -32,6 +32,7 @@ from truffula.lora.parsed import Matched as Matched
 from truffula.lora.parsed import ParsedAdapter
 from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import Ranks, matching_limit, tied_tables
+from truffula.lora.saved import with_rows
 from truffula.weights.finite import first_non_finite
 
 
@@ -132,6 +133,7 @@ def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: Bas
 def _parse(files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site], base: BaseFacts) -> ParsedAdapter:
     """The adapter as its metadata says, whatever its method."""
     method, infos = METHODS.get(str(config.get("peft_type"))), files.tensors.tensors
+    sites = base.own_sites(sites)
     check_config(config)
     if method is not None:
         with matching_limit():
@@ -140,7 +142,10 @@ def _parse(files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site]
         parsed = parse_metadata(infos, config, sites, base)
     else:
         parsed = base.matched.get(files.config_bytes, infos, lambda: parse_metadata(infos, config, sites, base))
-    more = extra_file_warnings(files.folder, config, sites=sites, model=base.model)
+    rows = parsed.facts.vocab_size
+    more = extra_file_warnings(
+        files.folder, config, sites=with_rows(sites, rows) if rows else sites, model=base.model
+    )
     return replace(parsed, warnings=[*parsed.warnings, *more])
 
 

@@ -28,9 +28,17 @@ if TYPE_CHECKING:
 
 Parts = tuple[tuple[Site, ModuleSlice], ...]
 RESIZED = (
-    "The adapter was trained with a larger vocabulary than the base has rows for. Train it with tokens that the base has "
-    "rows for, or merge it into its base (PEFT's merge_and_unload) and serve that as a model"
+    "The adapter was trained with a larger vocabulary, and the file does not have its tables. Save it with "
+    "save_embedding_layers=True, or merge it into its base (PEFT's merge_and_unload) and serve that as a model"
 )
+
+
+def added_tokens(count: int) -> str:
+    """The way out for an adapter with ``count`` rows that the base does not have."""
+    return (
+        "The adapter was trained with a larger vocabulary: start truffula with --adapter-tokens "
+        f"{count} or more, or merge it into its base (PEFT's merge_and_unload) and serve that as a model"
+    )
 
 
 @dataclass(frozen=True)
@@ -88,9 +96,10 @@ def is_saved(module: str, entries: Collection[str] | None) -> bool:
     return any(path.endswith(entry) for entry in entries for path in paths)
 
 
-def own_vocabulary(plan: KeyPlan, infos: Mapping[str, TensorInfo], sites: Sites) -> int | None:
+def own_vocabulary(plan: KeyPlan, infos: Mapping[str, TensorInfo], sites: Sites, more_ids: int) -> int | None:
     """The number of rows of the adapter's tables, whose vocabulary was resized before training; None where they are
-    the base's, or the file has none. Raises ``AdapterError`` for tables of unequal rows."""
+    the base's, or the file has none. Raises ``AdapterError`` for tables of unequal rows, or of more than ``more_ids``
+    above the base's."""
     found: dict[str, tuple[int, int]] = {}  # rows, of a table's tensor and of the base
     for group, axis in ((plan.weights, 0), (plan.copies, 0), (plan.a, 1), (plan.b, 0)):
         for module, key in group.items():
@@ -107,10 +116,11 @@ def own_vocabulary(plan: KeyPlan, infos: Mapping[str, TensorInfo], sites: Sites)
             f"{key} has {resized[key]} rows, and others of its tables {max(rows for rows, _ in found.values())}: a "
             "vocabulary is resized in all of them. The file is of several adapters, or was edited.", param=key,
         )  # fmt: skip
-    if key := next((key for key, (rows, of_base) in found.items() if rows > of_base), None):
+    if key := next((key for key, (rows, of_base) in found.items() if rows > of_base + more_ids), None):
+        rows, of_base = found[key]
         raise AdapterError(
-            f"{key} has {found[key][0]} rows, but the base's table has {found[key][1]}. {RESIZED}.",
-            param=key, found=found[key][0], limit=found[key][1],
+            f"{key} has {rows} rows, but the base's table has {of_base}{f' and {more_ids} more' if more_ids else ''}. "
+            f"{added_tokens(rows - of_base)}.", param=key, found=rows, limit=of_base + more_ids,
         )  # fmt: skip
     return min(resized.values())
 
