@@ -48,7 +48,7 @@ FACTS = {
     "prefix": AdapterFacts(virtual_ids=tuple(range(VOCAB, VOCAB + 6)), kv_ops=(0,)),
     "soft": AdapterFacts(virtual_ids=tuple(range(VOCAB, VOCAB + 5))),
 }
-"""Of the adapters that are not plain, by their locators: activated ones, ones with virtual tokens, one with fewer ids."""
+"""Of the adapters that are not plain, by their locators: activated, with fewer ids, with virtual tokens."""
 
 
 class Clock:

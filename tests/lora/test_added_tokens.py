@@ -1,5 +1,5 @@
-"""Adapters trained after ``resize_token_embeddings``, as ``save_pretrained`` writes them, against the resized model with
-peft: on bases whose tables have rows for the added tokens (published ones are often padded)."""
+"""Adapters trained after ``resize_token_embeddings``, as ``save_pretrained`` writes them, against the resized
+model with peft: on bases whose tables have rows for the added tokens (published ones are often padded)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_resized_tables_agree_with_peft(tmp_path: Path, model_type: str, backend
         (mine,) = served.run([(slot, asked)])
         limit = TOLERANCE * max(1.0, float(np.abs(theirs).max()) / 10)
         np.testing.assert_allclose(mine[:, :rows], theirs, atol=limit, err_msg=name)
-        assert np.abs(theirs[:-3, : FEWER] - base[:-3, :FEWER]).max() > 30 * limit, f"{name} does not show"
+        assert np.abs(theirs[:-3, :FEWER] - base[:-3, :FEWER]).max() > 30 * limit, f"{name} does not show"
         if rows < own:
             np.testing.assert_array_equal(plain.run([(plain.add(tmp_path / name), asked)])[0], mine[:, :own])
     *_, last = served.run([*((slot, ids) for slot in slots), (None, ids)])
@@ -88,7 +88,9 @@ def test_tables_that_disagree_or_are_larger_are_refused(tmp_path: Path) -> None:
     served = Served(path, SINGLE["reference"])
     folder = tmp_path / "larger"
     trained(folder, path, 99, [1, 2], **CASES["tables"])
-    with pytest.raises(AdapterError, match=r"has 99 rows, but the base's table has 97\..*--adapter-tokens 2 or more, or merge"):
+    with pytest.raises(
+        AdapterError, match=r"has 99 rows, but the base's table has 97\..*--adapter-tokens 2 or more, or merge"
+    ):
         served.add(folder)
     trained(folder, path, FEWER, [1, 2], **CASES["pairs"])
     file = folder / "adapter_model.safetensors"

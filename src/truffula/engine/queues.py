@@ -212,7 +212,7 @@ class WaitingQueues:
         if len(sizes) > 1:
             name, size = sizes[max(sizes)], max(sizes)
             return InvalidRequest(
-                f"Adapter {name!r} has a vocabulary of its own, of {size} tokens, and acts only beside adapters with the "
-                "same. Name it alone.", param="adapters", adapter=name,
+                f"Adapter {name!r} has a vocabulary of its own, of {size} tokens, and acts only beside adapters "
+                "with the same. Name it alone.", param="adapters", adapter=name,
             ).info()  # fmt: skip
         return None

@@ -64,8 +64,8 @@ class BaseSource:
     is kept; otherwise why not. ``serial``: it is computed one sequence at a time.
     ``dtype`` and ``quantize`` are the engine's, which rounds matrices accordingly; it does not round ``exact`` ones,
     and does not quantise those in ``unquantised``. ``latent`` sites act where cached latents are read, on those of all
-    tokens. Of its ``vocab_size`` + ``more_ids`` ids the last are adapters' own. ``tied``: embedding and head are one tensor;
-    ``kv_heads`` by layer.
+    tokens. Of its ``vocab_size`` + ``more_ids`` ids the last are adapters' own. ``tied``: embedding and head are one
+    tensor; ``kv_heads`` by layer.
     """
 
     path: str

@@ -9,18 +9,20 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from truffula.weights.text_files import TOKENIZER_FILES
+
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
 
 def fingerprint(stat_of: Callable[[str], os.stat_result]) -> str:
-    """Sizes, times and inodes of both files: it changes when a file of the adapter does. Reads no file.
+    """Sizes, times and inodes of its files: it changes when a file of the adapter does. Reads no file.
 
     ``stat_of`` is the ``stat`` of a file by its name, such as ``OpenFolder.stat``.
     """
     stamps = []
-    for name in (CONFIG, TENSORS):
+    for name in (CONFIG, TENSORS, *TOKENIZER_FILES):
         try:
             found = stat_of(name)
             stamps.append(f"{found.st_size}:{found.st_mtime_ns}:{found.st_ino}")

@@ -143,9 +143,7 @@ def _parse(files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site]
     else:
         parsed = base.matched.get(files.config_bytes, infos, lambda: parse_metadata(infos, config, sites, base))
     rows = parsed.facts.vocab_size
-    more = extra_file_warnings(
-        files.folder, config, sites=with_rows(sites, rows) if rows else sites, model=base.model
-    )
+    more = extra_file_warnings(files.folder, config, sites=with_rows(sites, rows) if rows else sites, model=base.model)
     return replace(parsed, warnings=[*parsed.warnings, *more])
 
 
