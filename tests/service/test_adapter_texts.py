@@ -27,7 +27,9 @@ from truffula.types import GenerateRequest
 
 GREEDY = SamplingParams(max_tokens=5)
 ADDED, TURN = "<SKU-7>", "<|turn|>"
-OWN_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|turn|>{% endfor %}{{ '' if not messages else 'x' }}"
+OWN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|turn|>{% endfor %}{{ '' if not messages else 'x' }}"
+)
 
 
 def with_tokens(*tokens: str) -> bytes:
@@ -182,7 +184,9 @@ def test_text_workers_read_them_first(folders: dict[str, Path], tmp_path: Path) 
         ids = Library.from_buffer(with_tokens(ADDED, TURN)).encode(f"buy {ADDED}").ids
         assert [[piece.id for piece in one.prompt.tokens] for one in both] == [ids, ids]
         (adapter / "tokenizer.json").write_bytes(with_tokens(TURN))
-        again = await complete(service, GenerateRequest(prompt=TURN, adapter=core.resolve_adapter("mine"), params=GREEDY))
+        again = await complete(
+            service, GenerateRequest(prompt=TURN, adapter=core.resolve_adapter("mine"), params=GREEDY)
+        )
         assert again.prompt_tokens == 1
         (adapter / "tokenizer.json").write_bytes(word_piece_json())
         with pytest.raises(AdapterError, match="contradicts the base's"):

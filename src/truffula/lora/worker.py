@@ -290,6 +290,7 @@ def _validate(folder: OpenFolder, ref: AdapterRef, setup: Setup, base: BaseFacts
         max_bytes=setup.limits.image_bytes,
         max_file_bytes=setup.limits.file_bytes,
         untrained=ref.untrained,
+        own_texts=ref.kind == "local",
     )
 
 
