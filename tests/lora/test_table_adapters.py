@@ -104,13 +104,15 @@ def test_a_tied_head_without_tensors_has_a_scale_of_its_own(tmp_path: Path, back
 
     served = Served(write_tiny_checkpoint(tmp_path / "model", tiny_config("qwen2", **BASES["qwen2"]), seed=5), backend)
     ids, tied = served.prompt(1), {"ensure_weight_tying": True, "alpha_pattern": {"embed_tokens": 1}}
-    for name, more in (("plain", {}), ("dora", {"use_dora": True})):
+    ranks = ({"embed_tokens": 8}, {"lm_head": 8}, {"embed_tokens": 8, "lm_head": 3})
+    of_ranks = [(f"ranks {number}", {"rank_pattern": pattern}) for number, pattern in enumerate(ranks)]
+    for name, more in (("plain", {}), *of_ranks, ("dora", {"use_dora": True})):
         folder = written_by_peft(tmp_path / name, served.path, 0, ["embed_tokens", "q_proj"], 4, **tied, **more)
         theirs, path = served.peft(folder, ids), folder / "adapter_model.safetensors"
         limit = TOLERANCE * max(1.0, float(np.abs(theirs).max()) / 10)
         np.testing.assert_allclose(served.run([(served.add(folder), ids)])[0], theirs, atol=limit)
         save_file({key: value for key, value in load_file(path).items() if "lm_head" not in key}, path)
-        if more:
+        if "use_dora" in more:
             with pytest.raises(AdapterError, match="the file has no pair of the head"):
                 served.add(folder)
         else:

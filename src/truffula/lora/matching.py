@@ -26,7 +26,7 @@ from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.image import AdapterFacts
 from truffula.lora.keys import KeyPlan, listed, plan_keys
 from truffula.lora.parsed import BaseFacts, Pair, ParsedAdapter, Sites
-from truffula.lora.patterns import Ranks, Targets, is_named, matching_limit
+from truffula.lora.patterns import Ranks, Targets, is_named, matching_limit, tied_tables
 from truffula.lora.saved import Parts, match_saved, own_vocabulary, with_rows
 from truffula.lora.stacked import check_stacked, parameters_of, stacked_by_expert
 from truffula.lora.variants import PLAIN, form_of
@@ -76,6 +76,8 @@ def parse_metadata(
             of_experts = list(sites.groups[wrapper])
         rank, scale = ranks.of(patterned)
         parts = tuple((site, site.modules[0]) for site in of_experts) or tuple(sites.by_name[module])
+        if parts[0][0].kind == "head" and plan.embeddings and base.tied and tied_tables(settings) == "targets":
+            rank, _ = ranks.of(min(plan.embeddings))  # PEFT gives the head the embedding's tensors, not its rank
         experts = of_experts[0].stacked.experts if of_experts and of_experts[0].stacked is not None else 0
         pair = _make_pair(module, wrapper, parts, rank, scale, experts, plan, infos, settings)
         if module in renamed.orders:
