@@ -3,6 +3,7 @@ model with peft: on bases whose tables have rows for the added tokens (published
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from kernel_backends import SINGLE, on_the_best
 from served_base import Served
 
 from truffula.errors import AdapterError
-from truffula.kernels.backend import Backend
+from truffula.kernels.backend import Backend, QuantisedArray
+from truffula.kernels.cpu.formats import BLOCK_KINDS
 from truffula.lora.peft import BaseFacts, validate_adapter
+from truffula.model.load import zeros_like
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
+from truffula.weights.gguf_quants import values_of_blocks
+from truffula.weights.quantised.packing import BY_KIND
 
 TOLERANCE = 1e-4
 BASES: dict[str, dict[str, Any]] = {
@@ -99,3 +104,13 @@ def test_tables_that_disagree_or_are_larger_are_refused(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(AdapterError, match=r"lm_head.base_layer.weight has 90 rows, and others of its tables 91"):
         served.add(folder)
+
+
+@pytest.mark.parametrize("kind", BLOCK_KINDS)
+def test_rows_for_added_tokens_are_stored_as_those_of_a_quantised_table(kind: str) -> None:
+    format = BY_KIND[kind]
+    blocks = np.random.default_rng(0).integers(0, 255, (2, 1, format.nbytes), np.uint8)
+    table = QuantisedArray(kind, blocks, (2, format.size), partial(values_of_blocks, format))
+    more = zeros_like(table, (3, format.size))
+    assert isinstance(more, QuantisedArray) and more.kind == kind
+    np.testing.assert_array_equal(more.dequantise(), np.zeros((3, format.size), np.float32))
