@@ -27,7 +27,7 @@ from truffula.lora.image import AdapterFacts
 from truffula.lora.keys import KeyPlan, listed, plan_keys
 from truffula.lora.parsed import BaseFacts, Pair, ParsedAdapter, Sites
 from truffula.lora.patterns import Ranks, Targets, is_named, matching_limit, tied_tables
-from truffula.lora.saved import Parts, match_saved, own_vocabulary, with_rows
+from truffula.lora.saved import Parts, match_saved, own_vocabulary, table_shape, with_rows
 from truffula.lora.stacked import check_stacked, parameters_of, stacked_by_expert
 from truffula.lora.variants import PLAIN, form_of
 from truffula.weights.checkpoint import TensorInfo
@@ -54,6 +54,8 @@ def parse_metadata(
     renamed = rename(plan, sites, base.kv_heads)
     settings = renamed_settings(settings, renamed)
     parsed = ParsedAdapter(settings, facts=AdapterFacts(invocation, vocab_size=vocabulary or 0))
+    if vocabulary is not None:
+        parsed.warnings.append(f"Its tables have {vocabulary} rows, the base's {_table_rows(all_sites)}.")
     ranks = Ranks(settings)
     origin = trained_on(config)
     grouped = {
@@ -105,6 +107,10 @@ def parse_metadata(
     if plan.unused:
         parsed.warnings.append(f"Tensors that PEFT does not compute with when generating: {listed(plan.unused)}.")
     return parsed
+
+
+def _table_rows(sites: Sequence[Site]) -> int:
+    return next((table_shape(site)[0] for site in sites if site.kind in ("embed", "head")), 0)
 
 
 def _check_invocation(highest: int, plan: KeyPlan, sites: Sites, base: BaseFacts) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from truffula.lora.parsed import Sites
 
 Parts = tuple[tuple[Site, ModuleSlice], ...]
+_PADDING = 8
+"""Padding is at most one row of so many: an adapter's tables with fewer rows than the others are of another base."""
 RESIZED = (
     "The adapter was trained with a larger vocabulary, and the file does not have its tables. Save it with "
     "save_embedding_layers=True, or merge it into its base (PEFT's merge_and_unload) and serve that as a model"
@@ -99,30 +101,32 @@ def is_saved(module: str, entries: Collection[str] | None) -> bool:
 def own_vocabulary(plan: KeyPlan, infos: Mapping[str, TensorInfo], sites: Sites, more_ids: int) -> int | None:
     """The number of rows of the adapter's tables, whose vocabulary was resized before training; None where they are
     the base's, or the file has none. Raises ``AdapterError`` for tables of unequal rows, or of more than ``more_ids``
-    above the base's."""
-    found: dict[str, tuple[int, int]] = {}  # rows, of a table's tensor and of the base
-    for group, axis in ((plan.weights, 0), (plan.copies, 0), (plan.a, 1), (plan.b, 0)):
+    above the base's. So few rows that they are of another base are left to the check of shapes."""
+    found: dict[str, int] = {}  # rows by key
+    of_base = 0
+    pairs = {m: key for m, key in plan.a.items() if m in plan.embeddings}
+    heads = {m: key for m, key in plan.b.items() if m not in plan.embeddings}
+    for group, axis in ((plan.weights, 0), (plan.copies, 0), (pairs, 1), (heads, 0)):
         for module, key in group.items():
             site = sites.by_name[module][0][0] if module in sites.by_name else None
-            of_rows = group in (plan.weights, plan.copies) or (axis == 1) == (module in plan.embeddings)
-            if site is not None and _is_table(site) and of_rows and len(infos[key].shape) == 2:
-                found[key] = infos[key].shape[axis], table_shape(site)[0]
-    resized = {key: rows for key, (rows, of_base) in found.items() if rows != of_base}
-    if not resized:
+            if site is not None and _is_table(site) and len(infos[key].shape) == 2:
+                found[key], of_base = infos[key].shape[axis], table_shape(site)[0]
+    sizes = {*found.values()}
+    if sizes <= {of_base} or min(sizes) < of_base - of_base // _PADDING:
         return None
-    if len({rows for rows, _ in found.values()}) > 1:
-        key = min(resized)
+    first = next(key for key, rows in found.items() if rows != of_base)
+    if len(sizes) > 1:
         raise AdapterError(
-            f"{key} has {resized[key]} rows, and others of its tables {max(rows for rows, _ in found.values())}: a "
-            "vocabulary is resized in all of them. The file is of several adapters, or was edited.", param=key,
+            f"{first} has {found[first]} rows, and others of its tables {max(sizes - {found[first]})}: a vocabulary is "
+            "resized in all of them. The file is of several adapters, or was edited.", param=first,
         )  # fmt: skip
-    if key := next((key for key, (rows, of_base) in found.items() if rows > of_base + more_ids), None):
-        rows, of_base = found[key]
+    if found[first] > of_base + more_ids:
         raise AdapterError(
-            f"{key} has {rows} rows, but the base's table has {of_base}{f' and {more_ids} more' if more_ids else ''}. "
-            f"{added_tokens(rows - of_base)}.", param=key, found=rows, limit=of_base + more_ids,
+            f"{first} has {found[first]} rows, but the base's table has {of_base}"
+            f"{f' and {more_ids} more' if more_ids else ''}. {added_tokens(found[first] - of_base)}.",
+            param=first, found=found[first], limit=of_base + more_ids,
         )  # fmt: skip
-    return min(resized.values())
+    return found[first]
 
 
 def with_rows(sites: Sequence[Site], rows: int) -> list[Site]:

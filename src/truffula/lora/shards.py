@@ -118,4 +118,3 @@ class AdapterTensors:
     def close(self) -> None:
         for file in self._files:
             file.close()
-

@@ -55,7 +55,6 @@ class PromptMaker:
                 task = self._examining.get(source)
                 if task is None:
                     task = self._examining[source] = asyncio.ensure_future(self._make(source, client))
-                    task.add_done_callback(lambda _, source=source: self._examining.pop(source))
                 await asyncio.shield(task)
         return found
 
@@ -77,6 +76,8 @@ class PromptMaker:
             )  # fmt: skip
             sets.refuse(source, refused)
             raise refused from error
+        finally:
+            del self._examining[source]
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
@@ -92,13 +93,15 @@ class PromptMaker:
         if size > HEAVY_CHARS:
             (packed,) = await self.in_worker(prompt_job, (request, texts.source), request.salt)
             return unpack_prompt(packed)
-        light, limits = self._workers.light, {"client": request.salt, "seconds": TEMPLATE_SECONDS}
+        # An adapter's tokenizer is no more trusted than its template.
+        job, argument = (prompt_job, (request, texts.source)) if own else (render_job, request)
+        light = self._workers.light
         try:
-            if own:  # its tokenizer is no more trusted than its template
-                return unpack_prompt((await light.run(prompt_job, (request, texts.source), **limits))[0])
-            (packed,) = await light.run(render_job, request, **limits)
+            (packed,) = await light.run(job, argument, client=request.salt, seconds=TEMPLATE_SECONDS)
         except WorkerStopped as error:
             raise template_stopped(error) from error
+        if own:
+            return unpack_prompt(packed)
         text, ignored = unpack_rendered(packed)
         special = bool(request.add_special_tokens)
         rendered = msgspec.structs.replace(request, messages=None, prompt=text, add_special_tokens=special)
