@@ -7,21 +7,71 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound, CheckpointError
 from truffula.lora.fields import MAX_CONFIG_BYTES
 from truffula.lora.foreign import describe_folder, describe_names
 from truffula.lora.paths import CONFIG, TENSORS, OpenFolder
-from truffula.lora.shards import INDEX, MAX_INDEX_BYTES, AdapterTensors, tensor_files
+from truffula.lora.shards import INDEX, MAX_INDEX_BYTES, tensor_files, weight_map
+from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.safetensors import SafetensorsFile
 
 _HASH_CHUNK = 16 << 20
 """Bytes that are hashed without the interpreter's lock. Each chunk waits for it, up to milliseconds."""
+
+
+class AdapterTensors:
+    """``tensors`` by name, of one file or of all shards; read as ``SafetensorsFile`` reads them.
+
+    Raises ``CheckpointError`` for a damaged file, ``AdapterError`` for shards that hold a tensor twice, or that
+    ``index`` (None: there is none) does not describe.
+    """
+
+    def __init__(self, files: Iterable[SafetensorsFile], index: bytes | None) -> None:
+        self._files = list(files)
+        self._of: dict[str, SafetensorsFile] = {}
+        for file in self._files:
+            if twice := self._of.keys() & file.tensors.keys():
+                name, other = min(twice), self._of[min(twice)].path.name
+                raise AdapterError(f"{name} is in {other} and in {file.path.name}; save the adapter again.", param=name)
+            self._of |= dict.fromkeys(file.tensors, file)
+        self.tensors: Mapping[str, TensorInfo] = {name: info for f in self._files for name, info in f.tensors.items()}
+        if index is not None and len(self._files) > 1:
+            self._check_index(weight_map(index))
+
+    def _check_index(self, listed: Mapping[str, str]) -> None:
+        held = {name: file.path.name for name, file in self._of.items()}
+        if wrong := sorted(name for name in {*held, *listed} if held.get(name) != listed.get(name)):
+            name = wrong[0]
+            raise AdapterError(
+                f"{INDEX} says that {name} is in {listed.get(name, 'no file')}, and it is in "
+                f"{held.get(name, 'none of the shards')}: a file is of another save. Save the adapter again.",
+                param=INDEX,
+            )  # fmt: skip
+
+    def read(self, name: str) -> Array:
+        return self._of[name].read(name)
+
+    def runs(self, infos: Iterable[TensorInfo]) -> Iterator[Array]:
+        """See ``SafetensorsFile.runs``."""
+        by_file: dict[int, list[TensorInfo]] = {}
+        for info in infos:
+            by_file.setdefault(self._files.index(self._of[info.name]), []).append(info)
+        return chain.from_iterable(self._files[number].runs(some) for number, some in by_file.items())
+
+    def data(self) -> list[memoryview]:
+        """The bytes of each file."""
+        return [file.file.data() for file in self._files]
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The tensors of an adapter in one file, or in shards ``adapter_model-00001-of-0000N.safetensors``, read as one.
+"""The files of an adapter's tensors: one, or shards ``adapter_model-00001-of-0000N.safetensors`` that are read as one.
 
 Shards may have an index (``adapter_model.safetensors.index.json``), which must agree with what they hold. A source that
 cannot list its files, a URL, must have one.
@@ -7,14 +7,10 @@ cannot list its files, a URL, must have one.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Collection
 
 from truffula.errors import AdapterError
-from truffula.kernels.inputs import Array
 from truffula.lora.paths import TENSORS
-from truffula.weights.checkpoint import TensorInfo
-from truffula.weights.safetensors import SafetensorsFile
 from truffula.weights.text_files import parse_json
 
 INDEX = f"{TENSORS}.index.json"
@@ -51,7 +47,7 @@ def _number(name: str) -> int:
 
 def indexed_files(index: bytes) -> list[str]:
     """The shards that an index names, in order. Raises ``AdapterError``."""
-    names = {*_weight_map(index).values()}
+    names = {*weight_map(index).values()}
     if (why := lacking(names)) or not (found := tensor_files(names)) or len(found) < len(names):
         stray = sorted(str(name)[:80] for name in names if not _SHARD.match(name))
         why = why or f"it names {stray[:3]}"
@@ -61,7 +57,7 @@ def indexed_files(index: bytes) -> list[str]:
     return found
 
 
-def _weight_map(index: bytes) -> dict[str, str]:
+def weight_map(index: bytes) -> dict[str, str]:
     try:
         found = parse_json(index)
     except (ValueError, RecursionError) as error:
@@ -70,51 +66,3 @@ def _weight_map(index: bytes) -> dict[str, str]:
     if not isinstance(made, dict) or not made or not all(isinstance(name, str) for name in made.values()):
         raise AdapterError(f"{INDEX}: weight_map must map tensors to files.", param=INDEX)
     return made
-
-
-class AdapterTensors:
-    """``tensors`` by name, of one file or of all shards; read as ``SafetensorsFile`` reads them.
-
-    Raises ``CheckpointError`` for a damaged file, ``AdapterError`` for shards that hold a tensor twice, or that
-    ``index`` (None: there is none) does not describe.
-    """
-
-    def __init__(self, files: Iterable[SafetensorsFile], index: bytes | None) -> None:
-        self._files = list(files)
-        self._of: dict[str, SafetensorsFile] = {}
-        for file in self._files:
-            if twice := self._of.keys() & file.tensors.keys():
-                name, other = min(twice), self._of[min(twice)].path.name
-                raise AdapterError(f"{name} is in {other} and in {file.path.name}; save the adapter again.", param=name)
-            self._of |= dict.fromkeys(file.tensors, file)
-        self.tensors: Mapping[str, TensorInfo] = {name: info for f in self._files for name, info in f.tensors.items()}
-        if index is not None and len(self._files) > 1:
-            self._check_index(_weight_map(index))
-
-    def _check_index(self, listed: Mapping[str, str]) -> None:
-        held = {name: file.path.name for name, file in self._of.items()}
-        if wrong := sorted(name for name in {*held, *listed} if held.get(name) != listed.get(name)):
-            name = wrong[0]
-            raise AdapterError(
-                f"{INDEX} says that {name} is in {listed.get(name, 'no file')}, and it is in "
-                f"{held.get(name, 'none of the shards')}: a file is of another save. Save the adapter again.",
-                param=INDEX,
-            )  # fmt: skip
-
-    def read(self, name: str) -> Array:
-        return self._of[name].read(name)
-
-    def runs(self, infos: Iterable[TensorInfo]) -> Iterator[Array]:
-        """See ``SafetensorsFile.runs``."""
-        by_file: dict[int, list[TensorInfo]] = {}
-        for info in infos:
-            by_file.setdefault(self._files.index(self._of[info.name]), []).append(info)
-        return chain.from_iterable(self._files[number].runs(some) for number, some in by_file.items())
-
-    def data(self) -> list[memoryview]:
-        """The bytes of each file."""
-        return [file.file.data() for file in self._files]
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
