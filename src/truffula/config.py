@@ -119,6 +119,9 @@ class EngineConfig:
     adapter_failure_ttl_s: float = _option(
         10.0, "Adapters", "time before the loading of a failed adapter is tried again", low=0
     )
+    adapter_tokens: int = _option(
+        0, "Adapters", "token ids that adapters may add behind the model's rows", low=0, high=2**16
+    )
     max_adapter_file_bytes: int = _option(8 * 2**30, "Adapters", "maximum size of an adapter file", low=1)
     step_tokens: int = _option(
         512, "Batching", "maximum number of tokens per step, over all sequences", low=1, high=2**20

@@ -126,7 +126,9 @@ class Constraint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
-    """A compiled constraint, for the engine. ``source`` is a grammar of llguidance, ``key`` its digest."""
+    """A compiled constraint, for the engine. ``source`` is a grammar of llguidance, ``key`` its digest,
+    ``vocabulary`` the key of the one it is for."""
 
     key: str
     source: str
+    vocabulary: str = ""

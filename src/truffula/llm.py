@@ -186,8 +186,12 @@ class LLM:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether ``chat`` can be used without ``chat_template``."""
-        return self._service.core.has_chat_template
+        """Whether ``chat`` can be used with the base without ``chat_template``."""
+        return self.can_chat(None)
+
+    def can_chat(self, adapter: Adapter) -> bool:
+        """Whether ``chat`` can be used with ``adapter`` without ``chat_template``. Raises as ``Adapters.resolve``."""
+        return self._service.core.has_chat_template(self.adapters.resolve(adapter))
 
     def stats(self) -> EngineStats:
         return self._service.stats()

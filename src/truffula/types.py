@@ -89,6 +89,14 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
         return "+".join(sorted({part.ref.name for part in self.parts})) or self.name
 
 
+class TextSource(msgspec.Struct, frozen=True):
+    """The text files of an adapter's ``folder``, by their checksum; links may not lead out of ``root``, if given."""
+
+    folder: str
+    root: str
+    digest: str
+
+
 class WeightedAdapter(msgspec.Struct, frozen=True):
     """One of several adapters; its change of the base counts ``weight`` times."""
 
@@ -145,16 +153,21 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
                 ) from None
 
 
+MAX_VOCABULARIES = 16
+"""Of adapters and the model together, that an engine keeps for grammars."""
+
+
 class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
     """The tokens of a model as bytes, by id, for grammars (``Tokenizer.vocabulary``).
 
     An id without a token has b"". Of ``special_ids`` (control tokens) no text consists: a grammar has to name them.
-    ``end_ids`` end a completion.
+    ``end_ids`` end a completion. ``key`` identifies that of an adapter; "" is the model's.
     """
 
     tokens: list[bytes]
     special_ids: list[int]
     end_ids: list[int]
+    key: str = ""
 
 
 class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
@@ -440,6 +453,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     The engine names the end tokens of the model's configuration. A service adds those of the tokenizer and of the chat
     template (``eos_token_ids`` are those of every request); ``no_tokenizer`` is the reason when there is no tokenizer.
+    ``more_ids`` behind the ``vocab_size`` ids of the model are those of adapters that add tokens.
     ``path`` is the location of the model's files, ``files`` their state when they were loaded ("" and empty for an
     engine without files). ``revision`` is of the Hub. ``implementation`` is ``native``,
     ``fallback`` or ``serial``. ``*_reason`` and ``int8_note`` explain a choice in one line for
@@ -455,6 +469,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     vocab_size: int
+    more_ids: int = 0
     max_model_len: int
     block_size: int
     num_blocks: int

@@ -43,11 +43,12 @@ INVOCATION = (5, 6)
 FACTS = {
     "call": AdapterFacts(invocation=INVOCATION),
     "call2": AdapterFacts(invocation=INVOCATION),
+    "fewer": AdapterFacts(vocab_size=VOCAB - 40),
     "later": AdapterFacts(invocation=(15,)),
     "prefix": AdapterFacts(virtual_ids=tuple(range(VOCAB, VOCAB + 6)), kv_ops=(0,)),
     "soft": AdapterFacts(virtual_ids=tuple(range(VOCAB, VOCAB + 5))),
 }
-"""Of the adapters that are not plain, by their locators: activated ones, and one with virtual tokens."""
+"""Of the adapters that are not plain, by their locators: activated, with fewer ids, with virtual tokens."""
 
 
 class Clock:

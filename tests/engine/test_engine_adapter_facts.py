@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pytest
 from rig import DEPTHS, FACTS, INVOCATION, VOCAB, Rig, alone, composed, limits, request
 
@@ -81,6 +82,39 @@ def test_a_request_waits_for_the_base_that_computes_its_prefix() -> None:
     rig.add(request("call", [*prompt, *INVOCATION], adapter="call", max_tokens=4))
     rig.drain()
     assert rig.answers["call"].final.cached_tokens == 40
+
+
+# A vocabulary of its own
+
+FEWER = FACTS["fewer"].vocab_size
+
+
+def test_only_ids_of_its_own_vocabulary_are_drawn() -> None:
+    """Beside the base, whose rows draw any; bans and top lists are of these ids, too."""
+    asked = {"temperature": 5.0, "max_tokens": 90, "ignore_eos": True, "logprobs": VOCAB, "min_tokens": 5}
+    rig = Rig(limits(max_model_len=256))
+    rig.run([request("mine", [1, 2], adapter="fewer", **asked), request("base", [1, 2], **asked)])
+    mine, base = rig.answers["mine"], rig.answers["base"]
+    assert max(mine.token_ids) < FEWER <= max(base.token_ids)
+    for answer, count in ((mine, FEWER), (base, VOCAB)):
+        assert {len(tops) for tops in answer.top_logprobs} == {count}
+        weights = [sum(np.exp(logprob) for _, logprob in tops) for tops in answer.top_logprobs]
+        np.testing.assert_allclose(weights, 1.0, rtol=1e-5)
+    assert alone(request("mine", [1, 2], adapter="fewer", **asked), max_model_len=256).token_ids == mine.token_ids
+
+
+@pytest.mark.parametrize("asked", [{"logit_bias": {FEWER: 1.0}}, {"stop_token_ids": (FEWER,)}, {}])
+def test_ids_beyond_it_are_refused(asked) -> None:
+    prompt = [1] if asked else [1, FEWER]
+    answer = alone(request("r", prompt, adapter="fewer", max_tokens=3, **asked))
+    assert answer.code == "invalid_request" and f"{FEWER}, outside 0 .. {FEWER - 1}" in answer.final.error.message
+    assert alone(request("r", prompt, max_tokens=3, **asked)).code is None
+
+
+def test_it_acts_with_others_of_its_vocabulary_only() -> None:
+    answer = alone(request("r", [1], adapter=composed({"fewer": 0.5, "call": 1.0}), max_tokens=2))
+    assert answer.code == "invalid_request" and "vocabulary of its own" in answer.final.error.message
+    assert alone(request("r", [1], adapter=composed({"fewer": 0.5}), max_tokens=2)).code is None
 
 
 # Virtual tokens

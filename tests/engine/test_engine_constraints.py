@@ -222,7 +222,7 @@ def test_a_grammar_that_does_not_compile_fails_its_requests_alone(source):
 def test_a_request_waits_for_its_grammar_and_delays_no_other(end):
     rig = Rig(loader=HandLoader())
     rig.hold_grammars = True
-    slow = rig.engine._grammars._tokenizer._lock
+    slow = rig.engine._grammars._vocabularies[""][0]._lock
     deadline = rig.clock.now + 5 if end == "late" else None
     waits = request("waits", [1, 2], max_tokens=30, grammar=GRAMMARS["object"], adapter="red", deadline=deadline)
     with slow:
@@ -257,7 +257,7 @@ def test_a_request_waits_for_its_grammar_and_delays_no_other(end):
 def test_a_grammar_that_is_compiled_in_vain_is_not_waited_for():
     rig = Rig()
     rig.hold_grammars = True
-    with rig.engine._grammars._tokenizer._lock:
+    with rig.engine._grammars._vocabularies[""][0]._lock:
         rig.add(request("gone", [1, 2], grammar=GRAMMARS["object"]))
         rig.engine.abort("gone")
         rig.step()

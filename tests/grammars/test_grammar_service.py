@@ -5,7 +5,7 @@ import json
 
 import pytest
 from corpus import record
-from served import OPTIONS, tiny_info, write_model
+from served import OPTIONS, text_set, tiny_info, write_model
 from tiny_tokenizers import byte_level_json
 
 from truffula import LLM, SamplingParams
@@ -32,10 +32,13 @@ class Clock:
         return self.now
 
 
+TEXTS = text_set(load_tokenizer({"tokenizer.json": byte_level_json()}))
+
+
 @pytest.fixture(scope="module")
 def process():
     """One process for the tests of this module: starting one takes half a second."""
-    made = Grammars(tiny_info(), None, lambda vocabulary: None)
+    made = Grammars(tiny_info(), lambda vocabulary: None)
     yield made._pool
     made.close()
 
@@ -43,7 +46,7 @@ def process():
 @pytest.fixture
 def grammars(process):
     given = []
-    made = Grammars(tiny_info(), load_tokenizer({"tokenizer.json": byte_level_json()}), given.append, clock=Clock())
+    made = Grammars(tiny_info(), given.append, clock=Clock())
     made._pool = process
     made.given = given
     return made
@@ -59,12 +62,12 @@ def process_of(grammars):
 
 
 def test_a_grammar_is_compiled_once_and_the_vocabulary_is_given_once(grammars):
-    first = grammars.compile_now(schema(PERSON))
+    first = grammars.compile_now(schema(PERSON), TEXTS)
     assert len(first.key) == 32
     end_process(grammars)
-    assert grammars.compile_now(schema(PERSON, "text.format")) == first
+    assert grammars.compile_now(schema(PERSON, "text.format"), TEXTS) == first
     assert process_of(grammars) is None
-    assert grammars.compile_now(schema({})).key != first.key
+    assert grammars.compile_now(schema({}), TEXTS).key != first.key
     (vocabulary,) = grammars.given
     assert b"".join(vocabulary.tokens)
 
@@ -73,27 +76,27 @@ def test_a_refusal_is_kept_for_a_while_and_names_the_field_of_each_request(gramm
     bad = {"not": {}}
     for param in ("response_format", "guided_json"):
         with pytest.raises(InvalidRequest, match=f"^{param}: .*not at #/not") as caught:
-            grammars.compile_now(schema(bad, param))
+            grammars.compile_now(schema(bad, param), TEXTS)
         assert caught.value.param == param
     end_process(grammars)
     with pytest.raises(InvalidRequest):
-        grammars.compile_now(schema(bad))
+        grammars.compile_now(schema(bad), TEXTS)
     assert process_of(grammars) is None
     grammars._clock.now = ERROR_KEPT_S + 1
     with pytest.raises(InvalidRequest):
-        grammars.compile_now(schema(bad))
+        grammars.compile_now(schema(bad), TEXTS)
     assert process_of(grammars) is not None
 
 
 def test_requests_on_a_loop_share_one_compilation(grammars):
     async def run():
-        made = await asyncio.gather(*(grammars.compile(schema(PERSON), str(i)) for i in range(8)))
+        made = await asyncio.gather(*(grammars.compile(schema(PERSON), str(i), TEXTS) for i in range(8)))
         with pytest.raises(InvalidRequest, match="regex"):
-            await grammars.compile(Constraint(kind="regex", value="(", param="regex"), "x")
-        waiting = asyncio.ensure_future(grammars.compile(schema({"const": 1}), "y"))
+            await grammars.compile(Constraint(kind="regex", value="(", param="regex"), "x", TEXTS)
+        waiting = asyncio.ensure_future(grammars.compile(schema({"const": 1}), "y", TEXTS))
         await asyncio.sleep(0)
         waiting.cancel()  # a client that leaves
-        again = await grammars.compile(schema({"const": 1}), "z")
+        again = await grammars.compile(schema({"const": 1}), "z", TEXTS)
         return made, again
 
     made, again = asyncio.run(run())
@@ -108,15 +111,15 @@ def test_the_parameters_of_a_tool_may_have_integers_of_any_size(grammars):
         form=OutputFormat(TOOL_FORMATS["hermes"]), tools=[tool], choice=ToolChoice(), constraint=None,
         thinking_open=False, thinking_budget=None,
     )  # fmt: skip
-    assert grammars.compile_now(answer).source
+    assert grammars.compile_now(answer, TEXTS).source
 
 
 def test_the_number_of_kept_grammars_is_bounded(grammars):
     for number in range(MAX_KEPT + 20):
-        grammars._keep(str(number).encode(), b"x" * 100)
+        grammars._keep(str(number).encode(), b"x" * 100, TEXTS)
     assert len(grammars._kept) == MAX_KEPT
     assert grammars._kept_bytes == 100 * MAX_KEPT
-    grammars._keep(b"large", b"x" * (33 << 20))
+    grammars._keep(b"large", b"x" * (33 << 20), TEXTS)
     assert len(grammars._kept) == 1
 
 
@@ -153,15 +156,15 @@ BOMBS = [
 @pytest.mark.parametrize(("kind", "value", "words"), BOMBS, ids=lambda value: value[:30])
 def test_what_would_take_too_long_or_end_a_process_is_refused(grammars, kind, value, words):
     with pytest.raises(InvalidRequest) as caught:
-        grammars.compile_now(Constraint(kind=kind, value=value))
+        grammars.compile_now(Constraint(kind=kind, value=value), TEXTS)
     assert words in caught.value.message
-    assert grammars.compile_now(schema(PERSON)).source
+    assert grammars.compile_now(schema(PERSON), TEXTS).source
 
 
 def test_a_model_without_tokenizer_refuses_constraints():
     service = Service(tiny_info())
     with pytest.raises(NoTokenizer, match="response_format"):
-        service.check(GenerateRequest(prompt=[1, 2], constraint=schema(PERSON)))
+        service.check(GenerateRequest(prompt=[1, 2], constraint=schema(PERSON)), service.base)
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,8 @@ def sample_rows(logits: npt.NDArray[np.float32], s: SampleInputs, sequences: dic
     for r, sequence in enumerate(of_row):
         if not finite[r]:
             continue
-        raw = logits[r].astype(np.float64)
+        raw, width = logits[r].astype(np.float64), sequence.sampling.width or logits.shape[1]
+        raw[width:] = -np.inf
         ids[r], shown = int(s.target[r]), _log_softmax(raw)
         if ids[r] < 0:
             warped, keep = _warp(raw, s, r, sequence)
@@ -54,7 +55,7 @@ def sample_rows(logits: npt.NDArray[np.float32], s: SampleInputs, sequences: dic
                 shown = _log_softmax(np.where(keep, warped, -np.inf))
         if wanted[r] >= 0:
             logprob[r] = shown[ids[r]]
-        k = min(wanted[r], len(raw))
+        k = min(wanted[r], width)
         if k > 0:
             best = np.lexsort((np.arange(len(shown)), -shown))[:k]
             top_ids[r, :k], top_logprobs[r, :k] = best, shown[best]

@@ -35,7 +35,8 @@ def sampling_of(row: dict) -> SequenceSampling:
     same = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition", "frequency", "presence", "n_logprobs",
             "seed", "choice", "min_tokens")  # fmt: skip
     return SequenceSampling(
-        **{name: row[name] for name in same}, n_prompt_logprobs=row["n_logprobs"], warped=bool(row["warped"]),
+        width=row.get("width", 0), **{name: row[name] for name in same},
+        n_prompt_logprobs=row["n_logprobs"], warped=bool(row["warped"]),
         bias_ids=np.array([i for i, _ in row["bias"]], np.int32),
         bias_values=np.array([v for _, v in row["bias"]], np.float32), banned_ids=np.array(row["banned"], np.int32),
     )  # fmt: skip

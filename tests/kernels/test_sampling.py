@@ -26,6 +26,26 @@ from sampler_rows import (
 from examples import examples
 
 
+@on_every_sampler
+@settings(max_examples=examples(40, 120))
+@given(st.lists(st.tuples(rows_of_logits, params), min_size=1, max_size=4), st.data())
+def test_rows_of_fewer_ids_are_as_if_the_others_were_not_there(sampler, batch, data):
+    """Beside rows of all ids; whatever is in the columns behind."""
+    rows = [{**row, "width": V} for _, row in batch]
+    behind = data.draw(st.sampled_from([np.nan, INF, 9.0, -3.0]))
+    wide = np.full((len(rows) + 1, V + data.draw(st.integers(1, 40))), behind, np.float32)
+    wide[:-1, :V], wide[-1] = [logits for logits, _ in batch], np.arange(wide.shape[1])
+    alone = drawn(sampler, np.stack([logits for logits, _ in batch]), [row for _, row in batch])
+    beside = drawn(sampler, wide, [*rows, {**NEUTRAL, "temperature": 0.0, "n_logprobs": -1}])
+    assert beside.ids[-1] == wide.shape[1] - 1 and beside.finite.all()
+    for r, (logits, row) in enumerate(batch):
+        if on_an_edge(logits, as_sent(row)):
+            continue
+        assert beside.ids[r] == alone.ids[r] and beside.top_ids[r].tolist() == alone.top_ids[r].tolist()
+        np.testing.assert_allclose(beside.logprob[r], alone.logprob[r], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(beside.top_logprobs[r], alone.top_logprobs[r], rtol=1e-5, atol=1e-6)
+
+
 @settings(max_examples=examples(80, 120))
 @given(st.lists(st.tuples(rows_of_logits, params), min_size=1, max_size=4))
 def test_rows_equal_the_plain_oracle(batch):

@@ -88,6 +88,7 @@ KINDS: list[Kind] = [
     Kind("VeRA", Method("VeraConfig", _linear(r=6))),
     Kind("IA3", Method("IA3Config", _ia3)),
     Kind("LoHa", Method("LoHaConfig", _linear(r=2, alpha=3, init_weights=False)), only=LINEAR),
+    Kind("LoHa, above the rank", Method("LoHaConfig", _linear(r=16, alpha=3, init_weights=False)), only=LINEAR),
     Kind("LoKr", Method("LoKrConfig", _linear(r=1, alpha=3, init_weights=False)), only=LINEAR),
     Kind("LoKr, both decomposed", Method("LoKrConfig", _small_blocks), only=LINEAR),
     Kind("trainable tokens method", Method("TrainableTokensConfig", _seen, None)),

@@ -26,12 +26,12 @@ PROMPT_TOKENS = 11
 
 class Served:
     """The base at ``path`` with any number of adapters in slots; runs whole prompts in one step. ``packed``: blocks
-    that the backend multiplies stay as they are."""
+    that the backend multiplies stay as they are. ``more_ids``: rows for added tokens."""
 
-    def __init__(self, path: Path, backend: Backend, *, packed: bool = False) -> None:
+    def __init__(self, path: Path, backend: Backend, *, packed: bool = False, more_ids: int = 0) -> None:
         self.path = path
         checkpoint = open_checkpoint(path)
-        plan = plan_model(checkpoint)
+        plan = plan_model(checkpoint, more_ids=more_ids)
         self.weights = BaseWeights(base_source(plan, checkpoint))
         pull = WeightReader(checkpoint, plan, block_kinds=backend.block_kinds if packed else frozenset())
         self.program: Program = plan.program

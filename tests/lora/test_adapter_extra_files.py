@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from kernel_backends import SINGLE
 from lora_bases import llama_sites, validate
+from served import write_model
 
 from truffula.errors import AdapterError
 from truffula.lora.extra_files import plain_name
@@ -36,9 +39,29 @@ def written(folder: Path, files: dict[str, object], **config: object) -> Path:
 )
 def test_unused_text_files_are_warned_of(tmp_path: Path, files: dict[str, object], words: list[str]) -> None:
     folder = written(tmp_path, files)
-    for warnings in (validate(folder).warnings, inspect_adapter(folder).warnings):
-        assert len(warnings) == len(words)
-        assert all(word in warning and "not used" in warning for word, warning in zip(words, warnings, strict=True))
+    warnings = validate_adapter(folder, llama_sites(), base=BaseFacts("tiny"), own_texts=False).warnings
+    assert len(warnings) == len(words)
+    assert all(word in warning and "not used" in warning for word, warning in zip(words, warnings, strict=True))
+    assert validate(folder).warnings == inspect_adapter(folder).warnings == ()
+    (row,) = [row for row in inspect_adapter(folder).rows if row.field == "texts"]
+    assert (row.value, row.verdict) == (", ".join(files), "serve")
+
+
+def test_added_tokens_of_an_adapter_whose_tokenizer_is_not_used_must_be_known(tmp_path: Path) -> None:
+    from served_base import Served
+
+    model = write_model(tmp_path / "model")
+    served = Served(model, SINGLE["reference"])
+    for text, known in (("<|role|>", True), ("née token", True), ("<new>", False)):
+        folder = tmp_path / text.strip("<|>")
+        write_tiny_adapter(folder, model)
+        (folder / "added_tokens.json").write_text(json.dumps({text: 300}))
+        asked: dict[str, Any] = {"base": BaseFacts("b", served.weights), "own_texts": False}
+        if known:
+            assert "not used" in validate_adapter(folder, served.program.sites, **asked).warnings[-1]
+        else:
+            with pytest.raises(AdapterError, match=r"adds token 300, '<new>'.*serve it from a folder"):
+                validate_adapter(folder, served.program.sites, **asked)
 
 
 @pytest.mark.parametrize(

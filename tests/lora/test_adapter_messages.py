@@ -51,11 +51,12 @@ def files(*names: str, without: tuple[str, ...] = (TENSORS_FILE,)) -> Make:
 
 
 def shards(folder: Path) -> None:
+    """Two of three."""
     write_adapter(folder, CONFIG, PLAIN)
     (folder / TENSORS_FILE).unlink()
     for number in (1, 2):
         part = {key: value for key, value in PLAIN.items() if f"layers.{number - 1}." in key}
-        write_safetensors(folder / f"adapter_model-0000{number}-of-00002.safetensors", part)
+        write_safetensors(folder / f"adapter_model-0000{number}-of-00003.safetensors", part)
 
 
 def pickled(folder: Path) -> None:
@@ -110,11 +111,11 @@ WRAPPED: list[tuple[str, Make, list[str]]] = [
     ("DDP of torch.compile", renamed(lambda k: f"module._orig_mod.{k}"), ["torch.compile", "DistributedDataParallel"]),
     ("PEFT twice", renamed(lambda k: PREFIX + k), ["twice", "get_peft_model once"]),
     ("PEFT twice in DDP", renamed(lambda k: f"module.{PREFIX}{k}"), ["twice", "DistributedDataParallel"]),
-    ("shards", shards, ["2 shards", "adapter_model-00001-of-00002.safetensors"]),
     ("a pickle", pickled, ["adapter_model.bin", "pickle", "can run code", "save_pretrained"]),
 ]
 MESSAGES: list[tuple[str, Make, list[str]]] = [
     # what lies in the folder
+    ("shards", shards, ["of 3 shards 1 are missing, the first is number 3"]),
     ("an empty folder", lambda folder: folder.mkdir(exist_ok=True), ["is empty", CONFIG_FILE, TENSORS_FILE]),
     (
         "something else",
@@ -160,11 +161,11 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
         "a copy of a table of another size",
         beside("lm_head.base_layer.weight", np.ones((99, 12), np.float32)),
         [
-            "save_embedding_layers",
+            "lm_head.base_layer.weight",
             "99 rows",
             "has 97",
-            "resized vocabulary",
-            "without added tokens",
+            "larger vocabulary",
+            "--adapter-tokens 2",
             "merge_and_unload",
         ],
     ),
@@ -177,7 +178,7 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
     (
         "a saved head with added tokens",
         beside("lm_head.weight", np.ones((99, 12), np.float32), modules_to_save=["lm_head"]),
-        ["modules_to_save", "99 rows", "has 97", "resized vocabulary"],
+        ["lm_head.weight", "99 rows", "has 97", "larger vocabulary"],
     ),
     (
         "a saved layer that is not named",
@@ -208,7 +209,7 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
     (
         "trained rows beyond the table",
         beside("model.embed_tokens.token_adapter.trainable_tokens_delta", ONES, trainable_token_indices=[1, 97]),
-        ["names token 97", "has 97 rows", "resized vocabulary"],
+        ["names token 97", "has 97 rows", "larger vocabulary"],
     ),
     (
         "half a pair",

@@ -9,10 +9,14 @@ from typing import Any
 from tiny_tokenizers import byte_level_json
 
 from truffula.service.aio import AsyncService
+from truffula.service.answers import AnswerFormats
 from truffula.service.choices import choice_error, collect
 from truffula.service.files import LoadedTexts
+from truffula.service.text_sets import TextSet
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
+from truffula.text.chat_template import ChatTemplates
+from truffula.text.ends import EndTokens
 from truffula.text.tokenizer import Tokenizer
 from truffula.types import Completion, EndToken, EngineInfo, EngineStats, GenerateRequest, TextDelta
 
@@ -46,6 +50,13 @@ def write_adapter(folder: Path, model: Path, seed: int) -> Path:
     return write_tiny_adapter(
         folder, model, rank=2 + seed, alpha=16, targets=["q_proj", "v_proj", "down_proj"], seed=seed
     )
+
+
+def text_set(tokenizer: Tokenizer | None) -> TextSet:
+    """What a base with this tokenizer and no chat template has."""
+    templates = ChatTemplates({}, {})
+    ends = EndTokens([], [], tokenizer=tokenizer, templates=templates, vocab_size=VOCAB)
+    return TextSet(tokenizer, templates, AnswerFormats(templates, tokenizer), ends)
 
 
 def texts_with(tokenizer: Tokenizer) -> LoadedTexts:

@@ -32,6 +32,7 @@ from truffula.service.aio import AsyncService
 from truffula.service.choices import collect
 from truffula.service.core import Service, ServiceLimits
 from truffula.service.sync import SyncService
+from truffula.service.text_sets import TextSet
 from truffula.types import AdapterCommand, GenerateRequest, TokenEvent
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -276,9 +277,9 @@ def test_text_of_unknown_size_is_not_worked_on_in_the_loop(folders: dict[str, Pa
         seen: list[str] = []
         make = service.core.prompt
 
-        def watched(request: GenerateRequest) -> Any:
+        def watched(request: GenerateRequest, texts: TextSet) -> Any:
             seen.append(threading.current_thread().name)
-            return make(request)
+            return make(request, texts)
 
         service.core.prompt = watched  # type: ignore[method-assign]
         for case in cases:
@@ -382,11 +383,11 @@ def test_long_texts_are_worked_on_beside_the_loop(folders: dict[str, Path]) -> N
         assert stream.state.prompt_tokens == 50
         await stream.aclose()
         rendered = await service.texts.prompt(
-            GenerateRequest(messages=[Message(role="user", items=[Text("hi")])], echo=True)
+            GenerateRequest(messages=[Message(role="user", items=[Text("hi")])], echo=True), service.core.base
         )
         assert rendered.text == "<|role|>user\nhi<|role|>assistant\n"
         assert rendered.ids == byte_level().encode(rendered.text)
-        assert service.core.has_chat_template
+        assert service.core.has_chat_template()
 
     run(folders, test)
 

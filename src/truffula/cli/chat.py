@@ -33,7 +33,7 @@ SETTINGS = MappingProxyType({"temperature": float, "top_p": float, "top_k": int,
 
 def run_chat(model: ChatModel, adapter: str, system: str | None, params: SamplingParams) -> None:
     """Chat until the end of input. When input is a pipe, the first error ends the chat and is raised."""
-    if not model.has_chat_template:
+    if not model.can_chat(None if adapter == BASE else adapter):
         raise TemplateError(
             f"{model.name} has no chat template, so it cannot chat; 'truffula generate --raw' completes text."
         )

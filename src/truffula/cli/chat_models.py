@@ -52,9 +52,12 @@ class LocalModel:
         with progress() as report:
             self._llm = LLM(**options, adapters=adapters, progress=report)
         self.name = config.model
-        self.has_chat_template = self._llm.has_chat_template
         if text := self._llm.info.int8_note:
             note(text)
+
+    def can_chat(self, adapter: str | None) -> bool:
+        """Whether there is a chat template for ``adapter``."""
+        return self._llm.can_chat(adapter)
 
     def adapters(self) -> list[str]:
         """The names of the available adapters."""
@@ -83,14 +86,15 @@ class LocalModel:
 class ServerModel:
     """The model of a running server, with the methods of ``LocalModel``."""
 
-    has_chat_template = True  # without one, the server answers with an error
-
     def __init__(self, server: ServerClient) -> None:
         self._server = server
         base = next((row for row in server.models() if not row.get("parent")), None)
         if base is None:
             raise ConfigError(f"The server at {server.url} lists no model.", param="url")
         self.name = str(base["id"])
+
+    def can_chat(self, adapter: str | None) -> bool:
+        return True  # without a template, the server answers with an error
 
     def adapters(self) -> list[str]:
         return [str(row["id"]) for row in self._server.models() if row.get("parent")]

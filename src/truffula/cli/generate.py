@@ -91,7 +91,7 @@ def run_batch(
 
     No progress bar is shown when stdout is a terminal.
     """
-    raw = _completes(model, raw)
+    raw = _completes(model, adapters, raw)
     asked = [(text, adapter) for text in texts for adapter in adapters]
     prompts = [_prompt(text, raw) for text, _ in asked]
     answers = [Answer(adapter or BASE) for _, adapter in asked]
@@ -114,11 +114,12 @@ def _prompt(text: str, raw: bool) -> Prompt:
     return text if raw else [{"role": "user", "content": text}]
 
 
-def _completes(model: ChatModel, raw: bool) -> bool:
-    """Whether prompts are completed without a chat template: with ``--raw``, or when the model has none."""
-    if not raw and not model.has_chat_template:
-        note(f"{model.name} has no chat template: the prompt is completed as it is, as with --raw.")
-    return raw or not model.has_chat_template
+def _completes(model: ChatModel, adapters: Sequence[str | None], raw: bool) -> bool:
+    """Whether prompts are completed without a chat template: with ``--raw``, or when one of the adapters has none."""
+    without = None if raw else next((name for name in adapters if not model.can_chat(name)), "")
+    if without != "" and not raw:
+        note(f"{without or model.name} has no chat template: the prompt is completed as it is, as with --raw.")
+    return without != ""
 
 
 def run_generate(
@@ -127,7 +128,7 @@ def run_generate(
     """Answer ``text`` with each of ``adapters`` (None: the base) and print the answers as they are generated, or as
     JSON.
     """
-    prompt = _prompt(text, _completes(model, raw))
+    prompt = _prompt(text, _completes(model, adapters, raw))
     deltas = model.stream([prompt] * len(adapters), adapters, params)
     answers = [Answer(name or BASE) for name in adapters]
     if not as_json:

@@ -111,6 +111,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         num_blocks=memory.num_blocks,
         prefix_cache=config.prefix_cache and plan.implementation.kind != "serial",
         vocab_size=plan.interface.vocab_size,
+        more_ids=plan.interface.more_ids,
         eos_token_ids=plan.eos_token_ids,
         prefetch_adapters=config.prefetch_adapters,
         rope_regime=plan.interface.rope_regime,
@@ -142,7 +143,8 @@ def _describe(
         backend=backend.name,
         device=backend.device,
         dtype=dtype.dtype,
-        vocab_size=plan.interface.vocab_size,
+        vocab_size=plan.interface.vocab_size - plan.interface.more_ids,
+        more_ids=plan.interface.more_ids,
         max_model_len=memory.max_model_len,
         block_size=config.block_size,
         num_blocks=memory.num_blocks,
@@ -238,7 +240,7 @@ def load_model(
     config: EngineConfig, path: Path, checkpoint: Checkpoint, report: Progress, serial: str = ""
 ) -> LoadedModel:
     """Plan and load the model; ``serial`` as in ``plan_model``."""
-    plan = plan_model(checkpoint, config.implementation, serial=serial)
+    plan = plan_model(checkpoint, config.implementation, serial=serial, more_ids=config.adapter_tokens)
     backend = choose_backend(config, plan)
     settings = find_settings(config, path, plan, backend)
     pull = WeightReader(

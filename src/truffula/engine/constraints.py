@@ -23,7 +23,7 @@ from truffula.errors import GrammarError, InvalidRequest, TruffulaError, is_rust
 from truffula.items import Grammar
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Uint32
-from truffula.types import Vocabulary
+from truffula.types import MAX_VOCABULARIES, Vocabulary
 
 if TYPE_CHECKING:
     import llguidance
@@ -236,22 +236,25 @@ class GrammarCompiler:
     def __init__(self, vocab_size: int, eos_ids: Sequence[int]) -> None:
         self._vocab_size = vocab_size
         self._config_eos_ids = frozenset(eos_ids)
-        self._eos_ids: frozenset[int] = frozenset()
-        self._tokenizer: _LazyTokenizer | None = None
+        self._vocabularies: dict[str, tuple[_LazyTokenizer, frozenset[int]]] = {}  # with its end ids
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._pending: dict[str, Future[llguidance.LLMatcher]] = {}
         self._too_slow: OrderedDict[str, TruffulaError] = OrderedDict()  # why a grammar is not served again
         self._threads: ThreadPoolExecutor | None = None
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Set the tokens that grammars are compiled for. Only the first call counts: they are those of the model."""
+        """Set the tokens that grammars of this vocabulary are compiled for. Of a key only the first call counts; the
+        oldest of adapters are dropped."""
         size = self._vocab_size
-        if self._tokenizer is not None:
+        if vocabulary.key in self._vocabularies:
             return
-        self._eos_ids = frozenset(i for i in {*vocabulary.end_ids, *self._config_eos_ids} if 0 <= i < size)
+        eos_ids = frozenset(i for i in {*vocabulary.end_ids, *self._config_eos_ids} if 0 <= i < size)
         tokens = vocabulary.tokens[:size] + [b""] * (size - len(vocabulary.tokens))
-        special = {i for i in vocabulary.special_ids if 0 <= i < size} | self._eos_ids
-        self._tokenizer = _LazyTokenizer(_TokenBytes(tokens, sorted(special), sorted(self._eos_ids)))
+        special = {i for i in vocabulary.special_ids if 0 <= i < size} | eos_ids
+        made = _LazyTokenizer(_TokenBytes(tokens, sorted(special), sorted(eos_ids)))
+        self._vocabularies[vocabulary.key] = made, eos_ids
+        while len(self._vocabularies) > MAX_VOCABULARIES:
+            del self._vocabularies[next(key for key in self._vocabularies if key)]
 
     def start(self, grammar: Grammar) -> bool:
         """Begin to compile ``grammar``; False when it is compiled already.
@@ -262,16 +265,17 @@ class GrammarCompiler:
         """
         if grammar.key in self._too_slow:
             raise self._too_slow[grammar.key]
-        if self._tokenizer is None:
+        tokenizer, eos_ids = self._vocabularies.get(grammar.vocabulary, (None, frozenset()))
+        if tokenizer is None:
             raise InvalidRequest("The engine has no vocabulary, which a grammar needs.", param="grammar")
-        if not self._eos_ids:
+        if not eos_ids:
             raise InvalidRequest("The model has no end-of-sequence token, which a grammar needs.", param="grammar")
         if grammar.key in self._compiled:
             return False
         if grammar.key not in self._pending:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(COMPILE_THREADS, "truffula-grammar")
-            self._pending[grammar.key] = self._threads.submit(_compile, self._tokenizer, grammar)
+            self._pending[grammar.key] = self._threads.submit(_compile, tokenizer, grammar)
         return True
 
     def is_compiling(self) -> bool:
@@ -296,7 +300,8 @@ class GrammarCompiler:
         """A matcher at the beginning of ``grammar``, which is compiled."""
         self._compiled.move_to_end(grammar.key)
         compiled = self._compiled[grammar.key]
-        return Matcher(compiled, self._eos_ids, stop_ids, ignore_eos=ignore_eos, min_tokens=min_tokens)
+        _, eos_ids = self._vocabularies.get(grammar.vocabulary, (None, frozenset(self._config_eos_ids)))
+        return Matcher(compiled, eos_ids, stop_ids, ignore_eos=ignore_eos, min_tokens=min_tokens)
 
     def drop_failed(self, grammar: Grammar, matcher: Matcher) -> None:
         """Compile ``grammar`` again for later requests if llguidance failed in ``matcher``; refuse it if it was slow.

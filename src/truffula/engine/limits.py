@@ -19,6 +19,7 @@ class EngineLimits:
     ``kv_block_bytes`` KV is not in the byte budget). Each group has ``num_blocks`` block ids, the scratch block among
     them. A model with sequence states has ``num_states`` state rows, row 0 among them, of ``state_bytes`` each.
 
+    The last ``more_ids`` of the ``vocab_size`` ids are adapters' own.
     ``prefetch_adapters``: how many adapters may be loading for waiting requests at a time. ``patience``: in how
     many steps an adapter that runs nothing may be refused for lack of room, before the one that runs most is preempted.
     """
@@ -40,11 +41,17 @@ class EngineLimits:
     num_states: int = 0
     state_bytes: int = 0
     patience: int = 16
+    more_ids: int = 0
 
     @property
     def most_running(self) -> int:
         """Sequences that may run. Each gets a token and a row in each step, so no more than a step has of either."""
         return min(self.max_running, self.step_tokens, self.step_logit_rows)
+
+    @property
+    def base_ids(self) -> int:
+        """The ids of the base."""
+        return self.vocab_size - self.more_ids
 
     def kv_layout(self, depth: int) -> KvLayout:
         """How KV divides into groups and blocks when ``depth`` steps may be unfinished."""
@@ -86,13 +93,9 @@ def check_request(request: EngineRequest, limits: EngineLimits, longest: int, wa
         InsufficientMemory: Its KV would not fit even if it ran alone.
         Overloaded: As many requests wait as may.
     """
-    params = request.params
     if not request.prompt_ids:
         raise InvalidRequest("The prompt is empty; give at least one token.", param="prompt")
-    _check_ids("prompt", request.prompt_ids, limits.vocab_size)
-    _check_ids("resume_ids", request.resume_ids, limits.vocab_size)
-    _check_ids("stop_token_ids", params.stop_token_ids, limits.vocab_size)
-    _check_ids("logit_bias", list(params.logit_bias), limits.vocab_size)
+    check_vocabulary(request, limits.vocab_size if request.adapter is not None else limits.base_ids)
     total = most_tokens(request, limits, longest)
     if waiting >= limits.max_waiting:
         raise Overloaded(
@@ -100,6 +103,15 @@ def check_request(request: EngineRequest, limits: EngineLimits, longest: int, wa
             waiting=waiting, limit=limits.max_waiting,
         )  # fmt: skip
     return total
+
+
+def check_vocabulary(request: EngineRequest, vocab_size: int) -> None:
+    """Raise ``InvalidRequest`` for an id outside a vocabulary of ``vocab_size`` ids."""
+    params = request.params
+    _check_ids("prompt", request.prompt_ids, vocab_size)
+    _check_ids("resume_ids", request.resume_ids, vocab_size)
+    _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    _check_ids("logit_bias", list(params.logit_bias), vocab_size)
 
 
 def most_tokens(request: EngineRequest, limits: EngineLimits, longest: int, virtual: int = 0) -> int:

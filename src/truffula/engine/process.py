@@ -50,6 +50,7 @@ from truffula.errors import (
 from truffula.frames import Disconnected, Frame
 from truffula.logs import LogSettings
 from truffula.types import (
+    MAX_VOCABULARIES,
     AdapterCommand,
     AdapterState,
     EngineAction,
@@ -80,7 +81,7 @@ class ProcessClient:
         self._progress = progress
         self._journal = Journal()
         self._commands = PendingCommands()
-        self._lock = threading.Lock()  # guards the fields down to _vocabulary
+        self._lock = threading.Lock()  # guards the fields down to _vocabularies
         self._process: EngineProcess | None = None  # the one that takes requests
         self._unavailable: TruffulaError = EngineDied("The engine is starting.")  # of requests while there is none
         self._fatal_error: TruffulaError | None = None
@@ -88,7 +89,7 @@ class ProcessClient:
         self._closing = threading.Event()
         self._loop_reader: LoopReader | None = None
         self._pinned: dict[str, AdapterCommand] = {}
-        self._vocabulary: Vocabulary | None = None
+        self._vocabularies: dict[str, Vocabulary] = {}
         self._wake_in, self._wake_out = os.pipe()
         os.set_blocking(self._wake_in, False)
         os.set_blocking(self._wake_out, False)
@@ -119,7 +120,9 @@ class ProcessClient:
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         with self._lock:
-            self._vocabulary = vocabulary
+            self._vocabularies[vocabulary.key] = vocabulary
+            while len(self._vocabularies) > MAX_VOCABULARIES:
+                del self._vocabularies[next(key for key in self._vocabularies if key)]
         self._post(wire.SetVocabulary(vocabulary))  # an engine that is not ready gets it when it is
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
@@ -361,8 +364,8 @@ class ProcessClient:
     def _on_ready(self, process: EngineProcess, info: EngineInfo) -> None:
         process.ready = True
         with self._lock:
-            if self._vocabulary is not None:  # before any request
-                process.channel.post(wire.SetVocabulary(self._vocabulary))
+            for vocabulary in self._vocabularies.values():  # before any request
+                process.channel.post(wire.SetVocabulary(vocabulary))
             self._process = process
             if self._loop_reader is not None:
                 self._loop_reader.attach(process)

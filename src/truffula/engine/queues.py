@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import islice, takewhile
 
-from truffula.engine.limits import EngineLimits, most_tokens
+from truffula.engine.limits import EngineLimits, check_vocabulary, most_tokens
 from truffula.engine.sequence import Sequence, TurnKey, sources_of
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.lora.loads import SourceState
@@ -182,9 +182,13 @@ class WaitingQueues:
         if (error := self._not_summable(sequence)) is not None:
             return [(sequence, error)]
         lease = sequence.virtual_lease
-        if lease is None:
-            return []
         try:
+            own = max((one.facts.vocab_size for one in sequence.acting_leases.values()), default=0)
+            check_vocabulary(sequence.request, own or self._limits.base_ids)
+            if own:
+                sequence.take_vocabulary(own)
+            if lease is None:
+                return []
             total = most_tokens(sequence.request, self._limits, self._longest(), len(lease.facts.virtual_ids))
         except TruffulaError as refusal:
             return [(sequence, refusal.info())]
@@ -195,14 +199,20 @@ class WaitingQueues:
         """Why the adapters of ``sequence``, which are bound, cannot act together or weighted; None where they can."""
         if len(sequence.adapters) == 1 and sequence.adapters[0].weight == 1.0:
             return None
-        bound = {one.generation for one in sequence.adapters}
-        for source, ref in sources_of(sequence).items():
-            lease = sequence.loaded_leases[source]
-            if lease.facts.virtual_ids and lease.generation in bound:
+        leases, refs = sequence.acting_leases, sources_of(sequence)
+        for source, lease in leases.items():
+            if lease.facts.virtual_ids:
                 return InvalidRequest(
-                    f"Adapter {ref.name!r} puts virtual tokens before the prompt, so it cannot be weighted or added to "
-                    "another adapter. Name it alone.",
+                    f"Adapter {refs[source].name!r} puts virtual tokens before the prompt, so it cannot be weighted or "
+                    "added to another adapter. Name it alone.",
                     param="adapters",
-                    adapter=ref.name,
+                    adapter=refs[source].name,
                 ).info()
+        sizes = {lease.facts.vocab_size: refs[source].name for source, lease in leases.items()}
+        if len(sizes) > 1:
+            name, size = sizes[max(sizes)], max(sizes)
+            return InvalidRequest(
+                f"Adapter {name!r} has a vocabulary of its own, of {size} tokens, and acts only beside adapters "
+                "with the same. Name it alone.", param="adapters", adapter=name,
+            ).info()  # fmt: skip
         return None

@@ -102,7 +102,7 @@ class Sequence:
         self._stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else limits.eos_token_ids)
         self._min_tokens = params.min_tokens
         self._wants_logprobs = params.logprobs is not None
-        self._sampling = sampling_of(request, self._stop_ids, limits.vocab_size)
+        self._sampling = sampling_of(request, self._stop_ids, limits.base_ids)
         self.scores: list[tuple[float, TopList]] = []
         self._scores_sent = False
 
@@ -138,11 +138,19 @@ class Sequence:
         return NEVER if first is None else first
 
     @property
+    def acting_leases(self) -> dict[SourceState, AdapterLease]:
+        """The loaded leases of its ``adapters``, by source."""
+        bound = {one.generation for one in self.adapters}
+        return {source: lease for source, lease in self.loaded_leases.items() if lease.generation in bound}
+
+    @property
     def virtual_lease(self) -> AdapterLease | None:
         """The lease of its adapter with virtual tokens; None: it has no such adapter."""
-        bound = {one.generation for one in self.adapters}
-        leases = self.loaded_leases.values()
-        return next((one for one in leases if one.facts.virtual_ids and one.generation in bound), None)
+        return next((one for one in self.acting_leases.values() if one.facts.virtual_ids), None)
+
+    def take_vocabulary(self, vocab_size: int) -> None:
+        """Draw from the first ``vocab_size`` ids, of which its adapter has rows."""
+        self._sampling = sampling_of(self.request, self._stop_ids, vocab_size)
 
     def take_leases(self, leases: tuple[AdapterLease, ...]) -> None:
         """Set the resident leases of its ``adapters``, or none when it leaves the batch."""
@@ -479,12 +487,13 @@ def resolve_seed(request: EngineRequest) -> int:
 
 
 def sampling_of(request: EngineRequest, stop_ids: frozenset[int], vocab_size: int) -> SequenceSampling:
-    """The sampling of ``request``: its ``stop_ids`` are banned until it has ``min_tokens``."""
+    """The sampling of ``request`` from the first ``vocab_size`` ids: its ``stop_ids`` are banned until it has
+    ``min_tokens``."""
     p = request.params
     bias = sorted(p.logit_bias.items())
     banned = sorted(token for token in stop_ids if token < vocab_size) if p.min_tokens else []
     return SequenceSampling(
-        temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, typical_p=p.typical_p,
+        width=vocab_size, temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, typical_p=p.typical_p,
         repetition=p.repetition_penalty, frequency=p.frequency_penalty, presence=p.presence_penalty,
         n_logprobs=-1 if p.logprobs is None else min(p.logprobs, vocab_size),
         n_prompt_logprobs=-1 if p.prompt_logprobs is None else min(p.prompt_logprobs, vocab_size),

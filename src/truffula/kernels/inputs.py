@@ -105,7 +105,8 @@ class StepInputs:
 class SequenceSampling:
     """How the tokens of one sequence are drawn. The defaults are greedy, without logprobs.
 
-    Samplers round the floats to float32. ``n_logprobs`` -1: none; k: of the k best and of the one drawn;
+    Samplers round the floats to float32. ``width``: only ids below it may be drawn, and logprobs are of these; 0: all.
+    ``n_logprobs`` -1: none; k: of the k best and of the one drawn;
     ``n_prompt_logprobs`` likewise for scored rows. ``warped``: logprobs are those of the distribution drawn from,
     instead of the model's. ``bias_values`` are added to the logits of ``bias_ids``; -inf bans an id. ``banned_ids`` are
     banned until the sequence has ``min_tokens`` completion tokens. ``seed``, ``choice`` and the number of the draw
@@ -113,6 +114,7 @@ class SequenceSampling:
     """
 
     temperature: float = 0.0
+    width: int = 0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0

@@ -499,7 +499,8 @@ class Output:
 class ModelInterface:
     """A model as the engine and the adapters see it: sites, vocabulary, KV groups, states and output, without ops.
 
-    ``max_positions`` is the model's longest sequence in tokens. Ids are positions in their tuples.
+    ``max_positions`` is the model's longest sequence in tokens. Ids are positions in their tuples. The last
+    ``more_ids`` of the ``vocab_size`` ids are adapters' own: the model's rows of them are zero.
     """
 
     name: str
@@ -510,6 +511,7 @@ class ModelInterface:
     output: Output
     states: tuple[RecurrentState, ...] = ()
     rope_regime: RopeRegime | None = None
+    more_ids: int = 0
 
     def __post_init__(self) -> None:
         _require_ids_in_order(self, "sites", "kv_groups", "states")

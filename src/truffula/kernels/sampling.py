@@ -39,9 +39,12 @@ class Sampler:
 
     def set_sequence(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
         """Begin or resume the sequence in ``slot``."""
+        width = sampling.width or self._vocab_size
+        if not 0 < width <= self._vocab_size:
+            raise KernelError(f"width: {width} of a vocabulary of {self._vocab_size}.", param="width")
         for ids in (prompt_ids, completion_ids, sampling.bias_ids, sampling.banned_ids):
-            if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-                vocabulary = f"the vocabulary of {self._vocab_size}"
+            if len(ids) and not 0 <= ids.min() <= ids.max() < width:
+                vocabulary = f"the vocabulary of {width}"
                 raise KernelError(f"an id of the sequence is outside {vocabulary}.", param="ids")
         self._slots[slot] = _Sequence(_as_float32(sampling), prompt_ids.copy(), completion_ids.tolist())
 
@@ -55,6 +58,11 @@ class Sampler:
         """
         count = len(logits)
         rows = self._rows(samples, count)
+        narrow = {r: row.sampling.width for r, row in enumerate(rows) if row.sampling.width}
+        if any(width < self._vocab_size for width in narrow.values()):
+            logits = logits.copy()
+            for r, width in narrow.items():
+                logits[r, width:] = -np.inf
         ids = np.argmax(logits, axis=1).astype(np.int32) if count else np.zeros(0, np.int32)
         # argmax returns a NaN first, then +Inf: its value shows whether the whole row is finite.
         finite = np.isfinite(logits[np.arange(count), ids])
@@ -98,14 +106,15 @@ class Sampler:
             sequence = self._slots[slot] if 0 <= slot < len(self._slots) else None
             if sequence is None:
                 raise KernelError(f"row_slot: row {r} is of slot {slot}, which holds no sequence.", param="row_slot")
-            if target >= self._vocab_size:
+            width = sequence.sampling.width or self._vocab_size
+            if target >= width:
                 raise KernelError(f"target: {target} is outside the vocabulary.", param="target")
             allowed = None
             if target < 0:
                 if slot in drawing:
                     raise KernelError(f"row_slot: two rows draw for slot {slot}.", param="row_slot")
                 drawing.add(slot)
-                allowed = self._allowed(samples, int(samples.mask_row[r]))
+                allowed = self._allowed(samples, int(samples.mask_row[r]), width)
                 if sequence.sampling.penalised and draw > len(sequence.drawn):
                     known = f"a sequence that has {len(sequence.drawn)} tokens"
                     raise KernelError(f"draw: number {draw} of {known}.", param="draw")
@@ -115,14 +124,14 @@ class Sampler:
                 del row.sequence.drawn[row.draw :]
         return rows
 
-    def _allowed(self, samples: SampleInputs, mask_row: int) -> Bool | None:
+    def _allowed(self, samples: SampleInputs, mask_row: int, width: int) -> Bool | None:
         if mask_row < 0:
             return None
         if mask_row >= len(samples.mask):
             raise KernelError(f"mask_row: there is no mask {mask_row}.", param="mask_row")
         bits = np.unpackbits(samples.mask[mask_row].astype("<u4").view(np.uint8), bitorder="little")
         allowed = bits[: self._vocab_size].astype(np.bool_)
-        if not allowed.any():
+        if not allowed[:width].any():
             raise KernelError(f"mask: row {mask_row} allows no id.", param="mask")
         return allowed
 

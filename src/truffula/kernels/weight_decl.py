@@ -50,7 +50,7 @@ class WeightPart(msgspec.Struct, frozen=True, gc=False):
     rows. Of a weight of experts, a part fills rows
     ``lo ..`` of ``expert`` (None: of every expert) and has the shape ``stored``; ``columns`` takes matrices that are
     stored [I, O], ``even_columns`` and ``odd_columns`` every second column of such matrices, and ``alternating`` a
-    vector [E, O] in which entries of gates and ups alternate.
+    vector [E, O] in which entries of gates and ups alternate. One without a name is ``stored`` zeros.
     """
 
     name: str

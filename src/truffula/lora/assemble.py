@@ -44,6 +44,8 @@ from truffula.weights.finite import first_non_finite
 
 _ZERO_CHUNK = 1 << 16
 """Values that are compared with zero at a time."""
+_FEW_ROWS = 8
+"""A table of which fewer rows than one of so many differ from the base's is kept as these rows."""
 _SAME_SCALE = 1e-5
 """Norms that PEFT computed at the start of training differ from ours by rounding."""
 
@@ -58,6 +60,7 @@ class Assembly:
     parts: dict[int, list[Part]] = field(default_factory=dict)
     without_effect: list[str] = field(default_factory=list)
     prefix: Float32 | None = None
+    tables: Mapping[int, Site] = field(default_factory=dict)  # of the base, which may have more rows than its own
     _replaced: dict[int, Array] = field(default_factory=dict)
 
     def sites(self) -> tuple[SiteTensors, ...]:
@@ -72,6 +75,8 @@ class Assembly:
             others: list[Part] = [part for part in parts if not isinstance(part, Bias)]
             if biases:
                 others.append(Bias(functools.reduce(np.add, biases)))
+            if (table := self.tables.get(site)) is not None:
+                others = [_padded(part, table) for part in others]
             made.append(SiteTensors(site, tuple(sorted(others, key=lambda part: order.index(part.kind)))))
         return tuple(made)
 
@@ -100,13 +105,38 @@ class Assembly:
                     )
                 same = _equal(own, base.rows(site, stored=True))
             else:
-                own = values
-                same = _equal(own, base.rows(site, stored=True))
+                own, most = values, len(values) // _FEW_ROWS
+                ids = _other_rows(own, base.rows(site, stored=True), most)
+                same = not len(ids)
+                if 0 < len(ids) <= most:
+                    self._set_rows(site, ids, own[ids])
+                elif not same:
+                    self._add(site, Replace(own))
             if not same:
                 changed = True
                 self._replaced[site.id] = own
-                self._add(site, Replace(own))
+                if site.kind in ("norm", "linear"):
+                    self._add(site, Replace(own))
         return changed
+
+    def _set_rows(self, site: Site, ids: Array, values: Array) -> None:
+        """Replace rows of a table, whose weight or other rows may be replaced already."""
+        parts = self.parts.setdefault(site.id, [])
+        before = next((part for part in parts if isinstance(part, Replace | RowsPart)), None)
+        if before is not None:
+            parts.remove(before)
+            old = before.weight if isinstance(before, Replace) else before.values
+            if old.dtype != values.dtype:
+                old, values = old.astype(np.float32), values.astype(np.float32)
+            if isinstance(before, Replace):
+                weight = old.copy()
+                weight[ids] = values
+                parts.append(Replace(weight))
+                return
+            kept = ~np.isin(before.ids, ids)
+            ids, values = np.concatenate([before.ids[kept], ids]), np.concatenate([old[kept], values])
+        order = np.argsort(ids)
+        parts.append(RowsPart(ids[order].astype(np.int32), np.ascontiguousarray(values[order])))
 
     def _bias(self, saved: Saved) -> bool:
         values, changed = self.tensors[saved.info.name], False
@@ -132,12 +162,10 @@ class Assembly:
                 "the head, so that training and serving would differ. Name the rows in modules_to_save instead.",
                 param="trainable_token_indices", key=saved.info.name,
             )  # fmt: skip
-        ids = np.asarray(saved.ids, np.int32)
-        order = np.argsort(ids)
-        ids, values = ids[order], np.ascontiguousarray(self.tensors[saved.info.name][order])
-        if np.array_equal(base.gather(site, ids).astype(values.dtype), values):
+        ids, values = np.asarray(saved.ids, np.int32), self.tensors[saved.info.name]
+        if site.id not in self._replaced and np.array_equal(base.gather(site, ids).astype(values.dtype), values):
             return False
-        self._add(site, RowsPart(ids, values))
+        self._set_rows(site, ids, values)
         return True
 
     def _check_tied_copies(self, every: list[Saved]) -> None:
@@ -278,10 +306,48 @@ class Assembly:
         self.parts.setdefault(site.id, []).append(part)
 
 
+def _padded(part: Part, table: Site) -> Part:
+    """``part`` with as many rows as the base's ``table``: no token of the adapter's is behind its own."""
+    if isinstance(part, InputScale | RowsPart):
+        return part
+    if table.kind == "embed":
+        rows = table.in_features
+        if isinstance(part, LowRank):
+            return LowRank(_extended(part.a.T, rows).T, part.b, part.scale)
+        return Replace(_extended(part.weight, rows)) if isinstance(part, Replace) else part
+    rows = table.out_features
+    match part:
+        case LowRank(a, b, scale):
+            return LowRank(a, _extended(b, rows), scale)
+        case ColumnScale(factor):
+            return ColumnScale(_extended(factor, rows, 1))
+        case Bias(values):
+            return Bias(_extended(values, rows))
+        case Replace(weight):
+            return Replace(_extended(weight, rows))
+
+
+def _extended(array: Array, rows: int, value: float = 0) -> Array:
+    """``array`` with further rows of ``value``."""
+    more = rows - len(array)
+    return array if not more else np.concatenate([array, np.full((more, *array.shape[1:]), value, array.dtype)])
+
+
 def _check_finite(key: str, part: Part) -> None:
     """Raise ``AdapterError`` when a part that was computed with the tensor ``key`` is not finite."""
     if any(first_non_finite(array) is not None for array in tensors_of(part)):
         raise AdapterError(f"{key}: what is computed with it is beyond the range of float32.", param=key)
+
+
+def _other_rows(own: Array, rows: Iterator[tuple[int, Array]], most: int) -> Array:
+    """Ids of the rows of ``own`` that are not the base's; a few more than ``most`` when they are more."""
+    found: list[Array] = []
+    for lo, values in rows:
+        mine = own[lo : lo + len(values)]
+        found.append(lo + np.flatnonzero((values.astype(own.dtype) != mine).any(axis=1)))
+        if sum(map(len, found)) > most:
+            break
+    return np.concatenate(found)
 
 
 def _equal(own: Array, rows: Iterator[tuple[int, Array]]) -> bool:

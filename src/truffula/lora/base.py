@@ -64,14 +64,16 @@ class BaseSource:
     is kept; otherwise why not. ``serial``: it is computed one sequence at a time.
     ``dtype`` and ``quantize`` are the engine's, which rounds matrices accordingly; it does not round ``exact`` ones,
     and does not quantise those in ``unquantised``. ``latent`` sites act where cached latents are read, on those of all
-    tokens. ``tied``: embedding and head are one tensor;
-    ``kv_heads`` by layer.
+    tokens. Of its ``vocab_size`` + ``more_ids`` ids the last are adapters' own. ``tied``: embedding and head are one
+    tensor; ``kv_heads`` by layer.
     """
 
     path: str
     files: tuple[FileStamp, ...]
     weights: dict[int, WeightDecl]
     sites: dict[int, SiteWeight]
+    vocab_size: int = 0
+    more_ids: int = 0
     tied: bool = False
     kv: tuple[KvLayer, ...] | str = ()
     serial: bool = False
@@ -96,6 +98,8 @@ def base_source(
         files=tuple(file.opened for file in checkpoint.files),
         weights={decl.id: decl for decl in program.weights if decl.id in used},
         sites=sites,
+        vocab_size=plan.interface.vocab_size - plan.interface.more_ids,
+        more_ids=plan.interface.more_ids,
         tied=plan.tying.tie is not Tie.SEPARATE,
         kv=_kv_layers(program) if plan.transformers is None else "transformers' code computes it",
         serial=plan.implementation.kind == "serial",
@@ -173,7 +177,9 @@ class BaseWeights:
     def bias(self, site: Site) -> Float32 | None:
         """``[O]`` float32 as stored; None without one."""
         place = self._place(site)
-        return None if place.bias is None else self._vector(self._decl(place.bias))[place.lo : place.hi]
+        if place.bias is None:
+            return None
+        return self._vector(self._decl(place.bias))[place.lo : min(place.hi, place.lo + site.out_features)]
 
     def vector(self, site: Site) -> Float32:
         """The weight of a norm, as its op multiplies by it: ``[width]`` float32."""
@@ -191,10 +197,11 @@ class BaseWeights:
 
     def rows(self, site: Site, *, stored: bool = False) -> Iterator[tuple[int, Array]]:
         """Blocks of the site's weight [O, I] (of a table [V, D]): the number of the first row, and float32 values as
-        the engine holds them. ``stored``: in the file's dtype, or dequantised."""
+        the engine holds them; of a table as many as ``site`` has. ``stored``: in the file's dtype, or dequantised."""
         place = self._place(site)
         decl = self._decl(place.weight)
-        lo, hi, expert = place.lo, place.hi, None
+        lo, expert = place.lo, None
+        hi = min(place.hi, lo + (site.in_features if site.kind == "embed" else site.out_features))
         if len(decl.shape) == 3:
             expert, lo = divmod(lo, decl.shape[1])
             hi = lo + place.hi - place.lo

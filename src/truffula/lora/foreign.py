@@ -8,6 +8,7 @@ from pathlib import Path
 
 from truffula.errors import AdapterError, did_you_mean, nearest
 from truffula.lora.paths import CONFIG, PICKLE, TENSORS
+from truffula.lora.shards import lacking, tensor_files
 
 MLX = (
     "In MLX's format A and B are transposed and the scale is stored as such: lora_A = lora_a.T, lora_B = lora_b.T, "
@@ -42,13 +43,12 @@ _WRAPPERS = {
     ),
 }
 _ANY_WRAPPER = re.compile("|".join(_WRAPPERS))
-_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors\Z")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".7z", ".rar", ".gz")
 _NUMBER = re.compile(r"\d+")
 
 
-def _rewrite(tensors: str, module: str = "glob") -> str:
+def _rewrite(tensors: str, module: str) -> str:
     """A shell command that writes the dict ``tensors`` as the adapter's file: a Python expression, which may use ``s``
     (safetensors.torch) and ``module``. It does not write to a file that it reads.
     """
@@ -83,17 +83,25 @@ def describe_folder(folder: Path) -> tuple[str, str] | None:
     Looks at names, and at those of its subfolders. Raises ``OSError`` when it can't be listed.
     """
     names = {path.name for path in folder.iterdir()}
-    return None if names.issuperset(_PAIR_FILES) else describe_names(names, subfolders_with_adapters(folder))
+    return None if _is_complete(names) else describe_names(names, subfolders_with_adapters(folder))
 
 
 def subfolders_with_adapters(folder: Path) -> list[str]:
-    """Names of the direct subfolders that hold both files of an adapter. Raises ``OSError``."""
-    return [p.name for p in folder.iterdir() if p.is_dir() and all((p / file).is_file() for file in _PAIR_FILES)]
+    """Names of the direct subfolders that hold the files of an adapter. Raises ``OSError``."""
+    return [
+        p.name
+        for p in folder.iterdir()
+        if (p / CONFIG).is_file() and ((p / TENSORS).is_file() or _is_complete({file.name for file in p.iterdir()}))
+    ]
+
+
+def _is_complete(names: Collection[str]) -> bool:
+    return CONFIG in names and bool(tensor_files(names))
 
 
 def describe_names(names: Collection[str], adapters_inside: Iterable[str] = ()) -> tuple[str, str] | None:
     """As ``describe_folder``, for a listing. ``adapters_inside`` are the subfolders that are adapters themselves."""
-    if set(names).issuperset(_PAIR_FILES):
+    if _is_complete(names):
         return None
     missing_file = TENSORS if CONFIG in names else CONFIG
     return _seems(names, latest_first(adapters_inside)) or _lacks(names), missing_file
@@ -109,10 +117,8 @@ def _seems(names: Collection[str], inside: list[str]) -> str | None:
     """What a folder that lacks one of the two files seems to be."""
     if "adapters.safetensors" in names:
         return f"This is an MLX adapter (adapters.safetensors); PEFT's format is served. {MLX}"
-    if shards := sorted(name for name in names if _SHARD.match(name)):
-        files = f"{len(shards)} shards of it ({shards[0]}, …)" if len(shards) > 1 else f"a shard of it ({shards[0]})"
-        command = _rewrite("{k: v for f in glob.glob('adapter_model-*-of-*') for k, v in s.load_file(f).items()}")
-        return f"There is no {TENSORS}, but {files}. Shards are not read. Join them, in the adapter's folder: {command}"
+    if why := lacking(names):
+        return f"There is no {TENSORS}, and {why}. Take all files from where the adapter comes from."
     if PICKLE in names:
         expression = f"{{k: v.contiguous() for k, v in torch.load('{PICKLE}', weights_only=True).items()}}"
         command = _rewrite(expression, "torch")

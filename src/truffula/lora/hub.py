@@ -17,6 +17,7 @@ from truffula.lora.extra_files import MAX_BYTES, READ
 from truffula.lora.fields import MAX_CONFIG_BYTES
 from truffula.lora.foreign import describe_names, latest_first
 from truffula.lora.paths import CONFIG, TENSORS
+from truffula.lora.shards import INDEX, MAX_INDEX_BYTES, tensor_files
 from truffula.lora.stores import CHUNK, SourceError
 from truffula.types import AdapterRef
 from truffula.weights.hub import HubError, explain
@@ -39,14 +40,17 @@ def download(
 
     disable_progress_bars()
     common: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-    names: tuple[str, ...] = (CONFIG, TENSORS)
+    names: tuple[str, ...] = (TENSORS,)
     try:
         if not offline:
             info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
-            names += _check_listing(info, repo, max_file_bytes)
+            names = _check_listing(info, repo, max_file_bytes)
             common["revision"] = info.sha
         # One by one: a pool of threads would cost address space that this process does not have.
-        paths = [Path(hub.hf_hub_download(repo, name, local_files_only=offline, **common)) for name in names]
+        paths = [Path(hub.hf_hub_download(repo, CONFIG, local_files_only=offline, **common))]
+        if offline:
+            names = tuple(tensor_files({file.name for file in paths[0].parent.iterdir()})) or names
+        paths += [Path(hub.hf_hub_download(repo, name, local_files_only=offline, **common)) for name in names]
         if not offline:
             with contextlib.suppress(OSError):  # a cache that is complete may be read-only
                 _note_branch(paths[0].parent, revision or "main")
@@ -57,7 +61,7 @@ def download(
         if failure.kind == "unexpected":
             raise
         raise _hub_error(repo, revision, failure) from error
-    if paths[0].parent != paths[1].parent:
+    if len({path.parent for path in paths}) > 1:
         raise AdapterLoadError(f"{repo} changed while it was downloaded; try again.", param="adapter")
     return paths[0].parent
 
@@ -87,23 +91,28 @@ def _note_branch(snapshot: Path, revision: str) -> None:
 
 
 def _check_listing(info: Any, repo: str, max_file_bytes: int) -> tuple[str, ...]:
-    """Raises ``AdapterError`` unless both files are there and small enough; the other files to fetch with them."""
+    """The files to fetch besides the configuration. Raises ``AdapterError`` unless the adapter's are there and small
+    enough."""
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     lacking = describe_names({name for name in sizes if "/" not in name})
     if lacking is not None:
         text, missing_file = lacking
-        if inside := latest_first(name.rpartition("/")[0] for name in sizes if name.endswith(f"/{TENSORS}")):
+        tensors = (f"/{TENSORS}", f"/{INDEX}")
+        if inside := latest_first(name.rpartition("/")[0] for name in sizes if name.endswith(tensors)):
             text = (
                 f"Its folder {inside[0]} is an adapter, but subfolders of a repository are not served: download it "
                 f"with hf download {repo} --include '{inside[0]}/*' --local-dir DIR and give DIR/{inside[0]}."
             )
         raise AdapterError(f"{repo} is not a PEFT adapter. {text}", param=missing_file)
-    for name, most in ((CONFIG, min(MAX_CONFIG_BYTES, max_file_bytes)), (TENSORS, max_file_bytes)):
+    files = tensor_files({name for name in sizes if "/" not in name})
+    index = (INDEX,) if INDEX in sizes and files != [TENSORS] else ()
+    for name in (CONFIG, *files, *index):
+        most = min({CONFIG: MAX_CONFIG_BYTES, INDEX: MAX_INDEX_BYTES}.get(name, max_file_bytes), max_file_bytes)
         if (sizes[name] or 0) > most:
             raise AdapterError(
                 f"{repo}: {name} has {sizes[name]} bytes; the limit is {most} (--max-adapter-file).", param=name
             )
-    return tuple(name for name in READ if name in sizes and (sizes[name] or 0) <= MAX_BYTES)
+    return (*files, *index, *(name for name in READ if name in sizes and (sizes[name] or 0) <= MAX_BYTES))
 
 
 class HubStore:

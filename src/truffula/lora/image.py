@@ -35,12 +35,14 @@ class AdapterFacts(msgspec.Struct, frozen=True):
     ``invocation``: the adapter acts from the last occurrence of these ids in a prompt on, and nowhere without one
     (activated LoRA); empty: everywhere. ``virtual_ids`` come before the first token of every sequence. They are beyond
     the vocabulary: the adapter's own rows of the embedding table or, with ``kv_ops``, no input at all: their keys and
-    values are the adapter's (``KvPrefix``), of the attention with these numbers.
+    values are the adapter's (``KvPrefix``), of the attention with these numbers. ``vocab_size``: the ids that its own
+    tables have rows for; 0: those of the base.
     """
 
     invocation: tuple[int, ...] = ()
     virtual_ids: tuple[int, ...] = ()
     kv_ops: tuple[int, ...] = ()
+    vocab_size: int = 0
 
     def acts_from(self, prompt_ids: Sequence[int]) -> int | None:
         """The token of a prompt from which on the adapter acts; None: it does not act on this prompt."""

@@ -26,8 +26,8 @@ from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.image import AdapterFacts
 from truffula.lora.keys import KeyPlan, listed, plan_keys
 from truffula.lora.parsed import BaseFacts, Pair, ParsedAdapter, Sites
-from truffula.lora.patterns import Ranks, Targets, is_named, matching_limit
-from truffula.lora.saved import Parts, match_saved
+from truffula.lora.patterns import Ranks, Targets, is_named, matching_limit, tied_tables
+from truffula.lora.saved import Parts, match_saved, own_vocabulary, table_shape, with_rows
 from truffula.lora.stacked import check_stacked, parameters_of, stacked_by_expert
 from truffula.lora.variants import PLAIN, form_of
 from truffula.weights.checkpoint import TensorInfo
@@ -49,9 +49,13 @@ def parse_metadata(
     plan = plan_keys(list(infos))
     check_values([infos[key] for key in plan.read()])
     sites = Sites(all_sites, plan.modules())
+    if (vocabulary := own_vocabulary(plan, infos, sites, base.more_ids)) is not None:
+        sites = Sites(with_rows(all_sites, vocabulary), plan.modules())
     renamed = rename(plan, sites, base.kv_heads)
     settings = renamed_settings(settings, renamed)
-    parsed = ParsedAdapter(settings, facts=AdapterFacts(invocation=invocation))
+    parsed = ParsedAdapter(settings, facts=AdapterFacts(invocation, vocab_size=vocabulary or 0))
+    if vocabulary is not None:
+        parsed.warnings.append(f"Its tables have {vocabulary} rows, the base's {_table_rows(all_sites)}.")
     ranks = Ranks(settings)
     origin = trained_on(config)
     grouped = {
@@ -74,6 +78,8 @@ def parse_metadata(
             of_experts = list(sites.groups[wrapper])
         rank, scale = ranks.of(patterned)
         parts = tuple((site, site.modules[0]) for site in of_experts) or tuple(sites.by_name[module])
+        if parts[0][0].kind == "head" and plan.embeddings and base.tied and tied_tables(settings) == "targets":
+            rank, _ = ranks.of(min(plan.embeddings))  # PEFT gives the head the embedding's tensors, not its rank
         experts = of_experts[0].stacked.experts if of_experts and of_experts[0].stacked is not None else 0
         pair = _make_pair(module, wrapper, parts, rank, scale, experts, plan, infos, settings)
         if module in renamed.orders:
@@ -101,6 +107,10 @@ def parse_metadata(
     if plan.unused:
         parsed.warnings.append(f"Tensors that PEFT does not compute with when generating: {listed(plan.unused)}.")
     return parsed
+
+
+def _table_rows(sites: Sequence[Site]) -> int:
+    return next((table_shape(site)[0] for site in sites if site.kind in ("embed", "head")), 0)
 
 
 def _check_invocation(highest: int, plan: KeyPlan, sites: Sites, base: BaseFacts) -> None:

@@ -18,7 +18,7 @@ from truffula.lora.base import BaseWeights
 from truffula.lora.fields import LoraSettings
 from truffula.lora.image import NO_FACTS, AdapterFacts
 from truffula.lora.roots import TEXT_ROOTS, root_used, text_root_of
-from truffula.lora.saved import Parts, Saved
+from truffula.lora.saved import Parts, Saved, with_rows
 from truffula.lora.stacked import groups_of
 from truffula.lora.variants import PLAIN, Form
 from truffula.weights.checkpoint import TensorInfo
@@ -38,6 +38,15 @@ class BaseFacts:
     @property
     def tied(self) -> bool:
         return self.weights is not None and self.weights.tied
+
+    @property
+    def more_ids(self) -> int:
+        """Ids behind the base's vocabulary that adapters may have rows for."""
+        return 0 if self.weights is None else self.weights.source.more_ids
+
+    def own_sites(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """``sites`` with tables of the base's own rows."""
+        return with_rows(sites, self.weights.source.vocab_size) if self.weights is not None and self.more_ids else sites
 
     @property
     def kv_heads(self) -> Mapping[int, int]:

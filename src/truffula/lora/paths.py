@@ -6,27 +6,37 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+
+from truffula.weights.text_files import TOKENIZER_FILES
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+SHARD_PREFIX = "adapter_model"
 PICKLE = "adapter_model.bin"
 
 
-def fingerprint(stat_of: Callable[[str], os.stat_result]) -> str:
-    """Sizes, times and inodes of both files: it changes when a file of the adapter does. Reads no file.
+def fingerprint(stat_of: Callable[[str], os.stat_result], names: Callable[[], Collection[str]]) -> str:
+    """Sizes, times and inodes of its files: it changes when a file of the adapter does. Reads no file.
 
-    ``stat_of`` is the ``stat`` of a file by its name, such as ``OpenFolder.stat``.
+    ``stat_of`` is the ``stat`` of a file by its name, such as ``OpenFolder.stat``; ``names`` lists the folder, which is
+    done where there is no single file of tensors.
     """
-    stamps = []
-    for name in (CONFIG, TENSORS):
-        try:
-            found = stat_of(name)
-            stamps.append(f"{found.st_size}:{found.st_mtime_ns}:{found.st_ino}")
-        except OSError:
-            stamps.append("-")
+    stamps = [_stamp(stat_of, name) for name in (CONFIG, TENSORS, *TOKENIZER_FILES)]
+    if stamps[1] == "-":
+        with contextlib.suppress(OSError):
+            shards = sorted(name for name in names() if name.startswith(SHARD_PREFIX))
+            stamps += [f"{name}={_stamp(stat_of, name)}" for name in shards]
     return ";".join(stamps)
+
+
+def _stamp(stat_of: Callable[[str], os.stat_result], name: str) -> str:
+    try:
+        found = stat_of(name)
+    except OSError:
+        return "-"
+    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
 
 
 class OpenFolder:

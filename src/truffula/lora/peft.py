@@ -21,7 +21,7 @@ from truffula.kernels.inputs import Float32
 from truffula.kernels.program import Site
 from truffula.lora.assemble import Assembly
 from truffula.lora.checks import check_values, left_out_warnings
-from truffula.lora.extra_files import extra_file_warnings
+from truffula.lora.extra_files import extra_file_warnings, text_files
 from truffula.lora.fields import FieldRow, field_rows, parse_config
 from truffula.lora.folder import AdapterFiles, open_adapter
 from truffula.lora.image import AdapterFacts, check_size
@@ -34,6 +34,7 @@ from truffula.lora.parsed import Matched as Matched
 from truffula.lora.parsed import ParsedAdapter
 from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import Ranks, matching_limit, tied_tables
+from truffula.lora.saved import with_rows
 from truffula.weights.finite import first_non_finite
 
 
@@ -73,9 +74,11 @@ def validate_adapter(
     max_bytes: int | None = None,
     max_file_bytes: int | None = None,
     untrained: bool = False,
+    own_texts: bool = True,
 ) -> PeftAdapter:
     """Read the adapter in ``folder`` for a base with these ``sites``; refuse it unless it can be served exactly, and
-    unless it changes something. ``untrained``: its tensors may all be zero.
+    unless it changes something. ``untrained``: its tensors may all be zero. ``own_texts``: its tokenizer and chat
+    template are used for its requests.
 
     Raises ``AdapterError`` (``param``: the field or key), ``AdapterNotFound``, ``AdapterLoadError`` when the files
     can't be read, ``InsufficientMemory`` above ``max_bytes``. Costs two passes over the file. What it returns are views
@@ -83,9 +86,9 @@ def validate_adapter(
     """
     with open_adapter(folder, max_file_bytes) as files, files.hashing() as generation:
         config = parse_config(files.config_bytes)
-        parsed = _parse(files, config, sites, base)
+        parsed = _parse(files, config, sites, base, own_texts=own_texts)
         check_size(stored_bytes(parsed), max_bytes)
-        assembly = Assembly(parsed.settings, _read_tensors(files, parsed), base.weights)
+        assembly = Assembly(parsed.settings, _read_tensors(files, parsed), base.weights, tables=_tables(sites))
         assembly.add_saved(parsed.saved)
         if parsed.facts.invocation and assembly.parts:
             raise _acts_before(parsed)
@@ -126,15 +129,18 @@ def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: Bas
         except TruffulaError as error:
             return AdapterReport(tuple(rows), (), error.info())
         nbytes = stored_bytes(parsed)
-        report = (*rows, *_tensor_rows(parsed))
+        report = (*rows, *_tensor_rows(parsed), *_text_rows(files))
         return AdapterReport(
             report, tuple(parsed.warnings), None, parsed.rank, nbytes, len(parsed.pairs) + len(parsed.computed)
         )
 
 
-def _parse(files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site], base: BaseFacts) -> ParsedAdapter:
+def _parse(
+    files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site], base: BaseFacts, *, own_texts: bool = True
+) -> ParsedAdapter:
     """The adapter as its metadata says, whatever its method."""
     method, infos = METHODS.get(str(config.get("peft_type"))), files.tensors.tensors
+    sites = base.own_sites(sites)
     check_config(config)
     if method is not None:
         with matching_limit():
@@ -144,7 +150,11 @@ def _parse(files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site]
     else:
         key = files.config_bytes, files.tensors.header
         parsed = base.matched.get(key, len(infos), lambda: parse_metadata(infos, config, sites, base))
-    more = extra_file_warnings(files.folder, config, sites=sites, model=base.model)
+    rows = parsed.facts.vocab_size
+    more = extra_file_warnings(
+        files.folder, config, sites=with_rows(sites, rows) if rows else sites, model=base.model,
+        texts_of=None if own_texts else "" if base.weights is None else base.weights.source.path,
+    )  # fmt: skip
     return replace(parsed, warnings=[*parsed.warnings, *more]) if more else parsed
 
 
@@ -154,9 +164,11 @@ def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[Fi
     infos = files.tensors.tensors
     if config["peft_type"] in METHODS:
         nbytes = sum(info.nbytes for info in infos.values())
+        rows += _text_rows(files)
         row = FieldRow("tensors", f"{len(infos)} tensors, {nbytes} bytes", "check", "not compared with a base")
         notes = extra_file_warnings(files.folder, config, sites=None, model=None)
         return AdapterReport((*rows, row), tuple(notes), None, 0, nbytes, 0)
+    rows += _text_rows(files)
     plan = plan_keys(list(infos))
     check_values([infos[key] for key in plan.read()])
     ranks = [infos[key].shape[0] for key in plan.a.values() if infos[key].shape]
@@ -172,6 +184,10 @@ def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[Fi
     ]  # fmt: skip
     warnings = (*left_out_warnings(plan), *extra_file_warnings(files.folder, config, sites=None, model=None))
     return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
+
+
+def _tables(sites: Sequence[Site]) -> dict[int, Site]:
+    return {site.id: site for site in sites if site.kind in ("embed", "head")}
 
 
 def stored_bytes(parsed: ParsedAdapter) -> int:
@@ -232,6 +248,11 @@ def _no_effect(parsed: ParsedAdapter) -> AdapterError:
         f"The adapter changes nothing: {why} ({key}). Its answers would be those of the base.",
         param="lora_alpha" if scales else key,
     )
+
+
+def _text_rows(files: AdapterFiles) -> Iterator[FieldRow]:
+    if names := text_files(files.folder):
+        yield FieldRow("texts", names, "serve", "tokenizer and chat template of its requests, compared with the base's")
 
 
 def _numbers(values: Iterable[float]) -> str:

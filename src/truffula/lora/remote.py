@@ -21,6 +21,7 @@ from truffula.lora.extra_files import MAX_BYTES, READ
 from truffula.lora.fields import MAX_CONFIG_BYTES
 from truffula.lora.hub import HubStore
 from truffula.lora.paths import CONFIG, TENSORS
+from truffula.lora.shards import INDEX, MAX_INDEX_BYTES, indexed_files
 from truffula.lora.stores import TRIES, SourceError, Store, open_store
 from truffula.types import AdapterRef
 
@@ -103,9 +104,10 @@ class _Source:
         self._stack = stack
         self._store: Store | None = None
         self._asked = False
+        self._index: tuple[Stamp, list[str]] | None = None
 
     def state(self) -> tuple[Mapping[str, Stamp], tuple[str, ...]]:
-        """The stamps of both files, and warnings: as cached where the source was compared already in this period, and
+        """The stamps of its files, and warnings: as cached where the source was compared already in this period, and
         where it cannot be reached. A client's credential is always shown to the source.
         """
         known = self.known
@@ -127,24 +129,37 @@ class _Source:
             return cached.stamps, (f"its source cannot be asked for changes ({error.text}); the cached files are used",)
 
     def ask(self) -> dict[str, Stamp]:
-        """The stamps of both files now."""
+        """The stamps of its files now."""
         store = self._opened()
         stamps = {name: store.stat(name) for name in (CONFIG, TENSORS)}
         if stamps[CONFIG] is None:
             raise unknown_adapter(self.ref.name, f"{self.ref.locator}/{CONFIG} is absent or forbidden", param="model")
         self._asked = True
+        if stamps[TENSORS] is None and (index := store.stat(INDEX)) is not None:
+            del stamps[TENSORS]
+            stamps |= {INDEX: index} | {name: store.stat(name) for name in self._indexed(index)}
         for name, stamp in stamps.items():
             if stamp is None:
                 raise AdapterError(
                     f"Adapter {self.ref.name!r} has no {name} at its source, or it may not be read. Save it with "
-                    "PEFT's save_pretrained; pickles (.bin) and shards are not read.",
+                    f"PEFT's save_pretrained; pickles (.bin) and shards without {INDEX} are not read.",
                     param=name,
                 )
             self._check_size(name, stamp.size or 0)
         return {name: stamp for name, stamp in stamps.items() if stamp is not None}
 
+    def _indexed(self, stamp: Stamp) -> list[str]:
+        """The shards that the index names."""
+        if self._index is None or self._index[0] != stamp:
+            content = b""
+            for chunk in self._opened().read(INDEX, stamp):
+                content += chunk
+                self._check_size(INDEX, len(content))
+            self._index = stamp, indexed_files(content)
+        return self._index[1]
+
     def download(self, stamps: Mapping[str, Stamp], scratch: Scratch) -> bool:
-        """Write both files, and the small ones that the validation reads, to a scratch folder. False when one of them
+        """Write its files, and the small ones that the validation reads, to a scratch folder. False when one of them
         has changed.
         """
         try:
@@ -193,7 +208,7 @@ class _Source:
 
     def _check_size(self, name: str, size: int) -> None:
         most = min(MAX_CONFIG_BYTES, self._max_file_bytes) if name == CONFIG else self._max_file_bytes
-        most = MAX_BYTES if name in READ else most
+        most = MAX_BYTES if name in READ else min(MAX_INDEX_BYTES, most) if name == INDEX else most
         if size > most:
             limit = f"the limit is {most} (--max-adapter-file)"
             raise AdapterError(f"Adapter {self.ref.name!r}: {name} has {size} bytes; {limit}.", param=name)

@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from msgspec.structs import replace
+
 from truffula.errors import AdapterError
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.fields import LoraSettings
@@ -25,10 +27,20 @@ if TYPE_CHECKING:
     from truffula.lora.parsed import Sites
 
 Parts = tuple[tuple[Site, ModuleSlice], ...]
+_PADDING = 8
+"""Padding is at most one row of so many: an adapter's tables with fewer rows than the others are of another base."""
 RESIZED = (
-    "The adapter was trained with a resized vocabulary, which is not served. Train it without added tokens, or merge "
-    "it into its base (PEFT's merge_and_unload) and serve that as a model"
+    "The adapter was trained with a larger vocabulary, and the file does not have its tables. Save it with "
+    "save_embedding_layers=True, or merge it into its base (PEFT's merge_and_unload) and serve that as a model"
 )
+
+
+def added_tokens(count: int) -> str:
+    """The way out for an adapter with ``count`` rows that the base does not have."""
+    return (
+        "The adapter was trained with a larger vocabulary: start truffula with --adapter-tokens "
+        f"{count} or more, or merge it into its base (PEFT's merge_and_unload) and serve that as a model"
+    )
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,48 @@ def is_saved(module: str, entries: Collection[str] | None) -> bool:
     return any(path.endswith(entry) for entry in entries for path in paths)
 
 
+def own_vocabulary(plan: KeyPlan, infos: Mapping[str, TensorInfo], sites: Sites, more_ids: int) -> int | None:
+    """The number of rows of the adapter's tables, whose vocabulary was resized before training; None where they are
+    the base's, or the file has none. Raises ``AdapterError`` for tables of unequal rows, or of more than ``more_ids``
+    above the base's. So few rows that they are of another base are left to the check of shapes."""
+    found: dict[str, int] = {}  # rows by key
+    of_base = 0
+    pairs = {m: key for m, key in plan.a.items() if m in plan.embeddings}
+    heads = {m: key for m, key in plan.b.items() if m not in plan.embeddings}
+    for group, axis in ((plan.weights, 0), (plan.copies, 0), (pairs, 1), (heads, 0)):
+        for module, key in group.items():
+            site = sites.by_name[module][0][0] if module in sites.by_name else None
+            if site is not None and _is_table(site) and len(infos[key].shape) == 2:
+                found[key], of_base = infos[key].shape[axis], table_shape(site)[0]
+    sizes = {*found.values()}
+    if sizes <= {of_base} or min(sizes) < of_base - of_base // _PADDING:
+        return None
+    first = next(key for key, rows in found.items() if rows != of_base)
+    if len(sizes) > 1:
+        raise AdapterError(
+            f"{first} has {found[first]} rows, and others of its tables {max(sizes - {found[first]})}: a vocabulary is "
+            "resized in all of them. The file is of several adapters, or was edited.", param=first,
+        )  # fmt: skip
+    if found[first] > of_base + more_ids:
+        raise AdapterError(
+            f"{first} has {found[first]} rows, but the base's table has {of_base}"
+            f"{f' and {more_ids} more' if more_ids else ''}. {added_tokens(found[first] - of_base)}.",
+            param=first, found=found[first], limit=of_base + more_ids,
+        )  # fmt: skip
+    return found[first]
+
+
+def with_rows(sites: Sequence[Site], rows: int) -> list[Site]:
+    """``sites`` with tables of ``rows`` rows."""
+    return [_with_rows(site, rows) if _is_table(site) else site for site in sites]
+
+
+def _with_rows(site: Site, rows: int) -> Site:
+    if site.kind == "embed":
+        return replace(site, in_features=rows)
+    return replace(site, out_features=rows, modules=tuple(replace(m, hi=rows, of=rows) for m in site.modules))
+
+
 @dataclass(frozen=True)
 class _Matcher:
     plan: KeyPlan
@@ -105,7 +159,7 @@ class _Matcher:
             if not copy and not is_saved(module, self.settings.modules_to_save):
                 raise _stray(key, "modules_to_save", "Its modules_to_save does not name this module")
             parts = self._parts(module, key, "modules_to_save")
-            check_weight(self.infos[key], parts, "save_embedding_layers" if copy else "modules_to_save")
+            check_weight(self.infos[key], parts)
             # PEFT loads a copy into the base, whose embedding and head may be one tensor.
             shared = self.tied and _is_table(parts[0][0]) and (copy or tied_tables(self.settings) == "saved")
             yield from self._on_both("weight", module, key, parts, shared=shared, copy=copy)
@@ -194,17 +248,11 @@ def is_whole(parts: Parts) -> bool:
     return [*starts, parts[0][1].of] == [0, *ends]
 
 
-def check_weight(info: TensorInfo, parts: Parts, field: str) -> None:
-    """Raise ``AdapterError`` unless a tensor, which ``field`` accounts for, may be the whole weight of a module."""
+def check_weight(info: TensorInfo, parts: Parts) -> None:
+    """Raise ``AdapterError`` unless a tensor may be the whole weight of a module."""
     site, module = parts[0]
     if _is_table(site):
-        rows, width = table_shape(site)
-        if len(info.shape) == 2 and info.shape[1] == width and info.shape[0] != rows:
-            raise AdapterError(
-                f"{info.name} ({field}) has {info.shape[0]} rows, but the base's table has {rows}. {RESIZED}.",
-                param=field, key=info.name, found=info.shape[0], limit=rows,
-            )  # fmt: skip
-        _check_shape(info, (rows, width))
+        _check_shape(info, table_shape(site))
     elif site.kind == "linear":
         _check_shape(info, (module.of, site.in_features), (site.in_features, module.of))
     else:

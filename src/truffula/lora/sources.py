@@ -488,4 +488,5 @@ def _with_fingerprint(ref: AdapterRef) -> AdapterRef:
     if ref.kind != "local":
         return ref
     folder = Path(ref.locator)
-    return _replace(ref, fingerprint=fingerprint(lambda name: (folder / name).stat()))
+    names = lambda: {file.name for file in folder.iterdir()}
+    return _replace(ref, fingerprint=fingerprint(lambda name: (folder / name).stat(), names))

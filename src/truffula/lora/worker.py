@@ -37,9 +37,10 @@ from truffula.lora.folder import open_adapter, open_folder
 from truffula.lora.hub import download
 from truffula.lora.image import ImageHeader, ImageWriter, Reserve, check_size
 from truffula.lora.merging import MergePart, merge_adapters
-from truffula.lora.paths import CONFIG, TENSORS, OpenFolder, fingerprint
+from truffula.lora.paths import CONFIG, OpenFolder, fingerprint
 from truffula.lora.peft import BaseFacts, Matched, PeftAdapter, validate_adapter
 from truffula.lora.remote import Fetched, fetch
+from truffula.lora.shards import tensor_files
 from truffula.lora.staging import remove_abandoned, sweep
 from truffula.types import AdapterRef
 
@@ -251,12 +252,12 @@ def _prepare(
         contextlib.closing(open_folder(folder, _root(request.ref))) as opened,
         _base(setup, matched) as base,
     ):
-        before = fingerprint(opened.stat)
+        before = fingerprint(opened.stat, opened.names)
         on_files(_files_nbytes(opened))
         try:
             adapter = _validate(opened, request.ref, setup, base)
         except AdapterError as error:
-            if fingerprint(opened.stat) != before:  # two versions of the files may not fit each other
+            if fingerprint(opened.stat, opened.names) != before:  # two versions of the files may not fit each other
                 raise _FilesChanged from error
             raise
         image = ImageWriter(
@@ -265,7 +266,7 @@ def _prepare(
         check_size(image.header.nbytes, setup.limits.image_bytes)
         path = _new_file(request, staging, image.header.nbytes)
         image.write(path, reserve)
-        if fingerprint(opened.stat) != before:
+        if fingerprint(opened.stat, opened.names) != before:
             # The image was copied from the mapped file, which may have been written to after it was checked.
             path.unlink()
             raise _FilesChanged
@@ -290,6 +291,7 @@ def _validate(folder: OpenFolder, ref: AdapterRef, setup: Setup, base: BaseFacts
         max_bytes=setup.limits.image_bytes,
         max_file_bytes=setup.limits.file_bytes,
         untrained=ref.untrained,
+        own_texts=ref.kind == "local",
     )
 
 
@@ -365,7 +367,7 @@ def _merge(
             found = stack.enter_context(_adapter_files(wanted, setup, staging, on_files))
             assert found.folder is not None
             folder = stack.enter_context(contextlib.closing(open_folder(found.folder, _root(part.ref))))
-            opened.append((folder, fingerprint(folder.stat)))
+            opened.append((folder, fingerprint(folder.stat, folder.names)))
             nbytes += _files_nbytes(folder)
             on_files(nbytes)
             try:
@@ -380,7 +382,7 @@ def _merge(
         path.mkdir()
         made.callback(shutil.rmtree, path)
         merged.write(path)
-        if any(fingerprint(folder.stat) != before for folder, before in opened):
+        if any(fingerprint(folder.stat, folder.names) != before for folder, before in opened):
             raise _FilesChanged
     return path, tuple(merged.warnings)
 
@@ -394,9 +396,9 @@ def _from_hub(request: LoadRequest, setup: Setup) -> Fetched:
 
 
 def _files_nbytes(folder: OpenFolder) -> int:
-    """Size of both files; 0 for one that cannot be opened, which is refused later."""
+    """Size of the adapter's files; 0 for one that cannot be opened, which is refused later."""
     total = 0
-    for name in (CONFIG, TENSORS):
+    for name in (CONFIG, *tensor_files(folder.names())):
         with contextlib.suppress(OSError):
             total += folder.stat(name).st_size
     return total

@@ -48,10 +48,12 @@ Gate = tuple[Ref, Activation]
 
 
 class ProgramBuilder:
-    """The pieces of a program. Buffers are shared by all layers and as wide as their widest use."""
+    """The pieces of a program. Buffers are shared by all layers and as wide as their widest use. Embedding and head
+    have ``more_ids`` rows of zeros behind the file's."""
 
-    def __init__(self, spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> None:
-        self.spec, self.names, self.tie = spec, names, tie
+    def __init__(self, spec: ModelSpec, names: WeightNames, tie: TyingDecision, more_ids: int = 0) -> None:
+        self.spec, self.names, self.tie, self.more_ids = spec, names, tie, more_ids
+        self.vocab_size = spec.vocab_size + more_ids
         self.buffers: dict[str, Buffer] = {}
         self.weights: list[WeightDecl] = []
         self.sites: list[Site] = []
@@ -91,6 +93,9 @@ class ProgramBuilder:
     def declare(self, key: str, shape: tuple[int, ...], parts: tuple[WeightPart, ...], *uses: str) -> int:
         """The id of a new weight with the row ``key``."""
         row = self.rows[key]
+        if self.more_ids and key in ("embed", "head", "head.bias"):
+            parts = (*parts, WeightPart("", stored=(self.more_ids, *shape[1:])))
+            shape = (self.vocab_size, *shape[1:])
         decl = WeightDecl(len(self.weights), row.name, shape, parts, frozenset(uses), row.dtype)
         self.weights.append(decl)
         self.weight_ids[key] = decl.id

@@ -7,7 +7,7 @@ parts adds the residual in that norm instead. The rows whose logits are needed a
 
 from __future__ import annotations
 
-from truffula.errors import KernelError
+from truffula.errors import ConfigError, KernelError
 from truffula.kernels.program import (
     Embed,
     Epilogue,
@@ -28,18 +28,25 @@ from truffula.model.spec import LayerSpec, ModelSpec
 from truffula.weights.tying import TyingDecision
 
 
-def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Program:
+def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision, more_ids: int = 0) -> Program:
     """The program of a model.
 
     Args:
         spec: The structure of the model.
         names: The tensor names of its weights in the checkpoint.
         tie: The tensors of embedding and head.
+        more_ids: Ids behind the vocabulary, for adapters that have rows for them.
 
     Raises:
         KernelError: The spec is inconsistent, an internal error.
+        ConfigError: ``more_ids`` of a model with further tables by token.
     """
-    build = ProgramBuilder(spec, names, tie)
+    if more_ids and spec.per_layer is not None:
+        raise ConfigError(
+            f"{spec.model_type} computes inputs of its layers from token ids: adapters cannot add tokens to it "
+            "(--adapter-tokens). Leave the option out.", param="adapter_tokens",
+        )  # fmt: skip
+    build = ProgramBuilder(spec, names, tie, more_ids)
     embed, head = build.tables()
     hidden = _write_embedding(build, embed)
     build.write_rope_rows()
@@ -49,7 +56,8 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
     build.add_norm_sites()
     return Program(
         name=spec.model_type,
-        vocab_size=spec.vocab_size,
+        vocab_size=build.vocab_size,
+        more_ids=more_ids,
         buffers=tuple(build.buffers.values()),
         weights=tuple(build.weights),
         sites=tuple(build.sites),
@@ -59,7 +67,7 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
         states=tuple(build.states),
         ops=tuple(build.ops),
         result=logits,
-        output=Output("logits", spec.vocab_size),
+        output=Output("logits", build.vocab_size),
         max_positions=spec.max_positions,
         notes=(tie.reason,),
     )
@@ -77,7 +85,7 @@ def _write_embedding(build: ProgramBuilder, table: int) -> Ref:
     site = None
     if spec.embed_adapters:
         site = build.site(
-            "embed", None, spec.vocab_size, width, [ModuleSlice(module, 0, width, width)],
+            "embed", None, build.vocab_size, width, [ModuleSlice(module, 0, width, width)],
             virtual_scale=_virtual_scale(spec),
         )  # fmt: skip
     projected, norm = spec.embed_width is not None, spec.embed_norm
@@ -152,7 +160,7 @@ def _write_last(build: ProgramBuilder, hidden: Ref) -> Ref:
 
 
 def _write_logits(build: ProgramBuilder, head: int, hidden: Ref) -> Ref:
-    spec, vocab, module = build.spec, build.spec.vocab_size, build.spec.names.head
+    spec, vocab, module = build.spec, build.vocab_size, build.spec.names.head
     if vocab != build.weights[head].shape[0]:
         raise KernelError(f"The head has {build.weights[head].shape[0]} rows for {vocab} ids.")
     logits = build.buffer("logits", vocab, "R", "float32")

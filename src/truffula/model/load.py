@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from truffula.environment import prepare_compute
-from truffula.errors import CheckpointError, KernelError
-from truffula.kernels.backend import Array, ComputedArray, Part, make_shape
+from truffula.errors import CheckpointError, ConfigError, KernelError
+from truffula.kernels.backend import Array, ComputedArray, Part, QuantisedArray, make_shape
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Embed, Logits, Program, WeightDecl, WeightPart
 from truffula.kernels.weight_decl import BLOCK_ROWS
@@ -39,19 +39,28 @@ from truffula.weights.checkpoint import Checkpoint, TensorInfo
 from truffula.weights.finite import first_non_finite
 
 
-def plan_model(checkpoint: Checkpoint, implementation: str = "auto", *, serial: str = "") -> ModelPlan:
+def plan_model(
+    checkpoint: Checkpoint, implementation: str = "auto", *, serial: str = "", more_ids: int = 0
+) -> ModelPlan:
     """The plan of a checkpoint. ``implementation`` is that of the option: ``auto``, ``native`` or ``transformers``.
 
-    With ``serial``, the reason, a model of transformers is planned to be computed one sequence at a time.
+    With ``serial``, the reason, a model of transformers is planned to be computed one sequence at a time. ``more_ids``:
+    rows for adapters' added tokens.
 
     Raises:
         UnsupportedModel: config.json requires an unsupported feature; names the key.
         CheckpointError: A tensor is missing, unknown, or of the wrong shape or type; names it.
         TyingError: Embedding and head are both missing, or the head is missing although the flag says untied.
         MissingDependency: Transformers computes the model, and is not installed.
+        ConfigError: The model cannot have ``more_ids``.
     """
     if is_native(checkpoint.config, implementation):
-        return _plan_native(checkpoint)
+        return _plan_native(checkpoint, more_ids)
+    if more_ids:
+        raise ConfigError(
+            "transformers' code computes this model, to which adapters cannot add tokens (--adapter-tokens). Leave the "
+            "option out.", param="adapter_tokens",
+        )  # fmt: skip
     warnings = check_file(checkpoint.config)
     require_transformers(checkpoint.config)
     prepare_compute()
@@ -63,16 +72,16 @@ def plan_model(checkpoint: Checkpoint, implementation: str = "auto", *, serial: 
     return dataclasses.replace(plan, warnings=(*warnings, *plan.warnings))
 
 
-def _plan_native(checkpoint: Checkpoint) -> ModelPlan:
+def _plan_native(checkpoint: Checkpoint, more_ids: int) -> ModelPlan:
     read = read_config(checkpoint.config)
     spec = read.spec
     names = resolve_names(spec, checkpoint.tensors)
     tables = Tables(names.embed, names.head, names.has_embed, names.has_head)
     tying, warnings = decide_tying(checkpoint, tables, read.tie_default)
-    program = build_program(spec, names, tying)
+    program = build_program(spec, names, tying, more_ids)
     _check_shapes(checkpoint, spec, names, program)
     ends, end_warnings = end_tokens(checkpoint, spec.model_type, spec.vocab_size, read.eos_default)
-    used = dict.fromkeys(part.name for decl in program.weights for part in decl.parts)
+    used = dict.fromkeys(part.name for decl in program.weights for part in decl.parts if part.name)
     dropped = [name for name in checkpoint.tensors if name not in used and name not in names.unused]
     return ModelPlan(
         native_spec=spec,
@@ -106,7 +115,7 @@ def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, p
             _check_tensor(checkpoint, part.name, row.stored_shape(height), "")
     tables = [op.table for op in program.ops if isinstance(op, Embed) and op.site is not None]
     tables += [op.weight for op in program.ops if isinstance(op, Logits)]
-    for name in dict.fromkeys(part.name for table in tables for part in program.weights[table].parts):
+    for name in dict.fromkeys(part.name for table in tables for part in program.weights[table].parts[:1]):
         more = f" vocab_size is {spec.vocab_size}: rows beyond it cannot be assigned to tokens."
         _check_tensor(checkpoint, name, (spec.vocab_size, spec.embed_width or spec.hidden), more)
 
@@ -158,7 +167,8 @@ class WeightReader:
         ``ComputedArray`` when its rows are read."""
         if decl.id in self._read:
             raise KernelError(f"{decl.name} was read twice.")
-        parts = [self._part(part, decl.shape) for part in decl.parts]
+        parts = [self._part(part, decl.shape) for part in decl.parts if part.name]
+        parts += [zeros_like(parts[0], part.stored) for part in decl.parts if not part.name]
         parts = joined(decl, parts)
         if not make_shape(decl, [part.shape for part in parts]):
             shapes = [list(part.shape) for part in parts]
@@ -180,6 +190,14 @@ class WeightReader:
             raise KernelError(f"{len(left)} weights were not read: {', '.join(left[:10])}.")
 
 
+def zeros_like(part: Part, shape: tuple[int, ...]) -> Part:
+    """Zeros as ``part`` is stored: of blocks those whose scales are zero."""
+    if isinstance(part, QuantisedArray):
+        blocks = np.zeros((shape[0], *part.blocks.shape[1:]), part.blocks.dtype)
+        return QuantisedArray(part.kind, blocks, shape, part.unpack)
+    return np.zeros(shape, part.dtype)
+
+
 def joined(decl: WeightDecl, parts: list[Part]) -> list[Part]:
     """``parts``; those of a vector of experts, gate and up in tensors of their own, as one: an expert's follow one
     another."""
@@ -194,6 +212,8 @@ def read_part(
     *, checked: bool = True,
 ) -> Part:  # fmt: skip
     """A part of a weight of ``shape``; ``checked``: ``CheckpointError`` for values that are not finite."""
+    if not part.name:
+        return np.zeros(part.stored, np.float32)
     info = checkpoint.tensors[part.name]
     as_stored = part.transform == "none" and part.order is None
     as_blocks = part.in_blocks and (info.values or info.dtype) in block_kinds

@@ -24,7 +24,7 @@ from truffula.server.errors import MalformedBody, UnsupportedMedia, from_validat
 from truffula.server.foreign_fields import RouteFields, is_ignored
 from truffula.server.limits import RequestLimits
 from truffula.server.state import record_of, state_of
-from truffula.types import GenerateRequest
+from truffula.types import GenerateRequest, TextSource
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +108,13 @@ class Address(NamedTuple):
 
 
 class BodyJob(NamedTuple):
-    """A large body, for a text worker."""
+    """A large body, for a text worker. ``texts``: those of its adapter that prompts are made with."""
 
     kind: str
     raw: bytes
     limits: RequestLimits
     stored: bytes = b""
+    texts: TextSource | None = None
 
 
 class GeneratingBody(Body):

@@ -120,8 +120,9 @@ async def run(
 async def count_prompt(request: Request, made: GenerateRequest) -> int:
     """The number of tokens of the prompt of ``made``. Raises as its generation would."""
     service = state_of(request).service
-    service.core.check(made)
-    prompt = await service.texts.prompt(made)
+    texts = await service.texts.of(made.adapter, made.salt)
+    service.core.check(made, texts)
+    prompt = await service.texts.prompt(made, texts)
     check_fits(len(prompt.ids), made.params, service.info)
     note_left_out(request, prompt.ignored)
     return len(prompt.ids)

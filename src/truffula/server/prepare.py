@@ -104,7 +104,7 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
     record_of(request).generates = kind != "count_tokens"
     state = state_of(request)
     raw = raw_body(request)
-    stored, made = b"", None
+    stored, made, job = b"", None, None
     if len(raw) <= HEAVY_CHARS:
         request.state.body = body = read_value(kind, value := decode_object(raw), state.limits)
         if stored_items is not None and body.wanted:
@@ -113,10 +113,11 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
         if len(raw) + len(stored) <= HEAVY_CHARS:
             made = body.requests(state.limits, streams=_streams(kind, value), stored=json.loads(stored or b"{}"))
     if made is None:
-        head, body, made = await _read_in_worker(request, BodyJob(kind, raw, state.limits, stored))
+        job = BodyJob(kind, raw, state.limits, stored)
+        head, body, made = await _read_in_worker(request, job)
         if stored_items is not None and head.wanted and not stored:
-            stored = await stored_items(request, head.wanted)
-            head, body, made = await _read_in_worker(request, BodyJob(kind, raw, state.limits, stored))
+            job = job._replace(stored=await stored_items(request, head.wanted))
+            head, body, made = await _read_in_worker(request, job)
         unknown, characters = head.unknown, head.characters
     request.state.body = body
     at = time.monotonic()
@@ -125,6 +126,9 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
         made = await addressed(request, made, body.address())
         if made[0].adapter is not None and made[0].adapter.rights:
             used = ("api_token", "parameters.api_token")
+        if job is not None and (texts := await state.service.texts.of(made[0].adapter, client_of(request))).source:
+            _, _, again = await _read_in_worker(request, job._replace(texts=texts.source))
+            made = [replace(one, prepared=other.prepared) for one, other in zip(made, again, strict=True)]
     finally:
         note_ignored(request, [name for name in unknown if name not in used])
     return Read(body, made, characters, at)
@@ -254,7 +258,7 @@ def _prepared(worker: Worker, job: BodyJob, value: dict[str, Any], body: Generat
         _Head(type(body).__name__, light, body.unknown(), body.characters, body.wanted, request)
     )
     for one in made:
-        yield from prompt_job(worker, one)
+        yield from prompt_job(worker, (one, job.texts))
 
 
 def _light(value: Mapping[str, Any], model: type[GeneratingBody] | type[Parameters]) -> dict[str, Any]:

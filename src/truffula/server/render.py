@@ -32,8 +32,9 @@ async def _rendered(request: Request, kind: Kind) -> list[dict[str, Any]]:
     record_of(request).generates = False
     found = []
     for one in read.requests:
-        state.service.core.check(one)
-        prompt = await state.service.texts.prompt(one)
+        texts = await state.service.texts.of(one.adapter, one.salt)
+        state.service.core.check(one, texts)
+        prompt = await state.service.texts.prompt(one, texts)
         check_fits(len(prompt.ids), one.params, state.service.core.info)
         found.append(
             {

@@ -115,6 +115,7 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
                 texts_digest=texts.digest,
                 templates=known.sources,
                 special_tokens=known.special_tokens,
+                replaced_templates=templates is not None,
                 memory_bytes=config.text_memory_bytes,
             )
         )

@@ -76,7 +76,7 @@ class ServerState:
             max_stop_sequences=config.max_stop_sequences,
             max_logprobs=config.max_logprobs,
             max_model_len=info.max_model_len,
-            vocab_size=info.vocab_size,
+            vocab_size=info.vocab_size + info.more_ids,
             queue_timeout_s=config.queue_timeout_s,
             request_timeout_s=config.request_timeout_s,
             defaults=dict(self.defaults),

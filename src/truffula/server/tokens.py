@@ -25,6 +25,7 @@ from truffula.server.replies import Reply, json_reply, split
 from truffula.server.state import state_of
 from truffula.service.prompt_maker import HEAVY_CHARS
 from truffula.service.prompts import MAX_TRUNCATED_CHARS, Prompt, make_prompt, need_tokenizer
+from truffula.service.text_sets import TextSet
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.tokenizer import Tokenizer, check_text
 from truffula.text.worker import Worker
@@ -74,7 +75,7 @@ async def tokenizer_info(request: Request) -> Response:
     """The special tokens and the chat template, as vLLM reports them of tokenizer_config.json. lm-eval reads them."""
     core = state_of(request).service.texts.core
     found = need_tokenizer(core.tokenizer, core.info).special_tokens
-    templates = core.templates.sources
+    templates = core.base.templates.sources
     template = (
         templates.get("default")
         if len(templates) < 2
@@ -85,32 +86,41 @@ async def tokenizer_info(request: Request) -> Response:
 
 
 async def _answer(request: Request, kind: Kind) -> Response:
-    state = state_of(request)
-    raw = raw_body(request)
-    core, texts = state.service.texts.core, state.service.texts
+    state, texts = state_of(request), state_of(request).service.texts
+    raw, own = raw_body(request), texts.core.base
     value: dict[str, Any] = {}
     large = len(raw) > HEAVY_CHARS
+    job, client = BodyJob(kind, raw, state.limits), client_of(request)
+
+    async def adapter_texts(model: Any) -> TextSet:
+        if not model or not isinstance(model, str):
+            return texts.core.base
+        return await texts.of(await state.named_model(model, None, Caller(access_of(request))), client)
+
     if not large:
         value = decode_object(raw)
         chat = isinstance(value.get("messages"), list)
         tools = [Tool(name="any")] if value.get("tools") else None  # some models have another template for them
-        large = chat and not core.is_plain(GenerateRequest(messages=[], tools=tools))
+        own = await adapter_texts(value.get("model"))
+        large = own.source is not None or (
+            chat and not texts.core.is_plain(GenerateRequest(messages=[], tools=tools))
+        )  # fmt: skip
     if large:
-        packed, *parts = await texts.in_worker(reply_job, BodyJob(kind, raw, state.limits), client_of(request))
+        packed, *parts = await texts.in_worker(reply_job, job._replace(texts=own.source), client)
         head = msgspec.msgpack.decode(packed, type=_Head)
+        if not value and (own := await adapter_texts(head.model)).source is not None:
+            _, *parts = await texts.in_worker(reply_job, job._replace(texts=own.source), client)
     else:
-        model = Texts(core.tokenizer, core.templates, core.info)
+        model = Texts(own.tokenizer, own.templates, texts.core.info)
         head, reply = await texts.in_thread(len(raw), lambda: _reply(kind, value, state.limits, model))
         parts = [reply]
     note_ignored(request, head.unknown)
-    if head.model:  # the tokenizer is the same for all
-        await state.named_model(head.model, None, Caller(access_of(request)))
     return Reply(parts)
 
 
 def reply_job(worker: Worker, job: BodyJob) -> Iterator[bytes]:
     """In a text worker: the head of a body, then the reply in pieces."""
-    texts = Texts(worker.tokenizer, worker.templates, worker.setup.info)
+    texts = Texts(*worker.texts(job.texts), worker.setup.info)
     head, reply = _reply(job.kind, decode_object(job.raw), job.limits, texts)
     yield msgspec.msgpack.encode(head)
     yield from split(reply)

@@ -126,7 +126,7 @@ class AsyncService:
     ) -> None:
         self.core = core or Service(client.info)
         self.texts = PromptMaker(self.core, workers)
-        self._grammars = Grammars(self.core.info, self.core.tokenizer, client.set_vocabulary)
+        self._grammars = Grammars(self.core.info, client.set_vocabulary)
         self._client = client
         self._submissions = Submissions(client)
         self._active: set[TextStream] = set()
@@ -174,11 +174,12 @@ class AsyncService:
         for one in requests:
             if states:
                 await asyncio.sleep(0)  # other requests have their turn between the prompts of a large one
-            self.core.check(one)
-            prompt = await self.texts.prompt(one)
-            wanted = self.core.answers.wanted(one, prompt.tail)
-            grammar = None if wanted is None else await self._grammars.compile(wanted, one.salt)
-            states.append(self.core.begin(one, prompt, grammar))
+            texts = await self.texts.of(one.adapter, one.salt)
+            self.core.check(one, texts)
+            prompt = await self.texts.prompt(one, texts)
+            wanted = texts.answers.wanted(one, prompt.tail)
+            grammar = None if wanted is None else await self._grammars.compile(wanted, one.salt, texts)
+            states.append(self.core.begin(one, prompt, texts, grammar))
         self.core.check_scores_of_call(states)
         self._require_running()
         self._submissions.require_place()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from truffula.errors import InvalidRequest
 from truffula.items import Constraint
 from truffula.text.answers import Answer
@@ -16,6 +19,7 @@ class AnswerFormats:
     """The format of tool calls and reasoning for each chat template of one model.
 
     Args:
+        response_template: The model's own description of answers to its ``templates``.
         tool_format, reasoning_format: The operator's choice of a format, in place of the template's.
     """
 
@@ -24,6 +28,7 @@ class AnswerFormats:
         templates: ChatTemplates,
         tokenizer: Tokenizer | None,
         *,
+        response_template: Mapping[str, Any] | None = None,
         tool_format: str | None = None,
         reasoning_format: str | None = None,
     ) -> None:
@@ -31,13 +36,14 @@ class AnswerFormats:
         self._chosen = (tool_format, reasoning_format)
         special = () if tokenizer is None else sorted(tokenizer.special_ids)
         self._special = tuple(text for i in special if tokenizer is not None and (text := tokenizer.text_of(i)))
-        self._own = frozenset() if tokenizer is None else frozenset(tokenizer.chat_templates.values())
-        self._response = None if tokenizer is None else tokenizer.response_template
+        self._response = response_template
         self._known = {source: self._detect(source) for source in templates.sources.values()}
 
     def _detect(self, source: str) -> OutputFormat:
         tools, reasoning = self._chosen
-        return detect_format(source, self._response if source in self._own else None, tools, reasoning)
+        return detect_format(
+            source, self._response if source in self._templates.sources.values() else None, tools, reasoning
+        )
 
     def of(self, request: GenerateRequest) -> OutputFormat:
         """The format of the answers to ``request``. Raises ``TemplateError`` where it has no template."""

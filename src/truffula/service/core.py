@@ -18,10 +18,22 @@ from truffula.params import EngineParams, SamplingParams
 from truffula.service.answers import AnswerFormats
 from truffula.service.choices import ChoiceState, merged, rank
 from truffula.service.files import LoadedTexts, texts_of, without_tokenizer
-from truffula.service.prompts import Prompt, checked_ids, fitting, make_prompt, need_tokenizer
+from truffula.service.prompts import Prompt, checked_ids, fitting, ids_of, make_prompt, need_tokenizer
+from truffula.service.text_sets import TextSet, TextSets
+from truffula.text.chat_template import ChatTemplates
 from truffula.text.ends import EndTokens, Render
-from truffula.text.tokenizer import check_text
-from truffula.types import AdapterRef, ChoiceTotals, EngineInfo, EngineRequest, GenerateRequest, TextDelta, TokenEvent
+from truffula.text.own_texts import Examined, rendering
+from truffula.text.tokenizer import Tokenizer, check_text
+from truffula.types import (
+    AdapterRef,
+    ChoiceTotals,
+    EngineInfo,
+    EngineRequest,
+    GenerateRequest,
+    TextDelta,
+    TextSource,
+    TokenEvent,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -164,33 +176,52 @@ class Service:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         texts = texts_of(info, texts)
-        self.tokenizer = tokenizer = texts.tokenizer
+        tokenizer = texts.tokenizer
         self.generation_config = texts.generation_config
         self.directory = directory or AdapterDirectory()
         self.limits = limits or ServiceLimits()
         self._clock = clock
         self._numbers = itertools.count()
         self._random = random.SystemRandom()
-        self.templates = texts.chat_templates(templates)
-        self.answers = AnswerFormats(
-            self.templates, tokenizer, tool_format=tool_format, reasoning_format=reasoning_format
-        )
-        self._engine_ends = frozenset(info.eos_token_ids)
-        self._ends = EndTokens(
-            texts.end_tokens,
-            info.end_tokens,
-            tokenizer=tokenizer,
-            templates=self.templates,
-            vocab_size=info.vocab_size,
+        self.replaced_templates = templates is not None
+        known = texts.chat_templates(templates)
+        self._formats = {"tool_format": tool_format, "reasoning_format": reasoning_format}
+        self._engine_ends, self._configured = frozenset(info.eos_token_ids), tuple(info.end_tokens)
+        response = None if tokenizer is None or self.replaced_templates else tokenizer.response_template
+        answers = AnswerFormats(known, tokenizer, response_template=response, **self._formats)
+        ends = EndTokens(
+            texts.end_tokens, info.end_tokens, tokenizer=tokenizer, templates=known, vocab_size=info.vocab_size,
             render=render,
-        )
+        )  # fmt: skip
+        self.base = TextSet(tokenizer, known, answers, ends)
+        self._named_ends = texts.end_tokens
         self.info = self._described(info, texts)
+        self.text_sets = TextSets(self, texts.path, texts.digest, clock)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The base's."""
+        return self.base.tokenizer
+
+    def text_set(self, tokenizer: Tokenizer | None, found: Examined, source: TextSource) -> TextSet:
+        """The text set of an adapter, whose ``tokenizer`` may be the base's."""
+        templates = ChatTemplates(found.templates, found.special_tokens)
+        named = self._named_ends if found.same_tokenizer or tokenizer is None else tokenizer.end_tokens
+        ends = EndTokens(
+            named, self._configured, tokenizer=tokenizer, templates=templates,
+            vocab_size=self.info.vocab_size + self.info.more_ids, render=rendering(found.rendered),
+        )  # fmt: skip
+        for warning in ends.warnings:
+            logger.warning("the adapter in %s: %s", source.folder, warning)
+        answers = AnswerFormats(templates, tokenizer, response_template=found.response_template, **self._formats)
+        return TextSet(tokenizer, templates, answers, ends, source, "" if found.same_tokenizer else source.digest)
 
     def _described(self, info: EngineInfo, texts: LoadedTexts) -> EngineInfo:
         """``info`` with what the text files say. What they warn of is logged; a library may well serve ids alone, so
         that there is no tokenizer is logged by the server.
         """
-        warnings = [*texts.warnings, *self._ends.warnings]
+        ends = self.base.ends
+        warnings = [*texts.warnings, *ends.warnings]
         if self.tokenizer is not None and self.tokenizer.vocab_size > info.vocab_size:
             warnings.append(
                 f"The tokenizer has {self.tokenizer.vocab_size} tokens, the model {info.vocab_size} ids: a prompt with "
@@ -200,23 +231,16 @@ class Service:
             logger.warning("%s", warning)
         return msgspec.structs.replace(
             info,
-            eos_token_ids=[token.id for token in self._ends.always],
-            end_tokens=self._ends.all,
+            eos_token_ids=[token.id for token in ends.always],
+            end_tokens=ends.all,
             warnings=[*info.warnings, *without_tokenizer(texts.no_tokenizer), *warnings],
             no_tokenizer=texts.no_tokenizer,
         )
 
-    def _end_ids(self, request: GenerateRequest) -> frozenset[int]:
-        """Ids that end a completion of ``request`` unless it ignores them."""
-        if request.messages is None:
-            return self._ends.ids
-        turn_end = self._ends.turn_ends.get(self.templates.choose(request))
-        return self._ends.ids if turn_end is None else self._ends.ids | {turn_end.id}
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether messages can be rendered without a template of the request."""
-        return self.tokenizer is not None and bool(self.templates)
+    def has_chat_template(self, adapter: AdapterRef | None = None) -> bool:
+        """Whether messages can be rendered without a template of the request. Raises as ``TextSets.find``."""
+        texts = self.text_sets.now(adapter)
+        return texts.tokenizer is not None and bool(texts.templates)
 
     def resolve_adapter(
         self, name: str | None, source: str | None = None, token: str | None = None
@@ -229,13 +253,13 @@ class Service:
         if request.messages is None:
             return True
         try:
-            return self.templates.is_plain(self.templates.choose(request))
+            return self.base.templates.is_plain(self.base.templates.choose(request))
         except TemplateError:
             return True  # rendering raises it again
 
-    def prompt(self, request: GenerateRequest) -> Prompt:
+    def prompt(self, request: GenerateRequest, texts: TextSet) -> Prompt:
         """Template, tokenize and truncate. Raises as ``make_prompt``."""
-        return make_prompt(request, self.tokenizer, self.templates, self.info)
+        return make_prompt(request, texts.tokenizer, texts.templates, self.info)
 
     def open(self, request: GenerateRequest, grammar: Grammar | None = None) -> RequestState:
         """The state of a new request; its ``engine_requests`` are to be submitted. ``grammar`` is that of its
@@ -243,10 +267,11 @@ class Service:
 
         Raises ``InvalidRequest``, ``PromptTooLong``, ``TemplateError``, ``NoTokenizer``.
         """
-        self.check(request)
-        return self.begin(request, self.prompt(request), grammar)
+        texts = self.text_sets.now(request.adapter)
+        self.check(request, texts)
+        return self.begin(request, self.prompt(request, texts), texts, grammar)
 
-    def check(self, request: GenerateRequest) -> None:
+    def check(self, request: GenerateRequest, texts: TextSet) -> None:
         """Raise ``InvalidRequest`` for parameters that no prompt makes valid."""
         params = request.params
         count = max(params.n, params.best_of or 1)
@@ -254,9 +279,9 @@ class Service:
             name = "best_of" if (params.best_of or 1) > params.n else "n"
             raise InvalidRequest(f"{name} is {count}; the limit is {self.limits.max_choices}.", param=name)
         if params.stop:
-            need_tokenizer(self.tokenizer, self.info)
+            need_tokenizer(texts.tokenizer, self.info)
         constraint = request.constraint
-        if constraint is not None and self.tokenizer is None:
+        if constraint is not None and texts.tokenizer is None:
             raise NoTokenizer(
                 f"{constraint.param} constrains the answer's text, and this model has no tokenizer; leave it out.",
                 param=constraint.param,
@@ -265,15 +290,17 @@ class Service:
             check_text(constraint.value, constraint.param)
         for stop in params.stop:
             check_text(stop, "stop")
-        checked_ids(params.stop_token_ids, "stop_token_ids", self.info.vocab_size)
-        checked_ids(list(params.logit_bias), "logit_bias", self.info.vocab_size)
+        checked_ids(params.stop_token_ids, "stop_token_ids", ids_of(request, self.info))
+        checked_ids(list(params.logit_bias), "logit_bias", ids_of(request, self.info))
 
-    def begin(self, request: GenerateRequest, prompt: Prompt, grammar: Grammar | None = None) -> RequestState:
+    def begin(
+        self, request: GenerateRequest, prompt: Prompt, texts: TextSet, grammar: Grammar | None = None
+    ) -> RequestState:
         """As ``open``, of a request that was checked and whose ``prompt`` was made."""
         assert grammar is not None or request.constraint is None
         params = fitting(request, len(prompt.ids), self.info)
         count = max(params.n, params.best_of or 1)
-        end_ids = self._end_ids(request)
+        end_ids = texts.end_ids(request)
         engine_params = self._engine_params(params, end_ids)
         now = self._clock()
         request_id = request.request_id or f"{self._random.getrandbits(64):016x}"
@@ -299,11 +326,11 @@ class Service:
         echoed = prompt if prompt.pieces is not None else None
         choices = [
             ChoiceState(
-                one, params, self.tokenizer, end_ids, echoed, self._clock, self.answers.parser(request, prompt.tail)
+                one, params, texts.tokenizer, end_ids, echoed, self._clock, texts.answers.parser(request, prompt.tail)
             )
             for one in engine_requests
         ]
-        ignored = prompt.ignored + self.answers.ignored(request)
+        ignored = prompt.ignored + texts.answers.ignored(request)
         state = RequestState(request, request_id, engine_requests, choices, len(prompt.ids), ignored)
         self._check_scores([state], self.limits.max_prompt_scores)
         return state

@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import msgspec
+
 from truffula.errors import InvalidRequest
 from truffula.items import Constraint, Grammar
+from truffula.service.text_sets import TextSet
 from truffula.service.workers import WorkerPool
 from truffula.text.answers import Answer, compile_answer
 from truffula.text.process import Setup, TextWorker, WorkerStopped
-from truffula.text.tokenizer import Tokenizer
 from truffula.text.worker import Worker
-from truffula.types import EngineInfo, Vocabulary
+from truffula.types import MAX_VOCABULARIES, EngineInfo, Vocabulary
 
 COMPILE_SECONDS = 3.0
 """Processor time of compiling one constraint; the engine spends as much on it."""
@@ -57,7 +59,8 @@ def compile_job(worker: Worker, job: tuple[Constraint | Answer, Special]) -> Ite
 
 
 class Grammars:
-    """Compiles constraints for a model, whose ``info`` is a service's; the engine gets the vocabulary with the first.
+    """Compiles constraints for a model, whose ``info`` is a service's; the engine gets the vocabulary of a tokenizer
+    with its first.
 
     ``compile`` is for one event loop, ``compile_now`` for any threads instead.
 
@@ -68,16 +71,13 @@ class Grammars:
     def __init__(
         self,
         info: EngineInfo,
-        tokenizer: Tokenizer | None,
         set_vocabulary: Callable[[Vocabulary], None],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._info = info
-        self._tokenizer = tokenizer
-        self._set_vocabulary: Callable[[Vocabulary], None] | None = set_vocabulary
-        ids = () if tokenizer is None else sorted(tokenizer.special_ids)
-        self._special = tuple((text, i) for i in ids if tokenizer is not None and (text := tokenizer.text_of(i)))
+        self._set_vocabulary = set_vocabulary
+        self._sent: OrderedDict[str, Special] = OrderedDict()  # of each vocabulary that the engine has
         setup = Setup(
             info=info, texts_path=None, texts_digest="", templates={}, special_tokens={}, memory_bytes=COMPILE_BYTES
         )
@@ -88,57 +88,64 @@ class Grammars:
         self._running: dict[bytes, asyncio.Task[_Kept]] = {}
         self._lock = threading.Lock()
 
-    async def compile(self, constraint: Constraint | Answer, client: str) -> Grammar:
+    async def compile(self, constraint: Constraint | Answer, client: str, texts: TextSet) -> Grammar:
         """The grammar of ``constraint``. Requests for one that is being compiled wait for the same call.
 
         Also raises ``Overloaded`` and ``ShuttingDown``.
         """
-        if self._set_vocabulary is not None:
-            await asyncio.get_running_loop().run_in_executor(None, self._need_vocabulary)
-        key = _key(constraint)
+        if texts.own_tokenizer not in self._sent:
+            await asyncio.get_running_loop().run_in_executor(None, self._need_vocabulary, texts)
+        key = _key(constraint, texts)
         kept = self._find(key)
         if kept is None:
             task = self._running.get(key)
             if task is None:
-                task = asyncio.create_task(self._compile(key, constraint, client))
+                task = asyncio.create_task(self._compile(key, constraint, client, texts))
                 self._running[key] = task
                 task.add_done_callback(lambda done: self._ended(key, done))
             kept = await asyncio.shield(task)
         return _grammar(kept, constraint)
 
-    def compile_now(self, constraint: Constraint | Answer) -> Grammar:
+    def compile_now(self, constraint: Constraint | Answer, texts: TextSet) -> Grammar:
         """As ``compile``, in the calling thread."""
-        self._need_vocabulary()
-        key = _key(constraint)
+        special = self._need_vocabulary(texts)
+        key = _key(constraint, texts)
         with self._lock:
             kept = self._find(key)
             if kept is None:
                 (worker,) = self._pool.workers
                 try:
-                    parts = worker.call(compile_job, (constraint, self._special), COMPILE_SECONDS)
-                    kept = self._keep(key, parts[0])
+                    parts = worker.call(compile_job, (constraint, special), COMPILE_SECONDS)
+                    kept = self._keep(key, parts[0], texts)
                 except (InvalidRequest, WorkerStopped) as error:
-                    kept = self._keep(key, error)
+                    kept = self._keep(key, error, texts)
         return _grammar(kept, constraint)
 
     def close(self) -> None:
         """End the process; calls that run end with ``ShuttingDown``. Idempotent."""
         self._pool.close()
 
-    def _need_vocabulary(self) -> None:
+    def _need_vocabulary(self, texts: TextSet) -> Special:
         """Give the engine the vocabulary, once. Raises ``InvalidRequest`` for a tokenizer that has none."""
+        own, tokenizer = texts.own_tokenizer, texts.tokenizer
         with self._lock:
-            if self._set_vocabulary is not None and self._tokenizer is not None:
-                self._set_vocabulary(self._tokenizer.vocabulary(self._info.eos_token_ids))
-                self._set_vocabulary = None
+            if own not in self._sent and tokenizer is not None:
+                ends = self._info.eos_token_ids if not own else texts.ends.ids
+                self._set_vocabulary(msgspec.structs.replace(tokenizer.vocabulary(ends), key=own))
+                while len(self._sent) > MAX_VOCABULARIES - 2:  # the engine drops its oldest one first, too
+                    del self._sent[next(one for one in self._sent if one)]
+                self._sent[own] = tuple(
+                    (text, i) for i in sorted(tokenizer.special_ids) if (text := tokenizer.text_of(i))
+                )
+            return self._sent.get(own, ())
 
-    async def _compile(self, key: bytes, constraint: Constraint | Answer, client: str) -> _Kept:
-        job = (constraint, self._special)
+    async def _compile(self, key: bytes, constraint: Constraint | Answer, client: str, texts: TextSet) -> _Kept:
+        job = (constraint, self._sent.get(texts.own_tokenizer, ()))
         try:
             parts = await self._pool.run(compile_job, job, client=client, seconds=COMPILE_SECONDS)
         except (InvalidRequest, WorkerStopped) as error:
-            return self._keep(key, error)
-        return self._keep(key, parts[0])
+            return self._keep(key, error, texts)
+        return self._keep(key, parts[0], texts)
 
     def _ended(self, key: bytes, task: asyncio.Task[_Kept]) -> None:
         del self._running[key]
@@ -152,11 +159,12 @@ class Grammars:
         self._kept.move_to_end(key)
         return kept
 
-    def _keep(self, key: bytes, found: bytes | InvalidRequest | WorkerStopped) -> _Kept:
+    def _keep(self, key: bytes, found: bytes | InvalidRequest | WorkerStopped, texts: TextSet) -> _Kept:
         """Keeps what compiling gave, in place of what was used least recently."""
         if isinstance(found, bytes):
-            digest = blake2b(found, digest_size=16).hexdigest()
-            kept = _Kept(Grammar(key=digest, source=found.decode()), "", float("inf"))
+            own = texts.own_tokenizer
+            digest = blake2b(own.encode() + found, digest_size=16).hexdigest()
+            kept = _Kept(Grammar(key=digest, source=found.decode(), vocabulary=own), "", float("inf"))
         else:
             message = found.message
             if isinstance(found, WorkerStopped):
@@ -171,10 +179,10 @@ class Grammars:
         return kept
 
 
-def _key(constraint: Constraint | Answer) -> bytes:
+def _key(constraint: Constraint | Answer, texts: TextSet) -> bytes:
     content = (constraint.kind, constraint.value) if isinstance(constraint, Constraint) else constraint
     # Not msgpack: the parameters of a tool may have integers of any size.
-    return blake2b(repr(content).encode(), digest_size=16).digest()
+    return blake2b(repr((content, texts.own_tokenizer)).encode(), digest_size=16).digest()
 
 
 def _grammar(kept: _Kept, constraint: Constraint | Answer) -> Grammar:

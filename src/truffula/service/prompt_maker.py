@@ -4,7 +4,7 @@
 |---|---|
 | short texts, short chats with a plain template | on the event loop |
 | longer ones, up to ``HEAVY_CHARS`` | in a thread |
-| chats with a template that is not plain | in a light text worker |
+| chats with a template that is not plain, texts for adapters with texts of their own | in a light text worker |
 | longer texts and chats | in a heavy text worker |
 """
 
@@ -18,13 +18,15 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from truffula.errors import InvalidRequest
+from truffula.errors import AdapterError, InvalidRequest
 from truffula.items import Message, ToolCall
 from truffula.service.core import Service
 from truffula.service.prompts import Prompt, prompt_job, render_job, unpack_prompt, unpack_rendered
+from truffula.service.text_sets import TextSet
 from truffula.service.workers import TEMPLATE_SECONDS, TextWorkers, template_stopped
+from truffula.text.own_texts import Examined, examine
 from truffula.text.process import Job, WorkerStopped
-from truffula.types import GenerateRequest
+from truffula.types import AdapterRef, GenerateRequest, TextSource
 
 T = TypeVar("T")
 INLINE_CHARS = 4096
@@ -41,27 +43,69 @@ class PromptMaker:
     def __init__(self, core: Service, workers: TextWorkers | None) -> None:
         self.core = core
         self._workers = workers
+        self._examining: dict[TextSource, asyncio.Future[None]] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="truffula-text")
 
-    async def prompt(self, request: GenerateRequest) -> Prompt:
+    async def of(self, adapter: AdapterRef | None, client: str = "") -> TextSet:
+        """What texts of a request for ``adapter`` are made and read with. An adapter's own are read in a text worker
+        first. Raises ``AdapterError`` and ``AdapterLoadError`` for files that cannot be used, and ``Overloaded``."""
+        sets = self.core.text_sets
+        while (found := sets.known(adapter)) is None:
+            for source in await self._in_thread(sets.find, adapter):
+                task = self._examining.get(source)
+                if task is None:
+                    task = self._examining[source] = asyncio.ensure_future(self._make(source, client))
+                await asyncio.shield(task)
+        return found
+
+    async def _make(self, source: TextSource, client: str) -> None:
+        sets = self.core.text_sets
+        try:
+            examined = None
+            if self._workers is not None:
+                (packed,) = await self._workers.heavy.run(examine, source, client=client, seconds=HEAVY_SECONDS)
+                examined = msgspec.msgpack.decode(packed, type=Examined)
+            await self._in_thread(sets.make, source, examined)
+        except AdapterError as error:
+            sets.refuse(source, error)
+            raise
+        except WorkerStopped as error:
+            refused = AdapterError(
+                f"Reading the adapter's tokenizer was stopped: {error.message}. Remove its tokenizer files, or use "
+                "those of its base.", param="tokenizer.json",
+            )  # fmt: skip
+            sets.refuse(source, refused)
+            raise refused from error
+        finally:
+            del self._examining[source]
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+    async def prompt(self, request: GenerateRequest, texts: TextSet) -> Prompt:
         """The request's prompt. Raises as ``make_prompt``, and ``Overloaded``."""
         if request.prepared is not None:
             return unpack_prompt(request.prepared)
         size = chars_of(request)
-        if self._workers is None or (size <= HEAVY_CHARS and self.core.is_plain(request)):
-            return await self.in_thread(size, lambda: self.core.prompt(request))
+        own = texts.source is not None
+        if self._workers is None or (size <= HEAVY_CHARS and not own and self.core.is_plain(request)):
+            return await self.in_thread(size, lambda: self.core.prompt(request, texts))
         if size > HEAVY_CHARS:
-            (packed,) = await self.in_worker(prompt_job, request, request.salt)
+            (packed,) = await self.in_worker(prompt_job, (request, texts.source), request.salt)
             return unpack_prompt(packed)
+        # An adapter's tokenizer is no more trusted than its template.
+        job, argument = (prompt_job, (request, texts.source)) if own else (render_job, request)
         light = self._workers.light
         try:
-            (packed,) = await light.run(render_job, request, client=request.salt, seconds=TEMPLATE_SECONDS)
+            (packed,) = await light.run(job, argument, client=request.salt, seconds=TEMPLATE_SECONDS)
         except WorkerStopped as error:
             raise template_stopped(error) from error
+        if own:
+            return unpack_prompt(packed)
         text, ignored = unpack_rendered(packed)
         special = bool(request.add_special_tokens)
         rendered = msgspec.structs.replace(request, messages=None, prompt=text, add_special_tokens=special)
-        return replace(await self.prompt(rendered), ignored=ignored)
+        return replace(await self.prompt(rendered, texts), ignored=ignored)
 
     async def in_worker(self, job: Job, argument: Any, client: str) -> list[bytes]:
         """What ``job`` yields for a large text, within a heavy worker's limits.

@@ -15,7 +15,7 @@ from truffula.text.infill import infill_prompt
 from truffula.text.template_probe import Kind
 from truffula.text.tokenizer import Encoded, Tokenizer, check_text
 from truffula.text.worker import Worker
-from truffula.types import EngineInfo, GenerateRequest, PromptPart, TokenPiece, TopToken
+from truffula.types import EngineInfo, GenerateRequest, PromptPart, TextSource, TokenPiece, TopToken
 
 # Text that is cut by ``truncate`` may be longer than any prompt that fits, up to this.
 MAX_TRUNCATED_CHARS = 2**21
@@ -132,7 +132,7 @@ def make_prompt(
         if not isinstance(request.prompt, list | tuple):
             kind = type(request.prompt).__name__
             raise InvalidRequest(f"prompt is a {kind}; it must be text or a list of token ids.", param="prompt")
-        ids = checked_ids(request.prompt, "prompt", info.vocab_size)
+        ids = checked_ids(request.prompt, "prompt", ids_of(request, info))
         if wants_pieces:
             pieces = id_pieces(ids, tokenizer)
     if not ids:
@@ -143,6 +143,11 @@ def make_prompt(
             raise InvalidRequest(f"truncate is {keep!r}; it must be at least 1.", param="truncate")
         ids, pieces = ids[-keep:], None if pieces is None else pieces[-keep:]
     return Prompt(ids, (pieces or []) if wants_pieces else None, ignored, (text or "")[-TAIL_CHARS:])
+
+
+def ids_of(request: GenerateRequest, info: EngineInfo) -> int:
+    """The ids that a request may name; the engine knows which of them its adapter has rows for."""
+    return info.vocab_size + (0 if request.adapter is None else info.more_ids)
 
 
 def render_job(worker: Worker, request: GenerateRequest) -> Iterator[bytes]:
@@ -156,10 +161,10 @@ def unpack_rendered(raw: bytes) -> tuple[str, tuple[str, ...]]:
     return msgspec.msgpack.decode(raw, type=tuple[str, tuple[str, ...]])
 
 
-def prompt_job(worker: Worker, request: GenerateRequest) -> Iterator[bytes]:
+def prompt_job(worker: Worker, job: tuple[GenerateRequest, TextSource | None]) -> Iterator[bytes]:
     """In a text worker: the request's prompt, for ``unpack_prompt``. One that does not fit is not sent."""
-    info = worker.setup.info
-    made = make_prompt(request, worker.tokenizer, worker.templates, info)
+    (request, source), info = job, worker.setup.info
+    made = make_prompt(request, *worker.texts(source), info)
     fitting(request, len(made.ids), info)
     yield msgspec.msgpack.encode(made)
 

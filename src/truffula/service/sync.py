@@ -55,7 +55,7 @@ class SyncService:
         self.core = core or Service(client.info)
         self._client = client
         self._submissions = Submissions(client)
-        self._grammars = Grammars(self.core.info, self.core.tokenizer, client.set_vocabulary)
+        self._grammars = Grammars(self.core.info, client.set_vocabulary)
         self._changed = threading.Condition()  # guards the fields below, the submissions and the calls
         self._calls: dict[str, _Call] = {}  # by engine id
         self._reader: _Call | None = None  # the call whose thread reads the engine's events
@@ -171,11 +171,12 @@ class SyncService:
         """The state of ``request``; what the chat template ignores is logged once per call."""
         if isinstance(request, RequestState):
             return request
-        self.core.check(request)
-        prompt = self.core.prompt(request)
-        wanted = self.core.answers.wanted(request, prompt.tail)
-        grammar = None if wanted is None else self._grammars.compile_now(wanted)
-        state = self.core.begin(request, prompt, grammar)
+        texts = self.core.text_sets.now(request.adapter)
+        self.core.check(request, texts)
+        prompt = self.core.prompt(request, texts)
+        wanted = texts.answers.wanted(request, prompt.tail)
+        grammar = None if wanted is None else self._grammars.compile_now(wanted, texts)
+        state = self.core.begin(request, prompt, texts, grammar)
         if new := set(state.ignored) - call.ignored:
             call.ignored |= new
             logger.warning("the chat template does not use %s", ", ".join(sorted(new)))

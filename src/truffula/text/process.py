@@ -42,7 +42,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
         info: Of the engine.
         texts_path: Where the model's text files are; None where it has none.
         texts_digest: Their digest when the server read them.
-        templates: The model's chat templates, name → source.
+        templates: The model's chat templates, name → source; or the operator's in their place, ``replaced_templates``.
         special_tokens: What these may write, name → text.
         memory_bytes: What the worker may allocate beyond what it has after its start.
         niceness: Added to the process's own.
@@ -53,6 +53,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     texts_digest: str
     templates: dict[str, str]
     special_tokens: dict[str, str]
+    replaced_templates: bool = False
     memory_bytes: int
     niceness: int = 0
 

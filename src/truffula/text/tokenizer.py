@@ -113,6 +113,17 @@ class Tokenizer:
         found: int | None = None if token is None else self._library.token_to_id(token)
         return found
 
+    def same_as(self, other: Tokenizer) -> bool:
+        """Whether both make the same ids and texts, and name the same special tokens."""
+        ends = [{token.id for token in one.end_tokens} for one in (self, other)]
+        named = self.special_tokens == other.special_tokens and ends[0] == ends[1]
+        return named and str(self._library.to_str()) == str(other._library.to_str())
+
+    @property
+    def ids(self) -> list[int]:
+        """All ids with a token, ascending."""
+        return sorted(self._library.get_vocab(with_added_tokens=True).values())
+
     @cached_property
     def longest_piece(self) -> int:
         """Characters of the longest vocabulary entry: no token stands for more text than that."""

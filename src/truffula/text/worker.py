@@ -16,7 +16,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,9 +26,15 @@ import msgspec
 
 from truffula.errors import CheckpointChanged, TruffulaError, internal_error
 from truffula.text.chat_template import ChatTemplates
+from truffula.text.own_texts import Base, load_own
 from truffula.text.process import END, FAILED, PART, READY, Setup
 from truffula.text.tokenizer import Tokenizer, digest_of, load_tokenizer
+from truffula.types import TextSource
+from truffula.weights.text_files import ModelTexts
 from truffula.weights.texts import read_texts
+
+MAX_OWN = 2
+"""Adapters' texts that are kept, the last used."""
 
 
 @dataclass
@@ -36,6 +42,7 @@ class Worker:
     """What a function gets: the ``setup``, and the model's texts, which are kept for later calls."""
 
     setup: Setup
+    _own: dict[TextSource, tuple[Tokenizer, ChatTemplates]] = field(default_factory=dict)
 
     @cached_property
     def templates(self) -> ChatTemplates:
@@ -43,18 +50,36 @@ class Worker:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
+        """Raises as ``files``."""
+        files = self.files
+        return load_tokenizer(files.tokenizer, files.end_tokens) if files.tokenizer else None
+
+    @property
+    def files(self) -> ModelTexts:
         """Raises ``CheckpointChanged`` when the files are not those that the server has read."""
         path = self.setup.texts_path
-        texts = None if path is None else read_texts(Path(path))
-        if texts is None or not texts.tokenizer:
-            return None
+        texts = ModelTexts({}, {}) if path is None else read_texts(Path(path))
         if digest_of(texts.tokenizer) != self.setup.texts_digest:
             raise CheckpointChanged(
                 f"The tokenizer of {path} was replaced while it was served, so long texts cannot be tokenized as "
                 "before. Restart the server to serve the files that are there now.",
                 param=path,
             )
-        return load_tokenizer(texts.tokenizer, texts.end_tokens)
+        return texts
+
+    def texts(self, source: TextSource | None) -> tuple[Tokenizer | None, ChatTemplates]:
+        """The tokenizer and the templates of an adapter, or of the model."""
+        if source is None:
+            return self.tokenizer, self.templates
+        found = self._own.pop(source, None)
+        if found is None:
+            tokenizer = load_own(source, self.files)
+            base = Base(None, self.setup.templates, self.setup.replaced_templates, 0)
+            found = tokenizer, base.templates_for(tokenizer)
+        self._own[source] = found
+        while len(self._own) > MAX_OWN:
+            del self._own[next(iter(self._own))]
+        return found
 
 
 def _limit_memory(extra: int) -> None:

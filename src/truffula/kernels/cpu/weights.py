@@ -94,7 +94,7 @@ def planned_weights(program: Program, options: WeightOptions, stored_types: Mapp
         if role.kind == "vector":
             made.append(("vectors", 4 * math.prod(decl.shape)))
             continue
-        types = [stored_types.get(part.name, "") if part.in_blocks else "" for part in decl.parts]
+        types = [stored_types.get(part.name, "") if part.in_blocks else "" for part in decl.parts if part.name]
         stored = {kind if kind in BLOCK_KINDS else "bfloat16" if kind == "BF16" else "float32" for kind in types}
         fmt, _ = options.matrix_format(stored, exact=role.exact, quantisable=role.quantisable)
         *experts, outputs, inputs = decl.shape

@@ -6,7 +6,7 @@ the rows of A those of w1_b and w2_b: rank r².
 LOKR: ``w1 ⊗ w2``. With w1 = a1 b1 and w2 = a2 b2 it is ``(a1 ⊗ a2)(b1 ⊗ b2)``; a matrix that is stored whole is its own
 product with the identity of its smaller side.
 
-An adapter whose rank would be more than the weight's is refused.
+A module whose rank would be more than the weight's has the weight with the matrix added instead (``Replace``).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import msgspec
 import numpy as np
 
 from truffula.errors import AdapterError
-from truffula.kernels.adapters import SiteTensors
+from truffula.kernels.adapters import Replace, SiteTensors
 from truffula.kernels.backend import Array
-from truffula.lora.fields import MERGE
+from truffula.lora.base import BaseWeights
 from truffula.lora.methods.method import (
     Metadata,
     Method,
@@ -49,13 +49,15 @@ class _Settings(msgspec.Struct, frozen=True):
 
 _Infos = Mapping[str, TensorInfo]
 _Expand = Callable[[Tensors, _Infos], tuple[Array, Array]]
+_Dense = Callable[[Tensors, _Infos], Array]
 
 
 def _parse(
     source: Metadata, leaves: tuple[str, ...], check: Callable[[str, _Infos, Parts, int, Metadata], int],
-    expand: _Expand,
+    expand: _Expand, dense: _Dense,
 ) -> ParsedAdapter:  # fmt: skip
-    """``check`` returns the expanded rank of a module, after it has checked its tensors; ``expand`` its A and B."""
+    """``check`` returns the expanded rank of a module, after it has checked its tensors; ``expand`` its A and B, and
+    ``dense`` their product."""
     settings = msgspec.convert(source.config, _Settings)
     keys = group_keys(source.infos, leaves)
     found, parsed = match(source, keys)
@@ -65,17 +67,27 @@ def _parse(
         scale = float(np.float32(alphas.value(module, settings.alpha) / r))
         infos = keys.modules[module]
         expanded = check(module, infos, parts, r, source)
-        inputs, outputs = parts[0][0].in_features, parts[0][1].of
-        if expanded > min(inputs, outputs):
-            raise AdapterError(
-                f"{module}: as LoRA it has rank {expanded}, more than its weight [{outputs}, {inputs}] can have. "
-                f"{MERGE[0].upper()}{MERGE[1:]}, or convert it with PEFT's convert_to_lora (approximate).",
-                param="r",
-                rank=expanded,
-            )
+        most = min(parts[0][0].in_features, parts[0][1].of)
         make = _maker(parts, infos, scale, expand)
-        parsed.computed.append(Computed(module, tuple(infos.values()), make, expanded))
+        if expanded > most:
+            what = f"{module}: of rank {expanded} as LoRA, more than its weight's {most}, it"
+            make = _replacer(parts, infos, scale, dense, source.base.need(what))
+        parsed.computed.append(Computed(module, tuple(infos.values()), make, min(expanded, most)))
     return parsed
+
+
+def _replacer(
+    parts: Parts, infos: _Infos, scale: float, dense: _Dense, base: BaseWeights
+) -> Callable[[Tensors], Iterable[SiteTensors]]:
+    def make(tensors: Tensors) -> Iterable[SiteTensors]:
+        delta = dense(tensors, infos) * np.float32(scale)
+        for site, part in parts if delta.any() else ():
+            weight = part.rows(delta).copy()
+            for lo, values in base.rows(site):
+                weight[lo : lo + len(values)] += np.asarray(values, np.float32)
+            yield SiteTensors(site.id, (Replace(weight),))
+
+    return make
 
 
 def _maker(parts: Parts, infos: _Infos, scale: float, expand: _Expand) -> Callable[[Tensors], Iterable[SiteTensors]]:
@@ -98,6 +110,11 @@ def _expand_loha(tensors: Tensors, infos: _Infos) -> tuple[Array, Array]:
     a = b1[:, None, :] * b2[None, :, :]
     b = a1[:, :, None] * a2[:, None, :]
     return a.reshape(-1, a.shape[-1]), b.reshape(len(b), -1)
+
+
+def _dense_loha(tensors: Tensors, infos: _Infos) -> Array:
+    a1, b1, a2, b2 = (as_float32(tensors[infos[leaf].name]) for leaf in _LOHA)
+    return np.asarray((a1 @ b1) * (a2 @ b2))
 
 
 def _check_lokr(module: str, infos: _Infos, parts: Parts, r: int, source: Metadata) -> int:
@@ -135,6 +152,11 @@ def _expand_lokr(tensors: Tensors, infos: _Infos) -> tuple[Array, Array]:
     return np.kron(b1, b2), np.kron(a1, a2)
 
 
+def _dense_lokr(tensors: Tensors, infos: _Infos) -> Array:
+    first, second = (np.matmul(*_factors(tensors, infos, name)) for name in ("lokr_w1", "lokr_w2"))
+    return np.kron(first, second)
+
+
 def _factors(tensors: Tensors, infos: _Infos, name: str) -> tuple[Array, Array]:
     """Two matrices whose product is ``name``, of the smallest rank that is known without computing."""
     if name not in infos:
@@ -147,9 +169,10 @@ def _factors(tensors: Tensors, infos: _Infos, name: str) -> tuple[Array, Array]:
 
 
 LOHA = Method(
-    lambda source: _parse(source, _LOHA, _check_loha, _expand_loha), "LoRA of rank r², up to the rank of the weight"
+    lambda source: _parse(source, _LOHA, _check_loha, _expand_loha, _dense_loha),
+    "LoRA of rank r², beyond that of the weight a changed weight",
 )
 LOKR = Method(
-    lambda source: _parse(source, _LOKR, _check_lokr, _expand_lokr),
-    "LoRA of the product's rank, up to the rank of the weight",
+    lambda source: _parse(source, _LOKR, _check_lokr, _expand_lokr, _dense_lokr),
+    "LoRA of the product's rank, beyond that of the weight a changed weight",
 )

@@ -31,7 +31,7 @@ def _parse(source: Metadata) -> ParsedAdapter:
     for module, infos in keys.modules.items():
         parts = tuple(sites.by_name[module])
         if _WEIGHT in infos:
-            check_weight(infos[_WEIGHT], parts, "target_modules")
+            check_weight(infos[_WEIGHT], parts)
             saved.append(Saved("weight", module, infos[_WEIGHT], parts, by="target_modules"))
         if _BIAS in infos:
             check_shape(infos[_BIAS], (parts[0][1].of,), source.base)

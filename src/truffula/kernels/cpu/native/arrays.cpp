@@ -94,7 +94,8 @@ SampleArgs sample_args(HeldArrays& held, const nb::object& samples, int64_t rows
   args.mask_row = step_array<int32_t>(held, samples, "mask_row", rows);
   const nb::object masks = samples.attr("mask");
   args.masks = static_cast<int64_t>(nb::len(masks));
-  args.mask = step_array<uint32_t>(held, samples, "mask", args.masks * mask_words(vocab));
+  args.words = mask_words(vocab);
+  args.mask = step_array<uint32_t>(held, samples, "mask", args.masks * args.words);
   return args;
 }
 
@@ -104,7 +105,7 @@ std::unique_ptr<SequenceState> sequence_state(const In<int32_t>& prompt, const I
   const auto read = [&](auto& into, const char* name) {
     into = nb::cast<std::decay_t<decltype(into)>>(sampling.attr(name));
   };
-  read(s.temperature, "temperature"), read(s.top_k, "top_k"), read(s.top_p, "top_p"), read(s.min_p, "min_p");
+  read(s.temperature, "temperature"), read(s.top_k, "top_k"), read(s.width, "width"), read(s.top_p, "top_p"), read(s.min_p, "min_p");
   read(s.typical_p, "typical_p"), read(s.repetition, "repetition"), read(s.frequency, "frequency");
   read(s.presence, "presence"), read(s.n_logprobs, "n_logprobs"), read(s.n_prompt_logprobs, "n_prompt_logprobs");
   read(s.seed, "seed"), read(s.choice, "choice"), read(s.warped, "warped"), read(s.min_tokens, "min_tokens");

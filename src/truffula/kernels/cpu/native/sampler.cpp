@@ -398,7 +398,7 @@ void sample_row(const float* logits, int64_t vocab, int64_t index, const Sequenc
   std::fill_n(out.top_ids + index * out.width, out.width, -1);
   std::fill_n(out.top_logprobs + index * out.width, out.width, -std::numeric_limits<float>::infinity());
   const int32_t mask_row = args.target[index] < 0 ? args.mask_row[index] : -1;
-  const uint32_t* mask = mask_row < 0 ? nullptr : args.mask + mask_row * mask_words(vocab);
+  const uint32_t* mask = mask_row < 0 ? nullptr : args.mask + mask_row * args.words;
   const SampleLoops& loops = scratch.loops ? *scratch.loops : kSampleLoops;
   out.finite[index] = sample_finite(logits, vocab, {sequence.sampling, sequence, args, out, scratch, loops, index, mask});
 }

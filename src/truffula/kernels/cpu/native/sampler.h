@@ -22,8 +22,8 @@ struct SampleArgs {
   const std::int32_t* target;    // -1: draw; else this id is scored by the model's own distribution
   const std::uint32_t* draw;     // completion tokens before this one
   const std::int32_t* mask_row;  // -1: every id is allowed
-  const std::uint32_t* mask;     // [masks, words of 32 ids]
-  std::int64_t masks;
+  const std::uint32_t* mask;     // [masks, words], of 32 ids each
+  std::int64_t masks, words;
 };
 
 // The arrays of StepOutput (inputs.py). `width` is the largest `n_logprobs` of the step, at least 0.

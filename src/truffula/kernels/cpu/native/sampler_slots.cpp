@@ -26,16 +26,17 @@ void Sampler::check_row(std::int64_t row, const SampleArgs& args) {
   const std::int32_t slot = args.row_slot[row], mask_row = args.mask_row[row];
   require(slot >= 0 && static_cast<std::size_t>(slot) < sequences_.size() && sequences_[static_cast<std::size_t>(slot)],
           "row_slot: a slot that holds no sequence");
-  require(args.target[row] < vocab_, "target: outside the vocabulary");
+  const std::int64_t width = width_of(slot);
+  require(args.target[row] < width, "target: outside the vocabulary");
   if (args.target[row] >= 0) return;
   require(drawn_in_[static_cast<std::size_t>(slot)] != step_, "row_slot: two rows draw for one slot");
   drawn_in_[static_cast<std::size_t>(slot)] = step_;
   require(sequence_of(slot).has(args.draw[row]), "draw: beyond the tokens of the sequence");
   if (mask_row < 0) return;
   require(mask_row < args.masks, "mask_row: no such mask");
-  const std::uint32_t* mask = args.mask + mask_row * mask_words(vocab_);
-  const std::uint32_t last = vocab_ % 32 ? (1u << (vocab_ % 32)) - 1 : ~0u;
-  const std::int64_t full = mask_words(vocab_) - 1;
+  const std::uint32_t* mask = args.mask + mask_row * args.words;
+  const std::uint32_t last = width % 32 ? (1u << (width % 32)) - 1 : ~0u;
+  const std::int64_t full = mask_words(width) - 1;
   require((mask[full] & last) != 0 || std::any_of(mask, mask + full, [](std::uint32_t word) { return word != 0; }),
           "mask: a row that allows no id");
 }
@@ -59,7 +60,7 @@ std::int32_t Sampler::width(std::int64_t rows, const SampleArgs& args) const {
 void Sampler::sample(const float* logits, std::int64_t row, const SampleArgs& args, const SampleOut& out,
                      SampleScratch& scratch) {
   SequenceState& sequence = sequence_of(args.row_slot[row]);
-  sample_row(logits, vocab_, row, sequence, args, out, scratch);
+  sample_row(logits, width_of(args.row_slot[row]), row, sequence, args, out, scratch);
   if (args.target[row] < 0) sequence.count(out.ids[row]);
 }
 

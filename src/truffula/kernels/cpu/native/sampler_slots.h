@@ -31,6 +31,11 @@ class Sampler {
 
  private:
   SequenceState& sequence_of(std::int32_t slot) const { return *sequences_[static_cast<std::size_t>(slot)]; }
+  // Ids that the sequence in a slot may draw: the first of the vocabulary.
+  std::int64_t width_of(std::int32_t slot) const {
+    const std::int32_t own = sequence_of(slot).sampling.width;
+    return own ? own : vocab_;
+  }
   void check_row(std::int64_t row, const SampleArgs& args);
 
   std::int64_t vocab_;

@@ -9,7 +9,9 @@ namespace truffula {
 SequenceState::SequenceState(SequenceSampling asked, std::span<const std::int32_t> prompt,
                              std::span<const std::int32_t> completion, std::int64_t vocab)
     : sampling(std::move(asked)) {
-  const auto known = [vocab](std::int32_t id) { return id >= 0 && id < vocab; };
+  if (sampling.width < 0 || sampling.width > vocab) throw std::invalid_argument("width: outside the vocabulary");
+  const std::int64_t width = sampling.width ? sampling.width : vocab;
+  const auto known = [width](std::int32_t id) { return id >= 0 && id < width; };
   for (const std::span<const std::int32_t> ids : {prompt, completion, std::span<const std::int32_t>(sampling.bias_ids),
                                                   std::span<const std::int32_t>(sampling.banned_ids)})
     if (!std::all_of(ids.begin(), ids.end(), known))
@@ -17,7 +19,7 @@ SequenceState::SequenceState(SequenceSampling asked, std::span<const std::int32_
   if (sampling.bias_ids.size() != sampling.bias_values.size())
     throw std::invalid_argument("bias_values: not one for each of bias_ids");
   if (!sampling.penalised()) return;
-  std::vector<std::int32_t> place_of(static_cast<std::size_t>(vocab), -1);
+  std::vector<std::int32_t> place_of(static_cast<std::size_t>(width), -1);
   const auto see = [&](std::int32_t id, std::int32_t more) {
     std::int32_t& place = place_of[static_cast<std::size_t>(id)];
     if (place < 0) {

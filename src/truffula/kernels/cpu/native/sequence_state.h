@@ -14,6 +14,7 @@ struct SequenceSampling {
   float top_p = 1.0f, min_p = 0.0f, typical_p = 1.0f;
   float repetition = 1.0f, frequency = 0.0f, presence = 0.0f;
   std::int32_t top_k = 0;                         // 0: all
+  std::int32_t width = 0;                         // ids that may be drawn; 0: all
   std::int32_t n_logprobs = -1, n_prompt_logprobs = -1;  // -1: none
   std::uint64_t seed = 0;
   std::uint32_t choice = 0, min_tokens = 0;
@@ -27,7 +28,7 @@ struct SequenceSampling {
 // Counts tokens only with penalties: 8 bytes per distinct id, 4 per completion token.
 class SequenceState {
  public:
-  // Throws std::invalid_argument when an id is not below `vocab`, or biases and their ids are unequal in number.
+  // Throws std::invalid_argument when an id is not below the width, or that is above `vocab`, or biases and their ids are unequal in number.
   SequenceState(SequenceSampling sampling, std::span<const std::int32_t> prompt,
                 std::span<const std::int32_t> completion, std::int64_t vocab);
 

@@ -1,0 +1,192 @@
+"""The tokenizer and the chat templates in an adapter's folder: what they are beside the base's.
+
+Where the folder has a tokenizer.json, its files alone make the tokenizer; otherwise they are read on top of the base's.
+Chat templates are the folder's if it has any. A tokenizer may add tokens to the base's and rename added ones; one that
+gives an id of the base's vocabulary to another token, or merges otherwise, is an error.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from truffula.errors import AdapterError, AdapterLoadError, CheckpointError, InvalidRequest, TemplateError
+from truffula.lora.paths import OpenFolder
+from truffula.text.chat_template import ChatTemplates
+from truffula.text.ends import EndTokens
+from truffula.text.tokenizer import Tokenizer, digest_of, load_tokenizer
+from truffula.types import GenerateRequest, TextSource
+from truffula.weights.text_files import TOKENIZER_FILES, ModelTexts, is_lfs_pointer
+
+if TYPE_CHECKING:
+    from truffula.text.worker import Worker
+
+MAX_BYTES = 64 << 20
+"""Of one file."""
+TOKENIZER, CONFIG, TEMPLATES = "tokenizer.json", "tokenizer_config.json", ("chat_template.jinja", "chat_template.json")
+
+
+class Examined(msgspec.Struct, frozen=True):
+    """What an adapter's text files make. ``same_tokenizer``: as the base's. ``rendered``: see ``EndTokens``, by number
+    of messages and source."""
+
+    same_tokenizer: bool
+    templates: dict[str, str]
+    special_tokens: dict[str, str]
+    response_template: Any
+    rendered: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter's text files are compared with. ``replaced_templates``: the operator's own are used for all."""
+
+    tokenizer: Tokenizer | None
+    templates: Mapping[str, str]
+    replaced_templates: bool
+    vocab_size: int
+
+    def templates_for(self, own: Tokenizer) -> ChatTemplates:
+        sources = self.templates if self.replaced_templates or not own.chat_templates else own.chat_templates
+        return ChatTemplates(sources, own.special_tokens)
+
+
+def find_source(folder: str, root: str, base_digest: str) -> TextSource | None:
+    """The text files of an adapter's ``folder``; None where it has none but the base's.
+
+    Raises ``AdapterError`` for a file that cannot be used, ``AdapterLoadError`` for a folder that cannot be read.
+    """
+    files = _read(folder, root)
+    same = base_digest.split(" ")
+    return None if all(digest_of({name: files[name]}) in same for name in files) else TextSource(
+        folder, root, digest_of(files)
+    )  # fmt: skip
+
+
+def load_own(source: TextSource, base: ModelTexts) -> Tokenizer:
+    """The tokenizer, with the chat templates, of an adapter. Raises as ``find_source``, and where its files changed."""
+    files = _read(source.folder, source.root)
+    if digest_of(files) != source.digest:
+        raise AdapterLoadError("The adapter's tokenizer changed while it was read; send the request again.")
+    try:
+        if TOKENIZER in files:
+            found = load_tokenizer(files)
+        else:
+            kept = dict(base.tokenizer)
+            if _has_template(files):
+                kept = {name: content for name, content in kept.items() if name not in TEMPLATES}
+            found = load_tokenizer(kept | files, base.end_tokens)
+    except CheckpointError as error:
+        raise AdapterError(f"The adapter's tokenizer cannot be used: {error.message}", param=error.param) from error
+    if found is None:
+        raise AdapterError(
+            "The adapter has text files of its own, and neither it nor its base has a tokenizer.json.", param=TOKENIZER
+        )
+    return found
+
+
+def examine(worker: Worker, source: TextSource) -> Iterator[bytes]:
+    """In a text worker: an ``Examined``. Raises ``AdapterError`` where the adapter contradicts its base."""
+    setup, texts = worker.setup, worker.files
+    base = Base(
+        worker.tokenizer, setup.templates, setup.replaced_templates, setup.info.vocab_size + setup.info.more_ids
+    )
+    yield msgspec.msgpack.encode(examined(load_own(source, texts), source, base, texts))
+
+
+def examined(own: Tokenizer, source: TextSource, base: Base, texts: ModelTexts) -> Examined:
+    """See ``Examined``; ``texts`` are the base's. Raises ``AdapterError``."""
+    same = base.tokenizer is not None and own.same_as(base.tokenizer)
+    if base.tokenizer is not None and not same:
+        _require_extension(own, base.tokenizer)
+        _require_merges(_read(source.folder, source.root), texts.tokenizer)
+    rendered: dict[str, str] = {}
+
+    def render(templates: ChatTemplates, chat: GenerateRequest) -> str:
+        try:
+            text = templates.render(chat)
+        except (TemplateError, InvalidRequest):
+            text = ""
+        rendered[_place(chat)] = text
+        return text
+
+    templates = base.templates_for(own)
+    EndTokens((), (), tokenizer=own, templates=templates, vocab_size=base.vocab_size, render=render)
+    response = {} if base.replaced_templates else own.response_template
+    return Examined(same, templates.sources, own.special_tokens, response, rendered)
+
+
+def rendering(rendered: Mapping[str, str]) -> Callable[[ChatTemplates, GenerateRequest], str]:
+    """``Render`` by what was rendered elsewhere."""
+    return lambda _, chat: rendered.get(_place(chat), "")
+
+
+def _place(chat: GenerateRequest) -> str:
+    return f"{len(chat.messages or ())} {chat.chat_template}"
+
+
+def _read(folder: str, root: str) -> dict[str, bytes]:
+    """The text files of an adapter's folder, by name."""
+    try:
+        with closing(OpenFolder(Path(folder), Path(root) if root else None)) as opened:
+            names = opened.names()
+            files = {name: opened.read(name, MAX_BYTES) for name in TOKENIZER_FILES if name in names}
+    except OSError as error:
+        raise AdapterLoadError(f"The adapter's folder cannot be read: {error.strerror or error}.") from error
+    for name, content in files.items():
+        if content is None or is_lfs_pointer(content[:64]):
+            raise AdapterError(
+                f"The adapter's {name} cannot be read: it is not a regular file, has more than {MAX_BYTES} bytes, is a "
+                "Git LFS pointer, or leads out of the folder that adapters may be in.", param=name,
+            )  # fmt: skip
+    return {name: content for name, content in files.items() if content is not None}
+
+
+def _has_template(files: Mapping[str, bytes]) -> bool:
+    try:
+        config = msgspec.json.decode(files.get(CONFIG, b"{}"))
+    except (msgspec.DecodeError, RecursionError):
+        return False  # refused when it is loaded
+    return bool(isinstance(config, dict) and config.get("chat_template")) or any(name in files for name in TEMPLATES)
+
+
+def _require_extension(own: Tokenizer, base: Tokenizer) -> None:
+    """Every id of the base's tokenizer means the same; an added token may have another name."""
+    for token_id in base.ids:
+        theirs, mine = base.id_to_token(token_id), own.id_to_token(token_id)
+        if theirs != mine and theirs is not None and not (token_id in base.added_ids and token_id in own.added_ids):
+            raise AdapterError(
+                f"The adapter's tokenizer contradicts the base's: token {token_id} is {mine!r}, and {theirs!r} there. "
+                "It is of another base; remove the tokenizer files from the adapter's folder if it was trained with "
+                "the base's.", param=TOKENIZER, token_id=token_id,
+            )  # fmt: skip
+
+
+class _Merges(msgspec.Struct):
+    class Model(msgspec.Struct):
+        merges: list[Any] = []
+
+    model: Model = msgspec.field(default_factory=Model)
+
+
+def _require_merges(own: Mapping[str, bytes], base: Mapping[str, bytes]) -> None:
+    """Raise ``AdapterError`` unless both cut text alike; older files write a merge as one text."""
+    if TOKENIZER not in own or TOKENIZER not in base:
+        return
+    pairs = [
+        [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in found.model.merges]
+        for found in (msgspec.json.decode(files[TOKENIZER], type=_Merges) for files in (own, base))
+    ]
+    for number, (mine, theirs) in enumerate(itertools.zip_longest(*pairs)):
+        if mine != theirs:
+            raise AdapterError(
+                f"The adapter's tokenizer contradicts the base's: merge {number} is {mine!r}, and {theirs!r} there. It "
+                "is of another base; remove the tokenizer files from the adapter's folder if it was trained with the "
+                "base's.", param=TOKENIZER, merge=number,
+            )  # fmt: skip

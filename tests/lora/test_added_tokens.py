@@ -1,0 +1,116 @@
+"""Adapters trained after ``resize_token_embeddings``, as ``save_pretrained`` writes them, against the resized
+model with peft: on bases whose tables have rows for the added tokens (published ones are often padded)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from kernel_backends import SINGLE, on_the_best
+from served_base import Served
+
+from truffula.errors import AdapterError
+from truffula.kernels.backend import Backend, QuantisedArray
+from truffula.kernels.cpu.formats import BLOCK_KINDS
+from truffula.lora.peft import BaseFacts, validate_adapter
+from truffula.model.load import zeros_like
+from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
+from truffula.weights.gguf_quants import values_of_blocks
+from truffula.weights.quantised.packing import BY_KIND
+
+TOLERANCE = 1e-4
+BASES: dict[str, dict[str, Any]] = {
+    "llama": {"vocab_size": 97, "tie_word_embeddings": False},
+    "qwen2": {"vocab_size": 96, "tie_word_embeddings": True},
+}
+FEWER, MORE = 91, 101
+CASES: dict[str, dict[str, Any]] = {
+    "tables": {"target_modules": ["q_proj"]},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "pairs": {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+    "dora": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+    "rows": {"target_modules": ["k_proj"], "trainable_token_indices": [5, FEWER - 1, 88]},
+    "tied": {"target_modules": ["embed_tokens", "k_proj"], "ensure_weight_tying": True},
+}
+
+
+def trained(folder: Path, base: Path, rows: int, ids: list[int], **settings: Any) -> npt.NDArray[np.float32]:
+    """An adapter of the base resized to ``rows`` rows, with random weights; its logits of ``ids``."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(len(settings))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(rows)
+    made = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **settings))
+    for name, parameter in made.named_parameters():
+        if parameter.requires_grad and ("modules_to_save" in name or "token_adapter" in name or "embedding" in name):
+            torch.nn.init.normal_(parameter, std=0.3)
+    made.save_pretrained(folder, save_embedding_layers=True)
+    with torch.no_grad():
+        return made.eval()(torch.tensor([ids])).logits[0].numpy()
+
+
+@on_the_best
+@pytest.mark.parametrize("model_type", BASES)
+@pytest.mark.parametrize("rows", [FEWER, MORE])
+def test_resized_tables_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend, rows: int) -> None:
+    """``resize_token_embeddings(len(tokenizer))`` takes padding from a base, and adds rows to one without."""
+    path = write_tiny_checkpoint(tmp_path / "model", tiny_config(model_type, **BASES[model_type]), seed=5)
+    served, plain = Served(path, backend, more_ids=8), Served(path, backend)
+    own = BASES[model_type]["vocab_size"]
+    ids = [i % min(rows, own) for i in served.prompt(3)]
+    (base,) = plain.run([(None, ids)])
+    np.testing.assert_array_equal(served.run([(None, ids)])[0][:, :own], base)
+    slots = []
+    for name, settings in CASES.items():
+        if name == "tied" and not served.tied:
+            continue
+        asked = [*ids[:-3], rows - 1, *ids[-2:]]
+        theirs = trained(tmp_path / name, path, rows, asked, **settings)
+        facts = validate_adapter(tmp_path / name, served.program.sites, base=BaseFacts("b", served.weights)).facts
+        assert (facts.vocab_size, theirs.shape[1]) == (rows, rows), name
+        slots.append(slot := served.add(tmp_path / name))
+        (mine,) = served.run([(slot, asked)])
+        limit = TOLERANCE * max(1.0, float(np.abs(theirs).max()) / 10)
+        np.testing.assert_allclose(mine[:, :rows], theirs, atol=limit, err_msg=name)
+        assert np.abs(theirs[:-3, :FEWER] - base[:-3, :FEWER]).max() > 30 * limit, f"{name} does not show"
+        if rows < own:
+            np.testing.assert_array_equal(plain.run([(plain.add(tmp_path / name), asked)])[0], mine[:, :own])
+    *_, last = served.run([*((slot, ids) for slot in slots), (None, ids)])
+    np.testing.assert_array_equal(last[:, :own], base)
+
+
+def test_tables_that_disagree_or_are_larger_are_refused(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = write_tiny_checkpoint(tmp_path / "model", tiny_config("llama", **BASES["llama"]), seed=5)
+    served = Served(path, SINGLE["reference"])
+    folder = tmp_path / "larger"
+    trained(folder, path, 99, [1, 2], **CASES["tables"])
+    with pytest.raises(
+        AdapterError, match=r"has 99 rows, but the base's table has 97\..*--adapter-tokens 2 or more, or merge"
+    ):
+        served.add(folder)
+    trained(folder, path, FEWER, [1, 2], **CASES["pairs"])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors = {k: v[:90] if k.endswith("lm_head.base_layer.weight") else v for k, v in tensors.items()}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(AdapterError, match=r"lm_head.base_layer.weight has 90 rows, and others of its tables 91"):
+        served.add(folder)
+
+
+@pytest.mark.parametrize("kind", BLOCK_KINDS)
+def test_rows_for_added_tokens_are_stored_as_those_of_a_quantised_table(kind: str) -> None:
+    format = BY_KIND[kind]
+    blocks = np.random.default_rng(0).integers(0, 255, (2, 1, format.nbytes), np.uint8)
+    table = QuantisedArray(kind, blocks, (2, format.size), partial(values_of_blocks, format))
+    more = zeros_like(table, (3, format.size))
+    assert isinstance(more, QuantisedArray) and more.kind == kind
+    np.testing.assert_array_equal(more.dequantise(), np.zeros((3, format.size), np.float32))
