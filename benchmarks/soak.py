@@ -75,6 +75,7 @@ class Report:
     wrong: list[str] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)  # MiB, PSS of the server and its processes
     facts: dict[str, Any] = field(default_factory=dict)
+    output: str = ""  # what the server logged
 
     def fail(self, text: str) -> None:
         if len(self.wrong) < 50:
@@ -309,7 +310,10 @@ async def soak(args: argparse.Namespace, root: Path, report: Report) -> None:
     argv = [sys.executable, "-m", "truffula", "serve", str(model), "--adapter-admin", *flags]
     with Server("truffula", argv, f"http://127.0.0.1:{port}") as server:
         await asyncio.to_thread(server.wait)
-        await Soak(server.url, adapters, args, report).run(server.pid)
+        try:
+            await Soak(server.url, adapters, args, report).run(server.pid)
+        finally:
+            report.output = ("The server has ended. " if server.ended else "") + server.output()
         folders = staging_folders(server.pid)
         report.facts["staged_files"] = sum(len(list(folder.iterdir())) for folder in folders)
     report.facts["staging_folders_left"] = sum(folder.exists() for folder in folders)
@@ -366,6 +370,7 @@ def main() -> int:
         asyncio.run(soak(args, root, report))
     finally:
         shutil.rmtree(root, ignore_errors=True)
+        print(report.output, file=sys.stderr)
     judge(report, args)
     rows = "\n".join(table(report))
     print(f"{rows}\n\n{dict(report.outcomes)}\n{report.facts}")

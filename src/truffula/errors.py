@@ -195,7 +195,8 @@ class WireError(TruffulaError):
 
 
 def _classes(root: type[TruffulaError]) -> dict[str, type[TruffulaError]]:
-    found = {root.code: root}
+    """Code → class. One without a code of its own travels as the class that has it: its constructor may be another."""
+    found = {root.code: root} if "code" in vars(root) else {}
     for child in root.__subclasses__():
         found.update(_classes(child))
     return found

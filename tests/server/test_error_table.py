@@ -3,6 +3,7 @@
 import pytest
 
 import truffula.errors as errors
+import truffula.lora.worker  # noqa: F401  (the engine's process has its errors, too)
 from truffula.errors import ErrorInfo, TruffulaError
 from truffula.server.errors import TABLE, dialect_of, error_body, error_headers, from_validation, render, status_of
 
@@ -17,10 +18,18 @@ def every_error(root=TruffulaError):
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/messages", "/api/chat"])
 def test_every_code_has_a_row_and_renders(cls, path):
     assert cls.code in TABLE, f"{cls.__name__} has no row in server/errors.py"
-    response = render(cls("What happened.", param="field"), dialect_of(path))
+    response = render(errors.TruffulaError.from_info(ErrorInfo(code=cls.code, message="What happened.", param="field")), dialect_of(path))
     assert 400 <= response.status_code < 600
     assert response.headers["content-type"] == "application/json"
     assert b"What happened." in response.body
+
+
+@pytest.mark.parametrize("code", sorted({cls.code for cls in every_error()}))
+def test_every_code_comes_back_as_an_error_with_all_that_was_sent(code):
+    """Also where a class of that code has another constructor, as the loading worker's own has."""
+    info = ErrorInfo(code=code, message="Why.", param="field", data={"limit": 3})
+    back = TruffulaError.from_info(info)
+    assert back.info() == info and "code" in vars(type(back)) | vars(back)
 
 
 @pytest.mark.parametrize(

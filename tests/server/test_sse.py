@@ -139,6 +139,20 @@ def test_work_is_cancelled_and_awaited_when_the_client_leaves():
     assert ended == [True]
 
 
+def test_a_connection_that_is_closing_and_then_lost_ends_the_work_once():
+    async def go():
+        connection = Connection(gone=True)
+        task = asyncio.ensure_future(unless_gone(connection, never()))
+        await asyncio.sleep(0)
+        connection.leave()
+        await asyncio.sleep(0)
+        connection.leave()
+        with pytest.raises(ClientGone):
+            await task
+
+    asyncio.run(go())
+
+
 def test_the_frames_are_closed_even_when_nobody_took_one():
     async def go():
         async def quick():

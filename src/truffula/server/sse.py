@@ -92,8 +92,9 @@ async def unless_gone(connection: ClientConnection, work: Awaitable[T]) -> T:
 
     def leave() -> None:
         nonlocal left
-        left = True
-        task.cancel()
+        if not left:  # the end of its sending, then that of the connection: cancelled twice, ``work`` ends as a task
+            left = True
+            task.cancel()
 
     # One that has left already cancels ``work`` where it waits, as one that leaves later.
     early = asyncio.get_running_loop().call_soon(leave) if connection.gone else None
