@@ -50,6 +50,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     generation), never the name. ``root``: what contains ``locator`` (a parent folder, or a pattern of URLs); neither a
     link nor a redirect may lead outside of it when the files are read. "" when the operator configured the adapter's
     folder itself. ``untrained``: its tensors may all be zero, as those of a trainer's first version are.
+    ``wanted``: the generation that it must have, or the first digits of it; "" for the present one.
     ``credential``: the client's own, by which the source is read instead of the operator's.
 
     ``composed``: ``parts`` act together, each by its weight; the engine loads them one by one. ``merged``: a loading
@@ -63,6 +64,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str = ""
     root: str = ""
     untrained: bool = False
+    wanted: str = ""
     credential: Credential | None = None
     parts: tuple[WeightedAdapter, ...] = ()
     merge: MergeMethod | None = None
