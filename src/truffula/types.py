@@ -177,7 +177,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     ``logprobs`` and ``top_logprobs`` have one entry per token when requested, else are empty; a top list holds
     ``(id, logprob)`` best first and does not repeat the chosen id unless it is among the k best. ``prompt_logprobs``
     comes once, with the first event: one entry per prompt token, the first None, else ``(logprob, top list)``.
-    ``vector`` comes with the final event of a model whose output is a vector per sequence.
+    ``vector`` comes with the final event of a model whose output is a vector per sequence. ``generations`` of its
+    adapters, joined by +, come with ``times``.
     On ``stop`` by a stop id or EOS the id is the last of ``token_ids`` and is ``stop_reason``. On ``error``, ``error``
     is the error.
     """
@@ -194,6 +195,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     times: RequestTimes | None = None
+    generations: str = ""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

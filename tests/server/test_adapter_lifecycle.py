@@ -582,6 +582,12 @@ def test_a_request_for_one_generation_gets_it_or_learns_what_is_there(
     assert text(served, f"mine@sha:{old}") == answer
     changed = text(served, "mine@7")
     new = show(served, "mine@7")["generation"]
+    both = {"merged_adapters": {"ids": ["mine", "also"]}, "prompt": "a", "max_tokens": 2}
+    for fields, generation in (({}, new), (both, "+".join(sorted((new, other)))), ({"model": MODEL}, None)):
+        for stream in (False, True):
+            asked = {"model": MODEL if fields else "mine", "prompt": "a", "max_tokens": 2, "stream": stream, **fields}
+            response = served.post("/v1/completions", asked)
+            assert response.status_code == 200 and response.headers.get("x-truffula-generation") == generation
     assert changed != answer and text(served, f"mine@sha:{new}") == changed
     refused(f"mine@sha:{old}", 409, f"is generation {new} now")
     replace_files(folder, folders["0"])
