@@ -70,7 +70,8 @@ class RequestRecord:
     """One HTTP request: filled while it is served, then logged as one line and counted.
 
     ``adapter`` stays None for the base model; ``generation`` is that of the bytes that answered. With ``own_right`` a
-    client's credential opened it, and it is counted without its name. ``generates`` marks the routes that produce tokens.
+    client's credential opened it, and it is counted without its name. ``generates`` marks the routes that produce
+    tokens.
     """
 
     request_id: str
