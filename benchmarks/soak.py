@@ -38,8 +38,8 @@ import psutil
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from chart import lines
 from truffula import LLM, SamplingParams
-from truffula.bench.chart import lines
 from truffula.bench.server import Server, end_children_on_sigterm, free_port
 from truffula.cli.doctor import cpu_name
 from truffula.kernels.host import usable_cpus

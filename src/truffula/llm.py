@@ -89,7 +89,7 @@ class Adapters:
             return compose(self._weighted(adapter))
         if adapter is None or isinstance(adapter, AdapterRef):
             return adapter
-        return None if str(adapter) in self._bases else _located(self._directory, adapter)
+        return None if str(adapter) in self._bases else _resolve(self._directory, adapter)
 
     def merge(
         self, weights: Mapping[str, float], strategy: MergeStrategy, *, density: float, sign: MergeSign = "total"
@@ -121,7 +121,7 @@ class Adapters:
         return self._service.adapters(AdapterCommand(action="list"))
 
 
-def _located(directory: AdapterDirectory, adapter: str | Path) -> AdapterRef:
+def _resolve(directory: AdapterDirectory, adapter: str | Path) -> AdapterRef:
     """``adapter`` by a known name, or where it is. Raises ``AdapterNotFound``."""
     name, names = str(adapter), directory.names()
     try:
@@ -181,7 +181,7 @@ class LLM:
             directory.add(directory.locate(name, source))  # report an error before the model is loaded
         if default_adapter is not None and not isinstance(default_adapter, AdapterRef):
             for one in default_adapter if isinstance(default_adapter, Mapping) else (default_adapter,):
-                _located(directory, one)
+                _resolve(directory, one)
         client = connect(config, transport, progress)
         try:
             templates = None if chat_template is None else {"default": chat_template}

@@ -1,6 +1,6 @@
 """``truffula bench adapters``: what adapters cost. Two sides of a row take turns (A B A B), each with prompts of random
 ids that no other has; the ratio is the median of the rounds'. Engines are processes of their own; adapters are random,
-all-linear and bfloat16 where a row says nothing else.
+in bfloat16, and of all linear layers unless a row says otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise
 from pathlib import Path
@@ -183,11 +184,8 @@ def gaps(bench: Bench) -> Iterator[Row]:
             llm.adapters.load("reload", bench.folder / "reload")
 
     def crowded(llm: LLM) -> None:
-        threads = [threading.Thread(target=llm.adapters.load, args=(name, name)) for name in crowd]
-        for one in threads:
-            one.start()
-        for one in threads:
-            one.join()
+        with ThreadPoolExecutor(len(crowd)) as threads:
+            list(threads.map(llm.adapters.load, crowd, crowd))
 
     def merge(llm: LLM) -> None:
         for first, second in pairwise(some):

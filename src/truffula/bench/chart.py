@@ -1,4 +1,4 @@
-"""Charts as SVG text: groups of bars on one scale, and lines over time."""
+"""Charts as SVG text: groups of bars on one scale."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from html import escape
 
 WIDTH, LEFT, RIGHT = 760, 150, 60  # pixels: all of it, the names of the bars, the values behind them
 TOP, BAR, GAP, TITLE, FOOT = 66, 20, 14, 24, 30
-PLOT = 240
-"""The height of a chart of lines."""
 STYLE = """\
   text { font: 13px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328; }
   .title { font-size: 17px; font-weight: 600; }
@@ -62,38 +60,11 @@ def bars(title: str, subtitle: str, groups: Sequence[Bars], source: str) -> str:
     told = (
         f"{group.title}: " + ", ".join(f"{name} {shown(value)}" for name, value in group.values) for group in groups
     )
-    return _whole(title, subtitle, told, parts, y + FOOT - GAP, source)
+    return document(title, subtitle, told, parts, y + FOOT - GAP, source)
 
 
-def lines(title: str, subtitle: str, series: Sequence[tuple[str, Sequence[float]]], ends: str, source: str) -> str:
-    """Values at even distances, from 0 to the largest of them; ``ends`` says where the axis of x ends."""
-    most = max(max(values) for _, values in series)
-    width, bottom = WIDTH - LEFT - RIGHT, TOP + PLOT
-    parts = []
-    for mark in (0.0, most / 2, most):
-        y = bottom - mark / most * PLOT
-        parts += [
-            f'<text class="name note" x="{LEFT - 8}" y="{y + 4:.1f}">{shown(mark)}</text>',
-            f'<path d="M{LEFT} {y:.1f}H{LEFT + width}" stroke="#9198a1" stroke-opacity="0.3"/>',
-        ]
-    for number, (name, values) in enumerate(series):
-        colour = "#bf3989" if not number else "#9198a1"
-        step = width / max(1, len(values) - 1)
-        points = " ".join(f"{LEFT + i * step:.1f},{bottom - value / most * PLOT:.1f}" for i, value in enumerate(values))
-        parts += [
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>',
-            f'<text x="{LEFT + number * 140}" y="{bottom + 18}" style="fill: {colour}">{escape(name)}</text>',
-        ]
-    parts.append(f'<text class="note name" x="{LEFT + width}" y="{bottom + 18}">{escape(ends)}</text>')
-    told = (
-        f"{name}: from {shown(values[0])} to {shown(values[-1])}, at most {shown(max(values))}"
-        for name, values in series
-    )
-    return _whole(title, subtitle, told, parts, bottom + FOOT + 18, source)
-
-
-def _whole(title: str, subtitle: str, told: Iterable[str], parts: Sequence[str], height: int, source: str) -> str:
-    """The document. ``told`` is the chart in words, for readers who do not see it."""
+def document(title: str, subtitle: str, told: Iterable[str], parts: Sequence[str], height: int, source: str) -> str:
+    """A chart of ``parts``. ``told`` is it in words, for readers who do not see it."""
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
         'role="img">',

@@ -201,7 +201,7 @@ def run_bench_adapters(
 ) -> None:
     """``written``: the file of the table and the folder of the charts."""
     if unknown := sorted(set(names) - SCENARIOS.keys()):
-        raise ConfigError(f"There is no scenario {unknown[0]!r}; there are {', '.join(SCENARIOS)}.", param="scenario")
+        raise ConfigError(f"The scenario {unknown[0]!r} is not one of {', '.join(SCENARIOS)}.", param="scenario")
     end_children_on_sigterm()
     logging.getLogger("truffula").setLevel(logging.ERROR)  # of each adapter: that it is for another base
     found: dict[str, list[Row]] = {}

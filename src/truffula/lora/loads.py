@@ -32,7 +32,7 @@ def source_of(ref: AdapterRef) -> AdapterSource:
 
 
 def source_state(ref: AdapterRef) -> SourceState:
-    """With ``wanted``, requests for one generation are told apart from those for the present one."""
+    """With ``wanted``, requests for one generation have a state of their own."""
     return source_of(ref), ref.fingerprint + (f"@{ref.wanted}" if ref.wanted else "")
 
 
