@@ -17,6 +17,7 @@ from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
 from truffula.items import Constraint, Message, Tool, ToolChoice
 from truffula.lora.compose import compose, merge
+from truffula.lora.registry import split_content
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
 from truffula.service.core import Service
@@ -48,9 +49,11 @@ __all__ = ["LLM", "Adapters", "ChoiceOutput", "RequestOutput"]
 class Adapters:
     """``llm.adapters``: load, unload and list adapters. Adapters are also loaded when first used."""
 
-    def __init__(self, service: SyncService, directory: AdapterDirectory) -> None:
+    def __init__(self, service: SyncService, directory: AdapterDirectory, default: Adapter, base: str) -> None:
         self._service = service
         self._directory = directory
+        self._default = default
+        self._bases = (base, service.core.info.model)
 
     def load(self, name: str, source: str | Path | None = None) -> AdapterState:
         """Load the adapter ``name`` and wait until it is ready. ``source``: a folder, a Hub id or a URL, unless
@@ -77,24 +80,16 @@ class Adapters:
 
     def resolve(self, adapter: Adapter) -> AdapterRef | None:
         """The reference of a known name, a folder or a Hub id; without restrictions, unlike in a server. Of a mapping
-        of these to weights, the weighted sum.
+        of these to weights, the weighted sum; of None the default adapter, if there is one. None is the base.
 
         Raises ``AdapterNotFound``, and ``InvalidRequest`` for a weight out of range.
         """
-        if adapter is None or isinstance(adapter, AdapterRef):
-            return adapter
+        adapter = self._default if adapter is None else adapter
         if isinstance(adapter, Mapping):
             return compose(self._weighted(adapter))
-        name, names = str(adapter), self.names()
-        try:
-            return self._directory.resolve(name) if name in names else self._directory.locate(name, adapter)
-        except ConfigError as error:
-            known = ", ".join(names) or "none"
-            raise AdapterNotFound(
-                f"There is no adapter {name!r} (configured: {known}). {error.message}",
-                param="adapters",
-                adapter=name,
-            ) from error
+        if adapter is None or isinstance(adapter, AdapterRef):
+            return adapter
+        return None if str(adapter) in self._bases else _resolve(self._directory, adapter)
 
     def merge(
         self, weights: Mapping[str, float], strategy: MergeStrategy, *, density: float, sign: MergeSign = "total"
@@ -126,12 +121,27 @@ class Adapters:
         return self._service.adapters(AdapterCommand(action="list"))
 
 
+def _resolve(directory: AdapterDirectory, adapter: str | Path) -> AdapterRef:
+    """``adapter`` by a known name, or where it is. Raises ``AdapterNotFound``."""
+    name, names = str(adapter), directory.names()
+    try:
+        known = directory.resolve(name) if split_content(name)[0] in names else None
+        return directory.locate(name, adapter) if known is None else known
+    except ConfigError as error:
+        raise AdapterNotFound(
+            f"There is no adapter {name!r} (configured: {', '.join(names) or 'none'}). {error.message}",
+            param="adapters",
+            adapter=name,
+        ) from error
+
+
 class LLM:
     """A base model and its adapters. The constructor returns when the model is loaded.
 
     Args:
         model: A folder, a ``.gguf`` file, an alias, or a Hub id.
         adapters: Name → folder, Hub id or URL. They are loaded when first used.
+        default_adapter: What acts where a call names no adapter; then the base is named by ``model``.
         device, dtype: Compute device and dtype; ``auto`` selects the faster of float32 and bfloat16.
         transport: Where the engine runs: in the calling thread (``inline``), or in a process of its own (``process``).
         chat_template: Jinja source that replaces the model's template.
@@ -147,6 +157,7 @@ class LLM:
         model: str | Path,
         adapters: Mapping[str, str | Path] | None = None,
         *,
+        default_adapter: Adapter = None,
         device: str = "cpu",
         dtype: str = "auto",
         transport: Transport = "inline",
@@ -168,16 +179,19 @@ class LLM:
         directory = AdapterDirectory()
         for name, source in (adapters or {}).items():
             directory.add(directory.locate(name, source))  # report an error before the model is loaded
+        if default_adapter is not None and not isinstance(default_adapter, AdapterRef):
+            for one in default_adapter if isinstance(default_adapter, Mapping) else (default_adapter,):
+                _resolve(directory, one)
         client = connect(config, transport, progress)
         try:
             templates = None if chat_template is None else {"default": chat_template}
             self._service = SyncService(client, Service(client.info, templates=templates))
-            if adapters:
+            if adapters or default_adapter is not None:
                 self._service.adapters(AdapterCommand(action="prepare"))
         except BaseException:
             client.close()
             raise
-        self.adapters = Adapters(self._service, directory)
+        self.adapters = Adapters(self._service, directory, default_adapter, config.model)
 
     @property
     def info(self) -> EngineInfo:
@@ -211,7 +225,7 @@ class LLM:
         Args:
             prompts: One text, one list of token ids, or a list of these.
             params: One for all, or one per prompt.
-            adapters: A name, a folder or Hub id, None for the base, or several with weights
+            adapters: A name, a folder or Hub id, None for the default adapter or the base, or several with weights
             (``{"pirate": 0.7, "formal": -0.3}``); or a list of these, one per prompt.
             constraint: What every completion must match: a JSON Schema, or a ``Constraint``.
             errors: ``return`` returns a request's ``TruffulaError`` in its place; ``raise`` raises the first error and

@@ -80,6 +80,7 @@ class Generation:
     facts: AdapterFacts = NO_FACTS
     prefix: KvPrefix | None = None
     sources: set[AdapterSource] = field(default_factory=set)  # that have these bytes now; none: it is retired
+    known: set[AdapterSource] = field(default_factory=set)  # that have or had them
     names: list[str] = field(default_factory=list)  # by which a retired one was last known
     private: bool = False  # whether these names are
     slot: int | None = None
