@@ -25,7 +25,7 @@ from truffula.model.read import read_config
 from truffula.testing.files import Array
 from truffula.testing.programs import Driver, capacity_for
 from truffula.testing.tiny import tiny_config, tiny_tensors, write_tiny_checkpoint
-from truffula.weights.gguf_families import FAMILIES
+from truffula.weights.gguf_names import FAMILIES
 from truffula.weights.open import open_checkpoint
 
 IDS = [7, 31, 12, 55, 40, 9, 23, 18, 50, 4, 36, 27]

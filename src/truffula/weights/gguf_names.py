@@ -7,13 +7,16 @@ changes to tensors are reversed here, and its loader.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights.gguf_families import FAMILIES, MIXTRAL, Family
+from truffula.weights import gguf_dense, gguf_experts, gguf_hybrids
+from truffula.weights.gguf_families import Family
 from truffula.weights.gguf_header import GgufHeader
 from truffula.weights.gguf_hparams import ROPE_FREQS, HParams, rope_parameters
 
+FAMILIES: Mapping[str, Family] = {**gguf_dense.FAMILIES, **gguf_experts.FAMILIES, **gguf_hybrids.FAMILIES}
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -40,7 +43,7 @@ def family_of(header: GgufHeader) -> Family:
             param="general.architecture",
         )
     if architecture == "llama" and header.metadata.get("llama.expert_count"):
-        return MIXTRAL
+        return gguf_experts.MIXTRAL
     return family
 
 
