@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.weights.gguf_changes import INTERLEAVED, ONE_ROW
 from truffula.weights.gguf_families import (
     EXPERTS_BLOCK,
     HEAD_NORMS_BLOCK,
@@ -138,16 +139,17 @@ def _gpt_oss(hparams: HParams, config: dict[str, Any]) -> None:
         config["rope_parameters"]["truncate"] = False
 
 
-MIXTRAL = Family("mixtral", "MixtralForCausalLM", _MIXTRAL_BLOCK, chosen_experts, permuted=True)
+MIXTRAL = Family("mixtral", "MixtralForCausalLM", _MIXTRAL_BLOCK, chosen_experts, changes=INTERLEAVED)
 
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen2moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", _QWEN2_MOE_BLOCK, _qwen2_moe),
+    "qwen2moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", _QWEN2_MOE_BLOCK, _qwen2_moe,
+                       changes={"mlp.shared_expert_gate": ONE_ROW}),
     "qwen3moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", _QWEN3_MOE_BLOCK, _qwen3_moe),
     "glm4moe": Family("glm4_moe", "Glm4MoeForCausalLM", _GLM4_MOE_BLOCK, _glm4_moe, partial=True,
                       whole={"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}),
     "gpt-oss": Family("gpt_oss", "GptOssForCausalLM", _GPT_OSS_BLOCK, _gpt_oss,
                       whole={"attn_sinks.weight": "self_attn.sinks"}),
-    "granitemoe": Family("granitemoe", "GraniteMoeForCausalLM", _GRANITE_MOE_BLOCK, _granite_moe, permuted=True),
+    "granitemoe": Family("granitemoe", "GraniteMoeForCausalLM", _GRANITE_MOE_BLOCK, _granite_moe, changes=INTERLEAVED),
     "olmoe": Family("olmoe", "OlmoeForCausalLM", _QWEN3_MOE_BLOCK, _olmoe),
 }  # fmt: skip
