@@ -48,7 +48,8 @@ def grouped(outer: int, inner: int) -> Order:
 
 
 def interleaved(heads: str) -> Change:
-    """The rows of each head are stored as pairs, and become two halves. ``heads`` is the config's key of their number."""
+    """The rows of each head are stored as pairs, and become two halves. ``heads`` is the config's key of their
+    number."""
 
     def rows(config: Config, n: int) -> Order:
         pairs = grouped(2, max(n // config[heads] // 2, 1))
@@ -67,7 +68,8 @@ LESS_ONE = Change(values=_less_one)
 
 def less_one(*blocks: Mapping[str, str]) -> dict[str, Change]:
     """``LESS_ONE`` for the final norm and all norms of ``blocks``."""
-    return {name: LESS_ONE for block in blocks for name in (*block.values(), "model.norm") if name.endswith("norm")}
+    norms = {name for block in blocks for name in (*block.values(), "model.norm") if name.endswith("norm")}
+    return {f"{name}.weight": LESS_ONE for name in norms}
 
 
 INTERLEAVED = {
