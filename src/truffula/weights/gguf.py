@@ -74,8 +74,6 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(f"a {architecture} model has no such tensors: {some(unknown)}.", param=unknown[0])
         items = found.items()
         tensors = {name: self._made_of(name, sorted(parts, key=lambda part: part.name)) for name, parts in items}
-            name: self._made_of(name, sorted(parts, key=lambda part: part.name)) for name, parts in found.items()
-        }
         for name, values in self._made.items():
             tensors[name] = TensorInfo(name, values.shape, "F32", self.path, 0, values.nbytes)
         return tensors
