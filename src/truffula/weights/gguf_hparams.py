@@ -92,14 +92,14 @@ class HParams:
             raise self._error(key, f"is {str(value)[:80]}; it must have {layers} positive integers, one per layer.")
         return value
 
-    def numbers(self, key: str, layers: int) -> list[float]:
-        """A finite number for each layer; a single one is that of all."""
-        value = self._required(key, None)
+    def numbers(self, name: str, layers: int) -> list[float]:
+        """A finite number for each layer, under the whole name of a key; a single one is that of all."""
+        value = self.header.metadata.get(name)
         each = value if isinstance(value, list) else [value] * layers
-        if len(each) != layers or any(isinstance(item, bool) or not isinstance(item, int | float) for item in each):
-            raise self._error(key, f"is {str(value)[:80]}; it must have {layers} numbers, one per layer.")
-        if not all(map(math.isfinite, each)):
-            raise self._error(key, "holds numbers that are not finite.")
+        numeric = all(isinstance(item, int | float) and not isinstance(item, bool) for item in each)
+        if len(each) != layers or not numeric or not all(map(math.isfinite, each)):
+            why = f"it must have {layers} finite numbers, one per layer"
+            raise CheckpointError(f"the GGUF metadata key {name} is {str(value)[:80]}; {why}.", param=name)
         return each
 
     def real(self, key: str, default: float | None = None, *, least: float | None = None) -> float:
