@@ -7,7 +7,7 @@ changes to tensors are reversed here, and its loader.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
@@ -18,6 +18,11 @@ from truffula.weights.gguf_header import GgufHeader
 from truffula.weights.gguf_hparams import ROPE_FREQS, HParams, rope_parameters
 
 FAMILIES: Mapping[str, Family] = {**gguf_dense.FAMILIES, **gguf_experts.FAMILIES, **gguf_hybrids.FAMILIES}
+# Families whose files are of another's architecture.
+_VARIANTS: Mapping[str, tuple[Callable[[HParams], bool] | None, Family]] = {
+    "llama": (lambda hparams: bool(hparams.get("expert_count")), gguf_experts.MIXTRAL),
+    "granitehybrid": (gguf_hybrids.rotates, gguf_hybrids.BAMBA),
+}
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -43,9 +48,8 @@ def family_of(header: GgufHeader) -> Family:
             f"general.architecture is {architecture!r}; supported in GGUF files are {', '.join(FAMILIES)}.",
             param="general.architecture",
         )
-    if architecture == "llama" and header.metadata.get("llama.expert_count"):
-        return gguf_experts.MIXTRAL
-    return family
+    is_variant, variant = _VARIANTS.get(str(architecture), (None, family))
+    return variant if is_variant is not None and is_variant(HParams(str(architecture), header)) else family
 
 
 def rename(family: Family, name: str) -> str | None:
@@ -59,10 +63,11 @@ def rename(family: Family, name: str) -> str | None:
     return f"{layer}{module}.{kind}" if module and kind in {"weight", "bias"} else None
 
 
-def change_of(family: Family, name: str) -> Change:
-    """How a tensor of the checkpoint is made of the stored ones."""
+def change_of(family: Family, name: str, parts: int) -> Change:
+    """How a tensor of the checkpoint is made of the stored ones, which are so many."""
     local = re.sub(r"^.*?\.\d+\.", "", name)
-    return family.changes.get(local.rpartition(".")[0]) or family.changes.get(local, PLAIN)
+    change = family.changes.get(local.rpartition(".")[0]) or family.changes.get(local, PLAIN)
+    return PLAIN if change.joins and parts < 2 else change
 
 
 def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: list[str]) -> dict[str, Any]:
@@ -79,10 +84,10 @@ def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: l
         "model_type": family.model_type,
         "architectures": [family.class_name],
         "hidden_size": hidden,
-        "intermediate_size": hparams.count("feed_forward_length"),
+        "intermediate_size": hparams.some("feed_forward_length", hparams.get("expert_feed_forward_length")),
         "num_hidden_layers": _layers(hparams, len(header.tensors)),
         "num_attention_heads": heads,
-        "num_key_value_heads": _kv_heads(hparams, heads),
+        "num_key_value_heads": hparams.some("attention.head_count_kv", heads),
         "head_dim": width,
         "max_position_embeddings": hparams.count("context_length"),
         eps_name: hparams.real(eps),
@@ -118,18 +123,6 @@ def _head_dim(hparams: HParams, hidden: int, heads: int, *, partial: bool) -> in
         if found != width:
             raise UnsupportedModel(f"{name} is {found}, for heads {width} wide: {why}.", param=name)
     return width
-
-
-def _kv_heads(hparams: HParams, heads: int) -> int:
-    """The number of KV heads. A list with one number per layer has zeros for layers without attention."""
-    each = hparams.get("attention.head_count_kv")
-    if isinstance(each, list) and 0 in each and any(each):
-        found = set(each) - {0}
-        name = hparams.name("attention.head_count_kv")
-        if len(found) > 1 or not all(type(count) is int and count > 0 for count in found):
-            raise UnsupportedModel(f"{name} differs from layer to layer: {each[:8]}.", param=name)
-        return int(found.pop())
-    return hparams.count("attention.head_count_kv", heads)
 
 
 def _vocab_size(hparams: HParams) -> int:

@@ -125,9 +125,7 @@ def _tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
         raise UnreadableVocabulary(f"{PREFIX}model is {vocabulary.kind!r}; supported are gpt2, llama and gemma4")
     pre = vocabulary.metadata.get(f"{PREFIX}pre", "default")
     if not isinstance(pre, str) or pre not in {*_SPLITS, *_OTHERS}:
-        raise UnreadableVocabulary(
-            f"{PREFIX}pre is {pre!r}; supported are {', '.join(sorted({*_SPLITS, *_OTHERS}))}"
-        )
+        raise UnreadableVocabulary(f"{PREFIX}pre is {pre!r}; supported are {', '.join(sorted({*_SPLITS, *_OTHERS}))}")
     if pre == "default":
         vocabulary.warnings.append(f"{PREFIX}pre names no rule for splitting text; llama.cpp's default is used.")
     return _byte_level(vocabulary, pre)
