@@ -33,6 +33,7 @@ from truffula.weights.gguf_families import (
     implied_head_dim,
     without_predictions,
 )
+from truffula.weights.gguf_header import GgufHeader
 from truffula.weights.gguf_hparams import HParams
 
 _LFM2_BLOCK = {
@@ -446,10 +447,18 @@ _NEMOTRON = Family(
     whole={**_mamba_whole("mixer"), "exp_probs_b.bias": "mixer.gate.e_score_correction_bias",
            "token_embd.weight": "model.embeddings.weight", "output_norm.weight": "model.norm_f.weight"},
 )  # fmt: skip
-BAMBA = Family(
+_BAMBA = Family(
     "bamba", "BambaForCausalLM", _BAMBA_BLOCK, _bamba, changes={**INTERLEAVED, **_mamba_changes("mamba")},
     whole={**_mamba_whole("mamba"), **_FINAL_NORM}, partial=True,
 )  # fmt: skip
+
+
+def _bamba_instead(header: GgufHeader) -> Family | None:
+    """A file of granitehybrid is Bamba's where attention has positions, and no scale for scores."""
+    rotated = header.metadata.get("granitehybrid.rope.scaling.finetuned", True)
+    return _BAMBA if rotated and header.metadata.get("granitehybrid.attention.scale") is None else None
+
+
 FAMILIES: Mapping[str, Family] = {
     "lfm2": Family("lfm2", "Lfm2ForCausalLM", _LFM2_BLOCK, _lfm2, eps=_NORM_EPS, changes={"conv.conv": CONV},
                    whole=_LFM2_NORM),
@@ -465,7 +474,7 @@ FAMILIES: Mapping[str, Family] = {
                         changes=_QWEN3_NEXT_CHANGES, whole=_LINEAR_WHOLE, partial=True, factors=False),
     "granitehybrid": Family("granitemoehybrid", "GraniteMoeHybridForCausalLM", _GRANITE_BLOCK, _granite_hybrid,
                             changes={**INTERLEAVED, **_mamba_changes("mamba"), "shared_mlp.input_linear": joined()},
-                            whole=_mamba_whole("mamba"), partial=True, factors=False),
+                            whole=_mamba_whole("mamba"), partial=True, factors=False, variant=_bamba_instead),
     "falcon-h1": Family("falcon_h1", "FalconH1ForCausalLM", _BAMBA_BLOCK, _falcon_h1, changes=_mamba_changes("mamba"),
                         whole={**_mamba_whole("mamba"), **_FINAL_NORM, "ffn_norm": "pre_ff_layernorm.weight"}),
     "jamba": Family("jamba", "JambaForCausalLM", _JAMBA_BLOCK, _jamba, changes=_JAMBA_CHANGES,
@@ -473,8 +482,3 @@ FAMILIES: Mapping[str, Family] = {
     "nemotron_h": _NEMOTRON,
     "nemotron_h_moe": _NEMOTRON,
 }  # fmt: skip
-
-
-def rotates(hparams: HParams) -> bool:
-    """Whether a file of granitehybrid is Bamba's: its attention has positions, and it has no scale for scores."""
-    return bool(hparams.get("rope.scaling.finetuned", True)) and hparams.get("attention.scale") is None

@@ -74,7 +74,7 @@ _OTHERS: Mapping[str, list[dict[str, Any]]] = {
         {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
     ]
 }
-# BOS is added unless the file says otherwise; of these and glm4, a piece that is a whole token is not merged from parts.
+# BOS is added unless the file says otherwise. Of these and glm4, a piece that is a whole token is not merged of parts.
 _LLAMA3_LIKE = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken"})
 # Keys under ``general.sampling.`` that generation_config.json has too.
 _SAMPLING = {
