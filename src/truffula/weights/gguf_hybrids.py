@@ -169,7 +169,7 @@ def _by_key_head(config: Config, n: int) -> Order:
 
 
 _RATE = Change(values=log_of_minus)
-_DELTA_NORMS = {name: LESS_ONE for name in less_one(_LINEAR) if name != "linear_attn.norm"}
+_DELTA_NORMS = {name: LESS_ONE for name in less_one(_LINEAR) if not name.startswith("linear_attn.norm")}
 _QWEN35_CHANGES = {
     **_DELTA_NORMS,
     "mlp.shared_expert_gate": ONE_ROW,
