@@ -28,15 +28,17 @@ def _first(config: Config, *shapes: Shape) -> Shape:
 class Change:
     """What makes a tensor of the stored ones, which are one, or several where the converter divided it.
 
-    ``shape`` is its shape, from theirs. ``rows(config, n)`` is the order of its n rows, ``columns`` that of its
-    columns: where each is in the stored ones, of several one below another. An order has an entry for each row, or for
-    each of equal runs of rows. ``values`` computes it from their dequantised values, and replaces the orders.
+    ``shape`` is its shape, from theirs. ``values`` computes it from their dequantised values. ``rows(config, n)`` is
+    then the order of its n rows, ``columns`` that of its columns: where each is in the stored ones, of several one
+    below another. An order has an entry for each row, or for each of equal runs of rows. ``joins``: a single stored
+    tensor is not changed.
     """
 
     shape: Callable[..., Shape] = _first
     rows: Callable[[Config, int], Order] | None = None
     columns: Callable[[Config, int], Order] | None = None
     values: Callable[..., Array] | None = None
+    joins: bool = False
 
 
 PLAIN = Change()
@@ -48,8 +50,7 @@ def grouped(outer: int, inner: int) -> Order:
 
 
 def interleaved(heads: str) -> Change:
-    """The rows of each head are stored as pairs, and become two halves. ``heads`` is the config's key of their
-    number."""
+    """The rows of each head are stored as pairs, and become two halves. ``heads``: the config's key of their number."""
 
     def rows(config: Config, n: int) -> Order:
         pairs = grouped(2, max(n // config[heads] // 2, 1))
@@ -76,7 +77,23 @@ INTERLEAVED = {
     "self_attn.q_proj": interleaved("num_attention_heads"),
     "self_attn.k_proj": interleaved("num_key_value_heads"),
 }
-ONE_ROW = Change(shape=lambda config, shape: (1, *shape))
+ONE_ROW = Change(shape=lambda config, shape: (1, shape[-1]))
 """A matrix of one row, which is stored as a vector."""
-CONV = Change(shape=lambda config, shape: (math.prod(shape[:-1]), 1, shape[-1]))
-"""A depthwise convolution, which is stored as a matrix."""
+CONV = Change(shape=lambda config, shape: (math.prod(shape[:-1]), 1, shape[-1]) if len(shape) > 1 else shape)
+"""A depthwise convolution, which is stored as a matrix; its bias is not changed."""
+
+
+def joined(rows: Callable[[Config, int], Order] | None = None) -> Change:
+    """Matrices that are stored apart, one below another, or in this order of rows."""
+    return Change(lambda config, *shapes: (sum(shape[0] for shape in shapes), *shapes[0][1:]), rows, joins=True)
+
+
+def flat(values: Callable[..., Array] | None = None) -> Change:
+    """A vector that is stored as a matrix."""
+    return Change(lambda config, shape: (math.prod(shape),), values=values)
+
+
+def log_of_minus(config: Config, rate: Array) -> Array:
+    """A_log, which is stored as -exp(A_log). The checkpoint's float32 again, or one whose -exp is the same."""
+    with np.errstate(all="ignore"):  # values that are not below 0 are reported later, as not finite
+        return np.log(-rate.astype(np.float64)).astype(np.float32)

@@ -5,30 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.errors import UnsupportedModel
 from truffula.weights.gguf_changes import INTERLEAVED, ONE_ROW
 from truffula.weights.gguf_families import (
     EXPERTS_BLOCK,
+    GRANITE_EXPERTS,
     HEAD_NORMS_BLOCK,
     LLAMA_BLOCK,
     POST_NORM_BLOCK,
     QWEN3_BLOCK,
+    SHARED_EXPERT,
     Family,
     chosen_experts,
     expert_count,
     granite,
     implied_head_dim,
     llama_like,
+    without_predictions,
 )
 from truffula.weights.gguf_hparams import HParams
 
 _QWEN2_MOE_BLOCK = {
     **LLAMA_BLOCK,
     **EXPERTS_BLOCK,
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    **SHARED_EXPERT,
 }
 _QWEN3_MOE_BLOCK = {
     **QWEN3_BLOCK,
@@ -42,13 +42,7 @@ _MIXTRAL_BLOCK = {
     "ffn_up_exps": "block_sparse_moe.experts.w3",
     "ffn_down_exps": "block_sparse_moe.experts.w2",
 }
-_GRANITE_MOE_BLOCK = {
-    **LLAMA_BLOCK,
-    "ffn_gate_inp": "block_sparse_moe.router.layer",
-    "ffn_gate_exps": "block_sparse_moe.experts.gate_proj",
-    "ffn_up_exps": "block_sparse_moe.experts.up_proj",
-    "ffn_down_exps": "block_sparse_moe.experts.down_proj",
-}
+_GRANITE_MOE_BLOCK = {**LLAMA_BLOCK, **GRANITE_EXPERTS}
 _GLM4_MOE_BLOCK = {
     **HEAD_NORMS_BLOCK,
     **EXPERTS_BLOCK,
@@ -56,13 +50,6 @@ _GLM4_MOE_BLOCK = {
     "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
-    # Of layers that predict further tokens, which are not served.
-    "nextn.eh_proj": "eh_proj",
-    "nextn.embed_tokens": "embed_tokens",
-    "nextn.enorm": "enorm",
-    "nextn.hnorm": "hnorm",
-    "nextn.shared_head_head": "shared_head.head",
-    "nextn.shared_head_norm": "shared_head.norm",
 }
 _GPT_OSS_BLOCK = {**POST_NORM_BLOCK, **EXPERTS_BLOCK, "ffn_gate_inp": "mlp.router"}
 
@@ -98,18 +85,13 @@ def _olmoe(hparams: HParams, config: dict[str, Any]) -> None:
 
 
 def _glm4_moe(hparams: HParams, config: dict[str, Any]) -> None:
-    """The last layers of a file may predict further tokens."""
     tensors, name = hparams.header.tensors, hparams.name("expert_gating_func")
     if hparams.get("expert_gating_func", 2) != 2:
         raise UnsupportedModel(
             f"{name} is {hparams.get('expert_gating_func')}; only 2, sigmoid, is supported.", param=name
         )
-    predicting = hparams.count("nextn_predict_layers") if hparams.get("nextn_predict_layers") else 0
-    if predicting >= config["num_hidden_layers"]:
-        name = hparams.name("nextn_predict_layers")
-        raise CheckpointError(f"{name} is {predicting}, of {config['num_hidden_layers']} layers.", param=name)
-    config["num_hidden_layers"] -= predicting
-    config["num_nextn_predict_layers"] = predicting
+    without_predictions(hparams, config)
+    config["num_nextn_predict_layers"] = 0
     rotated = hparams.count("rope.dimension_count", config["head_dim"])
     config["rope_parameters"]["partial_rotary_factor"] = rotated / config["head_dim"]
     config["attention_bias"] = "blk.0.attn_q.bias" in tensors

@@ -30,6 +30,18 @@ EXPERTS_BLOCK = {
     "ffn_up_exps": "mlp.experts.up_proj",
     "ffn_down_exps": "mlp.experts.down_proj",
 }
+SHARED_EXPERT = {
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+}
+GRANITE_EXPERTS = {
+    "ffn_gate_inp": "block_sparse_moe.router.layer",
+    "ffn_gate_exps": "block_sparse_moe.experts.gate_proj",
+    "ffn_up_exps": "block_sparse_moe.experts.up_proj",
+    "ffn_down_exps": "block_sparse_moe.experts.down_proj",
+}
 POST_NORM_BLOCK = {**BLOCK, "post_attention_norm": "post_attention_layernorm"}
 HEAD_NORMS_BLOCK = {**BLOCK, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 LAYER_NORM = ("attention.layer_norm_epsilon", "layer_norm_eps")
@@ -135,3 +147,12 @@ def granite(hparams: HParams, config: dict[str, Any]) -> None:
     config["embedding_multiplier"] = hparams.real("embedding_scale", 1.0)
     config["residual_multiplier"] = hparams.real("residual_scale", 1.0)
     config["logits_scaling"] = hparams.real("logit_scale", 1.0)
+
+
+def without_predictions(hparams: HParams, config: dict[str, Any]) -> None:
+    """Leave out the last layers, which predict further tokens and are not served."""
+    predicting = hparams.count("nextn_predict_layers") if hparams.get("nextn_predict_layers") else 0
+    if predicting >= config["num_hidden_layers"]:
+        name = hparams.name("nextn_predict_layers")
+        raise CheckpointError(f"{name} is {predicting}, of {config['num_hidden_layers']} layers.", param=name)
+    config["num_hidden_layers"] -= predicting

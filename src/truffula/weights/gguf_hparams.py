@@ -83,6 +83,16 @@ class HParams:
             raise self._error(key, f"is {value!r}; it must be a positive integer.")
         return value
 
+    def some(self, key: str, default: int | None = None) -> int:
+        """``count``, in which a list has zeros for layers without what is counted."""
+        each, name = self.get(key), self.name(key)
+        if not isinstance(each, list) or 0 not in each or not any(each):
+            return self.count(key, default)
+        found = set(each) - {0}
+        if len(found) > 1 or not all(type(count) is int and count > 0 for count in found):
+            raise UnsupportedModel(f"{name} differs from layer to layer: {each[:8]}.", param=name)
+        return int(found.pop())
+
     def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
         """A positive integer for each layer; a single one is that of all."""
         value = self._required(key, default)

@@ -60,10 +60,11 @@ def rename(family: Family, name: str) -> str | None:
     return f"{layer}{module}.{kind}" if module and kind in {"weight", "bias"} else None
 
 
-def change_of(family: Family, name: str) -> Change:
-    """How a tensor of the checkpoint is made of the stored ones."""
+def change_of(family: Family, name: str, parts: int) -> Change:
+    """How a tensor of the checkpoint is made of the stored ones, which are so many."""
     local = re.sub(r"^.*?\.\d+\.", "", name)
-    return family.changes.get(local.rpartition(".")[0]) or family.changes.get(local, PLAIN)
+    change = family.changes.get(local.rpartition(".")[0]) or family.changes.get(local, PLAIN)
+    return PLAIN if change.joins and parts < 2 else change
 
 
 def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str, Any]:
@@ -79,14 +80,14 @@ def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str
         "model_type": family.model_type,
         "architectures": [family.class_name],
         "hidden_size": hidden,
-        "intermediate_size": hparams.count("feed_forward_length")
-        if not family.by_layer
-        else (hparams.each("feed_forward_length", layers)[0]),
+        "intermediate_size": hparams.each("feed_forward_length", layers)[0]
+        if family.by_layer
+        else hparams.some("feed_forward_length", hparams.get("expert_feed_forward_length")),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": _kv_heads(hparams, heads)
-        if not family.by_layer
-        else (hparams.each("attention.head_count_kv", layers, heads)[0]),
+        "num_key_value_heads": hparams.each("attention.head_count_kv", layers, heads)[0]
+        if family.by_layer
+        else hparams.some("attention.head_count_kv", heads),
         "head_dim": width,
         "max_position_embeddings": hparams.count("context_length"),
         eps_name: hparams.real(eps),
@@ -122,18 +123,6 @@ def _head_dim(hparams: HParams, hidden: int, heads: int, *, partial: bool) -> in
         if found != width:
             raise UnsupportedModel(f"{name} is {found}, for heads {width} wide: {why}.", param=name)
     return width
-
-
-def _kv_heads(hparams: HParams, heads: int) -> int:
-    """The number of KV heads. A list with one number per layer has zeros for layers without attention."""
-    each = hparams.get("attention.head_count_kv")
-    if isinstance(each, list) and 0 in each and any(each):
-        found = set(each) - {0}
-        name = hparams.name("attention.head_count_kv")
-        if len(found) > 1 or not all(type(count) is int and count > 0 for count in found):
-            raise UnsupportedModel(f"{name} differs from layer to layer: {each[:8]}.", param=name)
-        return int(found.pop())
-    return hparams.count("attention.head_count_kv", heads)
 
 
 def _vocab_size(hparams: HParams) -> int:
