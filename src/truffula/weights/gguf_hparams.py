@@ -105,7 +105,7 @@ class HParams:
     def numbers(self, name: str, layers: int) -> list[float]:
         """A finite number for each layer, under the whole name of a key; a single one is that of all."""
         value = self.header.metadata.get(name)
-        each = value if isinstance(value, list) else [value] * layers
+        each: list[Any] = value if isinstance(value, list) else [value] * layers
         numeric = all(isinstance(item, int | float) and not isinstance(item, bool) for item in each)
         if len(each) != layers or not numeric or not all(map(math.isfinite, each)):
             why = f"it must have {layers} finite numbers, one per layer"

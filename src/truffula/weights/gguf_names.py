@@ -76,18 +76,21 @@ def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str
     layers = _layers(hparams, len(header.tensors))
     hidden, heads = hparams.count("embedding_length"), hparams.count("attention.head_count")
     width, (eps, eps_name) = _head_dim(hparams, hidden, heads, partial=family.partial), family.eps
+    width_key = "feed_forward_length"
+    if hparams.get(width_key) is None and hparams.get(f"expert_{width_key}") is not None:
+        width_key = f"expert_{width_key}"
+
+    def size(key: str, default: int | None = None) -> int:
+        return hparams.each(key, layers, default)[0] if family.by_layer else hparams.some(key, default)
+
     config: dict[str, Any] = {
         "model_type": family.model_type,
         "architectures": [family.class_name],
         "hidden_size": hidden,
-        "intermediate_size": hparams.each("feed_forward_length", layers)[0]
-        if family.by_layer
-        else hparams.some("feed_forward_length", hparams.get("expert_feed_forward_length")),
+        "intermediate_size": size(width_key),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": hparams.each("attention.head_count_kv", layers, heads)[0]
-        if family.by_layer
-        else hparams.some("attention.head_count_kv", heads),
+        "num_key_value_heads": size("attention.head_count_kv", heads),
         "head_dim": width,
         "max_position_embeddings": hparams.count("context_length"),
         eps_name: hparams.real(eps),
@@ -101,7 +104,8 @@ def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str
     family.extra(hparams, config)
     for name in hparams.tables:
         raise UnsupportedModel(f"{name} is not supported in a {hparams.architecture} file.", param=name)
-    return {key: value for name, value in config.items() if (key := family.keys.get(name, name)) is not None}
+    named = ((family.keys.get(name, name), value) for name, value in config.items())
+    return {name: value for name, value in named if name is not None}
 
 
 def _layers(hparams: HParams, tensors: int) -> int:
