@@ -26,9 +26,11 @@ EXPERTS_BLOCK = {
     "ffn_gate_exps": "mlp.experts.gate_proj",
     "ffn_up_exps": "mlp.experts.up_proj",
     "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_up_exps": "mlp.experts.gate_up_proj",  # an option of the converter
 }
 POST_NORM_BLOCK = {**BLOCK, "post_attention_norm": "post_attention_layernorm"}
 HEAD_NORMS_BLOCK = {**BLOCK, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+RMS_NORM = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
 LAYER_NORM = ("attention.layer_norm_epsilon", "layer_norm_eps")
 
 
@@ -37,7 +39,8 @@ class Family:
     """The mapping of one GGUF architecture to a model type. ``permuted``: rows of q and k are interleaved; ``shifted``:
     norms hold 1 + weight. ``whole`` are names that do not follow from ``block``, of layers without their prefix.
     ``default_theta`` None: the file must contain ``rope.freq_base``. ``eps`` is the key of the norms' epsilon, here and
-    in config.json. ``partial``: a part of each head may be rotated.
+    in config.json. ``partial``: a part of each head may be rotated. ``latent``: attention is latent.
+    ``heads_by_layer``: ``extra`` reads the number of heads of each layer.
     """
 
     model_type: str
@@ -48,8 +51,10 @@ class Family:
     shifted: bool = False
     default_theta: float | None = 10000.0
     whole: Mapping[str, str] = field(default_factory=dict)
-    eps: tuple[str, str] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
+    eps: tuple[str, str] = RMS_NORM
     partial: bool = False
+    latent: bool = False
+    heads_by_layer: bool = False
 
 
 def expert_count(hparams: HParams) -> int:
@@ -84,13 +89,14 @@ def attention_bias(hparams: HParams, config: dict[str, Any]) -> None:
         config["attention_bias"] = True
 
 
-def layer_types(hparams: HParams, layers: int, every: int) -> list[str]:
-    """The type of each layer, from a list of booleans (true: sliding) or a period: every n-th is full, none for 0."""
+def layer_types(hparams: HParams, layers: int, every: int, *, full_first: bool = False) -> list[str]:
+    """The type of each layer, from a list of booleans (true: sliding) or a period: every n-th is full, none for 0; with
+    ``full_first``, the first of n is."""
     pattern = hparams.get("attention.sliding_window_pattern", every)
     if not isinstance(pattern, list):
         none_is_full = type(pattern) is int and pattern == 0
         period = layers + 1 if none_is_full else hparams.count("attention.sliding_window_pattern", every)
-        pattern = [(layer + 1) % period != 0 for layer in range(layers)]
+        pattern = [(layer + (not full_first)) % period != 0 for layer in range(layers)]
     if len(pattern) != layers:
         name = hparams.name("attention.sliding_window_pattern")
         raise CheckpointError(f"{name} has {len(pattern)} entries for {layers} layers.", param=name)

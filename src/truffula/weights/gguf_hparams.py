@@ -65,11 +65,11 @@ class HParams:
     def get(self, key: str, default: Any = None) -> Any:
         return self.header.metadata.get(self.name(key), default)
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer; a list (one per layer) must repeat one value."""
+    def count(self, key: str, default: int | None = None, *, first: bool = False) -> int:
+        """A positive integer; a list (one per layer) must repeat one value, or with ``first`` its first counts."""
         value = self._required(key, default)
         if isinstance(value, list):
-            if len(set(value)) != 1:
+            if len(set(value[:1] if first else value)) != 1:
                 name = self.name(key)
                 raise UnsupportedModel(f"{name} differs from layer to layer: {value[:8]}…", param=name)
             value = value[0]

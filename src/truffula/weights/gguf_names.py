@@ -42,8 +42,9 @@ def family_of(header: GgufHeader) -> Family:
             f"general.architecture is {architecture!r}; supported in GGUF files are {', '.join(FAMILIES)}.",
             param="general.architecture",
         )
-    if architecture == "llama" and header.metadata.get("llama.expert_count"):
-        return gguf_experts.MIXTRAL
+    for (other, key), variant in gguf_experts.VARIANTS.items():
+        if architecture == other and header.metadata.get(f"{architecture}.{key}"):
+            return variant
     return family
 
 
@@ -70,8 +71,8 @@ def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: l
     """
     architecture = header.metadata["general.architecture"]
     hparams = HParams(architecture, header)
-    hidden, heads = hparams.count("embedding_length"), hparams.count("attention.head_count")
-    width, (eps, eps_name) = _head_dim(hparams, hidden, heads, partial=family.partial), family.eps
+    hidden, heads = hparams.count("embedding_length"), hparams.count("attention.head_count", first=family.heads_by_layer)
+    width, (eps, eps_name) = _head_dim(hparams, hidden, heads, family), family.eps
     config: dict[str, Any] = {
         "model_type": family.model_type,
         "architectures": [family.class_name],
@@ -105,10 +106,13 @@ def _layers(hparams: HParams, tensors: int) -> int:
     return count
 
 
-def _head_dim(hparams: HParams, hidden: int, heads: int, *, partial: bool) -> int:
+def _head_dim(hparams: HParams, hidden: int, heads: int, family: Family) -> int:
+    """The width of a head; of latent attention, that of its rotated part."""
+    if family.latent:
+        return hparams.count("rope.dimension_count")
     width = hparams.count("attention.key_length", max(hidden // heads, 1))
     wholes = [("attention.value_length", "values must be as wide as keys")]
-    if not partial:
+    if not family.partial:
         wholes.append(("rope.dimension_count", "partial rotation is not supported"))
     for key, why in wholes:
         found, name = hparams.count(key, width), hparams.name(key)
