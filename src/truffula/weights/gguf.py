@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from truffula.errors import CheckpointError, some
@@ -16,7 +18,7 @@ from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
 from truffula.weights.gguf_header import GgufHeader, GgufTensor, PartName, name_file_in_errors, read_header
 from truffula.weights.gguf_hparams import ROPE_FREQS, check_unread_keys
-from truffula.weights.gguf_names import family_of, rename, to_config
+from truffula.weights.gguf_names import change_of, family_of, rename, to_config
 from truffula.weights.gguf_quants import BY_NAME, FORMATS, dequantize, values_of_blocks
 from truffula.weights.gguf_tokenizer import generation_config
 from truffula.weights.mapped import MappedFile
@@ -28,9 +30,8 @@ _PIECE = re.compile(r"(?P<whole>.+\.gguf)(?P<cut>[.-]?(part|split)-?)[a-z0-9]+",
 class GgufCheckpoint(Checkpoint):
     """A GGUF model, in one file or in parts; ``path`` is the first.
 
-    ``read`` reverses the changes of llama.cpp's converter: interleaved rows of q and k, norms stored as 1 + weight.
-    Unquantised tensors without such changes are views of the mapped file; all others are new arrays, in float32 where
-    the file is quantised.
+    ``read`` reverses the changes of llama.cpp's converter (``gguf_changes``). Unquantised tensors without such changes
+    are views of the mapped file; all others are new arrays, in float32 where the file is quantised.
     """
 
     format = "gguf"
@@ -56,66 +57,87 @@ class GgufCheckpoint(Checkpoint):
         self.warnings = tuple(warnings)
 
     def _renamed(self, stored: Mapping[str, tuple[Part, GgufTensor]]) -> dict[str, TensorInfo]:
-        found, unknown = {}, []
+        found: dict[str, list[TensorInfo]] = {}
+        unknown = []
         for name, (part, item) in stored.items():
             new = rename(self._family, name)
             if new is None:
                 unknown.append(name)
             else:
-                format = FORMATS[item.type].name
-                shape = item.shape
-                # The gate of a shared expert is a matrix of one row, a convolution's matrices have one: not in files.
-                if new.endswith("shared_expert_gate.weight"):
-                    shape = (1, *shape)
-                elif new.endswith(".conv.conv.weight") and len(shape) == 2:
-                    shape = (shape[0], 1, shape[1])
-                found[new] = TensorInfo(new, shape, format, part.path, item.offset, item.nbytes)
+                info = TensorInfo(name, item.shape, FORMATS[item.type].name, part.path, item.offset, item.nbytes)
+                found.setdefault(new, []).append(info)
         if unknown:
             architecture = self._header.metadata["general.architecture"]
             raise CheckpointError(f"a {architecture} model has no such tensors: {some(unknown)}.", param=unknown[0])
-        return found
+        return {name: self._made_of(name, sorted(parts, key=lambda part: part.name)) for name, parts in found.items()}
 
-    def _data(self, name: str) -> Array:
-        """``[nbytes]`` uint8: the tensor's bytes, with its rows in Hugging Face's order."""
-        data, info, heads = self.raw(name), self.info(name), self._interleaved_heads(name)
-        if not heads or not data.size:
-            return data
-        rows = info.shape[0]
-        if rows % (2 * heads) or data.size % rows:  # a vector in blocks has no rows of whole bytes
-            raise CheckpointError(
-                f"{self.path}: tensor {name!r}: {rows} rows in {info.dtype} do not divide into pairs of {heads} heads.",
-                param=name,
-            )
-        # The rows of each head are interleaved pairs, and become two halves. A row is whole blocks.
-        pairs = data.reshape(heads, rows // heads // 2, 2, -1)
-        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
+    def _made_of(self, name: str, parts: list[TensorInfo]) -> TensorInfo:
+        change, first, shapes = change_of(self._family, name), parts[0], [list(part.shape) for part in parts]
+        try:
+            shape = change.shape(self.config, *(part.shape for part in parts))
+        except (ValueError, IndexError, TypeError):
+            shape = None
+        if shape is None or math.prod(shape) != sum(math.prod(part.shape) for part in parts):
+            names = " and ".join(part.name for part in parts)
+            raise CheckpointError(f"{name} cannot be made of {names}, of the shapes {shapes}.", param=first.name)
+        info = TensorInfo(name, shape, first.dtype, first.file, first.offset, first.nbytes)
+        if len(parts) == 1 and change.values is None:
+            return info
+        types = dict.fromkeys(part.dtype for part in parts)
+        values = first.dtype if len(types) == 1 and change.values is None else "F32"
+        nbytes = sum(part.nbytes for part in parts)
+        return msgspec.structs.replace(info, dtype="+".join(types), nbytes=nbytes, parts=tuple(parts), values=values)
 
-    def _interleaved_heads(self, name: str) -> int:
-        """The number of heads whose rows the converter has interleaved in this tensor; 0 for none."""
-        if self._family.permuted and ".self_attn.q_proj." in name:
-            return int(self.config["num_attention_heads"])
-        if self._family.permuted and ".self_attn.k_proj." in name:
-            return int(self.config["num_key_value_heads"])
-        return 0
+    def _sorted(self, name: str, data: Array) -> Array:
+        """``data``, the tensor's bytes or its values, with rows and columns in Hugging Face's order."""
+        info, change = self.info(name), change_of(self._family, name)
+        shape = info.shape
+        for times, n, order in ((1, shape[0], change.rows), (math.prod(shape[:-1]), shape[-1], change.columns)):
+            if order is None or not data.size:
+                continue
+            runs = order(self.config, n)
+            if n % len(runs) or data.size % (times * len(runs)):
+                raise CheckpointError(
+                    f"{self.path}: tensor {name!r}: its {n} rows or columns in {info.dtype} do not divide into "
+                    f"{len(runs)} equal parts, as the metadata's numbers of heads say.",
+                    param=name,
+                )
+            data = data.reshape(times, len(runs), -1)[:, runs].reshape(-1)
+        return data
+
+    def _in_whole_blocks(self, name: str) -> bool:
+        """Whether the tensor is in blocks of one kind that are not divided when it is put in order."""
+        info, change = self.info(name), change_of(self._family, name)
+        format = BY_NAME.get(info.dtype)
+        if format is None or change.values is not None:
+            return False
+        last = change.columns if len(info.shape) > 1 else change.rows
+        return last is None or info.shape[-1] // len(last(self.config, info.shape[-1])) % format.size == 0
 
     def blocks(self, name: str) -> QuantisedArray | None:
         info = self.info(name)
-        format = BY_NAME[info.dtype]
-        if not format.scales or len(info.shape) < 2:
+        format = BY_NAME.get(info.dtype)
+        if format is None or not format.scales or len(info.shape) < 2 or not self._in_whole_blocks(name):
             return None
         *rows, width = info.shape
-        data = self._data(name).reshape(*rows, width // format.size, format.nbytes)
+        data = self._sorted(name, self._bytes(info)).reshape(*rows, width // format.size, format.nbytes)
         scales = np.ascontiguousarray(data[..., : 2 * format.scales]).view(np.float16)
         if not np.isfinite(scales).all():
             return None  # the caller reads the values instead and reports those that are not finite
         return QuantisedArray(format.name, data, info.shape, partial(values_of_blocks, format))
 
     def read(self, name: str) -> Array:
-        info = self.info(name)
-        values = dequantize(BY_NAME[info.dtype], self._data(name), info.shape)
-        if self._family.shifted and name.endswith("norm.weight"):
-            values = values.astype(np.float32) - np.float32(1)
-        return values
+        info, change = self.info(name), change_of(self._family, name)
+        if self._in_whole_blocks(name):
+            return dequantize(BY_NAME[info.dtype], self._sorted(name, self._bytes(info)), info.shape)
+        stored = info.parts or (info,)
+        values = [dequantize(BY_NAME[part.dtype], self.bytes_of(part), part.shape) for part in stored]
+        if change.values is not None:
+            return np.asarray(change.values(self.config, *values)).reshape(info.shape)
+        return self._sorted(name, np.concatenate([item.reshape(-1) for item in values])).reshape(info.shape)
+
+    def _bytes(self, info: TensorInfo) -> Array:
+        return np.concatenate([self.bytes_of(part) for part in info.parts]) if info.parts else self.bytes_of(info)
 
 
 @dataclass(frozen=True)

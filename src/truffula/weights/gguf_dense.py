@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from truffula.errors import UnsupportedModel
+from truffula.weights.gguf_changes import INTERLEAVED, less_one
 from truffula.weights.gguf_families import (
     BLOCK,
     HEAD_NORMS_BLOCK,
@@ -111,15 +112,17 @@ def _cohere(hparams: HParams, config: dict[str, Any]) -> None:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("llama", "LlamaForCausalLM", LLAMA_BLOCK, _llama, permuted=True),
+    "llama": Family("llama", "LlamaForCausalLM", LLAMA_BLOCK, _llama, changes=INTERLEAVED),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", LLAMA_BLOCK, implied_head_dim),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", QWEN3_BLOCK, attention_bias),
-    "gemma2": Family("gemma2", "Gemma2ForCausalLM", _GEMMA2_BLOCK, _gemma2, shifted=True),
-    "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", _GEMMA3_BLOCK, _gemma3, shifted=True, default_theta=None),
+    "gemma2": Family("gemma2", "Gemma2ForCausalLM", _GEMMA2_BLOCK, _gemma2,
+                     changes=less_one(_GEMMA2_BLOCK), factors=False),
+    "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", _GEMMA3_BLOCK, _gemma3, default_theta=None,
+                     changes=less_one(_GEMMA3_BLOCK), factors=False),
     "command-r": Family("cohere", "CohereForCausalLM", HEAD_NORMS_BLOCK, _cohere, eps=LAYER_NORM),
     "cohere2": Family("cohere2", "Cohere2ForCausalLM", HEAD_NORMS_BLOCK, _cohere, eps=LAYER_NORM),
-    "granite": Family("granite", "GraniteForCausalLM", LLAMA_BLOCK, granite, permuted=True),
+    "granite": Family("granite", "GraniteForCausalLM", LLAMA_BLOCK, granite, changes=INTERLEAVED),
     "olmo2": Family("olmo2", "Olmo2ForCausalLM", _OLMO2_BLOCK, _olmo2),
     "seed_oss": Family("seed_oss", "SeedOssForCausalLM", POST_NORM_BLOCK, _seed_oss),
-    "smollm3": Family("smollm3", "SmolLM3ForCausalLM", LLAMA_BLOCK, llama_like, permuted=True),
+    "smollm3": Family("smollm3", "SmolLM3ForCausalLM", LLAMA_BLOCK, llama_like, changes=INTERLEAVED),
 }  # fmt: skip

@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.weights.gguf_changes import ABSORBED, INTERLEAVED, ONE_ROW, STACKED
 from truffula.weights.gguf_families import (
     BLOCK,
     EXPERTS_BLOCK,
@@ -57,6 +58,9 @@ _GRANITE_MOE_BLOCK = {
     "ffn_up_exps": "block_sparse_moe.experts.up_proj",
     "ffn_down_exps": "block_sparse_moe.experts.down_proj",
     "ffn_gate_up_exps": "block_sparse_moe.experts.gate_up_proj",
+    "ffn_gate_shexp": "shared_mlp.input_linear",
+    "ffn_up_shexp": "shared_mlp.input_linear",
+    "ffn_down_shexp": "shared_mlp.output_linear",
 }
 # Of layers that predict further tokens, which are not served.
 _NEXTN_BLOCK = {
@@ -82,7 +86,9 @@ _LATENT_BLOCK = {
     "attn_q_b": "self_attn.q_b_proj",
     "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
     "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-    "attn_kv_b": "self_attn.kv_b_proj",  # of older files
+    "attn_kv_b": "self_attn.kv_b_proj",  # of older files; of others, made of the next two
+    "attn_k_b": "self_attn.kv_b_proj",
+    "attn_v_b": "self_attn.kv_b_proj",
     **_DEEPSEEK_EXPERTS,
     **_NEXTN_BLOCK,
 }
@@ -149,6 +155,9 @@ def _qwen3_moe(hparams: HParams, config: dict[str, Any]) -> None:
 def _granite_moe(hparams: HParams, config: dict[str, Any]) -> None:
     granite(hparams, config)
     chosen_experts(hparams, config)
+    if shared := _count(hparams, "expert_shared_feed_forward_length"):
+        config |= {"shared_intermediate_size": shared, "model_type": "granitemoeshared"}
+        config["architectures"] = ["GraniteMoeSharedForCausalLM"]
 
 
 def _olmoe(hparams: HParams, config: dict[str, Any]) -> None:
@@ -198,7 +207,7 @@ def _routed(hparams: HParams) -> dict[str, Any]:
 
 
 def _normed_and_ungrouped(hparams: HParams, routed: Mapping[str, Any]) -> None:
-    """Refuse what these classes of transformers have no key for: weights not divided by their sum, groups of experts."""
+    """Refuse what transformers' class has no key for: weights not divided by their sum, groups of experts."""
     for key, value, wanted in (
         ("expert_weights_norm", routed["norm_topk_prob"], True),
         ("expert_group_count", routed["n_group"], 1),
@@ -300,7 +309,8 @@ def _deepseek2(hparams: HParams, config: dict[str, Any]) -> None:
         config |= {**routed, "rope_interleave": True}
         return
     grouped = "group_limited_greedy" if routed["n_group"] > 1 else "greedy"
-    config |= {**routed, "topk_method": grouped, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}
+    config |= {**routed, "topk_method": grouped}
+    config |= {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}
 
 
 def _mistral4(hparams: HParams, config: dict[str, Any], routed: Mapping[str, Any]) -> None:
@@ -509,32 +519,40 @@ def _laguna(hparams: HParams, config: dict[str, Any]) -> None:
     }
 
 
-MIXTRAL = Family("mixtral", "MixtralForCausalLM", _MIXTRAL_BLOCK, chosen_experts, permuted=True)
+MIXTRAL = Family("mixtral", "MixtralForCausalLM", _MIXTRAL_BLOCK, chosen_experts, changes=INTERLEAVED)
+_SPLIT = {"self_attn.kv_b_proj": ABSORBED}
+_DEEPSEEK2 = Family(
+    "deepseek_v3", "DeepseekV3ForCausalLM", _LATENT_BLOCK, _deepseek2, latent=True, whole=_CORRECTION
+)
 _COHERE_MOE = Family("cohere2_moe", "Cohere2MoeForCausalLM", _COHERE_BLOCK, _cohere2_moe, eps=LAYER_NORM)
 VARIANTS: Mapping[tuple[str, str], Family] = {
     ("llama", "expert_count"): MIXTRAL,
+    ("deepseek2", "attention.key_length_mla"): replace(_DEEPSEEK2, changes=_SPLIT),
     ("cohere2moe", RMS_NORM[0]): replace(_COHERE_MOE, eps=RMS_NORM),
 }
 """Other rows of an architecture, for files that have a key."""
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen2moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", _QWEN2_MOE_BLOCK, _qwen2_moe),
+    "qwen2moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", _QWEN2_MOE_BLOCK, _qwen2_moe,
+                       changes={"mlp.shared_expert_gate": ONE_ROW}),
     "qwen3moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", _QWEN3_MOE_BLOCK, _qwen3_moe),
     "glm4moe": Family("glm4_moe", "Glm4MoeForCausalLM", _GLM4_MOE_BLOCK, _glm4_moe, partial=True, whole=_CORRECTION),
     "gpt-oss": Family("gpt_oss", "GptOssForCausalLM", _GPT_OSS_BLOCK, _gpt_oss,
                       whole={"attn_sinks.weight": "self_attn.sinks"}),
-    "granitemoe": Family("granitemoe", "GraniteMoeForCausalLM", _GRANITE_MOE_BLOCK, _granite_moe, permuted=True),
+    "granitemoe": Family("granitemoe", "GraniteMoeForCausalLM", _GRANITE_MOE_BLOCK, _granite_moe,
+                         changes={**INTERLEAVED, "shared_mlp.input_linear": STACKED}),
     "olmoe": Family("olmoe", "OlmoeForCausalLM", _QWEN3_MOE_BLOCK, _olmoe),
-    "deepseek2": Family("deepseek_v3", "DeepseekV3ForCausalLM", _LATENT_BLOCK, _deepseek2, latent=True,
-                        whole=_CORRECTION),
-    "deepseek32": Family("deepseek_v32", "DeepseekV32ForCausalLM", _SPARSE_BLOCK, _sparse, latent=True,
+    "deepseek2": _DEEPSEEK2,
+    "deepseek32": Family("deepseek_v32", "DeepseekV32ForCausalLM", _SPARSE_BLOCK, _sparse, latent=True, changes=_SPLIT,
                          whole=_CORRECTION),
-    "glm-dsa": Family("glm_moe_dsa", "GlmMoeDsaForCausalLM", _SPARSE_BLOCK, _sparse, latent=True, whole=_CORRECTION),
-    "mistral4": Family("mistral4", "Mistral4ForCausalLM", _LATENT_BLOCK, _mistral4_alone, latent=True),
+    "glm-dsa": Family("glm_moe_dsa", "GlmMoeDsaForCausalLM", _SPARSE_BLOCK, _sparse, latent=True, changes=_SPLIT,
+                      whole=_CORRECTION),
+    "mistral4": Family("mistral4", "Mistral4ForCausalLM", _LATENT_BLOCK, _mistral4_alone, latent=True, changes=_SPLIT),
     "minimax-m2": Family("minimax_m2", "MiniMaxM2ForCausalLM", _MINIMAX_BLOCK, _minimax_m2, partial=True,
                          whole={"exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias"}),
     "llama4": Family("llama4_text", "Llama4ForCausalLM", _LLAMA4_BLOCK, _llama4),
     "ernie4_5-moe": Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _ERNIE_BLOCK, _ernie4_5_moe,
+                           changes={"mlp.moe_statics": ONE_ROW},
                            whole={"exp_probs_b.bias": "mlp.moe_statics.e_score_correction_bias"}),
     "hunyuan-moe": Family("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", _HUNYUAN_BLOCK, _hunyuan_moe),
     "dots1": Family("dots1", "Dots1ForCausalLM", _DOTS_BLOCK, _dots1, whole=_CORRECTION),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.weights.gguf_changes import Change
 from truffula.weights.gguf_hparams import HParams
 
 BLOCK = {
@@ -36,23 +37,24 @@ LAYER_NORM = ("attention.layer_norm_epsilon", "layer_norm_eps")
 
 @dataclass(frozen=True)
 class Family:
-    """The mapping of one GGUF architecture to a model type. ``permuted``: rows of q and k are interleaved; ``shifted``:
-    norms hold 1 + weight. ``whole`` are names that do not follow from ``block``, of layers without their prefix.
-    ``default_theta`` None: the file must contain ``rope.freq_base``. ``eps`` is the key of the norms' epsilon, here and
-    in config.json. ``partial``: a part of each head may be rotated. ``latent``: attention is latent.
-    ``heads_by_layer``: ``extra`` reads the number of heads of each layer.
+    """The mapping of one GGUF architecture to a model type. ``whole`` are names that do not follow from ``block``, of
+    layers without their prefix. ``changes`` are the converter's, by module (``self_attn.q_proj``, ``model.norm``) or
+    tensor (``linear_attn.A_log``). ``default_theta`` None: the file must contain ``rope.freq_base``.
+    ``eps`` is the key of the norms' epsilon, here and in config.json. ``partial``: a part of each head may be rotated.
+    ``factors``: a file may have ``rope_freqs.weight``. ``latent``: attention is latent. ``heads_by_layer``: ``extra``
+    reads the number of heads of each layer.
     """
 
     model_type: str
     class_name: str
     block: Mapping[str, str]
     extra: Callable[[HParams, dict[str, Any]], None]
-    permuted: bool = False
-    shifted: bool = False
+    changes: Mapping[str, Change] = field(default_factory=dict)
     default_theta: float | None = 10000.0
     whole: Mapping[str, str] = field(default_factory=dict)
     eps: tuple[str, str] = RMS_NORM
     partial: bool = False
+    factors: bool = True
     latent: bool = False
     heads_by_layer: bool = False
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from truffula.errors import CheckpointError
+from truffula.weights.gguf_changes import CONV
 from truffula.weights.gguf_families import Family, implied_head_dim
 from truffula.weights.gguf_hparams import HParams
 
@@ -42,5 +43,6 @@ def _lfm2(hparams: HParams, config: dict[str, Any]) -> None:
 
 FAMILIES: Mapping[str, Family] = {
     "lfm2": Family("lfm2", "Lfm2ForCausalLM", _LFM2_BLOCK, _lfm2, eps=("attention.layer_norm_rms_epsilon", "norm_eps"),
+                   changes={"conv.conv": CONV},
                    whole={"token_embd_norm.weight": "model.embedding_norm.weight"}),
 }  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights import gguf_dense, gguf_experts, gguf_hybrids
+from truffula.weights.gguf_changes import PLAIN, Change
 from truffula.weights.gguf_families import Family
 from truffula.weights.gguf_header import GgufHeader
 from truffula.weights.gguf_hparams import ROPE_FREQS, HParams, rope_parameters
@@ -50,17 +51,19 @@ def family_of(header: GgufHeader) -> Family:
 
 def rename(family: Family, name: str) -> str | None:
     """The Hugging Face name of a tensor, or None for one that this family does not have."""
-    stem, dot, kind = name.rpartition(".")
-    if not dot or kind not in {"weight", "bias"}:
-        return None
-    match = re.fullmatch(r"blk\.(0|[1-9]\d*)\.([a-z0-9_.]+)", stem)
-    if match is None:
-        top = _TOP.get(stem)
-        return family.whole.get(name) or (f"{top}.{kind}" if top else None)
-    layer, whole, part = f"model.layers.{match[1]}.", family.whole.get(f"{match[2]}.{kind}"), family.block.get(match[2])
-    if whole is not None:
-        return layer + whole
-    return f"{layer}{part}.{kind}" if part else None
+    match = re.fullmatch(r"blk\.(0|[1-9]\d*)\.([a-z0-9_.]+)", name)
+    layer, local = (f"model.layers.{match[1]}.", match[2]) if match else ("", name)
+    stem, _, kind = local.rpartition(".")
+    module = (family.block if match else _TOP).get(stem)
+    if local in family.whole:
+        return layer + family.whole[local]
+    return f"{layer}{module}.{kind}" if module and kind in {"weight", "bias"} else None
+
+
+def change_of(family: Family, name: str) -> Change:
+    """How a tensor of the checkpoint is made of the stored ones."""
+    local = re.sub(r"^.*?\.\d+\.", "", name)
+    return family.changes.get(local.rpartition(".")[0]) or family.changes.get(local, PLAIN)
 
 
 def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: list[str]) -> dict[str, Any]:
@@ -71,7 +74,8 @@ def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: l
     """
     architecture = header.metadata["general.architecture"]
     hparams = HParams(architecture, header)
-    hidden, heads = hparams.count("embedding_length"), hparams.count("attention.head_count", first=family.heads_by_layer)
+    hidden = hparams.count("embedding_length")
+    heads = hparams.count("attention.head_count", first=family.heads_by_layer)
     width, (eps, eps_name) = _head_dim(hparams, hidden, heads, family), family.eps
     config: dict[str, Any] = {
         "model_type": family.model_type,
@@ -92,7 +96,7 @@ def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: l
         if isinstance(value, int) and value < config["vocab_size"]:
             config[key] = value
     family.extra(hparams, config)
-    if family.shifted and rope_factors is not None:
+    if not family.factors and rope_factors is not None:
         raise UnsupportedModel(f"{ROPE_FREQS} is not supported in a {architecture} file.", param=ROPE_FREQS)
     return config
 
