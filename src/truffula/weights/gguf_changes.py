@@ -48,7 +48,7 @@ def grouped(outer: int, inner: int) -> Order:
 
 
 def interleaved(heads: str) -> Change:
-    """The rows of each head are stored as pairs, and become two halves. ``heads`` is the config's key of their number."""
+    """The rows of each head are stored as pairs, and become two halves. ``heads`` is the key of their number."""
 
     def rows(config: Config, n: int) -> Order:
         pairs = grouped(2, max(n // config[heads] // 2, 1))

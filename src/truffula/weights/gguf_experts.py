@@ -294,7 +294,8 @@ def _deepseek2(hparams: HParams, config: dict[str, Any]) -> None:
     _without_predictors(hparams, config)
     _latent(hparams, config)
     if not hparams.get("expert_count"):  # Youtu: dense
-        hparams.get("expert_feed_forward_length"), hparams.get("leading_dense_block_count")
+        for key in ("expert_feed_forward_length", "expert_shared_count", "leading_dense_block_count"):
+            hparams.get(key)
         config |= {"first_k_dense_replace": config["num_hidden_layers"], "rope_interleave": True}
         _latent_yarn(hparams, config)
         return
@@ -451,7 +452,8 @@ def _cohere2_moe(hparams: HParams, config: dict[str, Any]) -> None:
     _without_predictors(hparams, config)
     attention_bias(hparams, config)
     routed, score = _routed(hparams), _score(hparams, (_SOFTMAX, _SIGMOID), _SIGMOID)
-    hparams.get("expert_shared_feed_forward_length")
+    for key in ("expert_shared_feed_forward_length", LAYER_NORM[0]):  # the latter has no effect beside that of RMS norms
+        hparams.get(key)
     for key in ("n_group", "routed_scaling_factor"):
         if routed[key] != 1:
             raise UnsupportedModel(f"{key} is {routed[key]}; only 1 is supported in {hparams.architecture} files.")
