@@ -17,7 +17,7 @@ from truffula.errors import CheckpointError, some
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
 from truffula.weights.gguf_header import GgufHeader, GgufTensor, PartName, name_file_in_errors, read_header
-from truffula.weights.gguf_hparams import ROPE_FREQS, check_unread_keys
+from truffula.weights.gguf_hparams import TABLES, HParams, check_unread_keys
 from truffula.weights.gguf_names import change_of, family_of, rename, to_config
 from truffula.weights.gguf_quants import BY_NAME, FORMATS, dequantize, values_of_blocks
 from truffula.weights.gguf_tokenizer import generation_config
@@ -46,11 +46,13 @@ class GgufCheckpoint(Checkpoint):
             metadata = parts[0].header.metadata
             self._header = GgufHeader(metadata, {name: item for name, (_, item) in found.items()})
             self._family = family_of(self._header)
-            factors = None
-            if ROPE_FREQS in found:  # the config holds its values, in ``rope_parameters``
-                part, item = found.pop(ROPE_FREQS)
-                factors = dequantize(FORMATS[item.type], part.file.view(item.offset, item.nbytes), item.shape)
-            self.config: dict[str, Any] = to_config(self._header, self._family, factors, warnings)
+            tables = {}  # the config holds their values
+            for part, item in (found.pop(name) for name in TABLES if name in found):
+                view = part.file.view(item.offset, item.nbytes)
+                tables[item.name] = dequantize(FORMATS[item.type], view, item.shape)
+            hparams = HParams(metadata["general.architecture"], self._header, tables)
+            self.config: dict[str, Any] = to_config(hparams, self._family, warnings)
+            self._made = self._family.made(hparams, self.config) if self._family.made is not None else {}
             self.generation_config: dict[str, Any] = generation_config(metadata)
             warnings += check_unread_keys(self._header)
             self.tensors = self._renamed(found)
@@ -65,11 +67,33 @@ class GgufCheckpoint(Checkpoint):
                 unknown.append(name)
             else:
                 info = TensorInfo(name, item.shape, FORMATS[item.type].name, part.path, item.offset, item.nbytes)
-                found.setdefault(new, []).append(info)
+                for each, rows in self._split(new, info):
+                    found.setdefault(each, []).append(rows)
         if unknown:
             architecture = self._header.metadata["general.architecture"]
             raise CheckpointError(f"a {architecture} model has no such tensors: {some(unknown)}.", param=unknown[0])
-        return {name: self._made_of(name, sorted(parts, key=lambda part: part.name)) for name, parts in found.items()}
+        items = found.items()
+        tensors = {name: self._made_of(name, sorted(parts, key=lambda part: part.name)) for name, parts in items}
+        for name, values in self._made.items():
+            tensors[name] = TensorInfo(name, values.shape, "F32", self.path, 0, values.nbytes)
+        return tensors
+
+    def _split(self, name: str, info: TensorInfo) -> list[tuple[str, TensorInfo]]:
+        """``info``, or each of its rows, where they are modules of their own."""
+        module, _, kind = name.rpartition(".")
+        own = next((own for stem, own in self._family.split.items() if module.endswith(f".{stem}")), None)
+        if own is None:
+            return [(name, info)]
+        rows, *shape = info.shape
+        if not shape or rows not in (self.config["num_attention_heads"], self.config["num_key_value_heads"]):
+            why = f"{info.name} has the shape {list(info.shape)}: not a row for each head."
+            raise CheckpointError(why, param=info.name)
+        size = info.nbytes // rows
+        return [
+            (f"{module}.{own.format(h=row)}.{kind}",
+             msgspec.structs.replace(info, shape=tuple(shape), offset=info.offset + row * size, nbytes=size))
+            for row in range(rows)
+        ]  # fmt: skip
 
     def _made_of(self, name: str, parts: list[TensorInfo]) -> TensorInfo:
         change, first, shapes = change_of(self._family, name), parts[0], [list(part.shape) for part in parts]
@@ -127,6 +151,8 @@ class GgufCheckpoint(Checkpoint):
         return QuantisedArray(format.name, data, info.shape, partial(values_of_blocks, format))
 
     def read(self, name: str) -> Array:
+        if name in self._made:
+            return self._made[name]
         info, change = self.info(name), change_of(self._family, name)
         if self._in_whole_blocks(name):
             return dequantize(BY_NAME[info.dtype], self._sorted(name, self._bytes(info)), info.shape)

@@ -67,7 +67,8 @@ LESS_ONE = Change(values=_less_one)
 
 def less_one(*blocks: Mapping[str, str]) -> dict[str, Change]:
     """``LESS_ONE`` for the final norm and all norms of ``blocks``."""
-    return {name: LESS_ONE for block in blocks for name in (*block.values(), "model.norm") if name.endswith("norm")}
+    norms = {name for block in blocks for name in (*block.values(), "model.norm") if name.endswith("norm")}
+    return {f"{name}.weight": LESS_ONE for name in norms}
 
 
 INTERLEAVED = {

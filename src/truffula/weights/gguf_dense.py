@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from truffula.errors import UnsupportedModel
-from truffula.weights.gguf_changes import INTERLEAVED, less_one
+from truffula.weights.checkpoint import Array
+from truffula.weights.gguf_changes import INTERLEAVED, Config, less_one
+from truffula.weights.gguf_experts import MIXTRAL
 from truffula.weights.gguf_families import (
     BLOCK,
     HEAD_NORMS_BLOCK,
@@ -14,22 +18,35 @@ from truffula.weights.gguf_families import (
     LLAMA_BLOCK,
     POST_NORM_BLOCK,
     QWEN3_BLOCK,
+    TOP,
     Family,
     attention_bias,
     granite,
     implied_head_dim,
     layer_types,
     llama_like,
+    partly_rotated,
 )
 from truffula.weights.gguf_hparams import HParams
 
-_GEMMA2_BLOCK = {
-    **BLOCK,
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+_PHI2_BLOCK = {
+    **HEAD_NORMS_BLOCK,
+    "attn_output": "self_attn.dense",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
 }
-_GEMMA3_BLOCK = {**_GEMMA2_BLOCK, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+# q, k and v are one tensor, and so are gate and up.
+_FUSED_BLOCK = {**LLAMA_BLOCK, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_GLM4_BLOCK = {
+    **_FUSED_BLOCK,
+    "post_attention_norm": "post_self_attn_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+}
+_STABLELM_BLOCK = {**LLAMA_BLOCK, "attn_q_norm": "self_attn.q_layernorm", "attn_k_norm": "self_attn.k_layernorm"}
+_HUNYUAN_BLOCK = {**LLAMA_BLOCK, "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"}
+_APERTUS_BLOCK = {**HEAD_NORMS_BLOCK, "attn_norm": "attention_layernorm", "ffn_norm": "feedforward_layernorm"}
 _OLMO2_BLOCK = {
     **{name: module for name, module in POST_NORM_BLOCK.items() if name != "attn_norm"},
     "post_ffw_norm": "post_feedforward_layernorm",
@@ -45,38 +62,6 @@ def _llama(hparams: HParams, config: dict[str, Any]) -> None:
     attention_bias(hparams, config)
     if "blk.0.ffn_up.bias" in hparams.header.tensors:
         config["mlp_bias"] = True
-
-
-def _gemma2(hparams: HParams, config: dict[str, Any]) -> None:
-    config["sliding_window"] = hparams.count("attention.sliding_window", 4096)
-    config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every=2)
-    config["attn_logit_softcapping"] = hparams.real("attn_logit_softcapping", 50.0)
-    config["final_logit_softcapping"] = hparams.real("final_logit_softcapping", 30.0)
-    config["query_pre_attn_scalar"] = _attention_scalar(config, layers_of_27b=46)
-    theta, local = config["rope_parameters"]["rope_theta"], hparams.get("rope.freq_base_swa")
-    if local is not None and hparams.real("rope.freq_base_swa") != theta:
-        name = hparams.name("rope.freq_base_swa")
-        raise UnsupportedModel(f"{name} is {local}; gemma2 has one base for all layers, here {theta}.", param=name)
-
-
-def _gemma3(hparams: HParams, config: dict[str, Any]) -> None:
-    config["sliding_window"] = hparams.count("attention.sliding_window")
-    config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every=6)
-    config["query_pre_attn_scalar"] = _attention_scalar(config, layers_of_27b=62)
-    cap = hparams.get("final_logit_softcapping")
-    config["final_logit_softcapping"] = hparams.real("final_logit_softcapping") if cap else None
-    local = {"rope_type": "default", "rope_theta": hparams.real("rope.freq_base_swa", 10000.0)}
-    config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
-
-
-def _attention_scalar(config: Mapping[str, Any], layers_of_27b: int) -> int:
-    """``query_pre_attn_scalar``, for which the format has no key.
-
-    It differs from the head's width in the 27B models only, which llama.cpp also recognises by their number of layers.
-    """
-    if config["num_hidden_layers"] == layers_of_27b:
-        return int(config["hidden_size"] // config["num_attention_heads"])
-    return int(config["head_dim"])
 
 
 def _seed_oss(hparams: HParams, config: dict[str, Any]) -> None:
@@ -111,18 +96,128 @@ def _cohere(hparams: HParams, config: dict[str, Any]) -> None:
     config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in hparams.header.tensors
 
 
+def _has(hparams: HParams, tensor: str) -> bool:
+    """Whether the first layer has this tensor."""
+    return f"blk.0.{tensor}" in hparams.header.tensors
+
+
+def _phi2(hparams: HParams, config: dict[str, Any]) -> None:
+    partly_rotated(hparams, config)
+    config["qk_layernorm"] = _has(hparams, "attn_q_norm.weight")
+
+
+def _phi3(hparams: HParams, config: dict[str, Any]) -> None:
+    partly_rotated(hparams, config)
+    implied_head_dim(hparams, config)
+    window, original = hparams.get("attention.sliding_window"), "rope.scaling.original_context_length"
+    config["sliding_window"] = hparams.count("attention.sliding_window") if window else None
+    config["original_max_position_embeddings"] = hparams.count(original, config["max_position_embeddings"])
+
+
+def _starcoder2(hparams: HParams, config: dict[str, Any]) -> None:
+    """Files have no window: llama.cpp attends to everything before a token."""
+    implied_head_dim(hparams, config)
+    config["use_bias"] = _has(hparams, "attn_q.bias")
+
+
+def _mistral3(hparams: HParams, config: dict[str, Any]) -> None:
+    """Ministral 3, whose queries grow with their position, else Mistral Small 3."""
+    window, beta = hparams.get("attention.sliding_window"), "attention.temperature_scale"
+    config["sliding_window"] = hparams.count("attention.sliding_window") if window else None
+    if not hparams.get(beta):
+        config.update(model_type="mistral", architectures=["MistralForCausalLM"])
+        return
+    rope, log = config["rope_parameters"], hparams.real("rope.scaling.yarn_log_multiplier", 0.0, least=0.0)
+    if rope["rope_type"] != "yarn":
+        name = hparams.name(beta)
+        raise UnsupportedModel(f"{name} is {hparams.get(beta)}, in a file without yarn.", param=name)
+    rope["llama_4_scaling_beta"] = hparams.real(beta)
+    if log:  # llama.cpp has no key for mscale either, and computes with 1
+        rope |= {"mscale": 1.0, "mscale_all_dim": log}
+
+
+def _stablelm(hparams: HParams, config: dict[str, Any]) -> None:
+    """Whether the parts are parallel is seen from the norms, as in llama.cpp: its converter guesses the key."""
+    partly_rotated(hparams, config)
+    implied_head_dim(hparams, config)
+    hparams.get("use_parallel_residual")
+    config["use_parallel_residual"] = not _has(hparams, "ffn_norm.weight")
+    config["use_qkv_bias"] = _has(hparams, "attn_q.bias")
+    config["qk_layernorm"] = _has(hparams, "attn_q_norm.weight")
+
+
+def _glm(hparams: HParams, config: dict[str, Any]) -> None:
+    partly_rotated(hparams, config)
+    config["attention_bias"] = _has(hparams, "attn_q.bias") or _has(hparams, "attn_qkv.bias")
+
+
+def _nemotron(hparams: HParams, config: dict[str, Any]) -> None:
+    hparams.get("attention.layer_norm_rms_epsilon")  # the converter writes the same number under both keys
+    partly_rotated(hparams, config)
+    llama_like(hparams, config)
+
+
+def _exaone4(hparams: HParams, config: dict[str, Any]) -> None:
+    """With a window, layers without it are not rotated."""
+    implied_head_dim(hparams, config)
+    config["sliding_window"] = None
+    if hparams.get("attention.sliding_window"):
+        config["sliding_window"] = hparams.count("attention.sliding_window")
+        config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every=4)
+
+
+def _ernie(hparams: HParams, config: dict[str, Any]) -> None:
+    config["use_bias"] = _has(hparams, "attn_q.bias")
+
+
+def _xielu(hparams: HParams, config: Config) -> dict[str, Array]:
+    """The numbers of each layer's activation, which are tensors of a checkpoint and metadata of a file."""
+    layers, made = config["num_hidden_layers"], {}
+    for name in ("alpha_n", "alpha_p", "beta", "eps"):
+        for layer, number in enumerate(hparams.numbers(f"xielu.{name}", layers)):
+            made[f"model.layers.{layer}.mlp.act_fn.{name}"] = np.full(1, number, np.float32)
+    return made
+
+
+def _olmo(hparams: HParams, config: dict[str, Any]) -> None:
+    """Norms without weights, whose epsilon no config changes. Biases are not in files."""
+    eps = config.pop("layer_norm_eps")
+    if eps != 1e-5:
+        name = hparams.name("attention.layer_norm_epsilon")
+        raise UnsupportedModel(f"{name} is {eps}; OLMo computes with 1e-05.", param=name)
+    implied_head_dim(hparams, config)
+    if hparams.get("attention.clamp_kqv"):
+        config["clip_qkv"] = hparams.real("attention.clamp_kqv")
+
+
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("llama", "LlamaForCausalLM", LLAMA_BLOCK, _llama, changes=INTERLEAVED),
+    "llama": Family("llama", "LlamaForCausalLM", LLAMA_BLOCK, _llama, changes=INTERLEAVED,
+                    variant=lambda header: MIXTRAL if header.metadata.get("llama.expert_count") else None),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", LLAMA_BLOCK, implied_head_dim),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", QWEN3_BLOCK, attention_bias),
-    "gemma2": Family("gemma2", "Gemma2ForCausalLM", _GEMMA2_BLOCK, _gemma2,
-                     changes=less_one(_GEMMA2_BLOCK), factors=False),
-    "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", _GEMMA3_BLOCK, _gemma3, default_theta=None,
-                     changes=less_one(_GEMMA3_BLOCK), factors=False),
     "command-r": Family("cohere", "CohereForCausalLM", HEAD_NORMS_BLOCK, _cohere, eps=LAYER_NORM),
     "cohere2": Family("cohere2", "Cohere2ForCausalLM", HEAD_NORMS_BLOCK, _cohere, eps=LAYER_NORM),
     "granite": Family("granite", "GraniteForCausalLM", LLAMA_BLOCK, granite, changes=INTERLEAVED),
     "olmo2": Family("olmo2", "Olmo2ForCausalLM", _OLMO2_BLOCK, _olmo2),
     "seed_oss": Family("seed_oss", "SeedOssForCausalLM", POST_NORM_BLOCK, _seed_oss),
     "smollm3": Family("smollm3", "SmolLM3ForCausalLM", LLAMA_BLOCK, llama_like, changes=INTERLEAVED),
+    "phi2": Family("phi", "PhiForCausalLM", _PHI2_BLOCK, _phi2, eps=LAYER_NORM, partial=True,
+                   top={**TOP, "output_norm": "model.final_layernorm"}),
+    "phi3": Family("phi3", "Phi3ForCausalLM", _FUSED_BLOCK, _phi3, partial=True),
+    "starcoder2": Family("starcoder2", "Starcoder2ForCausalLM",
+                         {**LLAMA_BLOCK, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}, _starcoder2,
+                         eps=("attention.layer_norm_epsilon", "norm_epsilon")),
+    "mistral3": Family("ministral3", "Ministral3ForCausalLM", LLAMA_BLOCK, _mistral3, changes=INTERLEAVED),
+    "stablelm": Family("stablelm", "StableLmForCausalLM", _STABLELM_BLOCK, _stablelm, eps=LAYER_NORM, partial=True,
+                       split=dict.fromkeys(("self_attn.q_layernorm", "self_attn.k_layernorm"), "norms.{h}")),
+    "glm4": Family("glm4", "Glm4ForCausalLM", _GLM4_BLOCK, _glm, partial=True),
+    "chatglm": Family("glm", "GlmForCausalLM", _FUSED_BLOCK, _glm, partial=True),
+    "nemotron": Family("nemotron", "NemotronForCausalLM", LLAMA_BLOCK, _nemotron, partial=True,
+                       eps=("attention.layer_norm_epsilon", "norm_eps"), changes=less_one(LLAMA_BLOCK)),
+    "exaone4": Family("exaone4", "Exaone4ForCausalLM", _OLMO2_BLOCK, _exaone4),
+    "ernie4_5": Family("ernie4_5", "Ernie4_5ForCausalLM", LLAMA_BLOCK, _ernie),
+    "hunyuan-dense": Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", _HUNYUAN_BLOCK, llama_like),
+    "arcee": Family("arcee", "ArceeForCausalLM", LLAMA_BLOCK, llama_like, changes=INTERLEAVED),
+    "apertus": Family("apertus", "ApertusForCausalLM", _APERTUS_BLOCK, llama_like, made=_xielu),
+    "olmo": Family("olmo", "OlmoForCausalLM", BLOCK, _olmo, changes=INTERLEAVED, eps=LAYER_NORM),
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -26,7 +26,9 @@ from truffula.weights.gguf_families import (
     implied_head_dim,
     layer_types,
     llama_like,
+    partly_rotated,
 )
+from truffula.weights.gguf_header import GgufHeader
 from truffula.weights.gguf_hparams import HParams
 
 
@@ -217,15 +219,10 @@ def _normed_and_ungrouped(hparams: HParams, routed: Mapping[str, Any]) -> None:
             raise UnsupportedModel(f"{name} is {value}; only {wanted} is supported.", param=name)
 
 
-def _rotated_part(hparams: HParams, config: dict[str, Any]) -> None:
-    rotated = hparams.count("rope.dimension_count", config["head_dim"])
-    config["rope_parameters"]["partial_rotary_factor"] = rotated / config["head_dim"]
-
-
 def _glm4_moe(hparams: HParams, config: dict[str, Any]) -> None:
     _score(hparams, (_SIGMOID,), _SIGMOID)
     _without_predictors(hparams, config)
-    _rotated_part(hparams, config)
+    partly_rotated(hparams, config)
     config["attention_bias"] = "blk.0.attn_q.bias" in hparams.header.tensors
     config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in hparams.header.tensors
     config |= _routed(hparams)
@@ -358,7 +355,7 @@ def _sparse(hparams: HParams, config: dict[str, Any]) -> None:
 
 def _minimax_m2(hparams: HParams, config: dict[str, Any]) -> None:
     _score(hparams, (_SIGMOID,), 0)
-    _rotated_part(hparams, config)
+    partly_rotated(hparams, config)
     config["intermediate_size"] = hparams.count("expert_feed_forward_length")
     chosen_experts(hparams, config)
 
@@ -452,7 +449,10 @@ def _cohere2_moe(hparams: HParams, config: dict[str, Any]) -> None:
     _without_predictors(hparams, config)
     attention_bias(hparams, config)
     routed, score = _routed(hparams), _score(hparams, (_SOFTMAX, _SIGMOID), _SIGMOID)
-    for key in ("expert_shared_feed_forward_length", LAYER_NORM[0]):  # the latter has no effect beside that of RMS norms
+    for key in (
+        "expert_shared_feed_forward_length",
+        LAYER_NORM[0],
+    ):  # the latter has no effect beside that of RMS norms
         hparams.get(key)
     for key in ("n_group", "routed_scaling_factor"):
         if routed[key] != 1:
@@ -490,11 +490,7 @@ def _laguna(hparams: HParams, config: dict[str, Any]) -> None:
     _score(hparams, (_SIGMOID,), _SIGMOID)
     routed, layers, width = _routed(hparams), config["num_hidden_layers"], config["head_dim"]
     _normed_and_ungrouped(hparams, routed)
-    heads, gate = hparams.get("attention.head_count"), hparams.header.tensors.get("blk.0.attn_gate.weight")
-    each = heads if isinstance(heads, list) else [heads] * layers
-    if len(each) != layers:
-        name = hparams.name("attention.head_count")
-        raise CheckpointError(f"{name} has {len(each)} entries for {layers} layers.", param=name)
+    heads, gate = hparams.each("attention.head_count", layers), hparams.header.tensors.get("blk.0.attn_gate.weight")
     attention_bias(hparams, config)
     window, full = _count(hparams, "attention.sliding_window"), config["rope_parameters"]
     kinds = layer_types(hparams, layers, every=4, full_first=True) if window else ["full_attention"] * layers
@@ -509,7 +505,7 @@ def _laguna(hparams: HParams, config: dict[str, Any]) -> None:
         }
     dense = routed["first_k_dense_replace"]
     config |= {
-        "num_attention_heads_per_layer": each,
+        "num_attention_heads_per_layer": heads,
         "layer_types": kinds,
         "mlp_layer_types": ["dense" if layer < dense else "sparse" for layer in range(layers)],
         "num_experts": routed["n_routed_experts"],
@@ -517,23 +513,23 @@ def _laguna(hparams: HParams, config: dict[str, Any]) -> None:
         "moe_intermediate_size": routed["moe_intermediate_size"],
         "shared_expert_intermediate_size": hparams.count("expert_shared_feed_forward_length"),
         "moe_routed_scaling_factor": routed["routed_scaling_factor"],
-        "gating": "per-head" if gate is not None and gate.shape[0] == each[0] else "per-element",
+        "gating": "per-head" if gate is not None and gate.shape[0] == heads[0] else "per-element",
     }
+
+
+def _with_key(key: str, row: Family) -> Callable[[GgufHeader], Family | None]:
+    """``Family.variant``: ``row`` for a file that has the key."""
+
+    def variant(header: GgufHeader) -> Family | None:
+        return row if header.metadata.get(f"{header.metadata['general.architecture']}.{key}") else None
+
+    return variant
 
 
 MIXTRAL = Family("mixtral", "MixtralForCausalLM", _MIXTRAL_BLOCK, chosen_experts, changes=INTERLEAVED)
 _SPLIT = {"self_attn.kv_b_proj": ABSORBED}
-_DEEPSEEK2 = Family(
-    "deepseek_v3", "DeepseekV3ForCausalLM", _LATENT_BLOCK, _deepseek2, latent=True, whole=_CORRECTION
-)
+_DEEPSEEK2 = Family("deepseek_v3", "DeepseekV3ForCausalLM", _LATENT_BLOCK, _deepseek2, latent=True, whole=_CORRECTION)
 _COHERE_MOE = Family("cohere2_moe", "Cohere2MoeForCausalLM", _COHERE_BLOCK, _cohere2_moe, eps=LAYER_NORM)
-VARIANTS: Mapping[tuple[str, str], Family] = {
-    ("llama", "expert_count"): MIXTRAL,
-    ("deepseek2", "attention.key_length_mla"): replace(_DEEPSEEK2, changes=_SPLIT),
-    ("cohere2moe", RMS_NORM[0]): replace(_COHERE_MOE, eps=RMS_NORM),
-}
-"""Other rows of an architecture, for files that have a key."""
-
 FAMILIES: Mapping[str, Family] = {
     "qwen2moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", _QWEN2_MOE_BLOCK, _qwen2_moe,
                        changes={"mlp.shared_expert_gate": ONE_ROW}),
@@ -544,7 +540,9 @@ FAMILIES: Mapping[str, Family] = {
     "granitemoe": Family("granitemoe", "GraniteMoeForCausalLM", _GRANITE_MOE_BLOCK, _granite_moe,
                          changes={**INTERLEAVED, "shared_mlp.input_linear": STACKED}),
     "olmoe": Family("olmoe", "OlmoeForCausalLM", _QWEN3_MOE_BLOCK, _olmoe),
-    "deepseek2": _DEEPSEEK2,
+    "deepseek2": replace(
+        _DEEPSEEK2, variant=_with_key("attention.key_length_mla", replace(_DEEPSEEK2, changes=_SPLIT))
+    ),
     "deepseek32": Family("deepseek_v32", "DeepseekV32ForCausalLM", _SPARSE_BLOCK, _sparse, latent=True, changes=_SPLIT,
                          whole=_CORRECTION),
     "glm-dsa": Family("glm_moe_dsa", "GlmMoeDsaForCausalLM", _SPARSE_BLOCK, _sparse, latent=True, changes=_SPLIT,
@@ -562,7 +560,7 @@ FAMILIES: Mapping[str, Family] = {
                     whole={"exp_probs_b.bias": "mlp.expert_bias"}),
     "exaone-moe": Family("exaone_moe", "ExaoneMoeForCausalLM", _EXAONE_BLOCK, _exaone_moe,
                          whole={"exp_probs_b.bias": "mlp.e_score_correction_bias"}),
-    "cohere2moe": _COHERE_MOE,
+    "cohere2moe": replace(_COHERE_MOE, variant=_with_key(RMS_NORM[0], replace(_COHERE_MOE, eps=RMS_NORM))),
     "laguna": Family("laguna", "LagunaForCausalLM", _LAGUNA_BLOCK, _laguna, partial=True,
-                     heads_by_layer=True, whole={"exp_probs_b.bias": "mlp.experts.e_score_correction_bias"}),
+                     by_layer=True, whole={"exp_probs_b.bias": "mlp.experts.e_score_correction_bias"}),
 }  # fmt: skip

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights.gguf_changes import Change
+from truffula.weights.checkpoint import Array
+from truffula.weights.gguf_changes import Change, Config
+from truffula.weights.gguf_header import GgufHeader
 from truffula.weights.gguf_hparams import HParams
 
 BLOCK = {
@@ -33,6 +35,7 @@ POST_NORM_BLOCK = {**BLOCK, "post_attention_norm": "post_attention_layernorm"}
 HEAD_NORMS_BLOCK = {**BLOCK, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 RMS_NORM = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
 LAYER_NORM = ("attention.layer_norm_epsilon", "layer_norm_eps")
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,12 @@ class Family:
     layers without their prefix. ``changes`` are the converter's, by module (``self_attn.q_proj``, ``model.norm``) or
     tensor (``linear_attn.A_log``). ``default_theta`` None: the file must contain ``rope.freq_base``.
     ``eps`` is the key of the norms' epsilon, here and in config.json. ``partial``: a part of each head may be rotated.
-    ``factors``: a file may have ``rope_freqs.weight``. ``latent``: attention is latent. ``heads_by_layer``: ``extra``
-    reads the number of heads of each layer.
+    ``factors``: ``rope_freqs.weight`` has the divisors of all frequencies. ``top`` are the modules outside layers,
+    ``layers`` is the prefix of a layer, without its number. ``keys`` are the class's names of what ``to_config`` names
+    otherwise, None where it has no such key. ``by_layer``: widths and numbers of heads may differ from layer to layer,
+    and the config first has those of layer 0. ``split`` are modules whose rows are modules of their own, named with
+    ``{h}``; ``made`` makes tensors of metadata. ``latent``: attention is latent. ``variant`` is the row for a file that
+    this one is not for.
     """
 
     model_type: str
@@ -55,8 +62,14 @@ class Family:
     eps: tuple[str, str] = RMS_NORM
     partial: bool = False
     factors: bool = True
+    top: Mapping[str, str] = field(default_factory=lambda: TOP)
+    layers: str = "model.layers."
+    keys: Mapping[str, str | None] = field(default_factory=dict)
+    by_layer: bool = False
     latent: bool = False
-    heads_by_layer: bool = False
+    split: Mapping[str, str] = field(default_factory=dict)
+    made: Callable[[HParams, Config], dict[str, Array]] | None = None
+    variant: Callable[[GgufHeader], Family | None] | None = None
 
 
 def expert_count(hparams: HParams) -> int:
@@ -84,6 +97,14 @@ def chosen_experts(hparams: HParams, config: dict[str, Any]) -> None:
 def implied_head_dim(hparams: HParams, config: dict[str, Any]) -> None:
     if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
         del config["head_dim"]  # the class has no such field; kept only when it differs from the class's computed value
+
+
+def partly_rotated(hparams: HParams, config: dict[str, Any]) -> None:
+    """``partial_rotary_factor``, of which the width of a head is multiplied and cut to a whole number."""
+    width = config["head_dim"]
+    dims = hparams.count("rope.dimension_count", width)
+    share = dims / width
+    config["rope_parameters"]["partial_rotary_factor"] = share if int(width * share) == dims else (dims + 0.5) / width
 
 
 def attention_bias(hparams: HParams, config: dict[str, Any]) -> None:

@@ -11,16 +11,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights import gguf_dense, gguf_experts, gguf_hybrids
+from truffula.weights import gguf_dense, gguf_experts, gguf_gemma, gguf_hybrids, gguf_older
 from truffula.weights.gguf_changes import PLAIN, Change
 from truffula.weights.gguf_families import Family
 from truffula.weights.gguf_header import GgufHeader
 from truffula.weights.gguf_hparams import ROPE_FREQS, HParams, rope_parameters
 
-FAMILIES: Mapping[str, Family] = {**gguf_dense.FAMILIES, **gguf_experts.FAMILIES, **gguf_hybrids.FAMILIES}
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-
+FAMILIES: Mapping[str, Family] = {
+    **gguf_dense.FAMILIES,
+    **gguf_gemma.FAMILIES,
+    **gguf_older.FAMILIES,
+    **gguf_experts.FAMILIES,
+    **gguf_hybrids.FAMILIES,
+}
+_KV = "attention.head_count_kv"
 # Other kinds of GGUF files, by ``general.type``.
 _OTHER_KINDS = {
     "adapter": "a LoRA adapter; adapters are read in PEFT's format (adapter_config.json and safetensors)",
@@ -43,18 +47,15 @@ def family_of(header: GgufHeader) -> Family:
             f"general.architecture is {architecture!r}; supported in GGUF files are {', '.join(FAMILIES)}.",
             param="general.architecture",
         )
-    for (other, key), variant in gguf_experts.VARIANTS.items():
-        if architecture == other and header.metadata.get(f"{architecture}.{key}"):
-            return variant
-    return family
+    return (family.variant and family.variant(header)) or family
 
 
 def rename(family: Family, name: str) -> str | None:
     """The Hugging Face name of a tensor, or None for one that this family does not have."""
     match = re.fullmatch(r"blk\.(0|[1-9]\d*)\.([a-z0-9_.]+)", name)
-    layer, local = (f"model.layers.{match[1]}.", match[2]) if match else ("", name)
+    layer, local = (f"{family.layers}{match[1]}.", match[2]) if match else ("", name)
     stem, _, kind = local.rpartition(".")
-    module = (family.block if match else _TOP).get(stem)
+    module = (family.block if match else family.top).get(stem)
     if local in family.whole:
         return layer + family.whole[local]
     return f"{layer}{module}.{kind}" if module and kind in {"weight", "bias"} else None
@@ -66,39 +67,43 @@ def change_of(family: Family, name: str) -> Change:
     return family.changes.get(local.rpartition(".")[0]) or family.changes.get(local, PLAIN)
 
 
-def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: list[str]) -> dict[str, Any]:
+def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str, Any]:
     """The config.json that this file's metadata describes.
 
     ``tie_word_embeddings`` is not in it: a GGUF file of a tied model has no ``output.weight``.
-    ``rope_factors`` are the values of ``rope_freqs.weight``, or None.
     """
-    architecture = header.metadata["general.architecture"]
-    hparams = HParams(architecture, header)
-    hidden = hparams.count("embedding_length")
-    heads = hparams.count("attention.head_count", first=family.heads_by_layer)
+    header, factors = hparams.header, hparams.tables.pop(ROPE_FREQS, None) if family.factors else None
+    layers = _layers(hparams, len(header.tensors))
+
+    def number(key: str, default: int | None = None) -> int:
+        return hparams.each(key, layers, default)[0] if family.by_layer else hparams.count(key, default)
+
+    hidden, heads = hparams.count("embedding_length"), number("attention.head_count")
     width, (eps, eps_name) = _head_dim(hparams, hidden, heads, family), family.eps
     config: dict[str, Any] = {
         "model_type": family.model_type,
         "architectures": [family.class_name],
         "hidden_size": hidden,
-        "intermediate_size": hparams.count("feed_forward_length"),
-        "num_hidden_layers": _layers(hparams, len(header.tensors)),
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": _kv_heads(hparams, heads),
+        "num_key_value_heads": number("attention.head_count_kv", heads)
+        if family.by_layer
+        else _kv_heads(hparams, heads),
         "head_dim": width,
         "max_position_embeddings": hparams.count("context_length"),
         eps_name: hparams.real(eps),
         "vocab_size": _vocab_size(hparams),
-        "rope_parameters": rope_parameters(hparams, family.default_theta, rope_factors, width, warnings),
+        "rope_parameters": rope_parameters(hparams, family.default_theta, factors, width, warnings),
     }
     for key, ggml in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         value = header.metadata.get(f"tokenizer.ggml.{ggml}_token_id")
         if isinstance(value, int) and value < config["vocab_size"]:
             config[key] = value
     family.extra(hparams, config)
-    if not family.factors and rope_factors is not None:
-        raise UnsupportedModel(f"{ROPE_FREQS} is not supported in a {architecture} file.", param=ROPE_FREQS)
-    return config
+    for name in hparams.tables:
+        raise UnsupportedModel(f"{name} is not supported in a {hparams.architecture} file.", param=name)
+    return {key: value for name, value in config.items() if (key := family.keys.get(name, name)) is not None}
 
 
 def _layers(hparams: HParams, tensors: int) -> int:
@@ -127,14 +132,14 @@ def _head_dim(hparams: HParams, hidden: int, heads: int, family: Family) -> int:
 
 def _kv_heads(hparams: HParams, heads: int) -> int:
     """The number of KV heads. A list with one number per layer has zeros for layers without attention."""
-    each = hparams.get("attention.head_count_kv")
+    each = hparams.get(_KV)
     if isinstance(each, list) and 0 in each and any(each):
         found = set(each) - {0}
-        name = hparams.name("attention.head_count_kv")
+        name = hparams.name(_KV)
         if len(found) > 1 or not all(type(count) is int and count > 0 for count in found):
             raise UnsupportedModel(f"{name} differs from layer to layer: {each[:8]}.", param=name)
         return int(found.pop())
-    return hparams.count("attention.head_count_kv", heads)
+    return hparams.count(_KV, heads)
 
 
 def _vocab_size(hparams: HParams) -> int:

@@ -74,7 +74,7 @@ _OTHERS: Mapping[str, list[dict[str, Any]]] = {
         {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
     ]
 }
-# BOS is added unless the file says otherwise; of these and glm4, a piece that is a whole token is not merged from parts.
+# BOS is added unless the file says otherwise. Of these and glm4, a piece that is a whole token is not merged of parts.
 _LLAMA3_LIKE = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken"})
 # Keys under ``general.sampling.`` that generation_config.json has too.
 _SAMPLING = {
@@ -125,9 +125,7 @@ def _tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
         raise UnreadableVocabulary(f"{PREFIX}model is {vocabulary.kind!r}; supported are gpt2, llama and gemma4")
     pre = vocabulary.metadata.get(f"{PREFIX}pre", "default")
     if not isinstance(pre, str) or pre not in {*_SPLITS, *_OTHERS}:
-        raise UnreadableVocabulary(
-            f"{PREFIX}pre is {pre!r}; supported are {', '.join(sorted({*_SPLITS, *_OTHERS}))}"
-        )
+        raise UnreadableVocabulary(f"{PREFIX}pre is {pre!r}; supported are {', '.join(sorted({*_SPLITS, *_OTHERS}))}")
     if pre == "default":
         vocabulary.warnings.append(f"{PREFIX}pre names no rule for splitting text; llama.cpp's default is used.")
     return _byte_level(vocabulary, pre)
