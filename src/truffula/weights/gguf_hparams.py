@@ -83,6 +83,10 @@ class HParams:
             raise self._error(key, f"is {value!r}; it must be a positive integer.")
         return value
 
+    def optional(self, key: str) -> int:
+        """A count that may be missing or 0."""
+        return self.count(key) if self.get(key) else 0
+
     def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
         """A positive integer for each layer; a single one is that of all."""
         value = self._required(key, default)
@@ -110,6 +114,12 @@ class HParams:
         if least is not None and value < least:
             raise self._error(key, f"is {value}; it must be at least {least}.")
         return float(str(np.float32(value)))
+
+    def only(self, key: str, found: Any, *supported: Any) -> None:
+        """Raise ``UnsupportedModel`` unless ``found``, the value of the key, is one that is ``supported``."""
+        if found not in supported:
+            known = " or ".join(map(str, supported))
+            raise UnsupportedModel(f"{self.name(key)} is {found}; it must be {known}.", param=self.name(key))
 
     def _required(self, key: str, default: Any) -> Any:
         value = self.get(key, default)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights import gguf_dense, gguf_experts, gguf_gemma, gguf_hybrids, gguf_older
+from truffula.weights import gguf_dense, gguf_experts, gguf_gemma, gguf_hybrids, gguf_latent, gguf_older
 from truffula.weights.gguf_changes import PLAIN, Change
 from truffula.weights.gguf_families import Family
 from truffula.weights.gguf_header import GgufHeader
@@ -22,6 +22,7 @@ FAMILIES: Mapping[str, Family] = {
     **gguf_gemma.FAMILIES,
     **gguf_older.FAMILIES,
     **gguf_experts.FAMILIES,
+    **gguf_latent.FAMILIES,
     **gguf_hybrids.FAMILIES,
 }
 _KV = "attention.head_count_kv"
