@@ -30,13 +30,15 @@ class Change:
 
     ``shape`` is its shape, from theirs. ``rows(config, n)`` is the order of its n rows, ``columns`` that of its
     columns: where each is in the stored ones, of several one below another. An order has an entry for each row, or for
-    each of equal runs of rows. ``values`` computes it from their dequantised values, and replaces the orders.
+    each of equal runs of rows. ``values`` computes it from their dequantised values, and replaces the orders; ``kept``:
+    in their dtype, where they are not quantised.
     """
 
     shape: Callable[..., Shape] = _first
     rows: Callable[[Config, int], Order] | None = None
     columns: Callable[[Config, int], Order] | None = None
     values: Callable[..., Array] | None = None
+    kept: bool = False
 
 
 PLAIN = Change()
@@ -94,6 +96,6 @@ def _absorbed(config: Config, key: Array, value: Array) -> Array:
     return np.concatenate([key.swapaxes(1, 2), value], axis=1)
 
 
-ABSORBED = Change(shape=_absorbed_shape, values=_absorbed)
+ABSORBED = Change(shape=_absorbed_shape, values=_absorbed, kept=True)
 """``kv_b_proj`` of latent attention. Of each head, the rows of its keys are stored transposed, ``[H, rank, nope]``, and
 apart from those of its values, ``[H, v, rank]``: they are read as values, as blocks cannot be transposed."""

@@ -209,6 +209,12 @@ def routed(hparams: HParams, config: dict[str, Any]) -> None:
     }
 
 
+def _unscaled(hparams: HParams, config: dict[str, Any]) -> None:
+    """Refuse what the class does not know: groups of experts, a factor of their weights."""
+    hparams.only("expert_group_count", config["n_group"], 1)
+    hparams.only("expert_weights_scale", config["routed_scaling_factor"], 1.0)
+
+
 def _without_groups(hparams: HParams, config: dict[str, Any]) -> None:
     """The experts of a class that knows no groups of them, and always divides their weights by the sum."""
     routed(hparams, config)
@@ -297,6 +303,7 @@ def _ernie4_5_moe(hparams: HParams, config: dict[str, Any]) -> None:
     """The width of the shared experts is that of their tensors; the converter's key for it is not always right."""
     hparams.get("expert_shared_feed_forward_length")
     routed(hparams, config)
+    _unscaled(hparams, config)
     config |= {
         "use_bias": "blk.0.attn_q.bias" in hparams.header.tensors,
         "moe_layer_interval": hparams.count("interleave_moe_layer_step"),
@@ -339,8 +346,7 @@ def _cohere2_moe(hparams: HParams, config: dict[str, Any]) -> None:
         hparams.get(key)
     made = score(hparams, (SOFTMAX, SIGMOID), SIGMOID)
     routed(hparams, config)
-    hparams.only("expert_group_count", config["n_group"], 1)
-    hparams.only("expert_weights_scale", config["routed_scaling_factor"], 1.0)
+    _unscaled(hparams, config)
     config |= {
         "expert_selection_fn": "softmax" if made == SOFTMAX else "sigmoid",
         "shared_expert_combination_strategy": "average",
