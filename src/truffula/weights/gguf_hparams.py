@@ -182,16 +182,17 @@ def rope_parameters(
     older = hparams.real("rope.scale_linear", 0.0, least=0.0)
     factor = hparams.real("rope.scaling.factor", older, least=0.0) or 1.0
     yarn = {key: hparams.get(f"rope.scaling.{key}") for key in _OF_YARN}
-    if kind not in ("none", "linear", "yarn", "longrope"):
-        raise UnsupportedModel(f"{name} is {kind!r}; none, linear, yarn and longrope are supported.", param=name)
+    table = next((item for item in TABLES[1:] if item in hparams.tables), ROPE_FREQS if factors is not None else "")
+    if kind not in ("none", "linear", "yarn", *(("longrope",) if table in TABLES[1:] else ())):
+        why = f"none, linear and yarn are supported, and longrope with {TABLES[1]} and {TABLES[2]}"
+        raise UnsupportedModel(f"{name} is {kind!r}; {why}.", param=name)
     if kind == "none":
         factor = 1.0
-    table = next((item for item in TABLES[1:] if item in hparams.tables), ROPE_FREQS if factors is not None else "")
     if table and (kind == "yarn" or factor != 1.0):
         raise UnsupportedModel(
             f"both {table} and a rope scaling ({kind}, factor {factor}) are given; one is supported.", param=table
         )
-    if kind == "longrope" or table in TABLES[1:]:
+    if table in TABLES[1:]:
         return _longrope(hparams, base)
     # The original length is without effect, too, where it is the whole one.
     unscaled = {_OF_YARN[0]: hparams.get("context_length")} if kind != "yarn" else yarn
