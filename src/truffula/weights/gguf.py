@@ -118,7 +118,8 @@ class GgufCheckpoint(Checkpoint):
         if len(parts) == 1 and change.values is None:
             return info
         types = dict.fromkeys(part.dtype for part in parts)
-        values = first.dtype if len(types) == 1 and change.values is None else "F32"
+        kept = change.values is None or (change.kept and BY_NAME[first.dtype].dtype is not None)
+        values = first.dtype if len(types) == 1 and kept else "F32"
         nbytes = sum(part.nbytes for part in parts)
         return msgspec.structs.replace(info, dtype="+".join(types), nbytes=nbytes, parts=tuple(parts), values=values)
 

@@ -28,16 +28,17 @@ def _first(config: Config, *shapes: Shape) -> Shape:
 class Change:
     """What makes a tensor of the stored ones, which are one, or several where the converter divided it.
 
-    ``shape`` is its shape, from theirs. ``values`` computes it from their dequantised values. ``rows(config, n)`` is
-    then the order of its n rows, ``columns`` that of its columns: where each is in the stored ones, of several one
-    below another. An order has an entry for each row, or for each of equal runs of rows. ``joins``: a single stored
-    tensor is not changed.
+    ``shape`` is its shape, from theirs. ``values`` computes it from their dequantised values; ``kept``: in their dtype,
+    where they are not quantised. ``rows(config, n)`` is then the order of its n rows, ``columns`` that of its columns:
+    where each is in the stored ones, of several one below another. An order has an entry for each row, or for each of
+    equal runs of rows. ``joins``: a single stored tensor is not changed.
     """
 
     shape: Callable[..., Shape] = _first
     rows: Callable[[Config, int], Order] | None = None
     columns: Callable[[Config, int], Order] | None = None
     values: Callable[..., Array] | None = None
+    kept: bool = False
     joins: bool = False
 
 
@@ -50,7 +51,7 @@ def grouped(outer: int, inner: int) -> Order:
 
 
 def interleaved(heads: str) -> Change:
-    """The rows of each head are stored as pairs, and become two halves. ``heads``: the config's key of their number."""
+    """The rows of each head are stored as pairs, and become two halves. ``heads`` is the key of their number."""
 
     def rows(config: Config, n: int) -> Order:
         pairs = grouped(2, max(n // config[heads] // 2, 1))
@@ -77,7 +78,7 @@ INTERLEAVED = {
     "self_attn.q_proj": interleaved("num_attention_heads"),
     "self_attn.k_proj": interleaved("num_key_value_heads"),
 }
-ONE_ROW = Change(shape=lambda config, shape: (1, shape[-1]))
+ONE_ROW = Change(shape=lambda config, shape: (1, math.prod(shape)))
 """A matrix of one row, which is stored as a vector."""
 CONV = Change(shape=lambda config, shape: (math.prod(shape[:-1]), 1, shape[-1]) if len(shape) > 1 else shape)
 """A depthwise convolution, which is stored as a matrix; its bias is not changed."""
@@ -97,3 +98,23 @@ def log_of_minus(config: Config, rate: Array) -> Array:
     """A_log, which is stored as -exp(A_log). The checkpoint's float32 again, or one whose -exp is the same."""
     with np.errstate(all="ignore"):  # values that are not below 0 are reported later, as not finite
         return np.log(-rate.astype(np.float64)).astype(np.float32)
+
+
+STACKED = joined()
+"""A matrix of which each stored one has some of the rows."""
+
+
+def _absorbed_shape(config: Config, key: Shape, value: Shape) -> Shape:
+    (heads, rank, nope), (others, width, same) = key, value
+    if (heads, rank) != (others, same):
+        raise ValueError
+    return heads * (nope + width), rank
+
+
+def _absorbed(config: Config, key: Array, value: Array) -> Array:
+    return np.concatenate([key.swapaxes(1, 2), value], axis=1)
+
+
+ABSORBED = Change(shape=_absorbed_shape, values=_absorbed, kept=True)
+"""``kv_b_proj`` of latent attention. Of each head, the rows of its keys are stored transposed, ``[H, rank, nope]``, and
+apart from those of its values, ``[H, v, rank]``: they are read as values, as blocks cannot be transposed."""

@@ -29,6 +29,7 @@ EXPERTS_BLOCK = {
     "ffn_gate_exps": "mlp.experts.gate_proj",
     "ffn_up_exps": "mlp.experts.up_proj",
     "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_up_exps": "mlp.experts.gate_up_proj",  # an option of the converter
 }
 SHARED_EXPERT = {
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
@@ -41,9 +42,14 @@ GRANITE_EXPERTS = {
     "ffn_gate_exps": "block_sparse_moe.experts.gate_proj",
     "ffn_up_exps": "block_sparse_moe.experts.up_proj",
     "ffn_down_exps": "block_sparse_moe.experts.down_proj",
+    "ffn_gate_up_exps": "block_sparse_moe.experts.gate_up_proj",
+    "ffn_gate_shexp": "shared_mlp.input_linear",
+    "ffn_up_shexp": "shared_mlp.input_linear",
+    "ffn_down_shexp": "shared_mlp.output_linear",
 }
 POST_NORM_BLOCK = {**BLOCK, "post_attention_norm": "post_attention_layernorm"}
 HEAD_NORMS_BLOCK = {**BLOCK, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+RMS_NORM = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
 LAYER_NORM = ("attention.layer_norm_epsilon", "layer_norm_eps")
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
@@ -58,7 +64,8 @@ class Family:
     ``layers`` is the prefix of a layer, without its number. ``keys`` are the class's names of what ``to_config`` names
     otherwise, None where it has no such key. ``by_layer``: widths and numbers of heads may differ from layer to layer,
     and the config first has those of layer 0. ``split`` are modules whose rows are modules of their own, named with
-    ``{h}``; ``made`` makes tensors of metadata. ``variant`` is the row for a file that this one is not for.
+    ``{h}``; ``made`` makes tensors of metadata. ``latent``: attention is latent. ``variant`` is the row for a file that
+    this one is not for.
     """
 
     model_type: str
@@ -68,13 +75,14 @@ class Family:
     changes: Mapping[str, Change] = field(default_factory=dict)
     default_theta: float | None = 10000.0
     whole: Mapping[str, str] = field(default_factory=dict)
-    eps: tuple[str, str] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
+    eps: tuple[str, str] = RMS_NORM
     partial: bool = False
     factors: bool = True
     top: Mapping[str, str] = field(default_factory=lambda: TOP)
     layers: str = "model.layers."
     keys: Mapping[str, str | None] = field(default_factory=dict)
     by_layer: bool = False
+    latent: bool = False
     split: Mapping[str, str] = field(default_factory=dict)
     made: Callable[[HParams, Config], dict[str, Array]] | None = None
     variant: Callable[[GgufHeader], Family | None] | None = None
@@ -120,13 +128,14 @@ def attention_bias(hparams: HParams, config: dict[str, Any]) -> None:
         config["attention_bias"] = True
 
 
-def layer_types(hparams: HParams, layers: int, every: int) -> list[str]:
-    """The type of each layer, from a list of booleans (true: sliding) or a period: every n-th is full, none for 0."""
+def layer_types(hparams: HParams, layers: int, every: int, *, full_first: bool = False) -> list[str]:
+    """The type of each layer, from a list of booleans (true: sliding) or a period: every n-th is full, none for 0; with
+    ``full_first``, the first of n is."""
     pattern = hparams.get("attention.sliding_window_pattern", every)
     if not isinstance(pattern, list):
         none_is_full = type(pattern) is int and pattern == 0
         period = layers + 1 if none_is_full else hparams.count("attention.sliding_window_pattern", every)
-        pattern = [(layer + 1) % period != 0 for layer in range(layers)]
+        pattern = [(layer + (not full_first)) % period != 0 for layer in range(layers)]
     if len(pattern) != layers:
         name = hparams.name("attention.sliding_window_pattern")
         raise CheckpointError(f"{name} has {len(pattern)} entries for {layers} layers.", param=name)
@@ -147,12 +156,3 @@ def granite(hparams: HParams, config: dict[str, Any]) -> None:
     config["embedding_multiplier"] = hparams.real("embedding_scale", 1.0)
     config["residual_multiplier"] = hparams.real("residual_scale", 1.0)
     config["logits_scaling"] = hparams.real("logit_scale", 1.0)
-
-
-def without_predictions(hparams: HParams, config: dict[str, Any]) -> None:
-    """Leave out the last layers, which predict further tokens and are not served."""
-    predicting = hparams.count("nextn_predict_layers") if hparams.get("nextn_predict_layers") else 0
-    if predicting >= config["num_hidden_layers"]:
-        name = hparams.name("nextn_predict_layers")
-        raise CheckpointError(f"{name} is {predicting}, of {config['num_hidden_layers']} layers.", param=name)
-    config["num_hidden_layers"] -= predicting

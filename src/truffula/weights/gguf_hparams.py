@@ -85,13 +85,15 @@ class HParams:
 
     def some(self, key: str, default: int | None = None) -> int:
         """``count``, in which a list has zeros for layers without what is counted."""
-        each, name = self.get(key), self.name(key)
-        if not isinstance(each, list) or 0 not in each or not any(each):
+        each = self.get(key)
+        found = set(each) - {0} if isinstance(each, list) and 0 in each else set()
+        if len(found) != 1 or not all(type(count) is int and count > 0 for count in found):
             return self.count(key, default)
-        found = set(each) - {0}
-        if len(found) > 1 or not all(type(count) is int and count > 0 for count in found):
-            raise UnsupportedModel(f"{name} differs from layer to layer: {each[:8]}.", param=name)
         return int(found.pop())
+
+    def optional(self, key: str) -> int:
+        """A count that may be missing or 0."""
+        return self.count(key) if self.get(key) else 0
 
     def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
         """A positive integer for each layer; a single one is that of all."""
@@ -120,6 +122,12 @@ class HParams:
         if least is not None and value < least:
             raise self._error(key, f"is {value}; it must be at least {least}.")
         return float(str(np.float32(value)))
+
+    def only(self, key: str, found: Any, *supported: Any) -> None:
+        """Raise ``UnsupportedModel`` unless ``found``, the value of the key, is one that is ``supported``."""
+        if found not in supported:
+            known = " or ".join(map(str, supported))
+            raise UnsupportedModel(f"{self.name(key)} is {found}; it must be {known}.", param=self.name(key))
 
     def _required(self, key: str, default: Any) -> Any:
         value = self.get(key, default)

@@ -14,6 +14,7 @@ from truffula.weights.gguf_changes import (
     INTERLEAVED,
     LESS_ONE,
     ONE_ROW,
+    STACKED,
     Change,
     Config,
     Order,
@@ -23,6 +24,7 @@ from truffula.weights.gguf_changes import (
     less_one,
     log_of_minus,
 )
+from truffula.weights.gguf_experts import SIGMOID, routed, score, without_predictors
 from truffula.weights.gguf_families import (
     EXPERTS_BLOCK,
     GRANITE_EXPERTS,
@@ -31,7 +33,7 @@ from truffula.weights.gguf_families import (
     Family,
     granite,
     implied_head_dim,
-    without_predictions,
+    partly_rotated,
 )
 from truffula.weights.gguf_header import GgufHeader
 from truffula.weights.gguf_hparams import HParams
@@ -123,9 +125,6 @@ _GRANITE_BLOCK = {
     "ffn_gate": "shared_mlp.input_linear",
     "ffn_up": "shared_mlp.input_linear",
     "ffn_down": "shared_mlp.output_linear",
-    "ffn_gate_shexp": "shared_mlp.input_linear",
-    "ffn_up_shexp": "shared_mlp.input_linear",
-    "ffn_down_shexp": "shared_mlp.output_linear",
 }
 _NEMOTRON_BLOCK = {
     "attn_norm": "norm",
@@ -254,10 +253,9 @@ def _lfm2(hparams: HParams, config: dict[str, Any]) -> None:
 def _lfm2_moe(hparams: HParams, config: dict[str, Any]) -> None:
     """The weights of a row's experts are divided by their sum."""
     _lfm2(hparams, config)
-    _sigmoid(hparams)
-    dense = hparams.get("leading_dense_block_count", 0)
+    score(hparams, (SIGMOID,), SIGMOID)
     config |= {
-        "num_dense_layers": hparams.count("leading_dense_block_count") if dense else 0,
+        "num_dense_layers": hparams.optional("leading_dense_block_count"),
         "num_experts": hparams.count("expert_count"),
         "num_experts_per_tok": hparams.count("expert_used_count"),
         "moe_intermediate_size": hparams.count("expert_feed_forward_length"),
@@ -267,17 +265,10 @@ def _lfm2_moe(hparams: HParams, config: dict[str, Any]) -> None:
     }
 
 
-def _sigmoid(hparams: HParams) -> None:
-    key = "expert_gating_func"
-    if hparams.get(key, 2) != 2:
-        name = hparams.name(key)
-        raise UnsupportedModel(f"{name} is {hparams.get(key)}; only 2, sigmoid, is supported.", param=name)
-
-
 def _qwen35(hparams: HParams, config: dict[str, Any]) -> None:
     """``rope.dimension_sections`` are of images: the three positions of a token of text are equal."""
     hparams.get("rope.dimension_sections")
-    without_predictions(hparams, config)
+    without_predictors(hparams, config)
     config |= {
         "linear_num_value_heads": hparams.count("ssm.time_step_rank"),
         "linear_num_key_heads": hparams.count("ssm.group_count"),
@@ -286,8 +277,7 @@ def _qwen35(hparams: HParams, config: dict[str, Any]) -> None:
         "linear_conv_kernel_dim": hparams.count("ssm.conv_kernel"),
         "attention_bias": _has(hparams, "attn_q.bias"),
     }
-    rotated = hparams.count("rope.dimension_count", config["head_dim"])
-    config["rope_parameters"]["partial_rotary_factor"] = rotated / config["head_dim"]
+    partly_rotated(hparams, config)
     layers, interval = config["num_hidden_layers"], hparams.count("full_attention_interval", 4)
     recurrent = [(index + 1) % interval != 0 for index in range(layers)]
     if hparams.get("attention.recurrent_layers") is not None:
@@ -327,13 +317,11 @@ def _granite_hybrid(hparams: HParams, config: dict[str, Any]) -> None:
     granite(hparams, config)
     _mamba2(hparams, config)
     hparams.count("rope.dimension_count", config.pop("head_dim", 1))
-    experts = hparams.get("expert_count", 0)
-    used = hparams.get("expert_used_count", 0)
     config |= {
         "layer_types": ["full_attention" if attends else "linear_attention" for attends in _attends(hparams)],
         "mamba_expand": _quotient(hparams, "ssm.inner_size", "embedding_length"),
-        "num_local_experts": hparams.count("expert_count") if experts else 0,
-        "num_experts_per_tok": hparams.count("expert_used_count") if used else 0,
+        "num_local_experts": hparams.optional("expert_count"),
+        "num_experts_per_tok": hparams.optional("expert_used_count"),
         "shared_intermediate_size": hparams.count("expert_shared_feed_forward_length"),
         "position_embedding_type": "nope",
     }
@@ -395,7 +383,7 @@ def _jamba(hparams: HParams, config: dict[str, Any]) -> None:
 
 def _nemotron_h(hparams: HParams, config: dict[str, Any]) -> None:
     """A layer with KV heads is attention, one with a width of feed-forward an MLP or experts, any other Mamba-2."""
-    without_predictions(hparams, config)
+    without_predictors(hparams, config)
     hparams.count("rope.dimension_count", 1)
     del config["rope_parameters"]
     if hparams.get("attention.layer_norm_rms_epsilon") is not None:
@@ -419,20 +407,11 @@ def _nemotron_h(hparams: HParams, config: dict[str, Any]) -> None:
     }
     if "moe" not in config["layers_block_type"]:
         return
-    shared, latent = hparams.get("expert_shared_count", 0), hparams.get("moe_latent_size")
-    _sigmoid(hparams)
-    config |= {
-        "n_routed_experts": hparams.count("expert_count"),
-        "num_experts_per_tok": hparams.count("expert_used_count"),
-        "n_shared_experts": hparams.count("expert_shared_count") if shared else 0,
-        "moe_intermediate_size": hparams.count("expert_feed_forward_length"),
-        "moe_shared_expert_intermediate_size": hparams.count("expert_shared_feed_forward_length"),
-        "moe_latent_size": None if latent is None else hparams.count("moe_latent_size"),
-        "n_group": hparams.count("expert_group_count", 1),
-        "topk_group": hparams.count("expert_group_used_count", 1),
-        "norm_topk_prob": bool(hparams.get("expert_weights_norm", False)),
-        "routed_scaling_factor": hparams.real("expert_weights_scale", 1.0),
-    }
+    score(hparams, (SIGMOID,), SIGMOID)
+    routed(hparams, config)
+    del config["first_k_dense_replace"]
+    config["moe_shared_expert_intermediate_size"] = hparams.count("expert_shared_feed_forward_length")
+    config["moe_latent_size"] = hparams.optional("moe_latent_size") or None
 
 
 _NORM_EPS = ("attention.layer_norm_rms_epsilon", "norm_eps")
@@ -473,7 +452,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3next": Family("qwen3_next", "Qwen3NextForCausalLM", _QWEN3_NEXT_BLOCK, _qwen35_moe,
                         changes=_QWEN3_NEXT_CHANGES, whole=_LINEAR_WHOLE, partial=True, factors=False),
     "granitehybrid": Family("granitemoehybrid", "GraniteMoeHybridForCausalLM", _GRANITE_BLOCK, _granite_hybrid,
-                            changes={**INTERLEAVED, **_mamba_changes("mamba"), "shared_mlp.input_linear": joined()},
+                            changes={**INTERLEAVED, **_mamba_changes("mamba"), "shared_mlp.input_linear": STACKED},
                             whole=_mamba_whole("mamba"), partial=True, factors=False, variant=_bamba_instead),
     "falcon-h1": Family("falcon_h1", "FalconH1ForCausalLM", _BAMBA_BLOCK, _falcon_h1, changes=_mamba_changes("mamba"),
                         whole={**_mamba_whole("mamba"), **_FINAL_NORM, "ffn_norm": "pre_ff_layernorm.weight"}),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights import gguf_dense, gguf_experts, gguf_gemma, gguf_hybrids, gguf_older
+from truffula.weights import gguf_dense, gguf_experts, gguf_gemma, gguf_hybrids, gguf_latent, gguf_older
 from truffula.weights.gguf_changes import PLAIN, Change
 from truffula.weights.gguf_families import Family
 from truffula.weights.gguf_header import GgufHeader
@@ -22,6 +22,7 @@ FAMILIES: Mapping[str, Family] = {
     **gguf_gemma.FAMILIES,
     **gguf_older.FAMILIES,
     **gguf_experts.FAMILIES,
+    **gguf_latent.FAMILIES,
     **gguf_hybrids.FAMILIES,
 }
 # Other kinds of GGUF files, by ``general.type``.
@@ -74,23 +75,23 @@ def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str
     """
     header, factors = hparams.header, hparams.tables.pop(ROPE_FREQS, None) if family.factors else None
     layers = _layers(hparams, len(header.tensors))
-    hidden, heads = hparams.count("embedding_length"), hparams.count("attention.head_count")
-    width, (eps, eps_name) = _head_dim(hparams, hidden, heads, partial=family.partial), family.eps
-    width_key = "feed_forward_length"
-    if hparams.get(width_key) is None and hparams.get(f"expert_{width_key}") is not None:
-        width_key = f"expert_{width_key}"
 
-    def size(key: str, default: int | None = None) -> int:
+    def number(key: str, default: int | None = None) -> int:
         return hparams.each(key, layers, default)[0] if family.by_layer else hparams.some(key, default)
 
+    inner = "feed_forward_length"
+    if hparams.get(inner) is None and hparams.get(f"expert_{inner}") is not None:
+        inner = f"expert_{inner}"
+    hidden, heads = hparams.count("embedding_length"), number("attention.head_count")
+    width, (eps, eps_name) = _head_dim(hparams, hidden, heads, family), family.eps
     config: dict[str, Any] = {
         "model_type": family.model_type,
         "architectures": [family.class_name],
         "hidden_size": hidden,
-        "intermediate_size": size(width_key),
+        "intermediate_size": number(inner),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": size("attention.head_count_kv", heads),
+        "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": width,
         "max_position_embeddings": hparams.count("context_length"),
         eps_name: hparams.real(eps),
@@ -117,10 +118,13 @@ def _layers(hparams: HParams, tensors: int) -> int:
     return count
 
 
-def _head_dim(hparams: HParams, hidden: int, heads: int, *, partial: bool) -> int:
+def _head_dim(hparams: HParams, hidden: int, heads: int, family: Family) -> int:
+    """The width of a head; of latent attention, that of its rotated part."""
+    if family.latent:
+        return hparams.count("rope.dimension_count")
     width = hparams.count("attention.key_length", max(hidden // heads, 1))
     wholes = [("attention.value_length", "values must be as wide as keys")]
-    if not partial:
+    if not family.partial:
         wholes.append(("rope.dimension_count", "partial rotation is not supported"))
     for key, why in wholes:
         found, name = hparams.count(key, width), hparams.name(key)
