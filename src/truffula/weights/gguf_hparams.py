@@ -86,10 +86,10 @@ class HParams:
     def some(self, key: str, default: int | None = None) -> int:
         """``count``, in which a list has zeros for layers without what is counted."""
         each = self.get(key)
-        found = set(each) - {0} if isinstance(each, list) and 0 in each else set()
-        if len(found) != 1 or not all(type(count) is int and count > 0 for count in found):
+        if not isinstance(each, list) or any(type(count) is not int or count < 0 for count in each):
             return self.count(key, default)
-        return int(found.pop())
+        found = set(each) - {0}
+        return found.pop() if len(found) == 1 else self.count(key, default)
 
     def optional(self, key: str) -> int:
         """A count that may be missing or 0."""
@@ -107,7 +107,7 @@ class HParams:
     def numbers(self, name: str, layers: int) -> list[float]:
         """A finite number for each layer, under the whole name of a key; a single one is that of all."""
         value = self.header.metadata.get(name)
-        each = value if isinstance(value, list) else [value] * layers
+        each: list[Any] = value if isinstance(value, list) else [value] * layers
         numeric = all(isinstance(item, int | float) and not isinstance(item, bool) for item in each)
         if len(each) != layers or not numeric or not all(map(math.isfinite, each)):
             why = f"it must have {layers} finite numbers, one per layer"

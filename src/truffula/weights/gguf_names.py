@@ -79,13 +79,16 @@ def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str
     def number(key: str, default: int | None = None) -> int:
         return hparams.each(key, layers, default)[0] if family.by_layer else hparams.some(key, default)
 
+    inner = "feed_forward_length"
+    if hparams.get(inner) is None and hparams.get(f"expert_{inner}") is not None:
+        inner = f"expert_{inner}"  # of a model whose layers all have experts
     hidden, heads = hparams.count("embedding_length"), number("attention.head_count")
     width, (eps, eps_name) = _head_dim(hparams, hidden, heads, family), family.eps
     config: dict[str, Any] = {
         "model_type": family.model_type,
         "architectures": [family.class_name],
         "hidden_size": hidden,
-        "intermediate_size": number("feed_forward_length", hparams.get("expert_feed_forward_length")),
+        "intermediate_size": number(inner),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": number("attention.head_count_kv", heads),
@@ -102,7 +105,7 @@ def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str
     family.extra(hparams, config)
     for name in hparams.tables:
         raise UnsupportedModel(f"{name} is not supported in a {hparams.architecture} file.", param=name)
-    return {key: value for name, value in config.items() if (key := family.keys.get(name, name)) is not None}
+    return {new: value for name, value in config.items() if (new := family.keys.get(name, name)) is not None}
 
 
 def _layers(hparams: HParams, tensors: int) -> int:
