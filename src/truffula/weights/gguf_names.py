@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights import gguf_dense, gguf_experts, gguf_gemma, gguf_hybrids, gguf_latent, gguf_older
+from truffula.weights import gguf_dense, gguf_experts, gguf_gemma, gguf_hybrids, gguf_latent, gguf_mamba, gguf_older
 from truffula.weights.gguf_changes import PLAIN, Change
 from truffula.weights.gguf_families import Family
 from truffula.weights.gguf_header import GgufHeader
@@ -24,6 +24,7 @@ FAMILIES: Mapping[str, Family] = {
     **gguf_experts.FAMILIES,
     **gguf_latent.FAMILIES,
     **gguf_hybrids.FAMILIES,
+    **gguf_mamba.FAMILIES,
 }
 # Other kinds of GGUF files, by ``general.type``.
 _OTHER_KINDS = {
