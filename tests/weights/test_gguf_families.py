@@ -147,10 +147,10 @@ def write_pair(
     return plain, write_gguf(folder / "model.gguf", metadata(architecture, config, more), stored)
 
 
-def logits(path: Path) -> Array:
+def logits(path: Path, block_kinds: frozenset[str] = frozenset()) -> Array:
     checkpoint = open_checkpoint(path)
     plan = plan_model(checkpoint)
-    pull, capacity = WeightReader(checkpoint, plan), capacity_for(len(IDS))
+    pull, capacity = WeightReader(checkpoint, plan, block_kinds=block_kinds), capacity_for(len(IDS))
     executable = list(BEST.values())[-1].load(plan.program, "float32", pull, capacity)
     pull.finish()
     made = Driver(executable, capacity).feed(IDS)

@@ -350,7 +350,7 @@ def _cohere2_moe(hparams: HParams, config: dict[str, Any]) -> None:
     config |= {
         "expert_selection_fn": "softmax" if made == SOFTMAX else "sigmoid",
         "shared_expert_combination_strategy": "average",
-        "prefix_dense_intermediate_size": config["intermediate_size"],
+        "prefix_dense_intermediate_size": config["intermediate_size"] if config["first_k_dense_replace"] else None,
         "prefix_dense_sliding_window_pattern": 1,
         "intermediate_size": config.pop("moe_intermediate_size"),
         "logit_scale": hparams.real("logit_scale"),

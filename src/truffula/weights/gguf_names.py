@@ -25,7 +25,7 @@ FAMILIES: Mapping[str, Family] = {
     **gguf_latent.FAMILIES,
     **gguf_hybrids.FAMILIES,
 }
-_KV = "attention.head_count_kv"
+_KV, _MLP = "attention.head_count_kv", "feed_forward_length"
 # Other kinds of GGUF files, by ``general.type``.
 _OTHER_KINDS = {
     "adapter": "a LoRA adapter; adapters are read in PEFT's format (adapter_config.json and safetensors)",
@@ -85,7 +85,7 @@ def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str
         "model_type": family.model_type,
         "architectures": [family.class_name],
         "hidden_size": hidden,
-        "intermediate_size": number("feed_forward_length"),
+        "intermediate_size": number(_MLP, hparams.get(f"expert_{_MLP}") if hparams.get(_MLP) is None else None),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": number("attention.head_count_kv", heads)
