@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from gguf_models import VOCABULARY, TinyGguf, interleave
 from gguf_writer import GgufBlocks, write_gguf
-from test_gguf_families import VOCAB, logits, stacked
+from gguf_pairs import VOCAB, logits, stacked
 from test_gguf_parts import write_parts
 
 from truffula import LLM, SamplingParams
@@ -224,7 +224,7 @@ def stored(case: Case) -> dict[str, Array]:
     shared = {
         name: tensors.pop(name) for name in list(tensors) if "shared_mlp" in name and "granite" in case.model_type
     }
-    for name, array in (stacked(tensors, case.model_type) | shared).items():
+    for name, array in (stacked(tensors, None) | shared).items():
         if name.endswith("kv_b_proj.weight"):
             each = array.reshape(config["num_attention_heads"], -1, array.shape[1])
             nope = config["qk_nope_head_dim"]

@@ -16,6 +16,7 @@ import numpy as np
 from truffula.errors import CheckpointError, some
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
+from truffula.weights.gguf_changes import Change
 from truffula.weights.gguf_header import GgufHeader, GgufTensor, PartName, name_file_in_errors, read_header
 from truffula.weights.gguf_hparams import TABLES, HParams, check_unread_keys
 from truffula.weights.gguf_names import change_of, family_of, rename, to_config
@@ -55,15 +56,19 @@ class GgufCheckpoint(Checkpoint):
             self._made = self._family.made(hparams, self.config) if self._family.made is not None else {}
             self.generation_config: dict[str, Any] = generation_config(metadata)
             warnings += check_unread_keys(self._header)
+            self._layers = metadata[f"{metadata['general.architecture']}.block_count"]
             self.tensors = self._renamed(found)
         self.warnings = tuple(warnings)
 
     def _renamed(self, stored: Mapping[str, tuple[Part, GgufTensor]]) -> dict[str, TensorInfo]:
         found: dict[str, list[TensorInfo]] = {}
-        unknown = []
+        unknown, unused = [], []
+        predicting = range(self.config["num_hidden_layers"], self._layers)
         for name, (part, item) in stored.items():
             new = rename(self._family, name)
-            if new is None:
+            if name.startswith("blk.") and any(name.startswith(f"blk.{layer}.") for layer in predicting):
+                unused.append(name)
+            elif new is None:
                 unknown.append(name)
             else:
                 info = TensorInfo(name, item.shape, FORMATS[item.type].name, part.path, item.offset, item.nbytes)
@@ -72,6 +77,7 @@ class GgufCheckpoint(Checkpoint):
         if unknown:
             architecture = self._header.metadata["general.architecture"]
             raise CheckpointError(f"a {architecture} model has no such tensors: {some(unknown)}.", param=unknown[0])
+        self.unused = tuple(unused)
         items = found.items()
         tensors = {name: self._made_of(name, sorted(parts, key=lambda part: part.name)) for name, parts in items}
         for name, values in self._made.items():
@@ -96,7 +102,11 @@ class GgufCheckpoint(Checkpoint):
         ]  # fmt: skip
 
     def _made_of(self, name: str, parts: list[TensorInfo]) -> TensorInfo:
-        change, first, shapes = change_of(self._family, name), parts[0], [list(part.shape) for part in parts]
+        change, first, shapes = (
+            change_of(self._family, name, len(parts)),
+            parts[0],
+            [list(item.shape) for item in parts],
+        )
         try:
             shape = change.shape(self.config, *(part.shape for part in parts))
         except (ValueError, IndexError, TypeError):
@@ -113,9 +123,13 @@ class GgufCheckpoint(Checkpoint):
         nbytes = sum(part.nbytes for part in parts)
         return msgspec.structs.replace(info, dtype="+".join(types), nbytes=nbytes, parts=tuple(parts), values=values)
 
+    def _info_and_change(self, name: str) -> tuple[TensorInfo, Change]:
+        info = self.info(name)
+        return info, change_of(self._family, name, len(info.parts))
+
     def _sorted(self, name: str, data: Array) -> Array:
         """``data``, the tensor's bytes or its values, with rows and columns in Hugging Face's order."""
-        info, change = self.info(name), change_of(self._family, name)
+        info, change = self._info_and_change(name)
         shape = info.shape
         for times, n, order in ((1, shape[0], change.rows), (math.prod(shape[:-1]), shape[-1], change.columns)):
             if order is None or not data.size:
@@ -132,7 +146,7 @@ class GgufCheckpoint(Checkpoint):
 
     def _in_whole_blocks(self, name: str) -> bool:
         """Whether the tensor is in blocks of one kind that are not divided when it is put in order."""
-        info, change = self.info(name), change_of(self._family, name)
+        info, change = self._info_and_change(name)
         format = BY_NAME.get(info.dtype)
         if format is None or change.values is not None:
             return False
@@ -154,13 +168,13 @@ class GgufCheckpoint(Checkpoint):
     def read(self, name: str) -> Array:
         if name in self._made:
             return self._made[name]
-        info, change = self.info(name), change_of(self._family, name)
+        info, change = self._info_and_change(name)
         if self._in_whole_blocks(name):
             return dequantize(BY_NAME[info.dtype], self._sorted(name, self._bytes(info)), info.shape)
         stored = info.parts or (info,)
         values = [dequantize(BY_NAME[part.dtype], self.bytes_of(part), part.shape) for part in stored]
         if change.values is not None:
-            return np.asarray(change.values(self.config, *values)).reshape(info.shape)
+            values = [change.values(self.config, *values)]
         return self._sorted(name, np.concatenate([item.reshape(-1) for item in values])).reshape(info.shape)
 
     def _bytes(self, info: TensorInfo) -> Array:

@@ -28,10 +28,10 @@ def _first(config: Config, *shapes: Shape) -> Shape:
 class Change:
     """What makes a tensor of the stored ones, which are one, or several where the converter divided it.
 
-    ``shape`` is its shape, from theirs. ``rows(config, n)`` is the order of its n rows, ``columns`` that of its
-    columns: where each is in the stored ones, of several one below another. An order has an entry for each row, or for
-    each of equal runs of rows. ``values`` computes it from their dequantised values, and replaces the orders; ``kept``:
-    in their dtype, where they are not quantised.
+    ``shape`` is its shape, from theirs. ``values`` computes it from their dequantised values; ``kept``: in their dtype,
+    where they are not quantised. ``rows(config, n)`` is then the order of its n rows, ``columns`` that of its columns:
+    where each is in the stored ones, of several one below another. An order has an entry for each row, or for each of
+    equal runs of rows. ``joins``: a single stored tensor is not changed.
     """
 
     shape: Callable[..., Shape] = _first
@@ -39,6 +39,7 @@ class Change:
     columns: Callable[[Config, int], Order] | None = None
     values: Callable[..., Array] | None = None
     kept: bool = False
+    joins: bool = False
 
 
 PLAIN = Change()
@@ -79,10 +80,28 @@ INTERLEAVED = {
 }
 ONE_ROW = Change(shape=lambda config, shape: (1, math.prod(shape)))
 """A matrix of one row, which is stored as a vector."""
-STACKED = Change(shape=lambda config, *shapes: (sum(shape[0] for shape in shapes), *shapes[0][1:]))
+CONV = Change(shape=lambda config, shape: (math.prod(shape[:-1]), 1, shape[-1]) if len(shape) > 1 else shape)
+"""A depthwise convolution, which is stored as a matrix; its bias is not changed."""
+
+
+def joined(rows: Callable[[Config, int], Order] | None = None) -> Change:
+    """Matrices that are stored apart, one below another, or in this order of rows."""
+    return Change(lambda config, *shapes: (sum(shape[0] for shape in shapes), *shapes[0][1:]), rows, joins=True)
+
+
+def flat(values: Callable[..., Array] | None = None) -> Change:
+    """A vector that is stored as a matrix."""
+    return Change(lambda config, shape: (math.prod(shape),), values=values)
+
+
+def log_of_minus(config: Config, rate: Array) -> Array:
+    """A_log, which is stored as -exp(A_log). The checkpoint's float32 again, or one whose -exp is the same."""
+    with np.errstate(all="ignore"):  # values that are not below 0 are reported later, as not finite
+        return np.log(-rate.astype(np.float64)).astype(np.float32)
+
+
+STACKED = joined()
 """A matrix of which each stored one has some of the rows."""
-CONV = Change(shape=lambda config, shape: (math.prod(shape[:-1]), 1, shape[-1]))
-"""A depthwise convolution, which is stored as a matrix."""
 
 
 def _absorbed_shape(config: Config, key: Shape, value: Shape) -> Shape:

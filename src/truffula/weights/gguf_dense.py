@@ -29,14 +29,7 @@ from truffula.weights.gguf_families import (
 )
 from truffula.weights.gguf_hparams import HParams
 
-_PHI2_BLOCK = {
-    **HEAD_NORMS_BLOCK,
-    "attn_output": "self_attn.dense",
-    "attn_q_norm": "self_attn.q_layernorm",
-    "attn_k_norm": "self_attn.k_layernorm",
-    "ffn_up": "mlp.fc1",
-    "ffn_down": "mlp.fc2",
-}
+_PHI2_BLOCK = {**BLOCK, "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"}
 # q, k and v are one tensor, and so are gate and up.
 _FUSED_BLOCK = {**LLAMA_BLOCK, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _GLM4_BLOCK = {
@@ -99,11 +92,6 @@ def _cohere(hparams: HParams, config: dict[str, Any]) -> None:
 def _has(hparams: HParams, tensor: str) -> bool:
     """Whether the first layer has this tensor."""
     return f"blk.0.{tensor}" in hparams.header.tensors
-
-
-def _phi2(hparams: HParams, config: dict[str, Any]) -> None:
-    partly_rotated(hparams, config)
-    config["qk_layernorm"] = _has(hparams, "attn_q_norm.weight")
 
 
 def _phi3(hparams: HParams, config: dict[str, Any]) -> None:
@@ -201,7 +189,7 @@ FAMILIES: Mapping[str, Family] = {
     "olmo2": Family("olmo2", "Olmo2ForCausalLM", _OLMO2_BLOCK, _olmo2),
     "seed_oss": Family("seed_oss", "SeedOssForCausalLM", POST_NORM_BLOCK, _seed_oss),
     "smollm3": Family("smollm3", "SmolLM3ForCausalLM", LLAMA_BLOCK, llama_like, changes=INTERLEAVED),
-    "phi2": Family("phi", "PhiForCausalLM", _PHI2_BLOCK, _phi2, eps=LAYER_NORM, partial=True,
+    "phi2": Family("phi", "PhiForCausalLM", _PHI2_BLOCK, partly_rotated, eps=LAYER_NORM, partial=True,
                    top={**TOP, "output_norm": "model.final_layernorm"}),
     "phi3": Family("phi3", "Phi3ForCausalLM", _FUSED_BLOCK, _phi3, partial=True),
     "starcoder2": Family("starcoder2", "Starcoder2ForCausalLM",

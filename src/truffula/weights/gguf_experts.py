@@ -11,12 +11,14 @@ from truffula.weights.gguf_changes import INTERLEAVED, ONE_ROW, STACKED
 from truffula.weights.gguf_families import (
     BLOCK,
     EXPERTS_BLOCK,
+    GRANITE_EXPERTS,
     HEAD_NORMS_BLOCK,
     LAYER_NORM,
     LLAMA_BLOCK,
     POST_NORM_BLOCK,
     QWEN3_BLOCK,
     RMS_NORM,
+    SHARED_EXPERT,
     Family,
     attention_bias,
     chosen_experts,
@@ -38,8 +40,7 @@ def _shared_block(module: str) -> dict[str, str]:
 _QWEN2_MOE_BLOCK = {
     **LLAMA_BLOCK,
     **EXPERTS_BLOCK,
-    **_shared_block("mlp.shared_expert"),
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    **SHARED_EXPERT,
 }
 _QWEN3_MOE_BLOCK = {**QWEN3_BLOCK, **EXPERTS_BLOCK}
 # Mixtral's files are of the architecture llama.
@@ -67,31 +68,11 @@ _DBRX_KEYS = {
     "layer_norm_eps": None,
 }  # fmt: skip
 _MINIMAX_BLOCK = {**_MIXTRAL_BLOCK, **HEAD_NORMS_BLOCK}
-_GRANITE_MOE_BLOCK = {
-    **LLAMA_BLOCK,
-    "ffn_gate_inp": "block_sparse_moe.router.layer",
-    "ffn_gate_exps": "block_sparse_moe.experts.gate_proj",
-    "ffn_up_exps": "block_sparse_moe.experts.up_proj",
-    "ffn_down_exps": "block_sparse_moe.experts.down_proj",
-    "ffn_gate_up_exps": "block_sparse_moe.experts.gate_up_proj",
-    "ffn_gate_shexp": "shared_mlp.input_linear",
-    "ffn_up_shexp": "shared_mlp.input_linear",
-    "ffn_down_shexp": "shared_mlp.output_linear",
-}
-# Of layers that predict further tokens, which are not served.
-NEXTN_BLOCK = {
-    "nextn.eh_proj": "eh_proj",
-    "nextn.embed_tokens": "embed_tokens",
-    "nextn.enorm": "enorm",
-    "nextn.hnorm": "hnorm",
-    "nextn.shared_head_head": "shared_head.head",
-    "nextn.shared_head_norm": "shared_head.norm",
-}
+_GRANITE_MOE_BLOCK = {**LLAMA_BLOCK, **GRANITE_EXPERTS}
 DEEPSEEK_EXPERTS = {**EXPERTS_BLOCK, **_shared_block("mlp.shared_experts")}
 _GLM4_MOE_BLOCK = {
     **HEAD_NORMS_BLOCK,
     **DEEPSEEK_EXPERTS,
-    **NEXTN_BLOCK,
     "post_attention_norm": "post_attention_layernorm",
 }
 _DOTS_BLOCK = {**QWEN3_BLOCK, **DEEPSEEK_EXPERTS}
@@ -118,8 +99,7 @@ _AFMOE_BLOCK = {
     "ffn_norm": "pre_mlp_layernorm",
     "post_ffw_norm": "post_mlp_layernorm",
 }
-_EXAONE_BLOCK = {**_DOTS_BLOCK, **NEXTN_BLOCK}
-_COHERE_BLOCK = {**BLOCK, **DEEPSEEK_EXPERTS, **NEXTN_BLOCK}
+_COHERE_BLOCK = {**BLOCK, **DEEPSEEK_EXPERTS}
 _LAGUNA_BLOCK = {
     **QWEN3_BLOCK,
     **EXPERTS_BLOCK,
@@ -186,12 +166,12 @@ def score(hparams: HParams, allowed: tuple[int, ...], default: int = 0) -> int:
 
 
 def without_predictors(hparams: HParams, config: dict[str, Any]) -> None:
-    """The last layers of a file may predict further tokens."""
+    """The last layers of a file may predict further tokens: they are left out."""
     predicting, name = hparams.optional("nextn_predict_layers"), hparams.name("nextn_predict_layers")
     if predicting >= config["num_hidden_layers"]:
         raise CheckpointError(f"{name} is {predicting}, of {config['num_hidden_layers']} layers.", param=name)
     config["num_hidden_layers"] -= predicting
-    config["num_nextn_predict_layers"] = predicting
+    config["num_nextn_predict_layers"] = 0
 
 
 def routed(hparams: HParams, config: dict[str, Any]) -> None:
@@ -435,7 +415,7 @@ FAMILIES: Mapping[str, Family] = {
     "dots1": Family("dots1", "Dots1ForCausalLM", _DOTS_BLOCK, _dots1, whole=CORRECTION),
     "afmoe": Family("afmoe", "AfmoeForCausalLM", _AFMOE_BLOCK, _afmoe, keys=_AFMOE_KEYS,
                     whole={"exp_probs_b.bias": "mlp.expert_bias"}),
-    "exaone-moe": Family("exaone_moe", "ExaoneMoeForCausalLM", _EXAONE_BLOCK, _exaone_moe, keys=_NUMBERS,
+    "exaone-moe": Family("exaone_moe", "ExaoneMoeForCausalLM", _DOTS_BLOCK, _exaone_moe, keys=_NUMBERS,
                          whole={"exp_probs_b.bias": "mlp.e_score_correction_bias"}),
     "cohere2moe": replace(_COHERE_MOE, variant=with_key(RMS_NORM[0], replace(_COHERE_MOE, eps=RMS_NORM))),
     "laguna": Family("laguna", "LagunaForCausalLM", _LAGUNA_BLOCK, _laguna, partial=True, by_layer=True,

@@ -83,6 +83,14 @@ class HParams:
             raise self._error(key, f"is {value!r}; it must be a positive integer.")
         return value
 
+    def some(self, key: str, default: int | None = None) -> int:
+        """``count``, in which a list has zeros for layers without what is counted."""
+        each = self.get(key)
+        found = set(each) - {0} if isinstance(each, list) and 0 in each else set()
+        if len(found) != 1 or not all(type(count) is int and count > 0 for count in found):
+            return self.count(key, default)
+        return int(found.pop())
+
     def optional(self, key: str) -> int:
         """A count that may be missing or 0."""
         return self.count(key) if self.get(key) else 0
@@ -96,14 +104,14 @@ class HParams:
             raise self._error(key, f"is {str(value)[:80]}; it must have {layers} positive integers, one per layer.")
         return value
 
-    def numbers(self, key: str, layers: int) -> list[float]:
-        """A finite number for each layer; a single one is that of all."""
-        value = self._required(key, None)
-        each = value if isinstance(value, list) else [value] * layers
-        if len(each) != layers or any(isinstance(item, bool) or not isinstance(item, int | float) for item in each):
-            raise self._error(key, f"is {str(value)[:80]}; it must have {layers} numbers, one per layer.")
-        if not all(map(math.isfinite, each)):
-            raise self._error(key, "holds numbers that are not finite.")
+    def numbers(self, name: str, layers: int) -> list[float]:
+        """A finite number for each layer, under the whole name of a key; a single one is that of all."""
+        value = self.header.metadata.get(name)
+        each: list[Any] = value if isinstance(value, list) else [value] * layers
+        numeric = all(isinstance(item, int | float) and not isinstance(item, bool) for item in each)
+        if len(each) != layers or not numeric or not all(map(math.isfinite, each)):
+            why = f"it must have {layers} finite numbers, one per layer"
+            raise CheckpointError(f"the GGUF metadata key {name} is {str(value)[:80]}; {why}.", param=name)
         return each
 
     def real(self, key: str, default: float | None = None, *, least: float | None = None) -> float:
@@ -174,16 +182,17 @@ def rope_parameters(
     older = hparams.real("rope.scale_linear", 0.0, least=0.0)
     factor = hparams.real("rope.scaling.factor", older, least=0.0) or 1.0
     yarn = {key: hparams.get(f"rope.scaling.{key}") for key in _OF_YARN}
-    if kind not in ("none", "linear", "yarn", "longrope"):
-        raise UnsupportedModel(f"{name} is {kind!r}; none, linear, yarn and longrope are supported.", param=name)
+    table = next((item for item in TABLES[1:] if item in hparams.tables), ROPE_FREQS if factors is not None else "")
+    if kind not in ("none", "linear", "yarn", *(("longrope",) if table in TABLES[1:] else ())):
+        why = f"none, linear and yarn are supported, and longrope with {TABLES[1]} and {TABLES[2]}"
+        raise UnsupportedModel(f"{name} is {kind!r}; {why}.", param=name)
     if kind == "none":
         factor = 1.0
-    table = next((item for item in TABLES[1:] if item in hparams.tables), ROPE_FREQS if factors is not None else "")
     if table and (kind == "yarn" or factor != 1.0):
         raise UnsupportedModel(
             f"both {table} and a rope scaling ({kind}, factor {factor}) are given; one is supported.", param=table
         )
-    if kind == "longrope" or table in TABLES[1:]:
+    if table in TABLES[1:]:
         return _longrope(hparams, base)
     # The original length is without effect, too, where it is the whole one.
     unscaled = {_OF_YARN[0]: hparams.get("context_length")} if kind != "yarn" else yarn

@@ -12,7 +12,6 @@ from truffula.weights.gguf_changes import ABSORBED
 from truffula.weights.gguf_experts import (
     CORRECTION,
     DEEPSEEK_EXPERTS,
-    NEXTN_BLOCK,
     SIGMOID,
     SOFTMAX,
     routed,
@@ -34,7 +33,6 @@ _LATENT_BLOCK = {
     "attn_k_b": "self_attn.kv_b_proj",
     "attn_v_b": "self_attn.kv_b_proj",
     **DEEPSEEK_EXPERTS,
-    **NEXTN_BLOCK,
 }
 _SPARSE_BLOCK = {
     **_LATENT_BLOCK,

@@ -25,7 +25,6 @@ FAMILIES: Mapping[str, Family] = {
     **gguf_latent.FAMILIES,
     **gguf_hybrids.FAMILIES,
 }
-_KV, _MLP = "attention.head_count_kv", "feed_forward_length"
 # Other kinds of GGUF files, by ``general.type``.
 _OTHER_KINDS = {
     "adapter": "a LoRA adapter; adapters are read in PEFT's format (adapter_config.json and safetensors)",
@@ -62,10 +61,11 @@ def rename(family: Family, name: str) -> str | None:
     return f"{layer}{module}.{kind}" if module and kind in {"weight", "bias"} else None
 
 
-def change_of(family: Family, name: str) -> Change:
-    """How a tensor of the checkpoint is made of the stored ones."""
+def change_of(family: Family, name: str, parts: int) -> Change:
+    """How a tensor of the checkpoint is made of the stored ones, which are so many."""
     local = re.sub(r"^.*?\.\d+\.", "", name)
-    return family.changes.get(local.rpartition(".")[0]) or family.changes.get(local, PLAIN)
+    change = family.changes.get(local.rpartition(".")[0]) or family.changes.get(local, PLAIN)
+    return PLAIN if change.joins and parts < 2 else change
 
 
 def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str, Any]:
@@ -77,20 +77,21 @@ def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str
     layers = _layers(hparams, len(header.tensors))
 
     def number(key: str, default: int | None = None) -> int:
-        return hparams.each(key, layers, default)[0] if family.by_layer else hparams.count(key, default)
+        return hparams.each(key, layers, default)[0] if family.by_layer else hparams.some(key, default)
 
+    inner = "feed_forward_length"
+    if hparams.get(inner) is None and hparams.get(f"expert_{inner}") is not None:
+        inner = f"expert_{inner}"
     hidden, heads = hparams.count("embedding_length"), number("attention.head_count")
     width, (eps, eps_name) = _head_dim(hparams, hidden, heads, family), family.eps
     config: dict[str, Any] = {
         "model_type": family.model_type,
         "architectures": [family.class_name],
         "hidden_size": hidden,
-        "intermediate_size": number(_MLP, hparams.get(f"expert_{_MLP}") if hparams.get(_MLP) is None else None),
+        "intermediate_size": number(inner),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", heads)
-        if family.by_layer
-        else _kv_heads(hparams, heads),
+        "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": width,
         "max_position_embeddings": hparams.count("context_length"),
         eps_name: hparams.real(eps),
@@ -104,7 +105,8 @@ def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str
     family.extra(hparams, config)
     for name in hparams.tables:
         raise UnsupportedModel(f"{name} is not supported in a {hparams.architecture} file.", param=name)
-    return {key: value for name, value in config.items() if (key := family.keys.get(name, name)) is not None}
+    named = ((family.keys.get(name, name), value) for name, value in config.items())
+    return {name: value for name, value in named if name is not None}
 
 
 def _layers(hparams: HParams, tensors: int) -> int:
@@ -129,18 +131,6 @@ def _head_dim(hparams: HParams, hidden: int, heads: int, family: Family) -> int:
         if found != width:
             raise UnsupportedModel(f"{name} is {found}, for heads {width} wide: {why}.", param=name)
     return width
-
-
-def _kv_heads(hparams: HParams, heads: int) -> int:
-    """The number of KV heads. A list with one number per layer has zeros for layers without attention."""
-    each = hparams.get(_KV)
-    if isinstance(each, list) and 0 in each and any(each):
-        found = set(each) - {0}
-        name = hparams.name(_KV)
-        if len(found) > 1 or not all(type(count) is int and count > 0 for count in found):
-            raise UnsupportedModel(f"{name} differs from layer to layer: {each[:8]}.", param=name)
-        return int(found.pop())
-    return hparams.count(_KV, heads)
 
 
 def _vocab_size(hparams: HParams) -> int:
