@@ -15,8 +15,8 @@ import gguf
 import numpy as np
 import pytest
 from gguf_models import VOCABULARY, TinyGguf, interleave
-from gguf_writer import GgufBlocks, write_gguf
 from gguf_pairs import VOCAB, logits, stacked
+from gguf_writer import GgufBlocks, write_gguf
 from test_gguf_parts import write_parts
 
 from truffula import LLM, SamplingParams

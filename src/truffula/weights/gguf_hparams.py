@@ -86,10 +86,10 @@ class HParams:
     def some(self, key: str, default: int | None = None) -> int:
         """``count``, in which a list has zeros for layers without what is counted."""
         each = self.get(key)
-        found = set(each) - {0} if isinstance(each, list) and 0 in each else set()
-        if len(found) != 1 or not all(type(count) is int and count > 0 for count in found):
+        if not isinstance(each, list) or any(type(count) is not int or count < 0 for count in each):
             return self.count(key, default)
-        return int(found.pop())
+        found = set(each) - {0}
+        return found.pop() if len(found) == 1 else self.count(key, default)
 
     def optional(self, key: str) -> int:
         """A count that may be missing or 0."""
@@ -113,6 +113,28 @@ class HParams:
             why = f"it must have {layers} finite numbers, one per layer"
             raise CheckpointError(f"the GGUF metadata key {name} is {str(value)[:80]}; {why}.", param=name)
         return each
+
+    def has(self, tensor: str) -> bool:
+        """Whether some layer has this tensor."""
+        return any(name.endswith(f".{tensor}") for name in self.header.tensors)
+
+    def quotient(self, key: str, by: str) -> int:
+        whole, count = self.count(key), self.count(by)
+        if whole % count:
+            raise self._error(by, f"is {count}, which does not divide {self.name(key)}, {whole}.")
+        return whole // count
+
+    def listed(self, key: str, kind: type) -> list[Any]:
+        """A list with an item for each layer, also for those that predict further tokens."""
+        each, layers = self.get(key), self.count("block_count")
+        if not isinstance(each, list) or len(each) != layers or any(type(item) is not kind for item in each):
+            shown = f"a list of {len(each)}" if isinstance(each, list) else repr(each)
+            raise self._error(key, f"is {shown}; expected a list of {layers} of type {kind.__name__}.")
+        return each
+
+    def attends(self) -> list[bool]:
+        """Which layers have KV heads."""
+        return [count > 0 for count in self.listed("attention.head_count_kv", int)]
 
     def real(self, key: str, default: float | None = None, *, least: float | None = None) -> float:
         """A finite number of at least ``least``: the shortest decimal form (1e-05) of the stored float32."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights import gguf_dense, gguf_experts, gguf_gemma, gguf_hybrids, gguf_latent, gguf_older
+from truffula.weights import gguf_dense, gguf_experts, gguf_gemma, gguf_hybrids, gguf_latent, gguf_mamba, gguf_older
 from truffula.weights.gguf_changes import PLAIN, Change
 from truffula.weights.gguf_families import Family
 from truffula.weights.gguf_header import GgufHeader
@@ -24,6 +24,7 @@ FAMILIES: Mapping[str, Family] = {
     **gguf_experts.FAMILIES,
     **gguf_latent.FAMILIES,
     **gguf_hybrids.FAMILIES,
+    **gguf_mamba.FAMILIES,
 }
 # Other kinds of GGUF files, by ``general.type``.
 _OTHER_KINDS = {
@@ -81,7 +82,7 @@ def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str
 
     inner = "feed_forward_length"
     if hparams.get(inner) is None and hparams.get(f"expert_{inner}") is not None:
-        inner = f"expert_{inner}"
+        inner = f"expert_{inner}"  # of a model whose layers all have experts
     hidden, heads = hparams.count("embedding_length"), number("attention.head_count")
     width, (eps, eps_name) = _head_dim(hparams, hidden, heads, family), family.eps
     config: dict[str, Any] = {
