@@ -16,7 +16,9 @@ from kernel_backends import BEST
 
 from truffula.model.load import WeightReader, plan_model
 from truffula.model.parts.attention import AttentionSpec
+from truffula.model.parts.parallel import ParallelSpec
 from truffula.model.read import read_config
+from truffula.model.spec import ModelSpec
 from truffula.testing.files import Array
 from truffula.testing.programs import Driver, capacity_for
 from truffula.testing.tiny import tiny_config, tiny_tensors, write_tiny_checkpoint
@@ -78,23 +80,28 @@ def stacked(tensors: Tensors, _: Any) -> Tensors:
     return {re.sub(r"block_sparse_moe\.experts\.(\w+)_proj", r"mlp.experts.\1_proj", k): v for k, v in made.items()}
 
 
+def first_attention(spec: ModelSpec) -> Any:
+    mixers = [layer.mixer for layer in spec.layers]
+    parts = [part.part for mixer in mixers if isinstance(mixer, ParallelSpec) for part in mixer.parts]
+    return next((part for part in [*mixers, *parts] if isinstance(part, AttentionSpec)), None)
+
+
 def metadata(case: Case, config: dict[str, Any]) -> dict[str, Any]:
     """What the converter's base class writes of a config, and what ``case`` adds."""
     spec = read_config(config).spec
-    mixer: Any = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec))
+    mixer = first_attention(spec)
     width = next((config[key] for key in ("intermediate_size", "n_inner", "ffn_hidden_size") if key in config), 0)
     pairs = {
         "context_length": spec.max_positions,
         "embedding_length": spec.hidden,
         "feed_forward_length": width or 4 * spec.hidden,
         "block_count": len(spec.layers),
-        "attention.head_count": mixer.heads,
-        "attention.head_count_kv": mixer.kv_heads,
-        "attention.key_length": mixer.head_dim,
-        "attention.value_length": mixer.head_dim,
         "attention.layer_norm_rms_epsilon": spec.final_norm.eps if spec.final_norm else 0.0,
         "rope.freq_base": 10000.0,
     }
+    if mixer is not None:
+        pairs |= {"attention.head_count": mixer.heads, "attention.head_count_kv": mixer.kv_heads,
+                  "attention.key_length": mixer.head_dim, "attention.value_length": mixer.head_dim}  # fmt: skip
     router = getattr(spec.layers[-1].mlp, "router", None)
     if router is not None:
         pairs |= {"expert_count": router.experts, "expert_used_count": router.top_k}
@@ -127,7 +134,7 @@ def write_pair(
     config = {key: value for key, value in changed.items() if value != ""}
     plain = write_tiny_checkpoint(folder / "plain", config, seed=3)
     spec = read_config(config).spec
-    mixer: Any = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec))
+    mixer = first_attention(spec)
     tensors = tiny_tensors(config, seed=3)
     for convert in case.convert:
         tensors = convert(tensors, mixer)
@@ -137,7 +144,8 @@ def write_pair(
     for name, array in tensors.items():
         found = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
-        found = found if found.endswith((".weight", ".bias", ".scale")) else f"{found}.weight"
+        bare = found.endswith((".weight", ".bias", ".scale", ".ssm_a", ".ssm_d"))
+        found = found if bare else f"{found}.weight"
         array = np.ascontiguousarray(array)
         stored[found] = quantised(array, found) if blocks else array
     return plain, write_gguf(folder / "model.gguf", metadata(case, config), stored)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf_dense_cases
+import gguf_hybrid_cases
 import numpy as np
 import pytest
+from gguf_hybrid_cases import FALCON
 from gguf_models import FAMILIES as USUAL
 from gguf_pairs import VOCAB, Case, Tensors, interleaved, logits, stacked, write_pair
 
@@ -52,10 +54,6 @@ def corrected(tensors: Tensors, _: Any) -> Tensors:
     }
 
 
-def flat_conv(tensors: Tensors, _: Any) -> Tensors:
-    return {name: array[:, 0] if ".conv.conv." in name else array for name, array in tensors.items()}
-
-
 GLM4_MOE = Case(
     "glm4moe", "glm4_moe",
     {"use_qk_norm": True, "attention_bias": True, "n_shared_experts": 2, "routed_scaling_factor": 1.8,
@@ -84,13 +82,11 @@ CASES = [
          {"attention.layer_norm_epsilon": 1e-5, "logit_scale": 0.4, "rope.scaling.type": "none", "vocab_size": VOCAB,
           "attention.sliding_window": 7, "rope.dimension_count": 8}),
     GLM4_MOE,
-    Case("lfm2", "lfm2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-         {"attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 3, "vocab_size": VOCAB, "feed_forward_length": 40},
-         (flat_conv,)),
     Case("gpt-oss", "gpt_oss", {"rope_parameters": {**YARN, "truncate": False}},
          {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128,
           "attention.sliding_window": 6, "expert_feed_forward_length": 24}, (apart,)),
     *gguf_dense_cases.CASES,
+    *gguf_hybrid_cases.CASES,
 ]  # fmt: skip
 
 
@@ -106,7 +102,7 @@ def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path: Path, case: Case) -
 
 
 def test_every_family_that_is_read_has_a_tiny_model() -> None:
-    assert {*USUAL, *(case.architecture for case in CASES)} == set(FAMILIES)
+    assert {*USUAL, *(case.architecture for case in [*CASES, FALCON])} == set(FAMILIES)
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
@@ -123,3 +119,8 @@ def test_a_scaled_olmo3_is_refused(tmp_path: Path) -> None:
     _, file = write_pair(tmp_path, replace(OLMO3, metadata=more))
     with pytest.raises(UnsupportedModel, match=r"olmo2\.rope\.scaling\.type is 'yarn'"):
         open_checkpoint(file)
+
+
+def test_multipliers_are_in_the_weights_of_falcon_h1(tmp_path: Path) -> None:
+    plain, file = write_pair(tmp_path, FALCON)
+    np.testing.assert_allclose(logits(file), logits(plain), rtol=0, atol=1e-4)

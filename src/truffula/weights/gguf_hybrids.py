@@ -253,6 +253,7 @@ _KIMI_CHANGES = {
     **{f"self_attn.{name}_conv1d": CONV for name in "qkv"},
     "self_attn.A_log": Change(lambda config, shape: (1, 1, math.prod(shape), 1), values=log_of_minus),
 }
+_NO_PREDICTIONS = {"num_nextn_predict_layers": None}
 _NORM_EPS = ("attention.layer_norm_rms_epsilon", "norm_eps")
 _LFM2_NORM = {"token_embd_norm.weight": "model.embedding_norm.weight"}
 FAMILIES: Mapping[str, Family] = {
@@ -262,12 +263,14 @@ FAMILIES: Mapping[str, Family] = {
                       changes={"conv.conv": CONV},
                       whole={**_LFM2_NORM, "exp_probs_b.bias": "feed_forward.expert_bias"}),
     "qwen35": Family("qwen3_5_text", "Qwen3_5ForCausalLM", _QWEN35_BLOCK, _qwen35, changes=_QWEN35_CHANGES,
-                     whole=_LINEAR_WHOLE, partial=True, factors=False),
+                     whole=_LINEAR_WHOLE, keys=_NO_PREDICTIONS, partial=True, factors=False),
     "qwen35moe": Family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
                         {**_QWEN35_BLOCK, **EXPERTS_BLOCK, **SHARED_EXPERT},
-                        _qwen35_moe, changes=_QWEN35_CHANGES, whole=_LINEAR_WHOLE, partial=True, factors=False),
+                        _qwen35_moe, changes=_QWEN35_CHANGES, whole=_LINEAR_WHOLE,
+                        keys={**_NO_PREDICTIONS, "intermediate_size": None}, partial=True, factors=False),
     "qwen3next": Family("qwen3_next", "Qwen3NextForCausalLM", _QWEN3_NEXT_BLOCK, _qwen35_moe,
-                        changes=_QWEN3_NEXT_CHANGES, whole=_LINEAR_WHOLE, partial=True, factors=False),
+                        changes=_QWEN3_NEXT_CHANGES, whole=_LINEAR_WHOLE, keys=_NO_PREDICTIONS, partial=True,
+                        factors=False),
     "kimi-linear": Family("kimi_linear", "KimiLinearForCausalLM", _KIMI_BLOCK, _kimi_linear, changes=_KIMI_CHANGES,
                           whole={"ssm_a": "self_attn.A_log", "ssm_dt.bias": "self_attn.dt_bias",
                                  "exp_probs_b.bias": "block_sparse_moe.gate.e_score_correction_bias"},

@@ -106,8 +106,7 @@ def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str
     family.extra(hparams, config)
     for name in hparams.tables:
         raise UnsupportedModel(f"{name} is not supported in a {hparams.architecture} file.", param=name)
-    named = ((family.keys.get(name, name), value) for name, value in config.items())
-    return {name: value for name, value in named if name is not None}
+    return {new: value for name, value in config.items() if (new := family.keys.get(name, name)) is not None}
 
 
 def _layers(hparams: HParams, tensors: int) -> int:
