@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from truffula.errors import CheckpointError, some
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
-from truffula.weights.gguf_changes import Change
+from truffula.weights.gguf_changes import Change, Config, Order
 from truffula.weights.gguf_header import GgufHeader, GgufTensor, PartName, name_file_in_errors, read_header
 from truffula.weights.gguf_hparams import TABLES, HParams, check_unread_keys
 from truffula.weights.gguf_names import change_of, family_of, rename, to_config
@@ -137,15 +137,28 @@ class GgufCheckpoint(Checkpoint):
         for times, n, order in ((1, shape[0], change.rows), (math.prod(shape[:-1]), shape[-1], change.columns)):
             if order is None or not data.size:
                 continue
-            runs = order(self.config, n)
-            if n % len(runs) or data.size % (times * len(runs)):
-                raise CheckpointError(
-                    f"{self.path}: tensor {name!r}: its {n} rows or columns in {info.dtype} do not divide into "
-                    f"{len(runs)} equal parts, as the metadata's numbers of heads say.",
-                    param=name,
-                )
+            runs = self._runs(name, order, n)
+            if data.size % (times * len(runs)):
+                raise self._not_divided(name, n)
             data = data.reshape(times, len(runs), -1)[:, runs].reshape(-1)
         return data
+
+    def _runs(self, name: str, order: Callable[[Config, int], Order], n: int) -> Order:
+        """The order of n rows or columns, which is made of no number that is larger."""
+        try:
+            runs = order({key: value for key, value in self.config.items() if type(value) is not int or value <= n}, n)
+        except (KeyError, ValueError):
+            raise self._not_divided(name, n) from None
+        if not len(runs) or n % len(runs):
+            raise self._not_divided(name, n)
+        return runs
+
+    def _not_divided(self, name: str, n: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: tensor {name!r}: its {n} rows or columns in {self.info(name).dtype} do not divide into "
+            "equal parts, as the metadata's numbers of heads say.",
+            param=name,
+        )
 
     def _in_whole_blocks(self, name: str) -> bool:
         """Whether the tensor is in blocks of one kind that are not divided when it is put in order."""
@@ -154,7 +167,7 @@ class GgufCheckpoint(Checkpoint):
         if format is None or change.values is not None:
             return False
         last = change.columns if len(info.shape) > 1 else change.rows
-        return last is None or info.shape[-1] // len(last(self.config, info.shape[-1])) % format.size == 0
+        return last is None or info.shape[-1] // len(self._runs(name, last, info.shape[-1])) % format.size == 0
 
     def blocks(self, name: str) -> QuantisedArray | None:
         info = self.info(name)
