@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 
 from truffula.weights.gguf_tokenizer import read_tokenizer, recover_merges
 
@@ -49,6 +50,7 @@ ORIGINALS: dict[str, Callable[[], Any]] = {
     ),
     "llama-bpe": lambda: pre_tokenizers.Sequence([split(theirs("llama-bpe")), bytes_only()]),
     "qwen2": lambda: pre_tokenizers.Sequence([split(theirs("qwen2")), bytes_only()]),
+    "qwen35": lambda: pre_tokenizers.Sequence([split(PRETOKENIZE_REGEX), bytes_only()]),
     "tekken": lambda: pre_tokenizers.Sequence([split(theirs("tekken")), bytes_only()]),
     "gpt-4o": lambda: pre_tokenizers.Sequence([split(theirs("gpt-4o")), bytes_only()]),
     "default": lambda: pre_tokenizers.Sequence(
@@ -60,7 +62,7 @@ ORIGINALS: dict[str, Callable[[], Any]] = {
 @cache
 def original(pre: str) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(ignore_merges=pre in {"llama-bpe", "tekken"}))
-    tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
+    tokenizer.normalizer = normalizers.NFC() if pre in {"qwen2", "qwen35"} else None
     tokenizer.pre_tokenizer = ORIGINALS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
