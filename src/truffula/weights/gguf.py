@@ -49,6 +49,7 @@ class GgufCheckpoint(Checkpoint):
             metadata = parts[0].header.metadata
             self._header = GgufHeader(metadata, {name: item for name, (_, item) in found.items()})
             self._family = family_of(self._header)
+            self.no_adapters = self._family.no_adapters
             tables = {}  # the config holds their values
             for part, item in (found.pop(name) for name in TABLES if name in found):
                 view = part.file.view(item.offset, item.nbytes)
@@ -60,7 +61,7 @@ class GgufCheckpoint(Checkpoint):
             warnings += check_unread_keys(self._header)
             self._layers = metadata[f"{metadata['general.architecture']}.block_count"]
             self.tensors = self._renamed(found)
-        self.warnings = tuple(warnings)
+        self.warnings = (*warnings, *([f"No adapters are taken: {self.no_adapters}"] if self.no_adapters else []))
 
     def _renamed(self, stored: Mapping[str, tuple[Part, GgufTensor]]) -> dict[str, TensorInfo]:
         found: dict[str, list[TensorInfo]] = {}
