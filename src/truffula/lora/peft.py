@@ -131,6 +131,8 @@ def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: Bas
 
 def _parse(files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site], base: BaseFacts) -> ParsedAdapter:
     """The adapter as its metadata says, whatever its method."""
+    if base.weights is not None and base.weights.source.no_adapters:
+        raise AdapterError(f"{base.model} takes no adapters: {base.weights.source.no_adapters}", param="base")
     method, infos = METHODS.get(str(config.get("peft_type"))), files.tensors.tensors
     check_config(config)
     if method is not None:

@@ -27,6 +27,8 @@ from truffula.weights.mapped import MappedFile
 # A file that was cut into byte ranges: some publishers do this to stay below the Hub's limit of 50 GB per file.
 _PIECE = re.compile(r"(?P<whole>.+\.gguf)(?P<cut>[.-]?(part|split)-?)[a-z0-9]+", re.IGNORECASE)
 
+_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.", re.ASCII)
+
 
 class GgufCheckpoint(Checkpoint):
     """A GGUF model, in one file or in parts; ``path`` is the first.
@@ -47,6 +49,7 @@ class GgufCheckpoint(Checkpoint):
             metadata = parts[0].header.metadata
             self._header = GgufHeader(metadata, {name: item for name, (_, item) in found.items()})
             self._family = family_of(self._header)
+            self.no_adapters = self._family.no_adapters
             tables = {}  # the config holds their values
             for part, item in (found.pop(name) for name in TABLES if name in found):
                 view = part.file.view(item.offset, item.nbytes)
@@ -58,15 +61,16 @@ class GgufCheckpoint(Checkpoint):
             warnings += check_unread_keys(self._header)
             self._layers = metadata[f"{metadata['general.architecture']}.block_count"]
             self.tensors = self._renamed(found)
-        self.warnings = tuple(warnings)
+        self.warnings = (*warnings, *([f"No adapters are taken: {self.no_adapters}"] if self.no_adapters else []))
 
     def _renamed(self, stored: Mapping[str, tuple[Part, GgufTensor]]) -> dict[str, TensorInfo]:
         found: dict[str, list[TensorInfo]] = {}
         unknown, unused = [], []
-        predicting = range(self.config["num_hidden_layers"], self._layers)
+        layers = self.config["num_hidden_layers"]
         for name, (part, item) in stored.items():
             new = rename(self._family, name)
-            if name.startswith("blk.") and any(name.startswith(f"blk.{layer}.") for layer in predicting):
+            layer = _LAYER.match(name)
+            if layer and layers <= int(layer[1]) < self._layers:  # it predicts further tokens
                 unused.append(name)
             elif new is None:
                 unknown.append(name)

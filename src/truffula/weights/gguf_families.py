@@ -59,14 +59,14 @@ TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output"
 class Family:
     """The mapping of one GGUF architecture to a model type. ``whole`` are names that do not follow from ``block``, of
     layers without their prefix. ``changes`` are the converter's, by module (``self_attn.q_proj``, ``model.norm``) or
-    tensor (``linear_attn.A_log``). ``default_theta`` None: the file must contain ``rope.freq_base``.
-    ``eps`` is the key of the norms' epsilon, here and in config.json. ``partial``: a part of each head may be rotated.
-    ``factors``: ``rope_freqs.weight`` has the divisors of all frequencies. ``top`` are the modules outside layers,
-    ``layers`` is the prefix of a layer, without its number. ``keys`` are the class's names of what ``to_config`` names
-    otherwise, None where it has no such key. ``by_layer``: widths and numbers of heads may differ from layer to layer,
-    and the config first has those of layer 0. ``split`` are modules whose rows are modules of their own, named with
-    ``{h}``; ``made`` makes tensors of metadata. ``latent``: attention is latent. ``variant`` is the row for a file that
-    this one is not for.
+    tensor (``linear_attn.A_log``). ``default_theta`` None: the file must contain ``rope.freq_base``. ``eps`` is the
+    key of the norms' epsilon, here and in config.json. ``partial``: a part of each head may be rotated.
+    ``no_adapters``: see ``Checkpoint``. ``factors``: ``rope_freqs.weight`` has the divisors of all frequencies.
+    ``top`` are the modules outside layers, ``layers`` is the prefix of a layer, without its number. ``keys`` are the
+    class's names of what ``to_config`` names otherwise, None where it has no such key. ``by_layer``: widths and
+    numbers of heads may differ from layer to layer, and the config first has those of layer 0. ``split`` are modules
+    whose rows are modules of their own, named with ``{h}``; ``made`` makes tensors of metadata. ``latent``: attention
+    is latent. ``variant`` is the row for a file that this one is not for.
     """
 
     model_type: str
@@ -79,6 +79,7 @@ class Family:
     eps: tuple[str, str] = RMS_NORM
     partial: bool = False
     factors: bool = True
+    no_adapters: str = ""
     top: Mapping[str, str] = field(default_factory=lambda: TOP)
     layers: str = "model.layers."
     keys: Mapping[str, str | None] = field(default_factory=dict)

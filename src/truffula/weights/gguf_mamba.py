@@ -85,6 +85,12 @@ def _periodic(hparams: HParams, key: str, places: Sequence[bool]) -> tuple[int, 
     return period, found[0]
 
 
+_MULTIPLIED = (
+    "the multipliers of Falcon-H1, which an adapter was trained with, are not in a GGUF file, whose weights are "
+    "multiplied by them. Serve the model from safetensors."
+)
+
+
 def _mamba2(hparams: HParams, config: dict[str, Any]) -> None:
     """The keys of Bamba's class, which others took."""
     config |= {
@@ -228,7 +234,8 @@ FAMILIES: Mapping[str, Family] = {
                             changes={**INTERLEAVED, **_mamba_changes("mamba"), "shared_mlp.input_linear": STACKED},
                             whole=_mamba_whole("mamba"), partial=True, factors=False, variant=_bamba_instead),
     "falcon-h1": Family("falcon_h1", "FalconH1ForCausalLM", _BAMBA_BLOCK, _falcon_h1, changes=_mamba_changes("mamba"),
-                        whole={**_mamba_whole("mamba"), **_FINAL_NORM, "ffn_norm": "pre_ff_layernorm.weight"}),
+                        whole={**_mamba_whole("mamba"), **_FINAL_NORM, "ffn_norm": "pre_ff_layernorm.weight"},
+                        no_adapters=_MULTIPLIED),
     "jamba": Family("jamba", "JambaForCausalLM", _JAMBA_BLOCK, _jamba, changes=_JAMBA_CHANGES,
                     whole={**_FINAL_NORM, "ssm_a": "mamba.A_log", "ssm_d": "mamba.D"}),
     "nemotron_h": _NEMOTRON,

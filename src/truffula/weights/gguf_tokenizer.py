@@ -33,6 +33,7 @@ _LLAMA3 = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]+[", r"[^\s\p{L}\p{M}\p{N}]+[")
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -87,6 +88,7 @@ _SPLITS: Mapping[str, tuple[str, ...]] = {
     "youtu": (_YOUTU, _GPT4O.replace(r"\p{N}{1,3}", r"\p{N}")),
     **dict.fromkeys(("cohere2moe", "tiny_aya"), (r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)),
     **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "kormo", "hunyuan", "solar-open"), (_QWEN2,)),
+    "qwen35": (_QWEN35,),
     "tekken": (_TEKKEN,),
     **dict.fromkeys(("gpt-4o", "llama4", "minimax-m2", "kanana2"), (_GPT4O,)),
 }
@@ -112,7 +114,7 @@ _SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-_NFC = frozenset({"qwen2", "deepseek-r1-qwen", "megrez", "kormo", "hunyuan"})
+_NFC = frozenset({"qwen2", "qwen35", "deepseek-r1-qwen", "megrez", "kormo", "hunyuan"})
 
 
 def read_tokenizer(metadata: Mapping[str, Any]) -> ModelTexts:
