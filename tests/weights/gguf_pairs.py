@@ -12,7 +12,6 @@ import gguf
 import numpy as np
 from gguf_models import VOCABULARY, interleave
 from gguf_writer import GgufBlocks, write_gguf
-from kernel_backends import BEST
 
 from truffula.model.load import WeightReader, plan_model
 from truffula.model.parts.attention import AttentionSpec
@@ -152,6 +151,8 @@ def write_pair(
 
 
 def logits(path: Path) -> Array:
+    from kernel_backends import BEST  # torch, which the fuzzer is without
+
     checkpoint = open_checkpoint(path)
     plan = plan_model(checkpoint)
     pull, capacity = WeightReader(checkpoint, plan), capacity_for(len(IDS))

@@ -53,6 +53,17 @@ ORIGINALS: dict[str, Callable[[], Any]] = {
     "qwen35": lambda: pre_tokenizers.Sequence([split(PRETOKENIZE_REGEX), bytes_only()]),
     "tekken": lambda: pre_tokenizers.Sequence([split(theirs("tekken")), bytes_only()]),
     "gpt-4o": lambda: pre_tokenizers.Sequence([split(theirs("gpt-4o")), bytes_only()]),
+    "falcon": lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation("contiguous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Digits(individual_digits=False),
+            split("[0-9][0-9][0-9]"),
+        ]
+    ),
+    "bloom": lambda: pre_tokenizers.Sequence([split(r" ?[^(\s|[.,!?…。，、।۔،])]+"), bytes_only()]),
+    "exaone4": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "glm4": lambda: pre_tokenizers.Sequence([split(theirs("llama-bpe")), bytes_only()]),
     "default": lambda: pre_tokenizers.Sequence(
         [split(r"[\p{P}$+<=>^~|]+"), split(GPT2), split(r"\p{N}+"), split("[0-9]{3}"), bytes_only()]
     ),
@@ -61,7 +72,7 @@ ORIGINALS: dict[str, Callable[[], Any]] = {
 
 @cache
 def original(pre: str) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(ignore_merges=pre in {"llama-bpe", "tekken"}))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre in {"llama-bpe", "tekken", "glm4"}))
     tokenizer.normalizer = normalizers.NFC() if pre in {"qwen2", "qwen35"} else None
     tokenizer.pre_tokenizer = ORIGINALS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
@@ -300,6 +311,50 @@ def test_sentencepiece_tokens_in_the_text() -> None:
     found = sentencepiece(False).encode("the [INST]quick</s>", add_special_tokens=False).ids
     place = {token: index for index, token in enumerate(tokens)}
     assert found == [*by_score("the ", tokens, scores), place["[INST]"], *by_score("quick", tokens, scores), 2]
+
+
+@cache
+def gemma4() -> tuple[Tokenizer, Tokenizer]:
+    """A tokenizer of Gemma's kind with merges of its own, and the one of its GGUF file."""
+    wanted = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    wanted.normalizer = normalizers.Replace(" ", MARK)
+    wanted.decoder = decoders.Sequence([decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "<turn|>"]
+    # Learned of words: merges do not cross spaces.
+    words = [piece for text in CORPUS[:4] for piece in text.replace(" ", f" {MARK}").split(" ")]
+    learned = Tokenizer(models.BPE())
+    learned.train_from_iterator(words, trainers.BpeTrainer(vocab_size=600, special_tokens=special))
+    made = json.loads(wanted.to_str())
+    made["model"] |= {key: json.loads(learned.to_str())["model"][key] for key in ("vocab", "merges")}
+    wanted = Tokenizer.from_str(json.dumps(made))
+    wanted.add_special_tokens([AddedToken("<turn|>", normalized=False)])
+    vocab = sorted(wanted.get_vocab(), key=wanted.token_to_id)
+    kinds = {"<unk>": 2, "<pad>": 3, "<eos>": 3, "<bos>": 3, "<turn|>": 3}
+    metadata = {
+        "general.architecture": "gemma4",
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": vocab,
+        "tokenizer.ggml.scores": [-1000.0] * len(vocab),
+        "tokenizer.ggml.token_type": [kinds.get(token, 6 if token.startswith("<0x") else 1) for token in vocab],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in made["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    assert "merges is missing" in read_tokenizer({**metadata, "tokenizer.ggml.merges": None}).no_tokenizer
+    return wanted, rebuilt(metadata)
+
+
+@given(text=TEXTS.map(lambda text: text.replace("<", "")))
+@settings(max_examples=80, deadline=None)
+def test_gemma4_vocabularies(text: str) -> None:
+    """BOS is added whatever the flag says, as in llama.cpp."""
+    wanted, found = gemma4()
+    ids = wanted.encode(text).ids
+    assert found.encode(text, add_special_tokens=False).ids == ids
+    assert found.encode(f"{text}<turn|>").ids == [2, *ids, wanted.token_to_id("<turn|>")]
+    assert found.decode(ids) == wanted.decode(ids)
 
 
 def test_merges_are_recovered_best_first() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from truffula.errors import CheckpointError, some
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
-from truffula.weights.gguf_changes import Change
+from truffula.weights.gguf_changes import Change, Config, Order
 from truffula.weights.gguf_header import GgufHeader, GgufTensor, PartName, name_file_in_errors, read_header
 from truffula.weights.gguf_hparams import TABLES, HParams, check_unread_keys
 from truffula.weights.gguf_names import change_of, family_of, rename, to_config
@@ -131,15 +131,28 @@ class GgufCheckpoint(Checkpoint):
         for times, n, order in ((1, shape[0], change.rows), (math.prod(shape[:-1]), shape[-1], change.columns)):
             if order is None or not data.size:
                 continue
-            runs = order(self.config, n)
-            if n % len(runs) or data.size % (times * len(runs)):
-                raise CheckpointError(
-                    f"{self.path}: tensor {name!r}: its {n} rows or columns in {info.dtype} do not divide into "
-                    f"{len(runs)} equal parts, as the metadata's numbers of heads say.",
-                    param=name,
-                )
+            runs = self._runs(info, order, n)
+            if data.size % (times * len(runs)):
+                raise self._not_divided(info, n)
             data = data.reshape(times, len(runs), -1)[:, runs].reshape(-1)
         return data
+
+    def _runs(self, info: TensorInfo, order: Callable[[Config, int], Order], n: int) -> Order:
+        """The order of n rows or columns, which is made of no number that is larger."""
+        try:
+            runs = order({key: value for key, value in self.config.items() if type(value) is not int or value <= n}, n)
+        except (KeyError, ValueError):
+            raise self._not_divided(info, n) from None
+        if not len(runs) or n % len(runs):
+            raise self._not_divided(info, n)
+        return runs
+
+    def _not_divided(self, info: TensorInfo, n: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: tensor {info.name!r}: its {n} rows or columns in {info.dtype} do not divide into equal parts, "
+            "as the metadata's numbers of heads say.",
+            param=info.name,
+        )
 
     def _in_whole_blocks(self, info: TensorInfo, change: Change) -> bool:
         """Whether the tensor is in blocks of one kind that are not divided when it is put in order."""
@@ -148,7 +161,7 @@ class GgufCheckpoint(Checkpoint):
             return False
         if format.size == 1 or last is None:
             return True
-        return info.shape[-1] // len(last(self.config, info.shape[-1])) % format.size == 0
+        return info.shape[-1] // len(self._runs(info, last, info.shape[-1])) % format.size == 0
 
     def blocks(self, name: str) -> QuantisedArray | None:
         info, change = self._info_and_change(name)

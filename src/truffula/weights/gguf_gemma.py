@@ -83,6 +83,9 @@ def _gemma4(hparams: HParams, config: dict[str, Any]) -> None:
     layers, tensors = config["num_hidden_layers"], hparams.header.tensors
     kinds = layer_types(hparams, layers, every=6)
     shared = hparams.count("attention.shared_kv_layers") if hparams.get("attention.shared_kv_layers") else 0
+    if shared >= layers:
+        name = hparams.name("attention.shared_kv_layers")
+        raise CheckpointError(f"{name} is {shared}, of {layers} layers.", param=name)
     inputs = "embedding_length_per_layer_input"
     full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     wide, narrow = config["head_dim"], hparams.count("attention.key_length_swa")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from truffula.errors import UnsupportedModel
+from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights.gguf_changes import Change, Config, Order, grouped
 from truffula.weights.gguf_families import Family, partly_rotated
 from truffula.weights.gguf_header import GgufHeader
@@ -93,7 +93,10 @@ def _starcoder(hparams: HParams, config: dict[str, Any]) -> None:
 def _neox(hparams: HParams, config: dict[str, Any]) -> None:
     partly_rotated(hparams, config)
     _square(hparams, config)
-    config["use_parallel_residual"] = bool(hparams.get("use_parallel_residual", False))
+    parallel, name = hparams.get("use_parallel_residual"), hparams.name("use_parallel_residual")
+    if not isinstance(parallel, bool):
+        raise CheckpointError(f"the GGUF metadata key {name} is {parallel!r}; it must be true or false.", param=name)
+    config["use_parallel_residual"] = parallel
     config["attention_bias"] = "blk.0.attn_qkv.bias" in hparams.header.tensors
 
 
