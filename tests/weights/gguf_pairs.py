@@ -15,6 +15,7 @@ from gguf_writer import GgufBlocks, write_gguf
 
 from truffula.model.load import WeightReader, plan_model
 from truffula.model.parts.attention import AttentionSpec
+from truffula.model.parts.mla import MlaSpec
 from truffula.model.parts.parallel import ParallelSpec
 from truffula.model.read import read_config
 from truffula.model.spec import ModelSpec
@@ -26,6 +27,8 @@ from truffula.weights.open import open_checkpoint
 IDS = [7, 31, 12, 55, 40, 9, 23, 18, 50, 4, 36, 27]
 VOCAB = 61
 Tensors = dict[str, Array]
+# Architectures that gguf-py lacks, and one with the same names of tensors.
+SIBLINGS = {"deepseek32": "glm-dsa", "cohere2moe": "glm4moe", "laguna": "dots1"}
 Convert = Callable[[Tensors, Any], Tensors]
 """A change that the converter makes to the tensors of a model, whose first attention is the second argument."""
 
@@ -82,7 +85,20 @@ def stacked(tensors: Tensors, _: Any) -> Tensors:
 def first_attention(spec: ModelSpec) -> Any:
     mixers = [layer.mixer for layer in spec.layers]
     parts = [part.part for mixer in mixers if isinstance(mixer, ParallelSpec) for part in mixer.parts]
-    return next((part for part in [*mixers, *parts] if isinstance(part, AttentionSpec)), None)
+    return next((part for part in [*mixers, *parts] if isinstance(part, AttentionSpec | MlaSpec)), None)
+
+
+def _widths(mixer: AttentionSpec | MlaSpec) -> dict[str, Any]:
+    """Of latent attention, heads are as wide as the latents, with one for keys; the true widths are apart."""
+    if isinstance(mixer, AttentionSpec):
+        keys = {"head_count_kv": mixer.kv_heads, "key_length": mixer.head_dim, "value_length": mixer.head_dim}
+        return {f"attention.{key}": value for key, value in keys.items()}
+    keys = {
+        "head_count_kv": 1, "key_length": mixer.rank + mixer.rope, "value_length": mixer.rank,
+        "key_length_mla": mixer.nope + mixer.rope, "value_length_mla": mixer.dim_v, "kv_lora_rank": mixer.rank,
+    }  # fmt: skip
+    keys |= {} if mixer.q_rank is None else {"q_lora_rank": mixer.q_rank}
+    return {f"attention.{key}": value for key, value in keys.items()} | {"rope.dimension_count": mixer.rope}
 
 
 def metadata(case: Case, config: dict[str, Any]) -> dict[str, Any]:
@@ -99,8 +115,7 @@ def metadata(case: Case, config: dict[str, Any]) -> dict[str, Any]:
         "rope.freq_base": 10000.0,
     }
     if mixer is not None:
-        pairs |= {"attention.head_count": mixer.heads, "attention.head_count_kv": mixer.kv_heads,
-                  "attention.key_length": mixer.head_dim, "attention.value_length": mixer.head_dim}  # fmt: skip
+        pairs |= {"attention.head_count": mixer.heads, **_widths(mixer)}
     router = getattr(spec.layers[-1].mlp, "router", None)
     if router is not None:
         pairs |= {"expert_count": router.experts, "expert_used_count": router.top_k}
@@ -122,40 +137,48 @@ def quantised(array: Array, name: str) -> GgufBlocks | Array:
     return GgufBlocks(8, array.shape, gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0).tobytes())
 
 
-def write_pair(
-    folder: Path, case: Case, extra: Mapping[str, Array] | None = None, *, blocks: bool = False
-) -> tuple[Path, Path]:
-    """The model in safetensors and in GGUF, there with the tensors ``extra``, and in ``blocks`` of Q8_0."""
+def config_of(case: Case) -> dict[str, Any]:
     usual: dict[str, Any] = {"vocab_size": VOCAB, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     if case.model_type == "olmo3":
         usual["rope_parameters"] = dict.fromkeys(("full_attention", "sliding_attention"), usual["rope_parameters"])
     changed = tiny_config(case.model_type, **{**usual, **case.config})
-    config = {key: value for key, value in changed.items() if value != ""}
-    plain = write_tiny_checkpoint(folder / "plain", config, seed=3)
-    spec = read_config(config).spec
-    mixer = first_attention(spec)
-    tensors = tiny_tensors(config, seed=3)
+    return {key: value for key, value in changed.items() if value != ""}
+
+
+def stored_of(case: Case) -> Tensors:
+    """The tensors of the GGUF file, by gguf-py's names."""
+    config = config_of(case)
+    spec, tensors = read_config(config).spec, tiny_tensors(config, seed=3)
     for convert in case.convert:
-        tensors = convert(tensors, mixer)
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == case.architecture)
+        tensors = convert(tensors, first_attention(spec))
+    known = SIBLINGS.get(case.architecture, case.architecture)
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == known)
     names = gguf.get_tensor_name_map(number, len(spec.layers))
-    stored: dict[str, Any] = {**case.tensors, **(extra or {})}
+    stored = dict(case.tensors)
     for name, array in tensors.items():
         found = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         bare = found.endswith((".weight", ".bias", ".scale", ".ssm_a", ".ssm_d"))
-        found = found if bare else f"{found}.weight"
-        array = np.ascontiguousarray(array)
-        stored[found] = quantised(array, found) if blocks else array
-    return plain, write_gguf(folder / "model.gguf", metadata(case, config), stored)
+        stored[found if bare else f"{found}.weight"] = np.ascontiguousarray(array)
+    return stored
 
 
-def logits(path: Path) -> Array:
+def write_pair(
+    folder: Path, case: Case, extra: Mapping[str, Array] | None = None, *, blocks: bool = False
+) -> tuple[Path, Path]:
+    """The model in safetensors and in GGUF, there with the tensors ``extra``, and in ``blocks`` of Q8_0."""
+    config, stored = config_of(case), stored_of(case)
+    plain = write_tiny_checkpoint(folder / "plain", config, seed=3)
+    made = {name: quantised(array, name) if blocks else array for name, array in stored.items()}
+    return plain, write_gguf(folder / "model.gguf", metadata(case, config), {**made, **(extra or {})})
+
+
+def logits(path: Path, block_kinds: frozenset[str] = frozenset()) -> Array:
     from kernel_backends import BEST  # torch, which the fuzzer is without
 
     checkpoint = open_checkpoint(path)
     plan = plan_model(checkpoint)
-    pull, capacity = WeightReader(checkpoint, plan), capacity_for(len(IDS))
+    pull, capacity = WeightReader(checkpoint, plan, block_kinds=block_kinds), capacity_for(len(IDS))
     executable = list(BEST.values())[-1].load(plan.program, "float32", pull, capacity)
     pull.finish()
     made = Driver(executable, capacity).feed(IDS)

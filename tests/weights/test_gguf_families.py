@@ -14,6 +14,7 @@ import gguf_dense_cases
 import gguf_hybrid_cases
 import numpy as np
 import pytest
+from gguf_expert_cases import CASES as EXPERTS
 from gguf_hybrid_cases import FALCON
 from gguf_models import FAMILIES as USUAL
 from gguf_pairs import VOCAB, Case, Tensors, interleaved, logits, stacked, write_pair
@@ -102,7 +103,8 @@ def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path: Path, case: Case) -
 
 
 def test_every_family_that_is_read_has_a_tiny_model() -> None:
-    assert {*USUAL, *(case.architecture for case in [*CASES, FALCON])} == set(FAMILIES)
+    cases = [*CASES, *EXPERTS.values(), FALCON]
+    assert {*USUAL, *(case.architecture for case in cases)} == set(FAMILIES)
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -25,6 +26,27 @@ CORPUS = [
 SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
 DEFINED = ["<think>", "</think>"]
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+_CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_ENDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+# As tokenization_kimi.py joins it.
+KIMI = "|".join(
+    [
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}*{_CASED[1]}+{_ENDS}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}+{_CASED[1]}*{_ENDS}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
 
 
 def split(pattern: str) -> Any:
@@ -64,6 +86,19 @@ ORIGINALS: dict[str, Callable[[], Any]] = {
     "bloom": lambda: pre_tokenizers.Sequence([split(r" ?[^(\s|[.,!?…。，、।۔،])]+"), bytes_only()]),
     "exaone4": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "glm4": lambda: pre_tokenizers.Sequence([split(theirs("llama-bpe")), bytes_only()]),
+    "deepseek-v3": lambda: pre_tokenizers.Sequence([*map(split, DEEPSEEK3), bytes_only()]),
+    "deepseek-coder": lambda: pre_tokenizers.Sequence(
+        [
+            *map(split, ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+")),
+            pre_tokenizers.Digits(individual_digits=True),
+            bytes_only(),
+        ]
+    ),
+    "hunyuan": lambda: pre_tokenizers.Sequence([split(theirs("qwen2")), bytes_only()]),
+    "kimi-k2": lambda: pre_tokenizers.Sequence([split(KIMI), bytes_only()]),
+    "cohere2moe": lambda: pre_tokenizers.Sequence(
+        [split(r"\d{1,3}(?=(?:\d{3})*\b)"), split(theirs("gpt-4o")), bytes_only()]
+    ),
     "default": lambda: pre_tokenizers.Sequence(
         [split(r"[\p{P}$+<=>^~|]+"), split(GPT2), split(r"\p{N}+"), split("[0-9]{3}"), bytes_only()]
     ),
@@ -72,8 +107,8 @@ ORIGINALS: dict[str, Callable[[], Any]] = {
 
 @cache
 def original(pre: str) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(ignore_merges=pre in {"llama-bpe", "tekken", "glm4"}))
-    tokenizer.normalizer = normalizers.NFC() if pre in {"qwen2", "qwen35"} else None
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre in {"llama-bpe", "tekken", "glm4", "hunyuan", "kimi-k2"}))
+    tokenizer.normalizer = normalizers.NFC() if pre in {"qwen2", "qwen35", "hunyuan"} else None
     tokenizer.pre_tokenizer = ORIGINALS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -157,6 +192,36 @@ def test_byte_level_vocabularies(pre: str, text: str) -> None:
 def test_every_text_of_the_corpus_comes_back(pre: str) -> None:
     for text in CORPUS[:4]:
         assert from_gguf(pre).decode(from_gguf(pre).encode(text).ids) == text
+
+
+def pieces(pre: str, text: str) -> list[str]:
+    """The texts that are merged apart from each other."""
+    cuts = json.loads(read_tokenizer(as_metadata(original("gpt-2"), pre)).tokenizer["tokenizer.json"])["pre_tokenizer"]
+    made = pre_tokenizers.Sequence([split(cut["pattern"]["Regex"]) for cut in cuts["pretokenizers"][:-1]])
+    return [piece for piece, _ in made.pre_tokenize_str(text)]
+
+
+@given(text=st.lists(PIECES | st.text("aZéÀǅ漢字かな々12½ ,;'s\u0301\n…/", max_size=6), max_size=12).map("".join))
+@settings(max_examples=100, deadline=None)
+def test_classes_without_han_letters(text: str) -> None:
+    """Another regex engine cuts Kimi's texts alike."""
+    assert pieces("kimi-k2", text) == regex.findall(KIMI, text, regex.V1)
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "wanted"),
+    [
+        ("afmoe", "x 1234567 12 ½²", ["x", " ", "1", "234", "567", " ", "12", " ", "½²"]),
+        ("cohere2moe", "1234567 12", ["1", "234", "567", " ", "12"]),
+        ("deepseek-v3", "1234567;it", ["123", "456", "7", ";it"]),
+        ("deepseek-llm", "a 12你好!?", ["a", " ", "1", "2", "你好", "!?"]),
+        ("exaone-moe", "two words 12", ["two words", " ", "1", "2"]),
+        ("laguna", "a\n\nb 12", ["a", "\n\n", "b", " ", "1", "2"]),
+        ("youtu", "你好、a camelCase", ["你好", "、", "a", " camel", "Case"]),
+    ],
+)
+def test_how_text_is_cut(pre: str, text: str, wanted: list[str]) -> None:
+    assert pieces(pre, text) == wanted
 
 
 def test_the_frame_of_a_text() -> None:

@@ -27,6 +27,8 @@ from truffula.weights.mapped import MappedFile
 # A file that was cut into byte ranges: some publishers do this to stay below the Hub's limit of 50 GB per file.
 _PIECE = re.compile(r"(?P<whole>.+\.gguf)(?P<cut>[.-]?(part|split)-?)[a-z0-9]+", re.IGNORECASE)
 
+_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.", re.ASCII)
+
 
 class GgufCheckpoint(Checkpoint):
     """A GGUF model, in one file or in parts; ``path`` is the first.
@@ -64,10 +66,11 @@ class GgufCheckpoint(Checkpoint):
     def _renamed(self, stored: Mapping[str, tuple[Part, GgufTensor]]) -> dict[str, TensorInfo]:
         found: dict[str, list[TensorInfo]] = {}
         unknown, unused = [], []
-        predicting = range(self.config["num_hidden_layers"], self._layers)
+        layers = self.config["num_hidden_layers"]
         for name, (part, item) in stored.items():
             new = rename(self._family, name)
-            if name.startswith("blk.") and any(name.startswith(f"blk.{layer}.") for layer in predicting):
+            layer = _LAYER.match(name)
+            if layer and layers <= int(layer[1]) < self._layers:  # it predicts further tokens
                 unused.append(name)
             elif new is None:
                 unknown.append(name)
@@ -149,8 +152,8 @@ class GgufCheckpoint(Checkpoint):
 
     def _not_divided(self, info: TensorInfo, n: int) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}: tensor {info.name!r}: its {n} rows or columns in {info.dtype} do not divide into equal parts, "
-            "as the metadata's numbers of heads say.",
+            f"{self.path}: tensor {info.name!r}: its {n} rows or columns in {info.dtype} do not divide into equal "
+            "parts, as the metadata's numbers of heads say.",
             param=info.name,
         )
 

@@ -63,8 +63,7 @@ _DBRX_BLOCK = {
     "ffn_down_exps": "ffn.experts.w2",
 }
 _DBRX_KEYS = {
-    "max_position_embeddings": "max_seq_len", "hidden_size": "d_model", "num_attention_heads": "n_heads",
-    "num_hidden_layers": "n_layers", "intermediate_size": None, "head_dim": None, "num_key_value_heads": None,
+    "max_position_embeddings": "max_seq_len", "intermediate_size": None, "head_dim": None, "num_key_value_heads": None,
     "layer_norm_eps": None,
 }  # fmt: skip
 _MINIMAX_BLOCK = {**_MIXTRAL_BLOCK, **HEAD_NORMS_BLOCK}
@@ -330,7 +329,7 @@ def _cohere2_moe(hparams: HParams, config: dict[str, Any]) -> None:
     config |= {
         "expert_selection_fn": "softmax" if made == SOFTMAX else "sigmoid",
         "shared_expert_combination_strategy": "average",
-        "prefix_dense_intermediate_size": config["intermediate_size"],
+        "prefix_dense_intermediate_size": config["intermediate_size"] if config["first_k_dense_replace"] else None,
         "prefix_dense_sliding_window_pattern": 1,
         "intermediate_size": config.pop("moe_intermediate_size"),
         "logit_scale": hparams.real("logit_scale"),
