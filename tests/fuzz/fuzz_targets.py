@@ -7,16 +7,20 @@ and run; or it raises one of the project's own errors, which names the file and 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import ml_dtypes
 import numpy as np
 from fuzz_formats import Gguf, Obj, Safetensors, as_tree
 from fuzz_mutations import Case
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights"))
+from gguf_dense_cases import CASES as FAMILY_CASES
+from gguf_pairs import write_pair
 from quantised_files import Fixture, as_model, gpt_oss_model
 
 from truffula.errors import CheckpointError, TruffulaError
@@ -282,6 +286,35 @@ def _gguf_seed(architecture: str, model: str, types: tuple[int, ...]) -> Case:
     )
 
 
+def _family_seeds() -> list[Case]:
+    """One file of each family with changes, tables or metadata of a kind of its own."""
+    seeds = []
+    for case in [max((c for c in FAMILY_CASES if c.architecture == name), key=lambda c: len(c.metadata))
+                 for name in ("gemma4", "phi3", "gptneox", "stablelm", "apertus", "falcon", "gpt2")]:  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            reader = gguf.GGUFReader(write_pair(Path(folder), case, blocks=True)[1])
+            pairs: list[Any] = []
+            for key, item in reader.fields.items():
+                value = item.contents()
+                if not key.startswith("GGUF."):
+                    value = value.encode() if isinstance(value, str) else value
+                    items = (
+                        [text.encode() if isinstance(text, str) else text for text in value or []]
+                        if isinstance(value, list)
+                        else []
+                    )
+                    whole = [int(item.types[-1]), items] if item.types[0] == 9 else value
+                    pairs.append([key.encode(), int(item.types[0]), whole])
+            tensors, data = [], b""
+            for tensor in reader.tensors:
+                raw = tensor.data.tobytes()
+                sizes = [int(size) for size in tensor.shape]
+                tensors.append([tensor.name.encode(), sizes, int(tensor.tensor_type), len(data)])
+                data += raw + bytes(-len(raw) % 32)
+        seeds.append(Case({"x.gguf": Gguf(version=3, pairs=pairs, tensors=tensors, align=32, data=data)}))
+    return seeds
+
+
 def _large_block_seeds() -> list[Case]:
     """Types whose blocks are of 256: tables, which open and cannot be planned."""
     kinds = [kind for kind, format in FORMATS.items() if format.size == 256]
@@ -308,6 +341,7 @@ def _gguf_seeds() -> list[Case]:
         _gguf_seed("gemma3", "llama", (2,)),
         _gguf_seed("qwen2", "gpt2", (20, 39)),
         *_large_block_seeds(),
+        *_family_seeds(),
     ]
 
 

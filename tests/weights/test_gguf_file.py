@@ -187,12 +187,23 @@ def test_packed_rows_are_put_back_in_order(tmp_path: Path, kind: int) -> None:
         assert checkpoint.raw(name).nbytes == checkpoint.tensors[name].nbytes
 
 
-def test_a_packed_vector_whose_rows_would_move_is_refused(tmp_path: Path) -> None:
+def test_the_values_of_a_packed_vector_are_put_in_order(tmp_path: Path) -> None:
     """llama.cpp stores vectors as numbers: one in blocks has no rows of whole bytes."""
     tiny = write_tiny_gguf(tmp_path / "tiny.gguf", "llama")
-    packed = {"blk.0.attn_q.bias": GgufBlocks(8, (32,), bytes(34))}
+    blocks = np.full(1, 1.0, "<f2").tobytes() + bytes(range(32)) + np.full(1, 2.0, "<f2").tobytes() + bytes(range(32))
+    packed = {"blk.0.attn_q.bias": GgufBlocks(8, (64,), blocks), "blk.0.attn_k.bias": GgufBlocks(8, (32,), blocks[:34])}
     checkpoint = open_checkpoint(write_gguf(tmp_path / "x.gguf", tiny.metadata, {**tiny.stored, **packed}))
-    with pytest.raises(CheckpointError, match=r"x\.gguf.*q_proj\.bias.*32 rows in Q8_0"):
+    stored = np.concatenate([np.arange(32), 2 * np.arange(32)]).reshape(4, 8, 2)
+    found = checkpoint.read("model.layers.0.self_attn.q_proj.bias")
+    np.testing.assert_array_equal(found, stored.swapaxes(1, 2).reshape(-1))
+    assert checkpoint.read("model.layers.0.self_attn.k_proj.bias").shape == (32,)
+
+
+def test_rows_that_do_not_divide_into_the_heads_are_refused(tmp_path: Path) -> None:
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf", "llama")
+    odd = {"blk.0.attn_q.bias": np.zeros(36, np.float32)}
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "x.gguf", tiny.metadata, {**tiny.stored, **odd}))
+    with pytest.raises(CheckpointError, match=r"x\.gguf.*q_proj\.bias.*36 rows .* in F32"):
         checkpoint.read("model.layers.0.self_attn.q_proj.bias")
 
 

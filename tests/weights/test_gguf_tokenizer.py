@@ -9,9 +9,11 @@ from functools import cache
 from typing import Any
 
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 
 from truffula.weights.gguf_tokenizer import read_tokenizer, recover_merges
 
@@ -24,6 +26,27 @@ CORPUS = [
 SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
 DEFINED = ["<think>", "</think>"]
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+_CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_ENDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+# As tokenization_kimi.py joins it.
+KIMI = "|".join(
+    [
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}*{_CASED[1]}+{_ENDS}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}+{_CASED[1]}*{_ENDS}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
 
 
 def split(pattern: str) -> Any:
@@ -49,8 +72,33 @@ ORIGINALS: dict[str, Callable[[], Any]] = {
     ),
     "llama-bpe": lambda: pre_tokenizers.Sequence([split(theirs("llama-bpe")), bytes_only()]),
     "qwen2": lambda: pre_tokenizers.Sequence([split(theirs("qwen2")), bytes_only()]),
+    "qwen35": lambda: pre_tokenizers.Sequence([split(PRETOKENIZE_REGEX), bytes_only()]),
     "tekken": lambda: pre_tokenizers.Sequence([split(theirs("tekken")), bytes_only()]),
     "gpt-4o": lambda: pre_tokenizers.Sequence([split(theirs("gpt-4o")), bytes_only()]),
+    "falcon": lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation("contiguous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Digits(individual_digits=False),
+            split("[0-9][0-9][0-9]"),
+        ]
+    ),
+    "bloom": lambda: pre_tokenizers.Sequence([split(r" ?[^(\s|[.,!?…。，、।۔،])]+"), bytes_only()]),
+    "exaone4": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "glm4": lambda: pre_tokenizers.Sequence([split(theirs("llama-bpe")), bytes_only()]),
+    "deepseek-v3": lambda: pre_tokenizers.Sequence([*map(split, DEEPSEEK3), bytes_only()]),
+    "deepseek-coder": lambda: pre_tokenizers.Sequence(
+        [
+            *map(split, ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+")),
+            pre_tokenizers.Digits(individual_digits=True),
+            bytes_only(),
+        ]
+    ),
+    "hunyuan": lambda: pre_tokenizers.Sequence([split(theirs("qwen2")), bytes_only()]),
+    "kimi-k2": lambda: pre_tokenizers.Sequence([split(KIMI), bytes_only()]),
+    "cohere2moe": lambda: pre_tokenizers.Sequence(
+        [split(r"\d{1,3}(?=(?:\d{3})*\b)"), split(theirs("gpt-4o")), bytes_only()]
+    ),
     "default": lambda: pre_tokenizers.Sequence(
         [split(r"[\p{P}$+<=>^~|]+"), split(GPT2), split(r"\p{N}+"), split("[0-9]{3}"), bytes_only()]
     ),
@@ -59,8 +107,8 @@ ORIGINALS: dict[str, Callable[[], Any]] = {
 
 @cache
 def original(pre: str) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(ignore_merges=pre in {"llama-bpe", "tekken"}))
-    tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre in {"llama-bpe", "tekken", "glm4", "hunyuan", "kimi-k2"}))
+    tokenizer.normalizer = normalizers.NFC() if pre in {"qwen2", "qwen35", "hunyuan"} else None
     tokenizer.pre_tokenizer = ORIGINALS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -144,6 +192,36 @@ def test_byte_level_vocabularies(pre: str, text: str) -> None:
 def test_every_text_of_the_corpus_comes_back(pre: str) -> None:
     for text in CORPUS[:4]:
         assert from_gguf(pre).decode(from_gguf(pre).encode(text).ids) == text
+
+
+def pieces(pre: str, text: str) -> list[str]:
+    """The texts that are merged apart from each other."""
+    cuts = json.loads(read_tokenizer(as_metadata(original("gpt-2"), pre)).tokenizer["tokenizer.json"])["pre_tokenizer"]
+    made = pre_tokenizers.Sequence([split(cut["pattern"]["Regex"]) for cut in cuts["pretokenizers"][:-1]])
+    return [piece for piece, _ in made.pre_tokenize_str(text)]
+
+
+@given(text=st.lists(PIECES | st.text("aZéÀǅ漢字かな々12½ ,;'s\u0301\n…/", max_size=6), max_size=12).map("".join))
+@settings(max_examples=100, deadline=None)
+def test_classes_without_han_letters(text: str) -> None:
+    """Another regex engine cuts Kimi's texts alike."""
+    assert pieces("kimi-k2", text) == regex.findall(KIMI, text, regex.V1)
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "wanted"),
+    [
+        ("afmoe", "x 1234567 12 ½²", ["x", " ", "1", "234", "567", " ", "12", " ", "½²"]),
+        ("cohere2moe", "1234567 12", ["1", "234", "567", " ", "12"]),
+        ("deepseek-v3", "1234567;it", ["123", "456", "7", ";it"]),
+        ("deepseek-llm", "a 12你好!?", ["a", " ", "1", "2", "你好", "!?"]),
+        ("exaone-moe", "two words 12", ["two words", " ", "1", "2"]),
+        ("laguna", "a\n\nb 12", ["a", "\n\n", "b", " ", "1", "2"]),
+        ("youtu", "你好、a camelCase", ["你好", "、", "a", " camel", "Case"]),
+    ],
+)
+def test_how_text_is_cut(pre: str, text: str, wanted: list[str]) -> None:
+    assert pieces(pre, text) == wanted
 
 
 def test_the_frame_of_a_text() -> None:
@@ -298,6 +376,50 @@ def test_sentencepiece_tokens_in_the_text() -> None:
     found = sentencepiece(False).encode("the [INST]quick</s>", add_special_tokens=False).ids
     place = {token: index for index, token in enumerate(tokens)}
     assert found == [*by_score("the ", tokens, scores), place["[INST]"], *by_score("quick", tokens, scores), 2]
+
+
+@cache
+def gemma4() -> tuple[Tokenizer, Tokenizer]:
+    """A tokenizer of Gemma's kind with merges of its own, and the one of its GGUF file."""
+    wanted = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    wanted.normalizer = normalizers.Replace(" ", MARK)
+    wanted.decoder = decoders.Sequence([decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "<turn|>"]
+    # Learned of words: merges do not cross spaces.
+    words = [piece for text in CORPUS[:4] for piece in text.replace(" ", f" {MARK}").split(" ")]
+    learned = Tokenizer(models.BPE())
+    learned.train_from_iterator(words, trainers.BpeTrainer(vocab_size=600, special_tokens=special))
+    made = json.loads(wanted.to_str())
+    made["model"] |= {key: json.loads(learned.to_str())["model"][key] for key in ("vocab", "merges")}
+    wanted = Tokenizer.from_str(json.dumps(made))
+    wanted.add_special_tokens([AddedToken("<turn|>", normalized=False)])
+    vocab = sorted(wanted.get_vocab(), key=wanted.token_to_id)
+    kinds = {"<unk>": 2, "<pad>": 3, "<eos>": 3, "<bos>": 3, "<turn|>": 3}
+    metadata = {
+        "general.architecture": "gemma4",
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": vocab,
+        "tokenizer.ggml.scores": [-1000.0] * len(vocab),
+        "tokenizer.ggml.token_type": [kinds.get(token, 6 if token.startswith("<0x") else 1) for token in vocab],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in made["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    assert "merges is missing" in read_tokenizer({**metadata, "tokenizer.ggml.merges": None}).no_tokenizer
+    return wanted, rebuilt(metadata)
+
+
+@given(text=TEXTS.map(lambda text: text.replace("<", "")))
+@settings(max_examples=80, deadline=None)
+def test_gemma4_vocabularies(text: str) -> None:
+    """BOS is added whatever the flag says, as in llama.cpp."""
+    wanted, found = gemma4()
+    ids = wanted.encode(text).ids
+    assert found.encode(text, add_special_tokens=False).ids == ids
+    assert found.encode(f"{text}<turn|>").ids == [2, *ids, wanted.token_to_id("<turn|>")]
+    assert found.decode(ids) == wanted.decode(ids)
 
 
 def test_merges_are_recovered_best_first() -> None:

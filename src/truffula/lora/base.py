@@ -65,7 +65,7 @@ class BaseSource:
     ``dtype`` and ``quantize`` are the engine's, which rounds matrices accordingly; it does not round ``exact`` ones,
     and does not quantise those in ``unquantised``. ``latent`` sites act where cached latents are read, on those of all
     tokens. Of its ``vocab_size`` + ``more_ids`` ids the last are adapters' own. ``tied``: embedding and head are one
-    tensor; ``kv_heads`` by layer.
+    tensor; ``kv_heads`` by layer. ``no_adapters``: see ``Checkpoint``.
     """
 
     path: str
@@ -83,6 +83,7 @@ class BaseSource:
     quantize: str = "none"
     exact: tuple[int, ...] = ()
     unquantised: tuple[int, ...] = ()
+    no_adapters: str = ""
 
 
 def base_source(
@@ -109,6 +110,7 @@ def base_source(
         exact=tuple(float32 | {decl.id for decl in program.weights if decl.dtype == "float32"}),
         unquantised=tuple(op.kv_b for op in program.ops if isinstance(op, Mla)),
         latent=tuple(item.site for op in program.ops if isinstance(op, Mla) for item in op.slices),
+        no_adapters=checkpoint.no_adapters,
     )
 
 

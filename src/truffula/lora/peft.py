@@ -139,6 +139,8 @@ def _parse(
     files: AdapterFiles, config: Mapping[str, Any], sites: Sequence[Site], base: BaseFacts, *, own_texts: bool = True
 ) -> ParsedAdapter:
     """The adapter as its metadata says, whatever its method."""
+    if base.weights is not None and base.weights.source.no_adapters:
+        raise AdapterError(f"{base.model} takes no adapters: {base.weights.source.no_adapters}", param="base")
     method, infos = METHODS.get(str(config.get("peft_type"))), files.tensors.tensors
     sites = base.own_sites(sites)
     check_config(config)

@@ -44,7 +44,7 @@ class Checkpoint(ABC):
     ``TensorInfo``; ``files`` are the files of the tensors, held open until ``close``. GGUF names, metadata and
     conventions are translated to Hugging Face's, so the users of this interface do not depend on the format.
     ``unused`` are stored tensors without effect here, which are not among ``tensors``. ``warnings`` are for the
-    operator.
+    operator. ``no_adapters``: why adapters that were trained on the model do not fit these weights, if so.
     """
 
     path: Path
@@ -55,6 +55,7 @@ class Checkpoint(ABC):
     files: tuple[MappedFile, ...]
     warnings: tuple[str, ...]
     unused: tuple[str, ...] = ()
+    no_adapters: str = ""
 
     @abstractmethod
     def read(self, name: str) -> Array:

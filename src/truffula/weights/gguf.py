@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from truffula.errors import CheckpointError, some
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
+from truffula.weights.gguf_changes import Change, Config, Order
 from truffula.weights.gguf_header import GgufHeader, GgufTensor, PartName, name_file_in_errors, read_header
-from truffula.weights.gguf_hparams import ROPE_FREQS, check_unread_keys
-from truffula.weights.gguf_names import family_of, rename, to_config
+from truffula.weights.gguf_hparams import TABLES, HParams, check_unread_keys
+from truffula.weights.gguf_names import change_of, family_of, rename, to_config
 from truffula.weights.gguf_quants import BY_NAME, FORMATS, dequantize, values_of_blocks
 from truffula.weights.gguf_tokenizer import generation_config
 from truffula.weights.mapped import MappedFile
@@ -24,13 +27,14 @@ from truffula.weights.mapped import MappedFile
 # A file that was cut into byte ranges: some publishers do this to stay below the Hub's limit of 50 GB per file.
 _PIECE = re.compile(r"(?P<whole>.+\.gguf)(?P<cut>[.-]?(part|split)-?)[a-z0-9]+", re.IGNORECASE)
 
+_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.", re.ASCII)
+
 
 class GgufCheckpoint(Checkpoint):
     """A GGUF model, in one file or in parts; ``path`` is the first.
 
-    ``read`` reverses the changes of llama.cpp's converter: interleaved rows of q and k, norms stored as 1 + weight.
-    Unquantised tensors without such changes are views of the mapped file; all others are new arrays, in float32 where
-    the file is quantised.
+    ``read`` reverses the changes of llama.cpp's converter (``gguf_changes``). Unquantised tensors without such changes
+    are views of the mapped file; all others are new arrays, in float32 where the file is quantised.
     """
 
     format = "gguf"
@@ -45,77 +49,149 @@ class GgufCheckpoint(Checkpoint):
             metadata = parts[0].header.metadata
             self._header = GgufHeader(metadata, {name: item for name, (_, item) in found.items()})
             self._family = family_of(self._header)
-            factors = None
-            if ROPE_FREQS in found:  # the config holds its values, in ``rope_parameters``
-                part, item = found.pop(ROPE_FREQS)
-                factors = dequantize(FORMATS[item.type], part.file.view(item.offset, item.nbytes), item.shape)
-            self.config: dict[str, Any] = to_config(self._header, self._family, factors, warnings)
+            self.no_adapters = self._family.no_adapters
+            tables = {}  # the config holds their values
+            for part, item in (found.pop(name) for name in TABLES if name in found):
+                view = part.file.view(item.offset, item.nbytes)
+                tables[item.name] = dequantize(FORMATS[item.type], view, item.shape)
+            hparams = HParams(metadata["general.architecture"], self._header, tables)
+            self.config: dict[str, Any] = to_config(hparams, self._family, warnings)
+            self._made = self._family.made(hparams, self.config) if self._family.made is not None else {}
             self.generation_config: dict[str, Any] = generation_config(metadata)
             warnings += check_unread_keys(self._header)
+            self._layers = metadata[f"{metadata['general.architecture']}.block_count"]
             self.tensors = self._renamed(found)
-        self.warnings = tuple(warnings)
+        self.warnings = (*warnings, *([f"No adapters are taken: {self.no_adapters}"] if self.no_adapters else []))
 
     def _renamed(self, stored: Mapping[str, tuple[Part, GgufTensor]]) -> dict[str, TensorInfo]:
-        found, unknown = {}, []
+        found: dict[str, list[TensorInfo]] = {}
+        unknown, unused = [], []
+        layers = self.config["num_hidden_layers"]
         for name, (part, item) in stored.items():
             new = rename(self._family, name)
-            if new is None:
+            layer = _LAYER.match(name)
+            if layer and layers <= int(layer[1]) < self._layers:  # it predicts further tokens
+                unused.append(name)
+            elif new is None:
                 unknown.append(name)
             else:
-                format = FORMATS[item.type].name
-                shape = item.shape
-                # The gate of a shared expert is a matrix of one row, a convolution's matrices have one: not in files.
-                if new.endswith("shared_expert_gate.weight"):
-                    shape = (1, *shape)
-                elif new.endswith(".conv.conv.weight") and len(shape) == 2:
-                    shape = (shape[0], 1, shape[1])
-                found[new] = TensorInfo(new, shape, format, part.path, item.offset, item.nbytes)
+                info = TensorInfo(name, item.shape, FORMATS[item.type].name, part.path, item.offset, item.nbytes)
+                for each, rows in self._split(new, info):
+                    found.setdefault(each, []).append(rows)
         if unknown:
             architecture = self._header.metadata["general.architecture"]
             raise CheckpointError(f"a {architecture} model has no such tensors: {some(unknown)}.", param=unknown[0])
-        return found
+        self.unused = tuple(unused)
+        items = found.items()
+        tensors = {name: self._made_of(name, sorted(parts, key=lambda part: part.name)) for name, parts in items}
+        for name, values in self._made.items():
+            tensors[name] = TensorInfo(name, values.shape, "F32", self.path, 0, values.nbytes)
+        return tensors
 
-    def _data(self, name: str) -> Array:
-        """``[nbytes]`` uint8: the tensor's bytes, with its rows in Hugging Face's order."""
-        data, info, heads = self.raw(name), self.info(name), self._interleaved_heads(name)
-        if not heads or not data.size:
-            return data
-        rows = info.shape[0]
-        if rows % (2 * heads) or data.size % rows:  # a vector in blocks has no rows of whole bytes
-            raise CheckpointError(
-                f"{self.path}: tensor {name!r}: {rows} rows in {info.dtype} do not divide into pairs of {heads} heads.",
-                param=name,
-            )
-        # The rows of each head are interleaved pairs, and become two halves. A row is whole blocks.
-        pairs = data.reshape(heads, rows // heads // 2, 2, -1)
-        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
+    def _split(self, name: str, info: TensorInfo) -> list[tuple[str, TensorInfo]]:
+        """``info``, or each of its rows, where they are modules of their own."""
+        module, _, kind = name.rpartition(".")
+        own = next((own for stem, own in self._family.split.items() if module.endswith(f".{stem}")), None)
+        if own is None:
+            return [(name, info)]
+        rows, *shape = info.shape
+        if not shape or rows not in (self.config["num_attention_heads"], self.config["num_key_value_heads"]):
+            why = f"{info.name} has the shape {list(info.shape)}: not a row for each head."
+            raise CheckpointError(why, param=info.name)
+        size = info.nbytes // rows
+        return [
+            (f"{module}.{own.format(h=row)}.{kind}",
+             msgspec.structs.replace(info, shape=tuple(shape), offset=info.offset + row * size, nbytes=size))
+            for row in range(rows)
+        ]  # fmt: skip
 
-    def _interleaved_heads(self, name: str) -> int:
-        """The number of heads whose rows the converter has interleaved in this tensor; 0 for none."""
-        if self._family.permuted and ".self_attn.q_proj." in name:
-            return int(self.config["num_attention_heads"])
-        if self._family.permuted and ".self_attn.k_proj." in name:
-            return int(self.config["num_key_value_heads"])
-        return 0
+    def _made_of(self, name: str, parts: list[TensorInfo]) -> TensorInfo:
+        change, first, types = change_of(self._family, name, len(parts)), parts[0], {part.dtype: 0 for part in parts}
+        try:
+            shape = change.shape(self.config, *(part.shape for part in parts))
+        except (ValueError, IndexError, TypeError):
+            shape = None
+        if shape is None or math.prod(shape) != sum(math.prod(part.shape) for part in parts):
+            names, shapes = " and ".join(part.name for part in parts), [list(part.shape) for part in parts]
+            raise CheckpointError(f"{name} cannot be made of {names}, of the shapes {shapes}.", param=first.name)
+        nbytes = sum(part.nbytes for part in parts)
+        info = TensorInfo(name, shape, "+".join(types), first.file, first.offset, nbytes)
+        whole = self._in_whole_blocks(info, change)
+        if whole and len(parts) == 1:
+            return info
+        kept = whole or (change.kept and len(types) == 1 and BY_NAME[first.dtype].dtype is not None)
+        several = tuple(parts) if len(parts) > 1 or change.values is not None else ()
+        return msgspec.structs.replace(info, parts=several, values=first.dtype if kept else "F32")
+
+    def _info_and_change(self, name: str) -> tuple[TensorInfo, Change]:
+        info = self.info(name)
+        return info, change_of(self._family, name, len(info.parts))
+
+    def _sorted(self, name: str, data: Array) -> Array:
+        """``data``, the tensor's bytes or its values, with rows and columns in Hugging Face's order."""
+        info, change = self._info_and_change(name)
+        shape = info.shape
+        for times, n, order in ((1, shape[0], change.rows), (math.prod(shape[:-1]), shape[-1], change.columns)):
+            if order is None or not data.size:
+                continue
+            runs = self._runs(info, order, n)
+            if data.size % (times * len(runs)):
+                raise self._not_divided(info, n)
+            data = data.reshape(times, len(runs), -1)[:, runs].reshape(-1)
+        return data
+
+    def _runs(self, info: TensorInfo, order: Callable[[Config, int], Order], n: int) -> Order:
+        """The order of n rows or columns, which is made of no number that is larger."""
+        try:
+            runs = order({key: value for key, value in self.config.items() if type(value) is not int or value <= n}, n)
+        except (KeyError, ValueError):
+            raise self._not_divided(info, n) from None
+        if not len(runs) or n % len(runs):
+            raise self._not_divided(info, n)
+        return runs
+
+    def _not_divided(self, info: TensorInfo, n: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: tensor {info.name!r}: its {n} rows or columns in {info.dtype} do not divide into equal "
+            "parts, as the metadata's numbers of heads say.",
+            param=info.name,
+        )
+
+    def _in_whole_blocks(self, info: TensorInfo, change: Change) -> bool:
+        """Whether the tensor is in blocks of one kind that are not divided when it is put in order."""
+        format, last = BY_NAME.get(info.dtype), change.columns if len(info.shape) > 1 else change.rows
+        if format is None or change.values is not None:
+            return False
+        if format.size == 1 or last is None:
+            return True
+        return info.shape[-1] // len(self._runs(info, last, info.shape[-1])) % format.size == 0
 
     def blocks(self, name: str) -> QuantisedArray | None:
-        info = self.info(name)
-        format = BY_NAME[info.dtype]
-        if not format.scales or len(info.shape) < 2:
+        info, change = self._info_and_change(name)
+        format = BY_NAME.get(info.dtype)
+        if format is None or not format.scales or len(info.shape) < 2 or not self._in_whole_blocks(info, change):
             return None
         *rows, width = info.shape
-        data = self._data(name).reshape(*rows, width // format.size, format.nbytes)
+        data = self._sorted(name, self._bytes(info)).reshape(*rows, width // format.size, format.nbytes)
         scales = np.ascontiguousarray(data[..., : 2 * format.scales]).view(np.float16)
         if not np.isfinite(scales).all():
             return None  # the caller reads the values instead and reports those that are not finite
         return QuantisedArray(format.name, data, info.shape, partial(values_of_blocks, format))
 
     def read(self, name: str) -> Array:
-        info = self.info(name)
-        values = dequantize(BY_NAME[info.dtype], self._data(name), info.shape)
-        if self._family.shifted and name.endswith("norm.weight"):
-            values = values.astype(np.float32) - np.float32(1)
-        return values
+        if name in self._made:
+            return self._made[name]
+        info, change = self._info_and_change(name)
+        if self._in_whole_blocks(info, change):
+            return dequantize(BY_NAME[info.dtype], self._sorted(name, self._bytes(info)), info.shape)
+        stored = info.parts or (info,)
+        values = [dequantize(BY_NAME[part.dtype], self.bytes_of(part), part.shape) for part in stored]
+        if change.values is not None:
+            values = [change.values(self.config, *values)]
+        return self._sorted(name, np.concatenate([item.reshape(-1) for item in values])).reshape(info.shape)
+
+    def _bytes(self, info: TensorInfo) -> Array:
+        return np.concatenate([self.bytes_of(part) for part in info.parts]) if info.parts else self.bytes_of(info)
 
 
 @dataclass(frozen=True)

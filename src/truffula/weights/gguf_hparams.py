@@ -49,15 +49,21 @@ _CHANGES = re.compile(
     r"|ssm|swiglu|swin|time_|token_shift|use_|wkv|xielu|.*scale|.*softcapping)"
 )
 ROPE_FREQS = "rope_freqs.weight"
+TABLES = (ROPE_FREQS, "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that are not the model's, but say how it is rotated."""
 _OF_YARN = ("original_context_length", "yarn_beta_fast", "yarn_beta_slow")
 
 
 @dataclass(frozen=True)
 class HParams:
-    """The hyperparameters under the prefix of the file's architecture. Keys are given without the prefix."""
+    """The hyperparameters under the prefix of the file's architecture. Keys are given without the prefix.
+
+    ``tables`` are the values of the file's ``TABLES``; whoever reads one removes it.
+    """
 
     architecture: str
     header: GgufHeader
+    tables: dict[str, Any]
 
     def name(self, key: str) -> str:
         return f"{self.architecture}.{key}"
@@ -77,6 +83,59 @@ class HParams:
             raise self._error(key, f"is {value!r}; it must be a positive integer.")
         return value
 
+    def some(self, key: str, default: int | None = None) -> int:
+        """``count``, in which a list has zeros for layers without what is counted."""
+        each = self.get(key)
+        if not isinstance(each, list) or any(type(count) is not int or count < 0 for count in each):
+            return self.count(key, default)
+        found = set(each) - {0}
+        return found.pop() if len(found) == 1 else self.count(key, default)
+
+    def optional(self, key: str) -> int:
+        """A count that may be missing or 0."""
+        return self.count(key) if self.get(key) else 0
+
+    def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
+        """A positive integer for each layer; a single one is that of all."""
+        value = self._required(key, default)
+        if not isinstance(value, list):
+            return [self.count(key, default)] * layers
+        if len(value) != layers or any(type(item) is not int or item < 1 for item in value):
+            raise self._error(key, f"is {str(value)[:80]}; it must have {layers} positive integers, one per layer.")
+        return value
+
+    def numbers(self, name: str, layers: int) -> list[float]:
+        """A finite number for each layer, under the whole name of a key; a single one is that of all."""
+        value = self.header.metadata.get(name)
+        each: list[Any] = value if isinstance(value, list) else [value] * layers
+        numeric = all(isinstance(item, int | float) and not isinstance(item, bool) for item in each)
+        if len(each) != layers or not numeric or not all(map(math.isfinite, each)):
+            why = f"it must have {layers} finite numbers, one per layer"
+            raise CheckpointError(f"the GGUF metadata key {name} is {str(value)[:80]}; {why}.", param=name)
+        return each
+
+    def has(self, tensor: str) -> bool:
+        """Whether some layer has this tensor."""
+        return any(name.endswith(f".{tensor}") for name in self.header.tensors)
+
+    def quotient(self, key: str, by: str) -> int:
+        whole, count = self.count(key), self.count(by)
+        if whole % count:
+            raise self._error(by, f"is {count}, which does not divide {self.name(key)}, {whole}.")
+        return whole // count
+
+    def listed(self, key: str, kind: type) -> list[Any]:
+        """A list with an item for each layer, also for those that predict further tokens."""
+        each, layers = self.get(key), self.count("block_count")
+        if not isinstance(each, list) or len(each) != layers or any(type(item) is not kind for item in each):
+            shown = f"a list of {len(each)}" if isinstance(each, list) else repr(each)
+            raise self._error(key, f"is {shown}; expected a list of {layers} of type {kind.__name__}.")
+        return each
+
+    def attends(self) -> list[bool]:
+        """Which layers have KV heads."""
+        return [count > 0 for count in self.listed("attention.head_count_kv", int)]
+
     def real(self, key: str, default: float | None = None, *, least: float | None = None) -> float:
         """A finite number of at least ``least``: the shortest decimal form (1e-05) of the stored float32."""
         value = self._required(key, default)
@@ -85,6 +144,12 @@ class HParams:
         if least is not None and value < least:
             raise self._error(key, f"is {value}; it must be at least {least}.")
         return float(str(np.float32(value)))
+
+    def only(self, key: str, found: Any, *supported: Any) -> None:
+        """Raise ``UnsupportedModel`` unless ``found``, the value of the key, is one that is ``supported``."""
+        if found not in supported:
+            known = " or ".join(map(str, supported))
+            raise UnsupportedModel(f"{self.name(key)} is {found}; it must be {known}.", param=self.name(key))
 
     def _required(self, key: str, default: Any) -> Any:
         value = self.get(key, default)
@@ -139,24 +204,48 @@ def rope_parameters(
     older = hparams.real("rope.scale_linear", 0.0, least=0.0)
     factor = hparams.real("rope.scaling.factor", older, least=0.0) or 1.0
     yarn = {key: hparams.get(f"rope.scaling.{key}") for key in _OF_YARN}
-    if kind not in ("none", "linear", "yarn"):
-        raise UnsupportedModel(f"{name} is {kind!r}; none, linear and yarn are supported.", param=name)
-    if kind != "yarn":
-        ignored = [hparams.name(f"rope.scaling.{key}") for key, value in yarn.items() if value is not None]
-        if ignored:
-            warnings.append(f"{', '.join(ignored)}: no effect, because {name} is {kind}.")
+    table = next((item for item in TABLES[1:] if item in hparams.tables), ROPE_FREQS if factors is not None else "")
+    if kind not in ("none", "linear", "yarn", *(("longrope",) if table in TABLES[1:] else ())):
+        why = f"none, linear and yarn are supported, and longrope with {TABLES[1]} and {TABLES[2]}"
+        raise UnsupportedModel(f"{name} is {kind!r}; {why}.", param=name)
     if kind == "none":
         factor = 1.0
+    if table and (kind == "yarn" or factor != 1.0):
+        raise UnsupportedModel(
+            f"both {table} and a rope scaling ({kind}, factor {factor}) are given; one is supported.", param=table
+        )
+    if table in TABLES[1:]:
+        return _longrope(hparams, base)
+    # The original length is without effect, too, where it is the whole one.
+    unscaled = {_OF_YARN[0]: hparams.get("context_length")} if kind != "yarn" else yarn
+    ignored = [key for key, value in yarn.items() if value not in (None, unscaled.get(key))]
+    if ignored:
+        names = ", ".join(hparams.name(f"rope.scaling.{key}") for key in ignored)
+        warnings.append(f"{names}: no effect, because {name} is {kind}.")
     if factors is not None:
-        if kind == "yarn" or factor != 1.0:
-            raise UnsupportedModel(
-                f"both {ROPE_FREQS} and a rope scaling ({kind}, factor {factor}) are given; one is supported.",
-                param=ROPE_FREQS,
-            )
         return _from_table(factors, base["rope_theta"], width)
     if kind == "yarn":
         return {**base, "rope_type": "yarn", "factor": factor, **_yarn(hparams)}
     return base if factor == 1.0 else {**base, "rope_type": "linear", "factor": factor}
+
+
+def _longrope(hparams: HParams, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Two tables of divisors: of sequences up to the original length, and of longer ones."""
+    found = {}
+    for name, key in zip(TABLES[1:], ("long_factor", "short_factor"), strict=True):
+        if name not in hparams.tables:
+            raise CheckpointError(f"{name} is missing; the file has the other table of longrope.", param=name)
+        table = np.asarray(hparams.tables.pop(name), np.float32).reshape(-1)
+        if not np.isfinite(table).all() or table.size == 0 or table.min() <= 0:
+            raise CheckpointError(f"{name} holds factors that are not positive numbers.", param=name)
+        found[key] = table.tolist()
+    key = "rope.scaling.original_context_length"
+    original, longest = hparams.count(key, None), hparams.count("context_length")
+    stored, scale = hparams.real("rope.scaling.attn_factor", 1.0), longest / original
+    usual = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 and original > 1 else 1.0
+    # The file has it in float32: where that is the usual one, it is left to be computed exactly.
+    given = {} if np.float32(stored) == np.float32(usual) else {"attention_factor": stored}
+    return {**base, "rope_type": "longrope", **found, "original_max_position_embeddings": original, **given}
 
 
 def _yarn(hparams: HParams) -> dict[str, Any]:

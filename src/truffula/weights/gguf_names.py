@@ -7,16 +7,25 @@ changes to tensors are reversed here, and its loader.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights.gguf_families import FAMILIES, MIXTRAL, Family
+from truffula.weights import gguf_dense, gguf_experts, gguf_gemma, gguf_hybrids, gguf_latent, gguf_mamba, gguf_older
+from truffula.weights.gguf_changes import PLAIN, Change
+from truffula.weights.gguf_families import Family
 from truffula.weights.gguf_header import GgufHeader
 from truffula.weights.gguf_hparams import ROPE_FREQS, HParams, rope_parameters
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-
+FAMILIES: Mapping[str, Family] = {
+    **gguf_dense.FAMILIES,
+    **gguf_gemma.FAMILIES,
+    **gguf_older.FAMILIES,
+    **gguf_experts.FAMILIES,
+    **gguf_latent.FAMILIES,
+    **gguf_hybrids.FAMILIES,
+    **gguf_mamba.FAMILIES,
+}
 # Other kinds of GGUF files, by ``general.type``.
 _OTHER_KINDS = {
     "adapter": "a LoRA adapter; adapters are read in PEFT's format (adapter_config.json and safetensors)",
@@ -39,58 +48,65 @@ def family_of(header: GgufHeader) -> Family:
             f"general.architecture is {architecture!r}; supported in GGUF files are {', '.join(FAMILIES)}.",
             param="general.architecture",
         )
-    if architecture == "llama" and header.metadata.get("llama.expert_count"):
-        return MIXTRAL
-    return family
+    return (family.variant and family.variant(header)) or family
 
 
 def rename(family: Family, name: str) -> str | None:
     """The Hugging Face name of a tensor, or None for one that this family does not have."""
-    stem, dot, kind = name.rpartition(".")
-    if not dot or kind not in {"weight", "bias"}:
-        return None
-    match = re.fullmatch(r"blk\.(0|[1-9]\d*)\.([a-z0-9_.]+)", stem)
-    if match is None:
-        top = _TOP.get(stem)
-        return family.whole.get(name) or (f"{top}.{kind}" if top else None)
-    layer, whole, part = f"model.layers.{match[1]}.", family.whole.get(f"{match[2]}.{kind}"), family.block.get(match[2])
-    if whole is not None:
-        return layer + whole
-    return f"{layer}{part}.{kind}" if part else None
+    match = re.fullmatch(r"blk\.(0|[1-9]\d*)\.([a-z0-9_.]+)", name)
+    layer, local = (f"{family.layers}{match[1]}.", match[2]) if match else ("", name)
+    stem, _, kind = local.rpartition(".")
+    module = (family.block if match else family.top).get(stem)
+    if local in family.whole:
+        return layer + family.whole[local]
+    return f"{layer}{module}.{kind}" if module and kind in {"weight", "bias"} else None
 
 
-def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: list[str]) -> dict[str, Any]:
+def change_of(family: Family, name: str, parts: int) -> Change:
+    """How a tensor of the checkpoint is made of the stored ones, which are so many."""
+    local = re.sub(r"^.*?\.\d+\.", "", name)
+    change = family.changes.get(local.rpartition(".")[0]) or family.changes.get(local, PLAIN)
+    return PLAIN if change.joins and parts < 2 else change
+
+
+def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str, Any]:
     """The config.json that this file's metadata describes.
 
     ``tie_word_embeddings`` is not in it: a GGUF file of a tied model has no ``output.weight``.
-    ``rope_factors`` are the values of ``rope_freqs.weight``, or None.
     """
-    architecture = header.metadata["general.architecture"]
-    hparams = HParams(architecture, header)
-    hidden, heads = hparams.count("embedding_length"), hparams.count("attention.head_count")
-    width, (eps, eps_name) = _head_dim(hparams, hidden, heads, partial=family.partial), family.eps
+    header, factors = hparams.header, hparams.tables.pop(ROPE_FREQS, None) if family.factors else None
+    layers = _layers(hparams, len(header.tensors))
+
+    def number(key: str, default: int | None = None) -> int:
+        return hparams.each(key, layers, default)[0] if family.by_layer else hparams.some(key, default)
+
+    inner = "feed_forward_length"
+    if hparams.get(inner) is None and hparams.get(f"expert_{inner}") is not None:
+        inner = f"expert_{inner}"  # of a model whose layers all have experts
+    hidden, heads = hparams.count("embedding_length"), number("attention.head_count")
+    width, (eps, eps_name) = _head_dim(hparams, hidden, heads, family), family.eps
     config: dict[str, Any] = {
         "model_type": family.model_type,
         "architectures": [family.class_name],
         "hidden_size": hidden,
-        "intermediate_size": hparams.count("feed_forward_length"),
-        "num_hidden_layers": _layers(hparams, len(header.tensors)),
+        "intermediate_size": number(inner),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": _kv_heads(hparams, heads),
+        "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": width,
         "max_position_embeddings": hparams.count("context_length"),
         eps_name: hparams.real(eps),
         "vocab_size": _vocab_size(hparams),
-        "rope_parameters": rope_parameters(hparams, family.default_theta, rope_factors, width, warnings),
+        "rope_parameters": rope_parameters(hparams, family.default_theta, factors, width, warnings),
     }
     for key, ggml in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         value = header.metadata.get(f"tokenizer.ggml.{ggml}_token_id")
         if isinstance(value, int) and value < config["vocab_size"]:
             config[key] = value
     family.extra(hparams, config)
-    if family.shifted and rope_factors is not None:
-        raise UnsupportedModel(f"{ROPE_FREQS} is not supported in a {architecture} file.", param=ROPE_FREQS)
-    return config
+    for name in hparams.tables:
+        raise UnsupportedModel(f"{name} is not supported in a {hparams.architecture} file.", param=name)
+    return {new: value for name, value in config.items() if (new := family.keys.get(name, name)) is not None}
 
 
 def _layers(hparams: HParams, tensors: int) -> int:
@@ -102,28 +118,19 @@ def _layers(hparams: HParams, tensors: int) -> int:
     return count
 
 
-def _head_dim(hparams: HParams, hidden: int, heads: int, *, partial: bool) -> int:
+def _head_dim(hparams: HParams, hidden: int, heads: int, family: Family) -> int:
+    """The width of a head; of latent attention, that of its rotated part."""
+    if family.latent:
+        return hparams.count("rope.dimension_count")
     width = hparams.count("attention.key_length", max(hidden // heads, 1))
     wholes = [("attention.value_length", "values must be as wide as keys")]
-    if not partial:
+    if not family.partial:
         wholes.append(("rope.dimension_count", "partial rotation is not supported"))
     for key, why in wholes:
         found, name = hparams.count(key, width), hparams.name(key)
         if found != width:
             raise UnsupportedModel(f"{name} is {found}, for heads {width} wide: {why}.", param=name)
     return width
-
-
-def _kv_heads(hparams: HParams, heads: int) -> int:
-    """The number of KV heads. A list with one number per layer has zeros for layers without attention."""
-    each = hparams.get("attention.head_count_kv")
-    if isinstance(each, list) and 0 in each and any(each):
-        found = set(each) - {0}
-        name = hparams.name("attention.head_count_kv")
-        if len(found) > 1 or not all(type(count) is int and count > 0 for count in found):
-            raise UnsupportedModel(f"{name} differs from layer to layer: {each[:8]}.", param=name)
-        return int(found.pop())
-    return hparams.count("attention.head_count_kv", heads)
 
 
 def _vocab_size(hparams: HParams) -> int:

@@ -1,8 +1,8 @@
 """A GGUF file's vocabulary written as tokenizer.json and tokenizer_config.json, for the ``tokenizers`` library.
 
-Two kinds are supported. ``gpt2``: byte-level BPE with the file's merges; ``tokenizer.ggml.pre`` names the rule by
+Three kinds are supported. ``gpt2``: byte-level BPE with the file's merges; ``tokenizer.ggml.pre`` names the rule by
 which text is split before merging. ``llama``: SentencePiece BPE with byte fallback; its merges are recovered from the
-vocabulary.
+vocabulary. ``gemma4``: the same with the file's merges.
 Sources: llama.cpp's tokenizers, which define what a file means, and the tokenizer.json of the same models.
 """
 
@@ -33,6 +33,7 @@ _LLAMA3 = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]+[", r"[^\s\p{L}\p{M}\p{N}]+[")
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -43,21 +44,68 @@ _GPT4O = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_LETTERS_OF_DEEPSEEK = (
+    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-"
+    r"ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
+)
+_CJK = r"[一-龥ࠀ-一가-퟿]+"
+_GROUPS_OF_DIGITS = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"  # of three, counted from the right
+_AFMOE = r"[一-鿿㐀-䶿豈-﫿぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+"
+_KIMI = (
+    r"[\p{Han}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_EXAONE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+_YOUTU = r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+"
 # Text is split by the first pattern, the pieces by the next.
 _SPLITS: Mapping[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    **dict.fromkeys(("gpt-2", "olmo", "mpt", "jais", "trillion", "phi-2"), (_GPT2,)),
+    **dict.fromkeys(("gpt-2", "olmo", "mpt", "jais", "trillion", "phi-2", "exaone4", "gigachat"), (_GPT2,)),
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (r"\p{N}", _GPT2)
     ),
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2"), (_LLAMA3,)),
-    **dict.fromkeys(("smaug-bpe", "dbrx", "chatglm-bpe", "glm4"), (_LLAMA3,)),
-    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "kormo"), (_QWEN2,)),
+    **dict.fromkeys(("smaug-bpe", "dbrx", "chatglm-bpe", "glm4", "glm5"), (_LLAMA3,)),
+    **dict.fromkeys(("bloom", "gpt3-finnish"), (r" ?[^(\s|.,!?…。，、।۔،)]+",)),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), _DEEPSEEK3),
+    "deepseek-llm": (r"[\r\n]", _LETTERS_OF_DEEPSEEK, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CJK, r"\p{N}"),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
+    "kimi-k2": (_KIMI,),
+    "afmoe": (_GROUPS_OF_DIGITS, _AFMOE, _DEEPSEEK3[2]),
+    "exaone-moe": (_EXAONE,),
+    "laguna": (r"[^\n]+|[\n]+", _QWEN2),
+    "youtu": (_YOUTU, _GPT4O.replace(r"\p{N}{1,3}", r"\p{N}")),
+    **dict.fromkeys(("cohere2moe", "tiny_aya"), (r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)),
+    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "kormo", "hunyuan", "solar-open"), (_QWEN2,)),
+    "qwen35": (_QWEN35,),
     "tekken": (_TEKKEN,),
-    **dict.fromkeys(("gpt-4o", "llama4", "minimax-m2"), (_GPT4O,)),
+    **dict.fromkeys(("gpt-4o", "llama4", "minimax-m2", "kanana2"), (_GPT4O,)),
 }
-# A piece that is a whole token is not merged from its parts, and BOS is added unless the file says otherwise.
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+# Falcon cuts digits after bytes have become characters, some of which are digits (², ¼).
+_OTHERS: Mapping[str, list[dict[str, Any]]] = {
+    "falcon": [
+        {"type": "Punctuation", "behavior": "Contiguous"},
+        {**_BYTE_LEVEL, "use_regex": True},
+        {"type": "Digits", "individual_digits": False},
+        {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
+    ]
+}
+# BOS is added unless the file says otherwise.
 _LLAMA3_LIKE = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken"})
+# A piece that is a whole token is not merged of parts. The last two are of tiktoken, which llama.cpp does not imitate.
+_WHOLE = _LLAMA3_LIKE | {"glm4", "glm5", "youtu", "hunyuan", "kimi-k2"}
 # Keys under ``general.sampling.`` that generation_config.json has too.
 _SAMPLING = {
     "temp": "temperature",
@@ -66,7 +114,7 @@ _SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-_NFC = frozenset({"qwen2", "deepseek-r1-qwen", "megrez", "kormo"})
+_NFC = frozenset({"qwen2", "qwen35", "deepseek-r1-qwen", "megrez", "kormo", "hunyuan"})
 
 
 def read_tokenizer(metadata: Mapping[str, Any]) -> ModelTexts:
@@ -101,13 +149,13 @@ def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
-    if vocabulary.kind == "llama":
+    if vocabulary.kind in ("llama", "gemma4"):
         return _sentencepiece(vocabulary)
     if vocabulary.kind != "gpt2":
-        raise UnreadableVocabulary(f"{PREFIX}model is {vocabulary.kind!r}; supported are gpt2 and llama")
+        raise UnreadableVocabulary(f"{PREFIX}model is {vocabulary.kind!r}; supported are gpt2, llama and gemma4")
     pre = vocabulary.metadata.get(f"{PREFIX}pre", "default")
-    if not isinstance(pre, str) or pre not in _SPLITS:
-        raise UnreadableVocabulary(f"{PREFIX}pre is {pre!r}; supported are {', '.join(sorted(_SPLITS))}")
+    if not isinstance(pre, str) or pre not in {*_SPLITS, *_OTHERS}:
+        raise UnreadableVocabulary(f"{PREFIX}pre is {pre!r}; supported are {', '.join(sorted({*_SPLITS, *_OTHERS}))}")
     if pre == "default":
         vocabulary.warnings.append(f"{PREFIX}pre names no rule for splitting text; llama.cpp's default is used.")
     return _byte_level(vocabulary, pre)
@@ -123,19 +171,18 @@ def _byte_level(vocabulary: Vocabulary, pre: str) -> dict[str, Any]:
         if len(foreign) * 2 > count > 1:
             raise UnreadableVocabulary(f"{what}: they belong to another vocabulary")
         vocabulary.warnings.append(f"{what}; they are left out.")
-    cuts = [
+    cuts: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in _SPLITS[pre]
+        for pattern in _SPLITS.get(pre, ())
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = _bpe(vocabulary.tokens, merges, ignore_merges=pre in _LLAMA3_LIKE)
+    model = _bpe(vocabulary.tokens, merges, ignore_merges=pre in _WHOLE)
     return _assemble(
         vocabulary,
         vocabulary.added(vocabulary.tokens),
         model,
         normalizer={"type": "NFC"} if pre in _NFC else None,
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [*cuts, byte_level]},
-        decoder=byte_level,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": _OTHERS.get(pre) or [*cuts, _BYTE_LEVEL]},
+        decoder=_BYTE_LEVEL,
         add_bos=vocabulary.flag("add_bos_token", pre in _LLAMA3_LIKE),
     )
 
@@ -147,6 +194,8 @@ def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
     same = [token if token == spelled else "" for token, spelled in zip(vocabulary.tokens, tokens, strict=True)]
     merges, foreign = vocabulary.merges()
     scores = vocabulary.scores()
+    if vocabulary.kind == "gemma4" and not merges:
+        raise UnreadableVocabulary(f"{PREFIX}merges is missing")
     if not merges or foreign:  # llama.cpp reads the scores alone
         if not scores:
             raise UnreadableVocabulary(
@@ -178,7 +227,8 @@ def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
         normalizer=normalizer,
         pre_tokenizer=None,
         decoder={"type": "Sequence", "decoders": steps},
-        add_bos=vocabulary.flag("add_bos_token", True),
+        # llama.cpp adds it to gemma4's whatever the flag says.
+        add_bos=vocabulary.flag("add_bos_token", True) or vocabulary.kind == "gemma4",
     )
 
 

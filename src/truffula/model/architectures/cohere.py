@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from truffula.model.architectures.moe_pieces import DEEPSEEK_NAMES, read_experts
+from truffula.model.architectures.moe_pieces import DEEPSEEK_NAMES, predictors, read_experts
 from truffula.model.architectures.pieces import (
     ACTIVATIONS,
     MakeNorm,
@@ -25,7 +25,7 @@ from truffula.model.parts.mlp import MlpSpec
 from truffula.model.parts.moe import MoeSpec, RouterSpec, SharedSpec
 from truffula.model.rope import read_rope
 from truffula.model.rows import NormSpec
-from truffula.model.spec import LayerSpec, ModelSpec
+from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames
 
 
 def cohere(view: ConfigView) -> ModelSpec:
@@ -81,8 +81,8 @@ def cohere2_moe(view: ConfigView) -> ModelSpec:
                           out_bias=bias)  # fmt: skip
         part = MlpSpec(view.integer("prefix_dense_intermediate_size"), moe.activation) if kind == "dense" else moe
         made.append(LayerSpec(mixer, part, norm(view, "input_layernorm"), None, parallel=True))
-    rope = read_rope(view, sizes.head_dim)
-    return finish_spec(view, made, (rope,), norm(view, "norm"), logit_scale=view.number("logit_scale"))
+    rope, names = read_rope(view, sizes.head_dim), ModuleNames(unused=predictors(view, layers))
+    return finish_spec(view, made, (rope,), norm(view, "norm"), logit_scale=view.number("logit_scale"), names=names)
 
 
 def _cohere_experts(view: ConfigView, sizes: Sizes) -> MoeSpec:

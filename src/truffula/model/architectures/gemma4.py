@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from truffula.model.architectures.moe_pieces import MOST_EXPERTS, read_top_k
+from truffula.model.architectures.moe_pieces import expert_number, read_top_k
 from truffula.model.architectures.pieces import (
     ACTIVATIONS,
     Sizes,
@@ -158,9 +158,7 @@ def _experts(view: ConfigView) -> MoeSpec | None:
     if not view.flag("enable_moe_block"):
         view.skip("num_experts", "top_k_experts", "moe_intermediate_size")
         return None
-    experts = view.integer("num_experts")
-    if experts > MOST_EXPERTS:
-        raise view.error("num_experts", f"at most {MOST_EXPERTS} experts are served.", experts)
+    experts = expert_number(view, "num_experts")
     router = RouterSpec(experts, read_top_k(view, "top_k_experts", experts), norm=1.0, expert_scale=True)
     activation = view.choice("hidden_activation", ACTIVATIONS)
     return MoeSpec(router, view.integer("moe_intermediate_size"), activation, names=EXPERT_NAMES)

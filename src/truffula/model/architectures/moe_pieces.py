@@ -19,10 +19,15 @@ DEEPSEEK_NAMES = MoeNames(shared="mlp.shared_experts")
 
 def read_experts(view: ConfigView, key: str) -> tuple[int, int]:
     """The number of experts, under ``key``, and how many a row uses."""
+    experts = expert_number(view, key)
+    return experts, read_top_k(view, "num_experts_per_tok", experts)
+
+
+def expert_number(view: ConfigView, key: str) -> int:
     experts = view.integer(key)
     if experts > MOST_EXPERTS:
         raise view.error(key, f"at most {MOST_EXPERTS} experts are served.", experts)
-    return experts, read_top_k(view, "num_experts_per_tok", experts)
+    return experts
 
 
 def read_top_k(view: ConfigView, key: str, experts: int) -> int:

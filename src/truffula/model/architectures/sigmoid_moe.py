@@ -9,6 +9,7 @@ from truffula.model.architectures.mixtral import MIXTRAL_NAMES
 from truffula.model.architectures.moe_pieces import (
     DEEPSEEK_NAMES,
     dense_first,
+    expert_number,
     moe_model,
     predictors,
     read_experts,
@@ -91,8 +92,8 @@ def exaone_moe(view: ConfigView) -> ModelSpec:
     for one in windows(view, sizes.layers, window, kinds):
         rope = 0 if window is None or one is not None else None
         layers.append(llama_layer(view, sizes, one, rope=rope, qk_norm=True))
-    tables = (read_rope(view, sizes.head_dim),)
-    return finish_spec(view, with_experts(layers, moe, sparse), tables, rms(view, "norm"))
+    tables, names = (read_rope(view, sizes.head_dim),), ModuleNames(unused=("mtp.", *predictors(view, sizes.layers)))
+    return finish_spec(view, with_experts(layers, moe, sparse), tables, rms(view, "norm"), names=names)
 
 
 _AFMOE_NAMES = MoeNames(
@@ -158,7 +159,7 @@ _ERNIE_NAMES = MoeNames(correction="moe_statics.e_score_correction_bias", shared
 
 def ernie4_5_moe(view: ConfigView) -> ModelSpec:
     """The softmax with a correction decides; ``use_bias`` is for all linears but those of experts, and the head."""
-    sizes, bias, experts = read_sizes(view), view.flag("use_bias"), view.integer("moe_num_experts")
+    sizes, bias, experts = read_sizes(view), view.flag("use_bias"), expert_number(view, "moe_num_experts")
     width, shared = view.integer("moe_intermediate_size"), view.integer("moe_num_shared_experts", minimum=0)
     router = RouterSpec(experts, read_top_k(view, "moe_k", experts), correction=True, norm=1.0,
                         floor=view.number("moe_norm_min"))  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from truffula.model.architectures.mixtral import MIXTRAL_NAMES
-from truffula.model.architectures.moe_pieces import moe_model, read_experts, with_experts
+from truffula.model.architectures.moe_pieces import expert_number, moe_model, read_experts, with_experts
 from truffula.model.architectures.pieces import (
     ACTIVATIONS,
     attention,
@@ -73,7 +73,7 @@ def hunyuan_v1_moe(view: ConfigView) -> ModelSpec:
     """Norms of q and k per head after the rotation; a shared expert as wide as the others."""
     view.skip("eod_token_id", "sep_token_id")
     sizes, bias = read_sizes(view), view.flag("attention_bias")
-    experts, top_k = view.integer("num_experts"), _same_in_all_layers(view, "moe_topk")
+    experts, top_k = expert_number(view, "num_experts"), _same_in_all_layers(view, "moe_topk")
     if top_k > experts:
         raise view.error("moe_topk", f"the model has {experts} experts.", top_k)
     moe = MoeSpec(

@@ -1,0 +1,180 @@
+"""GGUF families of Gemma 1 to 4 (text)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.weights.gguf_changes import less_one
+from truffula.weights.gguf_families import (
+    BLOCK,
+    LLAMA_BLOCK,
+    TOP,
+    Family,
+    attention_bias,
+    biased,
+    expert_count,
+    layer_types,
+)
+from truffula.weights.gguf_hparams import ROPE_FREQS, HParams
+
+_GEMMA2_BLOCK = {
+    **BLOCK,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GEMMA3_BLOCK = {**_GEMMA2_BLOCK, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GEMMA4_BLOCK = {
+    **_GEMMA3_BLOCK,
+    "ffn_gate_inp": "router.proj",
+    "ffn_gate_exps": "experts.gate_proj",
+    "ffn_up_exps": "experts.up_proj",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+}
+_GEMMA4_WHOLE = {
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_gate_up_exps.weight": "experts.gate_up_proj",
+    "ffn_down_exps.weight": "experts.down_proj",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+    "layer_output_scale.weight": "layer_scalar",
+}
+_GEMMA4_TOP = {
+    **TOP,
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
+
+
+def _gemma2(hparams: HParams, config: dict[str, Any]) -> None:
+    config["sliding_window"] = hparams.count("attention.sliding_window", 4096)
+    config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every=2)
+    config["attn_logit_softcapping"] = hparams.real("attn_logit_softcapping", 50.0)
+    config["final_logit_softcapping"] = hparams.real("final_logit_softcapping", 30.0)
+    config["query_pre_attn_scalar"] = _attention_scalar(config, layers_of_27b=46)
+    theta, local = config["rope_parameters"]["rope_theta"], hparams.get("rope.freq_base_swa")
+    if local is not None and hparams.real("rope.freq_base_swa") != theta:
+        name = hparams.name("rope.freq_base_swa")
+        raise UnsupportedModel(f"{name} is {local}; gemma2 has one base for all layers, here {theta}.", param=name)
+
+
+def _gemma3(hparams: HParams, config: dict[str, Any]) -> None:
+    config["sliding_window"] = hparams.count("attention.sliding_window")
+    config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every=6)
+    config["query_pre_attn_scalar"] = _attention_scalar(config, layers_of_27b=62)
+    cap = hparams.get("final_logit_softcapping")
+    config["final_logit_softcapping"] = hparams.real("final_logit_softcapping") if cap else None
+    local = {"rope_type": "default", "rope_theta": hparams.real("rope.freq_base_swa", 10000.0)}
+    config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+
+
+def _attention_scalar(config: Mapping[str, Any], layers_of_27b: int) -> int:
+    """``query_pre_attn_scalar``, for which the format has no key.
+
+    It differs from the head's width in the 27B models only, which llama.cpp also recognises by their number of layers.
+    """
+    if config["num_hidden_layers"] == layers_of_27b:
+        return int(config["hidden_size"] // config["num_attention_heads"])
+    return int(config["head_dim"])
+
+
+def _gemma4(hparams: HParams, config: dict[str, Any]) -> None:
+    """``key_length`` and ``freq_base`` are of full layers, the keys that end in ``_swa`` of the others."""
+    layers, tensors = config["num_hidden_layers"], hparams.header.tensors
+    kinds = layer_types(hparams, layers, every=6)
+    shared = hparams.optional("attention.shared_kv_layers")
+    if shared >= layers:
+        name = hparams.name("attention.shared_kv_layers")
+        raise CheckpointError(f"{name} is {shared}, of {layers} layers.", param=name)
+    full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    wide, narrow = config["head_dim"], hparams.count("attention.key_length_swa")
+    for key in ("attention.value_length_swa", "rope.dimension_count_swa"):
+        if hparams.count(key, narrow) != narrow:
+            name = hparams.name(key)
+            raise UnsupportedModel(f"{name} is {hparams.get(key)}, for heads {narrow} wide.", param=name)
+    heads = {kind: _of_kind(hparams, kinds, kind, config["num_attention_heads"]) for kind in set(kinds)}
+    wide_layer = {"head_dim": wide, "num_key_value_heads": heads.get("full_attention")}
+    config |= {
+        "layer_types": kinds,
+        "head_dim": narrow,
+        "num_key_value_heads": heads.get("sliding_attention", heads.get("full_attention")),
+        "per_layer_config": {str(index): wide_layer for index in full},
+        "sliding_window": hparams.count("attention.sliding_window"),
+        "num_kv_shared_layers": shared,
+        "attention_bias": biased(hparams),
+        # Full layers without a value matrix use their keys as values.
+        "attention_k_eq_v": bool(full)
+        and not {f"blk.{full[0]}.attn_{name}.weight" for name in ("v", "qkv")} & {*tensors},
+        "hidden_size_per_layer_input": hparams.optional("embedding_length_per_layer_input"),
+        "final_logit_softcapping": hparams.real(cap) if hparams.get(cap := "final_logit_softcapping") else None,
+        **_widths(hparams, config, layers - shared),
+    }
+    table = tensors.get("per_layer_token_embd.weight")
+    config["vocab_size_per_layer_input"] = config["vocab_size"] if table is None else table.shape[0]
+    config["rope_parameters"] = {
+        "full_attention": _proportional(hparams, config["rope_parameters"], wide),
+        "sliding_attention": {"rope_type": "default", "rope_theta": hparams.real("rope.freq_base_swa")},
+    }
+    if hparams.get("expert_count"):
+        config["enable_moe_block"] = True
+        config["num_experts"] = expert_count(hparams)
+        config["top_k_experts"] = hparams.count("expert_used_count")
+        config["moe_intermediate_size"] = hparams.count("expert_feed_forward_length")
+
+
+def _of_kind(hparams: HParams, kinds: list[str], kind: str, heads: int) -> int:
+    """The number of KV heads of all layers of a type."""
+    each = hparams.each("attention.head_count_kv", len(kinds), heads)
+    found = {count for count, other in zip(each, kinds, strict=True) if other == kind}
+    if len(found) != 1:
+        name = hparams.name("attention.head_count_kv")
+        raise UnsupportedModel(f"{name} differs between layers of the type {kind}: {each[:8]}.", param=name)
+    return found.pop()
+
+
+def _widths(hparams: HParams, config: Mapping[str, Any], first: int) -> dict[str, Any]:
+    """The width of the MLP, which may be twice as large in layers from ``first`` on, which share keys and values."""
+    each = hparams.each("feed_forward_length", config["num_hidden_layers"])
+    double = bool(each[first:]) and each[-1] == 2 * each[0]
+    if each != [each[0]] * len(each[:first]) + [each[0] * (1 + double)] * len(each[first:]):
+        name = hparams.name("feed_forward_length")
+        raise UnsupportedModel(f"{name} differs from layer to layer: {each[:8]}.", param=name)
+    return {"intermediate_size": each[0], "use_double_wide_mlp": double}
+
+
+def _proportional(hparams: HParams, rope: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """The rotation of full layers: in the table, pairs that are rotated have 1, those that are not at least 1e30."""
+    table = hparams.tables.pop(ROPE_FREQS, None)
+    if table is None or rope["rope_type"] != "default":
+        what = "is missing" if table is None else f"is given with the rope scaling {rope['rope_type']}"
+        raise CheckpointError(f"{ROPE_FREQS} {what}, in a {hparams.architecture} file.", param=ROPE_FREQS)
+    factors = np.asarray(table, np.float64).reshape(-1)
+    rotated = int((factors == 1.0).sum())
+    if 2 * factors.size != width or not (factors[:rotated] == 1.0).all() or not (factors[rotated:] >= 1e30).all():
+        raise UnsupportedModel(
+            f"{ROPE_FREQS} is {factors[:8].tolist()}…; expected {width // 2} numbers, first 1, then 1e30.",
+            param=ROPE_FREQS,
+        )
+    return {"rope_type": "proportional", "rope_theta": rope["rope_theta"],
+            "partial_rotary_factor": rotated / factors.size}  # fmt: skip
+
+
+FAMILIES: Mapping[str, Family] = {
+    "gemma": Family("gemma", "GemmaForCausalLM", LLAMA_BLOCK, attention_bias, changes=less_one(LLAMA_BLOCK),
+                    factors=False),
+    "gemma2": Family("gemma2", "Gemma2ForCausalLM", _GEMMA2_BLOCK, _gemma2, changes=less_one(_GEMMA2_BLOCK),
+                     factors=False),
+    "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", _GEMMA3_BLOCK, _gemma3, changes=less_one(_GEMMA3_BLOCK),
+                     default_theta=None, factors=False),
+    "gemma4": Family("gemma4_text", "Gemma4ForCausalLM", _GEMMA4_BLOCK, _gemma4, whole=_GEMMA4_WHOLE, top=_GEMMA4_TOP,
+                     default_theta=None, factors=False, by_layer=True),
+}  # fmt: skip
