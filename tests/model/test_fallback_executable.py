@@ -82,7 +82,8 @@ def test_an_adapter_on_a_module_that_sees_other_rows_is_an_error():
     hooks.prepare(6, segments, 0, [])
     with pytest.raises(KernelError, match="0 saw 5 rows in a pass of 6"):
         model(x)
-    hooks.prepare_one(segments)  # all rows are of one sequence: kv_b_proj of latent attention sees its cached ones too
+    # All rows are of one sequence: kv_b_proj of latent attention sees its cached ones too.
+    hooks.prepare(None, segments, None, segments)
     assert (model(x) - x @ model[0].weight.T).detach().round().tolist() == [[4.0] * 4] * 5
 
 

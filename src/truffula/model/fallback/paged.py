@@ -109,8 +109,8 @@ class PagedExecutable(TransformersExecutable):
 
 
 def _by_row(heads: Tensor) -> Tensor:
-    """``[1, H, T, D]`` as ``[T, H·D]``."""
-    return heads[0].transpose(0, 1).reshape(heads.shape[2], -1)
+    """``[1, H, T, D]`` as ``[T, H, 1, D]``."""
+    return heads.transpose(0, 2)
 
 
 @cache

@@ -106,7 +106,7 @@ class SerialExecutable(TransformersExecutable):
         before, sequence.computed = sequence.computed, -1
         for lo, hi in pieces:
             kept = rows[(rows >= lo) & (rows < hi)] - lo
-            self.hooks.prepare_one(active)
+            self.hooks.prepare(None, active, None, active)
             cache = self.described.trace.cache
             past = {} if sequence.cache is None else {cache.name: sequence.cache}
             logits, out = self.forward(tokens[lo:hi], kept, use_cache=True, **past)
