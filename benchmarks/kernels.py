@@ -38,7 +38,7 @@ from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import NO_IDS, Capacity, SequenceSampling
 from truffula.testing.programs import Part, attach, fill_step, random_adapter
 
-FORMATS = ("float32", "bfloat16", "FP8_128", "NF4", "Q8_0", "Q4_0", "Q4_1", "Q5_0")
+FORMATS = ("float32", "bfloat16", "FP8_128", "NF4", "FP4_16", "Q8_0", "Q4_0", "Q4_1", "Q5_0")
 KERNELS = ("linear", "lora", "parts", "attention", "norm", "head", "sampler")
 BLOCK = 16
 

@@ -29,7 +29,7 @@ from truffula.testing.programs import Part, as_dtype, decoder_program, fill_step
 from truffula.testing.tiny import tiny_config
 
 BLOCK = 16
-VARIANTS = ("BF16", "FP8_128", "NF4", "Q8_0", "Q5_0", "Q4_0", "Q4_1")
+VARIANTS = ("BF16", "FP8_128", "NF4", "FP4_16", "Q8_0", "Q5_0", "Q4_0", "Q4_1")
 
 
 def pull(variant: str) -> PullWeight:
@@ -47,7 +47,7 @@ def pull(variant: str) -> PullWeight:
 
 def kind_of(decl: WeightDecl, variant: str) -> str:
     """How a weight is stored."""
-    if variant in ("BF16", "FP8_128", "NF4"):
+    if variant in ("BF16", "FP8_128", "NF4", "FP4_16"):
         return variant
     return "Q8_0" if decl.shape[0] > 10000 else variant
 

@@ -27,7 +27,7 @@ def test_every_kernel_and_format_is_measured_beside_its_limit() -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     linears = [(line["shape"], line["format"], line["rows"]) for line in report["lines"] if line["kernel"] == "linear"]
-    formats = ("float32", "bfloat16", "FP8_128", "NF4", "Q8_0", "Q4_0", "Q4_1", "Q5_0")
+    formats = ("float32", "bfloat16", "FP8_128", "NF4", "FP4_16", "Q8_0", "Q4_0", "Q4_1", "Q5_0")
     assert linears == [("50x64", stored, rows) for stored in formats for rows in (1, 3)]
     others = {line["kernel"] for line in report["lines"]} - {"linear"}
     parts = {"lora", "lora, bias", "lora, input scale", "dora"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from truffula.config import EngineConfig
+from truffula.engine.build import find_settings
 from truffula.engine.kv_layout import KvLayout
 from truffula.engine.memory import memory_limit, plan_memory
 from truffula.errors import InsufficientMemory
 from truffula.kernels.backend import MemoryLimit, MemoryPlan
 from truffula.kernels.host import free_memory, usable_cpus
+from truffula.kernels.inputs import Capacity
+from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.select import select_backend
+from truffula.model.load import plan_model
+from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
+from truffula.weights.open import open_checkpoint
 
 GIB = 2**30
 PLAN = MemoryPlan(weight_bytes=2 * GIB, arena_bytes=2**26, logits_bytes=2**24, kv_block_bytes=(2**20,))
@@ -115,6 +123,29 @@ def test_without_a_number_the_limit_is_a_share_of_what_is_free():
     limit = memory_limit(None, select_backend())
     assert 0 < limit.nbytes < free_memory().nbytes * 1.5
     assert "free on this machine" in limit.reason or "control group" in limit.reason
+
+
+def test_a_sequence_has_the_state_rows_and_blocks_of_all_unfinished_steps(tmp_path: Path):
+    class Deep(ReferenceBackend):
+        def plan(self, *given, **more):
+            return replace(super().plan(*given, **more), depth=3)
+
+    folder = write_tiny_checkpoint(tmp_path, tiny_config("qwen3_5_text"))
+    with closing(open_checkpoint(folder)) as checkpoint:
+        plan = plan_model(checkpoint)
+        for backend, depth in ((ReferenceBackend(), 1), (Deep(), 3)):
+            planned = backend.plan(plan.program, "float32", Capacity(64, 1, 1, 1, 1, 16, 4))
+            least = planned.fixed_bytes + planned.kv_block_bytes[0] + (depth + 1) * planned.state_bytes
+            config = EngineConfig(
+                model=str(folder),
+                dtype="float32",
+                max_model_len=16,
+                max_running=1,
+                step_tokens=64,
+                memory_bytes=2 * least,
+            )
+            found = find_settings(config, folder, plan, backend)
+            assert found.limits.num_states == depth + 3  # row 0, and a snapshot for each block of which there is one
 
 
 def test_quotas_bound_the_threads(tmp_path: Path):

@@ -117,7 +117,7 @@ samplings = st.builds(
 
 
 formats = st.sampled_from(
-    ["float32", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "fp8_128", "fp8_32", "nf4", "", "Q8_0"]
+    ["float32", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "fp8_128", "fp8_32", "nf4", "fp4_16", "", "Q8_0"]
 )
 numbers32 = st.one_of(st.integers(-1, 5), NASTY)
 

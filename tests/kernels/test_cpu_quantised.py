@@ -23,17 +23,27 @@ from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.select import Precision, select_backend
 from truffula.testing.programs import AdapterTensors
 from truffula.weights.gguf_quants import values_of_blocks
-from truffula.weights.quantised.packing import BY_KIND, FLOAT8, NF4_NUMBERS
+from truffula.weights.quantised.bits import unpack_e2m1
+from truffula.weights.quantised.packing import BY_KIND, FLOAT8, NF4_NUMBERS, pack_fp4
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
 TABLES = instruction_sets() if available() else ()
 KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0")
-FLOATS = (*FLOAT8, "NF4")
+E2M1 = unpack_e2m1(np.arange(16, dtype=np.uint8))[::2]
+FLOATS = (*FLOAT8, "NF4", "FP4_16")
 
 
 def quantised(values: np.ndarray, kind: str) -> QuantisedArray:
     """What the gguf package makes of ``values``; or the nearest floats, the largest of each group at the format's."""
     format, values = BY_KIND[kind], values.astype(np.float32)
+    if kind == "FP4_16":
+        values = np.pad(values, ((0, 0), (0, -values.shape[1] % 16)))
+        by = np.float32(448 * 6 / max(np.abs(values).max(), 1e-30))  # as compressed-tensors has it
+        grouped = values.reshape(len(values), -1, 16)
+        scales = (np.abs(grouped).max(-1) / 6 * by).astype(ml_dtypes.float8_e4m3fn)
+        sizes = np.maximum(scales.astype(np.float32) / by, 1e-30)
+        codes = np.abs((grouped / sizes[..., None])[..., None] - E2M1).argmin(-1).astype(np.uint8)
+        return of_fp4(codes.reshape(len(values), -1), scales.view(np.uint8), 1, by)
     if kind in FLOATS:
         grouped = np.pad(values, ((0, 0), (0, -values.shape[1] % format.size))).reshape(len(values), -1, format.size)
         largest = 448 if kind in FLOAT8 else 1
@@ -48,6 +58,13 @@ def quantised(values: np.ndarray, kind: str) -> QuantisedArray:
     packed = quants.quantize(values, GGMLQuantizationType[kind])
     blocks = packed.reshape(len(values), -1, format.nbytes)
     return QuantisedArray(kind, blocks, values.shape, partial(values_of_blocks, format))
+
+
+def of_fp4(codes: np.ndarray, scales: np.ndarray, times: float, by: float) -> QuantisedArray:
+    """Blocks of ``codes [rows, inputs]`` of e2m1 and bytes ``scales [rows, inputs / 16]`` of e4m3."""
+    blocks = pack_fp4(codes[:, ::2] | codes[:, 1::2] << 4, scales, np.float32(times), np.float32(by))
+    assert blocks is not None
+    return QuantisedArray("FP4_16", blocks, codes.shape, partial(values_of_blocks, BY_KIND["FP4_16"]))
 
 
 def of_codes(codes: np.ndarray, scales: np.ndarray, shape: tuple[int, ...], kind: str) -> QuantisedArray:
@@ -158,6 +175,8 @@ def test_products_with_small_floats_are_those_of_their_values(kind, table, outpu
 @pytest.mark.parametrize("kind", FLOATS)
 def test_every_number_has_its_value(kind, table):
     """Multiplied, with few rows and with many, and looked up."""
+    if kind == "FP4_16":
+        return check_every_product_and_look_up(*every_fp4(), table)
     scales = np.array([[1.0], [0.1], [-3e-7], [1e9]], np.float32)
     codes = np.arange(256, dtype=np.uint8).reshape(4, 64)[:, ::-1].copy()
     if kind == "NF4":
@@ -169,6 +188,19 @@ def test_every_number_has_its_value(kind, table):
     size = BY_KIND[kind].nbytes - 4
     blocks = np.pad(codes, ((0, 0), (0, -codes.shape[1] % size))).reshape(4, -1, size)
     weight = of_codes(blocks, scales.repeat(blocks.shape[1], 1), (4, 64), kind)
+    check_every_product_and_look_up(weight, wanted, table)
+
+
+def every_fp4() -> tuple[QuantisedArray, np.ndarray]:
+    """Every number with every scale, which two float32 multiply and divide."""
+    scales = np.resize(np.array([code for code in range(256) if code & 0x7F != 0x7F], np.uint8), (64, 4))
+    codes = np.resize(np.arange(16, dtype=np.uint8), (64, 64))
+    times, by = np.float32(0.3), np.float32(713.7)
+    sizes = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * times / by
+    return of_fp4(codes, scales, times, by), E2M1[codes] * sizes.repeat(16, 1)
+
+
+def check_every_product_and_look_up(weight: QuantisedArray, wanted: np.ndarray, table: str) -> None:
     np.testing.assert_array_equal(weight.dequantise(), wanted)
     eye = np.eye(64, dtype=np.float32)
     for dtype in ("float32", "bfloat16"):
@@ -177,10 +209,11 @@ def test_every_number_has_its_value(kind, table):
         few = [product(CpuBackend(1, table), row[None], [weight], dtype=dtype)[0] for row in eye]
         np.testing.assert_array_equal(many.T, rounded)
         np.testing.assert_array_equal(np.transpose(few), rounded)
-    one = OneOp("float32", 4)
+    count = len(wanted)
+    one = OneOp("float32", count)
     tied = one.weight(wanted, "rows matmul")
     one.values[f"w{tied}"] = [weight]
-    one.ops.append(Linear(name="head", x=one.input(np.ones((4, 64))), weight=tied, out=one.buffer(4)))
+    one.ops.append(Linear(name="head", x=one.input(np.ones((count, 64))), weight=tied, out=one.buffer(count)))
     looked_up = one.run(CpuBackend(1, table), Embed(name="rows", table=tied, out=one.buffer(64)))
     np.testing.assert_array_equal(looked_up, wanted)
 
@@ -202,7 +235,7 @@ def test_a_row_stands_alone(kind, table):
     "kinds",
     [
         *(("Q8_0", "Q4_0", "Q5_0"), ("Q4_1", "Q4_1"), ("Q4_1", "Q8_0"), ("Q4_0", "float32")),
-        *(("FP8_128", "FP8_128"), ("FP8_128", "FP8_32"), ("FP8_32", "Q8_0")),
+        *(("FP8_128", "FP8_128"), ("FP8_128", "FP8_32"), ("FP8_32", "Q8_0"), ("FP4_16", "FP4_16", "FP4_16")),
     ],
 )
 def test_fused_parts(kinds):

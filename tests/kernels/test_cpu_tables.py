@@ -144,23 +144,26 @@ def test_float32_rows_are_summed_by_128_inputs(isa, stored, rows, outputs, input
 
 
 @pytest.mark.parametrize("isa", FUSED)
-@pytest.mark.parametrize("kind", ["FP8_128", "FP8_32", "NF4"])
+@pytest.mark.parametrize("kind", ["FP8_128", "FP8_32", "NF4", "FP4_16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 16, 32), (8, 40, 128), (13, 35, 160), (29, 17, 416)])
 def test_sums_of_a_group_are_scaled_and_added_upward(isa, kind, dtype, rows, outputs, inputs):
-    """FP8 in the order of bfloat16 matrices, NF4 in that of float32 ones."""
+    """FP8 in the order of bfloat16 matrices, 4 bits in that of float32 ones; scales of FP4 are in its numbers."""
     rng, format = np.random.default_rng(inputs), BY_KIND[kind]
     groups = -(-inputs // format.size)
     codes = rng.integers(0, 256, (outputs, groups, format.nbytes - 4), np.uint8)
     codes[(codes & 0x7F) == 0x7F] = 0  # NaN of e4m3
     scales = halves(rng, outputs, groups)
+    if kind == "FP4_16":
+        scales = np.ones_like(scales)
+        codes[..., :4] = np.array([3], np.float32).view(np.uint8)  # by which the scales behind it are divided
     blocks = np.concatenate([scales[..., None].view(np.uint8), codes], -1)
     stored = QuantisedArray(kind, blocks, (outputs, inputs), partial(values_of_blocks, format))
     blocks = np.concatenate([np.ones_like(scales)[..., None].view(np.uint8), codes], -1)
     w = QuantisedArray(kind, blocks, (outputs, inputs), partial(values_of_blocks, format)).dequantise()
     x, wanted = halves(rng, rows, inputs), np.zeros((rows, outputs))
-    order = in_pairs if kind != "NF4" else in_order
-    order = summed_by_tiles if (isa, dtype) == ("amx", "bfloat16") and kind != "NF4" else order
+    order = in_pairs if kind.startswith("FP8") else in_order
+    order = summed_by_tiles if (isa, dtype) == ("amx", "bfloat16") and kind.startswith("FP8") else order
     for group in range(groups):
         span = slice(group * format.size, min(inputs, (group + 1) * format.size))
         sums = order(x[:, span], w[:, span]).astype(np.float64)

@@ -127,6 +127,7 @@ def test_taps_show_every_op_and_only_in_debug(backend):
     program = llama_program()
     weights = random_weights(program)
     executable = backend.load(program, "float32", pull_from(weights), CAPACITY, debug=True)
+    assert executable.depth == backend.plan(program, "float32", CAPACITY).depth
     with pytest.raises(KernelError, match="has not run"):
         executable.tap(1)
     fill_step(executable.inputs, [Part((1, 2, 3), 0, (1,))], 4)

@@ -16,7 +16,10 @@ from truffula.weights.open import open_checkpoint
 
 FAST = (("gptq-4-act-order", False), ("fp8-channel", True))
 # Small floats are multiplied without rounding: the same answers from packed weights.
-PACKED = ("fp8-tensor", "fp8-channel", "fp8-ue8m0", "fp8-mxfp8", "modelopt-mxfp8", "ct-mxfp8", "bnb-nf4-block-256")
+PACKED = (
+    *("fp8-tensor", "fp8-channel", "fp8-ue8m0", "fp8-mxfp8", "modelopt-mxfp8", "ct-mxfp8", "bnb-nf4-block-256"),
+    "modelopt-nvfp4",
+)
 CASES = [*((name, False) for name in LINEAR), *((name, True) for name in PACKED)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,7 +61,58 @@ def test_a_sequence_keeps_its_cache_when_blocks_of_its_slots_former_sequence_are
     assert step(Part((8, 9), 0, (2,))) == 1
     start(1, 3)
     assert step(Part((10,), 2, (2,)), Part((3,), 0, (1,))) == 2
-    assert step(Part((11,), 3, (2,)), Part((4,), 1, (1,))) == 2
+    assert step(Part((11,), 3, (2,)), Part((4,), 1, (1,))) == 1  # their caches, states of a fixed size, are stacked
+    executable.close()
+
+
+@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
+def test_stacked_sequences_come_and_go(tmp_path, kind):
+    """Each gets the logits that it has alone, with an adapter on one of them; rwkv's code cannot stack."""
+    opened = open_checkpoint(write_small(tmp_path, small_config(kind, num_hidden_layers=2)))
+    plan = plan_model(opened)
+    backend = TransformersBackend(plan.transformers, ReferenceBackend())
+    capacity = replace(CAPACITY, max_seqs=4, max_logit_rows=16, num_blocks=20)
+    executable = backend.load(plan.program, "float32", WeightReader(opened, plan), capacity)
+    assert executable.stacks == (kind == "mamba")
+    rng = np.random.default_rng(0)
+    texts = rng.integers(5, 100, (4, 9)).tolist()
+    sites = [site for site in plan.interface.sites if site.kind == "linear"]
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32) / 3
+    parts = [low_rank(site.id, draw(2, site.in_features), draw(site.out_features, 2), 1.0) for site in sites]
+    image = make_image(executable.layout, parts, generation="a")
+    adapters = [executable.adapter(image), None, None, None]
+    seen = [0, 0, 0, 0]
+
+    def step(*chunks: tuple[int, int]) -> list[np.ndarray]:
+        """The last logits of each sequence, continued by so many tokens."""
+        ids = [tuple(texts[slot][seen[slot] : seen[slot] + count]) for slot, count in chunks]
+        blocks = [tuple(range(1 + 4 * slot, 4 + 4 * slot)) for slot, _ in chunks]
+        parts = [Part(i, seen[s], b, adapters[s]) for i, b, (s, _) in zip(ids, blocks, chunks, strict=True)]
+        fill_step(executable.inputs, parts, capacity.block_size)
+        executable.inputs.seq_slot[: len(chunks)] = [slot for slot, _ in chunks]
+        executable.run()
+        for slot, count in chunks:
+            seen[slot] += count
+        return list(executable.logits())
+
+    def start(slot: int) -> None:
+        seen[slot] = 0
+        executable.set_sequence(slot, np.array(texts[slot], np.int32), np.zeros(0, np.int32), SequenceSampling())
+
+    for slot in range(4):
+        start(slot)
+    wanted = {}
+    for slot in range(4):
+        for count in range(9):
+            wanted[slot, count + 1] = step((slot, 1))[0]
+    for slot in range(4):
+        start(slot)
+    for chunks in (
+        [(0, 3), (1, 3), (2, 2)], [(0, 1), (2, 1)], [(0, 1), (1, 1), (2, 1), (3, 5)], [(1, 2), (3, 2)],
+        [(0, 1), (1, 1), (2, 1), (3, 1)], [(2, 3), (3, 1)],
+    ):  # fmt: skip
+        for (slot, _), logits in zip(chunks, step(*chunks), strict=True):
+            np.testing.assert_allclose(logits, wanted[slot, seen[slot]], atol=2e-4)
     executable.close()
 
 
@@ -82,7 +134,8 @@ def test_an_adapter_on_a_module_that_sees_other_rows_is_an_error():
     hooks.prepare(6, segments, 0, [])
     with pytest.raises(KernelError, match="0 saw 5 rows in a pass of 6"):
         model(x)
-    hooks.prepare_one(segments)  # all rows are of one sequence: kv_b_proj of latent attention sees its cached ones too
+    # All rows are of one sequence: kv_b_proj of latent attention sees its cached ones too.
+    hooks.prepare(None, segments, None, segments)
     assert (model(x) - x @ model[0].weight.T).detach().round().tolist() == [[4.0] * 4] * 5
 
 

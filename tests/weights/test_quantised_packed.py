@@ -50,9 +50,10 @@ def test_integers_are_kept_in_blocks_of_the_native_kernels(tmp_path: Path, name:
 FLOATS = {
     "fp8-tensor": "FP8_128", "fp8-channel": "FP8_128", "fp8-ue8m0": "FP8_32", "fp8-mxfp8": "FP8_32",
     "ct-fp8-tensor": "FP8_128", "ct-fp8-channel": "FP8_128", "ct-mxfp8": "FP8_32", "modelopt-mxfp8": "FP8_32",
-    "bnb-nf4": "NF4", "bnb-nf4-double": "NF4", "bnb-nf4-block-256": "NF4",
+    "bnb-nf4": "NF4", "bnb-nf4-double": "NF4", "bnb-nf4-block-256": "NF4", "ct-nvfp4": "FP4_16",
+    "modelopt-nvfp4": "FP4_16",
 }  # fmt: skip
-ROUNDED = ("ct-fp8-tensor", "ct-fp8-channel", "bnb-nf4", "bnb-nf4-double")
+ROUNDED = ("ct-fp8-tensor", "ct-fp8-channel", "bnb-nf4", "bnb-nf4-double", "ct-nvfp4")
 """The library rounds these weights to 16 bits; native products do not."""
 
 
@@ -75,9 +76,11 @@ def test_small_floats_are_kept_as_they_are(tmp_path: Path, name: str) -> None:
 
 
 def held_bytes(kind: str, outputs: int, inputs: int) -> int:
-    """Of a matrix in small floats, 16 outputs at a time: the numbers, and four bytes for each group's scale."""
-    size, group = {"FP8_128": (1, 128), "FP8_32": (1, 32), "NF4": (0.5, 64)}[kind]
-    return int(-(-outputs // 16) * 16 * (inputs * size + 4 * -(-inputs // group)))
+    """Of a matrix in small floats, 16 outputs at a time: the numbers, four bytes for each group's scale (or its four
+    scales), and of FP4_16 two floats."""
+    size, group = {"FP8_128": (1, 128), "FP8_32": (1, 32)}.get(kind, (0.5, 64))
+    more = 8 if kind == "FP4_16" else 0
+    return int(-(-outputs // 16) * 16 * (inputs * size + 4 * -(-inputs // group) + more))
 
 
 def test_other_numbers_of_four_bits_are_kept_by_their_values(tmp_path: Path) -> None:

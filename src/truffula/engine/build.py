@@ -84,8 +84,9 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
     )
     planned = backend.plan(plan.program, dtype.dtype, capacity, plan.stored_types)
     layout = KvLayout(
-        config.block_size, config.step_tokens, tuple(group.window for group in plan.interface.kv_groups),
-        planned.kv_block_bytes, state_rows=2 if plan.interface.states else 0, state_bytes=planned.state_bytes,
+        config.block_size, planned.depth * config.step_tokens,
+        tuple(group.window for group in plan.interface.kv_groups), planned.kv_block_bytes,
+        state_rows=planned.depth + 1 if plan.interface.states else 0, state_bytes=planned.state_bytes,
     )  # fmt: skip
     memory = plan_memory(
         planned,

@@ -40,6 +40,8 @@ class MemoryPlan:
     state_bytes: int = 0
     weight_formats: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the weights by storage format, where a backend has several."""
+    depth: int = 1
+    """The executable's: a sequence holds the KV of so many steps, and their state rows, before they are committed."""
 
     @property
     def fixed_bytes(self) -> int:

@@ -71,10 +71,11 @@ class Sampler:
         width = max([0, *(row.n_logprobs for row in rows)])
         top_ids = np.full((count, width), -1, np.int32)
         top_logprobs = np.full((count, width), -np.inf, np.float32)
-        choices = [row.sampling.choice for row in rows]
-        draws = uniform([row.sampling.seed for row in rows], choices, [row.draw for row in rows])
-        for r, row in enumerate(rows):
-            if row.plain or not finite[r]:
+        others = [(r, row) for r, row in enumerate(rows) if not row.plain]
+        choices = [row.sampling.choice for _, row in others]
+        draws = uniform([row.sampling.seed for _, row in others], choices, [row.draw for _, row in others])
+        for (r, row), drawn in zip(others, draws.tolist(), strict=True):
+            if not finite[r]:
                 continue
             raw = logits[r].astype(np.float64)
             judged = raw
@@ -82,7 +83,7 @@ class Sampler:
                 ids[r] = row.target
             else:
                 scores, kept = warp(logits[r], row)
-                ids[r] = choose(scores, kept, row, float(draws[r]))
+                ids[r] = choose(scores, kept, row, drawn)
                 if row.sampling.warped:
                     judged = np.full_like(raw, -np.inf)
                     judged[kept] = scores[kept]
@@ -93,7 +94,7 @@ class Sampler:
                     logprob[r] = reported[ids[r]]
                     top_ids[r, : len(best)] = best
                     top_logprobs[r, : len(best)] = reported[best]
-        for r, row in enumerate(rows):
+        for r, row in others:
             if row.target < 0 and row.sampling.penalised:
                 row.sequence.drawn.append(int(ids[r]))
         return StepOutput(ids, logprob, finite, top_ids, top_logprobs)

@@ -70,6 +70,9 @@ def random_blocks(kind: str, outputs: int, inputs: int, *, seed: int = 0) -> Qua
         blocks[..., 2 * at : 2 * at + 2] = np.array([2.0**-7], np.float16).view(np.uint8)
     if kind == "NF4":
         blocks[..., :4] = np.array([2.0**-4], np.float32).view(np.uint8)
+    if kind == "FP4_16":
+        blocks[..., :8] = np.array([2.0**-5, 1.0], np.float32).view(np.uint8)
+        blocks[..., 8:12] &= 0x3F  # scales of 2^-9 to 1.9
     if kind in FLOAT8:
         values = rng.standard_normal((outputs - 1, *blocks.shape[1:]), np.float32) * 90
         blocks[1:] = values.clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)

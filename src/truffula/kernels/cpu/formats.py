@@ -8,7 +8,7 @@ from dataclasses import dataclass
 INT8_KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0")
 """Stored types that are packed without a change of their values, into the format of the same name in lower case, and
 multiplied in int8."""
-FLOAT_KINDS = ("FP8_128", "FP8_32", "NF4")
+FLOAT_KINDS = ("FP8_128", "FP8_32", "NF4", "FP4_16")
 """Likewise, multiplied as floats: activations are not rounded."""
 BLOCK_KINDS = (*INT8_KINDS, *FLOAT_KINDS)
 _SYMMETRIC = frozenset({"Q8_0", "Q4_0", "Q5_0"})

@@ -22,14 +22,14 @@ class Batch:
     """Sequences with equally many rows in this step and contexts of similar length, attended in one product.
 
     ``rows`` [n·q] are their rows of the step (a slice when adjacent). ``slots`` [n·L] are the KV slots of the keys;
-    padding points at the zero slot. ``positions`` [n, L] are those of the keys. ``hidden`` [n, 1, q, L] is True for
-    keys that the query must not attend to.
+    padding points at the zero slot. ``positions`` [n, L] are those of the keys. ``seen`` [n, 1, q, L] is True for keys
+    that the query attends to.
     """
 
     rows: Tensor | slice
     slots: Tensor
     positions: Tensor
-    hidden: Tensor
+    seen: Tensor
     sequences: int
     queries: int
     keys: int
@@ -64,14 +64,13 @@ def plan(
         keys = int((ends - first)[members].max())
         key = first[members, None] + np.arange(keys)  # [n, L] absolute positions
         block = np.minimum(key // block_size, tables.shape[1] - 1)
-        slots = np.take_along_axis(tables, block, 1).astype(np.int64) * block_size + key % block_size
+        slots = tables[np.arange(len(members))[:, None], block].astype(np.int64) * block_size + key % block_size
         # Slots beyond a sequence's end may hold anything, NaN too, and 0 · NaN is NaN: read zeros instead.
         slots = np.where(key < end, slots, zero_slot)
         query = (end - count + np.arange(count))[:, :, None]  # [n, q, 1] absolute positions
-        hidden = key[:, None, :] > query
+        seen = key[:, None, :] <= query
         if window is not None:
-            seen = key[:, None, :] // window == query // window if chunked else key[:, None, :] > query - window
-            hidden |= ~seen
+            seen &= key[:, None, :] // window == query // window if chunked else key[:, None, :] > query - window
         rows = (start + np.arange(count)).reshape(-1)
         adjacent = bool((np.diff(rows) == 1).all())
         batches.append(
@@ -79,7 +78,7 @@ def plan(
                 rows=slice(int(rows[0]), int(rows[-1]) + 1) if adjacent else torch.from_numpy(rows).to(device),
                 slots=torch.from_numpy(slots.reshape(-1)).to(device),
                 positions=torch.from_numpy(key).to(device),
-                hidden=torch.from_numpy(hidden[:, None]).to(device),
+                seen=torch.from_numpy(seen[:, None]).to(device),
                 sequences=len(members), queries=count, keys=keys,
             )
         )  # fmt: skip
@@ -87,24 +86,30 @@ def plan(
 
 
 def write(plane: Tensor, slots: Tensor, values: Tensor) -> None:
-    """Row t of ``values [T, width]`` goes to slot ``slots[t]`` of ``plane [P, S, width]``."""
-    plane.view(-1, plane.shape[-1]).index_copy_(0, slots, values)
+    """Row t of ``values``, ``[T, width]`` or ``[T, heads, ..., dim]``, goes to slot ``slots[t]`` of ``plane
+    [P, S, width]``."""
+    plane.view(-1, *values.shape[1:]).index_copy_(0, slots, values)
 
 
 def compute(op: Attention, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Batch], sinks: Tensor | None) -> Tensor:
-    """``[T, heads·dim_v]`` in ``q``'s dtype: ``q [T, heads·dim_k]`` over the planes ``k``, ``v`` ``[P, S, width]``.
+    """``[T, heads·dim_v]`` in ``q``'s dtype: ``q``, ``[T, heads·dim_k]`` or ``[T, heads, ..., dim_k]``, over the planes
+    ``k`` and ``v`` ``[P, S, width]``.
 
-    Keys and values are converted to that dtype where it is another one.
+    A CPU computes in float32, which is up to four times as quick there as torch's attention in 16 bits.
     """
+    dtype = torch.float32 if q.device.type == "cpu" else q.dtype
     out = q.new_empty(q.shape[0], op.heads * op.dim_v)
     for batch in batches:
         n, length = batch.sequences, batch.keys
-        keys = k.view(-1, k.shape[-1]).index_select(0, batch.slots).to(q.dtype).view(n, length, op.kv_heads, op.dim_k)
-        values = v.view(-1, v.shape[-1]).index_select(0, batch.slots).to(q.dtype).view(n, length, op.kv_heads, op.dim_v)
-        queries = q[batch.rows].view(n, batch.queries, op.kv_heads, -1, op.dim_k)
+        keys = k.view(-1, k.shape[-1]).index_select(0, batch.slots).to(dtype).view(n, length, op.kv_heads, op.dim_k)
+        values = v.view(-1, v.shape[-1]).index_select(0, batch.slots).to(dtype).view(n, length, op.kv_heads, op.dim_v)
+        queries = q[batch.rows].to(dtype).view(n, batch.queries, op.kv_heads, -1, op.dim_k)
         bias = _alibi(op, batch.positions) if op.alibi else None
-        result = _in_slices(op, queries, keys.transpose(1, 2), values.transpose(1, 2), batch.hidden, sinks, bias)
-        out[batch.rows] = result.reshape(n * batch.queries, -1)
+        result = _in_slices(op, queries, keys.transpose(1, 2), values.transpose(1, 2), batch.seen, sinks, bias)
+        result = result.reshape(n * batch.queries, -1).to(q.dtype)
+        if len(batches) == 1 and len(result) == len(out):
+            return result
+        out[batch.rows] = result
     return out
 
 
@@ -116,7 +121,7 @@ def _alibi(op: Attention, positions: Tensor) -> Tensor:
 
 
 def _in_slices(
-    op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None, bias: Tensor | None
+    op: Attention, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sinks: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """``[n, q, K, H/K, dim_v]`` from ``q [n, q, K, H/K, dim_k]``: few query rows at a time when scores would be large.
 
@@ -124,26 +129,21 @@ def _in_slices(
     """
     n, count, kv_heads, share, width = q.shape
     step = max(1, _SCORE_LIMIT // (n * op.heads * k.shape[2]))
-    pieces = []
-    for at in range(0, count, step):
-        part = q[:, at : at + step]
-        rows = part.shape[1]
-        part = part.permute(0, 2, 3, 1, 4).reshape(n, kv_heads, share * rows, width)
-        masked = hidden[:, :, at : at + rows]
-        if rows > 1:
-            masked = masked.repeat(1, 1, share, 1)
-        if op.softcap is None and sinks is None and bias is None:
-            # With bfloat16 torch rounds the weights before the second product.
-            mixed = F.scaled_dot_product_attention(part, k, v, attn_mask=~masked, scale=op.scale)
-        else:
-            repeated = None if bias is None else bias.repeat_interleave(rows, 2)
-            mixed = _spelled_out(op, part, k, v, masked, sinks, repeated)
-        pieces.append(mixed.view(n, kv_heads, share, rows, -1).permute(0, 3, 1, 2, 4))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    if count > step:
+        parts = [(q[:, at : at + step], seen[:, :, at : at + step]) for at in range(0, count, step)]
+        return torch.cat([_in_slices(op, rows, k, v, visible, sinks, bias) for rows, visible in parts], 1)
+    if count > 1:
+        q, seen = q.permute(0, 2, 3, 1, 4), seen.repeat(1, 1, share, 1)
+    q = q.reshape(n, kv_heads, share * count, width)
+    if op.softcap is None and sinks is None and bias is None:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=op.scale)
+    else:
+        mixed = _spelled_out(op, q, k, v, seen, sinks, None if bias is None else bias.repeat_interleave(count, 2))
+    return mixed.view(n, kv_heads, share, count, -1).permute(0, 3, 1, 2, 4)
 
 
 def _spelled_out(
-    op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None, bias: Tensor | None
+    op: Attention, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sinks: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """torch's attention, with softcap, sinks and ``bias [n, K, rows, L]``: ``q [n, K, rows, dim_k]``, ``k`` and ``v``
     ``[n, K, L, dim]``."""
@@ -152,7 +152,7 @@ def _spelled_out(
         scores = scores.div_(op.softcap).tanh_().mul_(op.softcap)
     if bias is not None:
         scores = scores.add_(bias)
-    scores = scores.masked_fill_(hidden, -torch.inf)
+    scores = scores.masked_fill_(~seen, -torch.inf)
     if sinks is None:
         weights = torch.softmax(scores, -1)
     else:  # one more column that takes weight and carries no value

@@ -1,4 +1,7 @@
-"""Adapters on the modules of a transformers model: a forward hook per site applies them to the module's output."""
+"""Adapters on the modules of a transformers model: a forward hook per site applies them to the module's output.
+
+A pass without adapters has no hooks: torch calls a module without any sooner.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from truffula.errors import KernelError
@@ -30,26 +34,29 @@ class AdapterHooks:
     """The hooks of a model, and the segments of rows that they act on in the next forward pass.
 
     ``rows`` are for modules that see every token of the pass, ``head_rows`` for the modules ``of_logits``: the output
-    head, and others behind the choice of rows whose logits are computed. ``prepare`` and ``prepare_one`` set both.
+    head, and others behind the choice of rows whose logits are computed.
     """
 
-    tokens: int | None
-    num_logits: int | None
-
     def __init__(self, model: nn.Module, sites: Sequence[Site], of_logits: Collection[str]) -> None:
-        self.prepare(0, (), 0, ())
-        self._of_logits = of_logits
         modules = dict(model.named_modules())
-        for site in sites:
-            modules[site.module].register_forward_hook(self._hook(site))
+        self._hooks = [(modules[site.module], self._hook(site)) for site in sites]
+        self._handles: list[RemovableHandle] = []
+        self._of_logits = of_logits
+        self.prepare(0, (), 0, ())
 
-    def prepare(self, tokens: int, rows: Sequence[Segment], logits: int, head_rows: Sequence[Segment]) -> None:
-        """Set the segments of the next pass, over ``tokens`` rows, of which ``logits`` get logits."""
+    def prepare(
+        self, tokens: int | None, rows: Sequence[Segment], logits: int | None, head_rows: Sequence[Segment]
+    ) -> None:
+        """Set the segments of the next pass, over ``tokens`` rows, of which ``logits`` get logits.
+
+        Both None: a pass over one sequence, whose segments are of all rows that a module sees, cached ones too.
+        """
         self.tokens, self.rows, self.num_logits, self.head_rows = tokens, rows, logits, head_rows
-
-    def prepare_one(self, segments: Sequence[Segment]) -> None:
-        """Set the segments of a pass over one sequence: they are of all rows that a module sees, cached ones too."""
-        self.tokens, self.rows, self.num_logits, self.head_rows = None, segments, None, segments
+        if (rows or head_rows) and not self._handles:
+            self._handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
+        elif not (rows or head_rows):
+            while self._handles:
+                self._handles.pop().remove()
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def apply(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

@@ -64,7 +64,8 @@ class TransformersBackend:
         keeps = "logits_to_keep" in self._described.skeleton.arguments
         rows = capacity.max_logit_rows if keeps else capacity.max_tokens
         serial = bool(self._described.serial)
-        state = self._described.trace.cache_widths[1] * served.itemsize * capacity.max_seqs if serial else 0
+        # Caches that are stacked anew are there twice.
+        state = 2 * self._described.trace.cache_widths[1] * served.itemsize * capacity.max_seqs if serial else 0
         return MemoryPlan(
             weight_bytes=weights,
             # The widest activation a few times: input, output, gate and up, and the float32 sum of an adapter.

@@ -58,12 +58,11 @@ class TransformersExecutable(SynchronousExecutable):
         self._logits: Array = np.zeros((0, interface.vocab_size), np.float32)
 
     def forward(self, tokens: Array, rows: Array, **more: Any) -> tuple[Tensor, Any]:
-        """float32 logits ``[rows, V]`` of ``tokens [T]`` at ``rows``, and what the model returned."""
-        ids, kept = self.long(tokens)[None], self.long(rows)
+        """float32 logits ``[N, rows, V]`` of ``tokens [N, T]`` at the ``rows`` of each, and what the model returned."""
+        ids, kept = self.long(tokens), self.long(rows)
         keeps = "logits_to_keep" in self.described.skeleton.arguments
         out = self.model(input_ids=ids, **more, **({"logits_to_keep": kept} if keeps else {}))
-        logits = out.logits[0]
-        return (logits if keeps else logits.index_select(0, kept)).float(), out
+        return (out.logits if keeps else out.logits.index_select(1, kept)).float(), out
 
     def long(self, array: Array) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)

@@ -68,13 +68,13 @@ class PagedExecutable(TransformersExecutable):
         self._plans, self._calls = {}, 0
         self._slots = [self.long(slots[: i.T]) for slots in i.slot_mapping]
         positions = self.long(i.position[: i.T])[None]
-        logits, _ = self.forward(i.token_ids[: i.T], i.logit_rows[: i.R], position_ids=positions, use_cache=False)
+        logits, _ = self.forward(i.token_ids[None, : i.T], i.logit_rows[: i.R], position_ids=positions, use_cache=False)
         if self._calls != len(self.described.trace.calls):
             raise KernelError(
                 f"{self.described.class_name} called attention {self._calls} times in a pass of {i.T} tokens; "
                 f"{len(self.described.trace.calls)} calls were planned."
             )
-        self._logits = logits.cpu().numpy()
+        self._logits = logits[0].cpu().numpy()
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
         """Write the keys and values of the call to their pages, then attend to those of each row's sequence."""
@@ -109,8 +109,8 @@ class PagedExecutable(TransformersExecutable):
 
 
 def _by_row(heads: Tensor) -> Tensor:
-    """``[1, H, T, D]`` as ``[T, H·D]``."""
-    return heads[0].transpose(0, 1).reshape(heads.shape[2], -1)
+    """``[1, H, T, D]`` as ``[T, H, 1, D]``."""
+    return heads.transpose(0, 2)
 
 
 @cache

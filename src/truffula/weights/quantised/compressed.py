@@ -41,7 +41,7 @@ from truffula.weights.quantised.floats import (
 )
 from truffula.weights.quantised.keys import Keys
 from truffula.weights.quantised.logical import BFLOAT16, FLOATS, Logical, Parts, Scheme
-from truffula.weights.quantised.packing import Terms, integers, kind_for, pack_e2m1
+from truffula.weights.quantised.packing import Terms, integers, kind_for, pack_e2m1, pack_fp4
 
 WEIGHT, PACKED, SCALE, ZERO = ".weight", ".weight_packed", ".weight_scale", ".weight_zero_point"
 GLOBAL, SHAPE, G_IDX = ".weight_global_scale", ".weight_shape", ".weight_g_idx"
@@ -213,12 +213,15 @@ def _floats4(parts: Parts) -> Logical:
         return affine(values, None, scales, size, BFLOAT16)
 
     def pack(lo: int, hi: int) -> Array | None:
-        return pack_e2m1(*terms(lo, hi))
+        if exponents:
+            return pack_e2m1(*terms(lo, hi))
+        codes, scales = (parts.read(part)[lo:hi].view(np.uint8) for part in (PACKED, SCALE))
+        return pack_fp4(codes, scales, np.float32(1), parts.read(GLOBAL).reshape(-1)[0])
 
     name, shape = f"{parts.module}.weight", (outputs, 2 * half)
-    if not exponents:  # 16 inputs share a scale, fewer than a block has
-        return Logical(name, shape, BFLOAT16, "NVFP4", compute)
-    return Logical(name, shape, BFLOAT16, "MXFP4", compute, "Q5_0", pack)
+    if exponents:
+        return Logical(name, shape, BFLOAT16, "MXFP4", compute, "Q5_0", pack)
+    return Logical(name, shape, BFLOAT16, "NVFP4", compute, "FP4_16" if half % 16 == 0 else "", pack)
 
 
 def _scale_shapes(outputs: int, groups: int) -> tuple[tuple[int, ...], ...]:

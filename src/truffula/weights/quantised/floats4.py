@@ -26,7 +26,7 @@ from truffula.weights.quantised.floats import (
 )
 from truffula.weights.quantised.keys import Keys
 from truffula.weights.quantised.logical import BFLOAT16, FLOAT32, Logical, Parts, Scheme
-from truffula.weights.quantised.packing import pack_e2m1
+from truffula.weights.quantised.packing import pack_e2m1, pack_fp4
 
 BLOCKS, SCALES = "_blocks", "_scales"
 _ALGORITHMS = ("fp8", "fp8_per_channel_per_token", "fp8_pb_wo", "nvfp4", "w4a16_nvfp4", "mxfp8", "mixed_precision")
@@ -87,7 +87,14 @@ class ModelOpt(Float8):
             values = unpack_e2m1(parts.read(".weight")[lo:hi]) + np.float32(0)  # the library has no negative zero
             return affine(values, None, scales, 16, FLOAT32)
 
-        return Logical(f"{parts.module}.weight", (outputs, 2 * half), FLOAT32, "NVFP4", compute)
+        def pack(lo: int, hi: int) -> Array | None:
+            codes, scales = (parts.read(part)[lo:hi].view(np.uint8) for part in (".weight", ".weight_scale"))
+            for half, zero in ((0x0F, 0x08), (0xF0, 0x80)):
+                codes = np.where(codes & half == zero, codes & ~np.uint8(half), codes)
+            return pack_fp4(codes, scales, parts.read(".weight_scale_2").reshape(-1)[0], np.float32(1))
+
+        packed = "FP4_16" if half % 16 == 0 else ""
+        return Logical(f"{parts.module}.weight", (outputs, 2 * half), FLOAT32, "NVFP4", compute, packed, pack)
 
 
 def read_mxfp4(keys: Keys) -> Mxfp4:

@@ -1,11 +1,12 @@
 """Packs weights into blocks that the native kernels multiply: integers into GGUF's Q4_0, Q4_1, Q5_0 and Q8_0, floats of
-8 bits into FP8_128 and FP8_32, bitsandbytes' nf4 into NF4.
+8 bits into FP8_128 and FP8_32, bitsandbytes' nf4 into NF4, NVFP4 into FP4_16.
 
 A block is 32 inputs with a float16 scale, so a group of 64 or 128 becomes several blocks with the same scale. Q4_1 has
 a minimum, ``-zero * scale``, also in float16. A weight of these blocks is not rounded to the dtype of the file's
 scales, as the libraries' values are, and a scale in bfloat16 below 2^-14 loses bits. FP8 has float32 scales, one per
 128 or 32 inputs, before the numbers as they are stored; a larger run of inputs with one scale becomes several blocks.
-NF4 likewise has one per 64 inputs.
+NF4 likewise has one per 64 inputs. A block of FP4_16 has 64 inputs with four e4m3 scales, behind the two float32 by
+which these are multiplied and divided: the file's scale of the whole tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from truffula.weights.checkpoint import Array
 from truffula.weights.finite import first_non_finite
 from truffula.weights.gguf_quants import BY_NAME, BlockFormat
-from truffula.weights.quantised.bits import affine, table
+from truffula.weights.quantised.bits import affine, table, unpack_e2m1
 from truffula.weights.quantised.logical import Logical
 
 BLOCK = 32
@@ -139,6 +140,36 @@ def _unpack_nf4(blocks: Array, out: Array) -> None:
     out *= np.ascontiguousarray(blocks[:, :4]).view(np.float32)
 
 
+def pack_fp4(codes: Array, scales: Array, times: np.float32, by: np.float32) -> Array | None:
+    """``[n, blocks, 44]`` uint8 of packed e2m1 ``codes [n, inputs / 2]``, the first of a byte in its low half, and of
+    the bytes of e4m3 ``scales [n, inputs / 16]``, which are multiplied by ``times`` and divided by ``by``; None when a
+    scale is not finite then.
+    """
+    (rows, halves), blocks = codes.shape, -(-codes.shape[1] // 32)
+    made = np.zeros((rows, blocks, FP4.nbytes), np.uint8)
+    made[..., :8] = np.array([times, by], np.float32).view(np.uint8)
+    padded = np.zeros((rows, 4 * blocks + 32 * blocks), np.uint8)
+    padded[:, : scales.shape[1]], padded[:, 4 * blocks : 4 * blocks + halves] = scales, codes
+    made[..., 8:12] = padded[:, : 4 * blocks].reshape(rows, blocks, 4)
+    made[..., 12:] = padded[:, 4 * blocks :].reshape(rows, blocks, 32)
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(_fp4_scales(made.reshape(-1, FP4.nbytes))).all()
+    return made if finite else None
+
+
+def _fp4_scales(blocks: Array) -> Array:
+    """float32 ``[N, 4]``."""
+    times, by = np.ascontiguousarray(blocks[:, :8]).view(np.float32).T
+    scales: Array = np.take(table("float8_e4m3fn"), blocks[:, 8:12]) * times[:, None] / by[:, None]
+    return scales
+
+
+def _unpack_fp4(blocks: Array, out: Array) -> None:
+    grouped = out.reshape(-1, 4, 16)
+    grouped[...] = unpack_e2m1(blocks[:, 12:]).reshape(grouped.shape)
+    grouped *= _fp4_scales(blocks)[..., None]
+
+
 def _unpack_float8(blocks: Array, out: Array) -> None:
     np.take(table("float8_e4m3fn"), blocks[:, 4:], out=out)
     out *= np.ascontiguousarray(blocks[:, :4]).view(np.float32)
@@ -157,7 +188,8 @@ NF4_NUMBERS = np.array(
 )
 """The values of bitsandbytes' codes, which its files repeat; the native kernels know no others."""
 NF4 = BlockFormat("NF4", 64, 36, unpack=_unpack_nf4)
-BY_KIND: Mapping[str, BlockFormat] = MappingProxyType({**BY_NAME, **FLOAT8, NF4.name: NF4})
+FP4 = BlockFormat("FP4_16", 64, 44, unpack=_unpack_fp4)
+BY_KIND: Mapping[str, BlockFormat] = MappingProxyType({**BY_NAME, **FLOAT8, NF4.name: NF4, FP4.name: FP4})
 """Formats of blocks by the names that backends know."""
 
 

@@ -38,7 +38,7 @@ Source blocks_of(const AnyArray& array, const std::string& kind) {
   if (array.ndim() != 3 || array.dtype() != nb::dtype<uint8_t>()) throw std::invalid_argument("blocks have three axes of uint8");
   const std::pair<const char*, Stored> kinds[] = {
       {"Q8_0", Stored::kQ8_0}, {"Q4_0", Stored::kQ4_0}, {"Q4_1", Stored::kQ4_1}, {"Q5_0", Stored::kQ5_0},
-      {"FP8_128", Stored::kFP8_128}, {"FP8_32", Stored::kFP8_32}, {"NF4", Stored::kNF4}};
+      {"FP8_128", Stored::kFP8_128}, {"FP8_32", Stored::kFP8_32}, {"NF4", Stored::kNF4}, {"FP4_16", Stored::kFP4_16}};
   for (const auto& [name, type] : kinds)
     if (kind == name) {
       if (static_cast<int64_t>(array.shape(2)) != stored_block_bytes(type)) throw std::invalid_argument(kind + ": bad blocks");

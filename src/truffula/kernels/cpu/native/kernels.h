@@ -26,16 +26,18 @@ constexpr int kBlock = 32;
 // Scaled: floats of fewer bits, and a float32 scale for each output and group of 128, 64 or 32 inputs. Lines of kFP8
 // (e4m3, no NaN) hold 4 inputs of 16 outputs: of outputs 4 j .. 4 j + 3 first inputs 0 and 1, then 2 and 3; the halves of
 // a byte are exchanged. Lines of kNF4 hold 8 inputs, the first in the lowest half-byte. After all lines of a panel: 16
-// scales per group.
+// scales per group. kFP4_16 (e2m1) is as kNF4, but each output has four e4m3 scales in place of a float32, for 16 inputs
+// each, and the panel ends with two floats per output, by which its scales are multiplied, then divided.
 enum Format : int32_t { kF32 = 0, kBF16 = 1, kQ8_0 = 2, kQ4_0 = 3, kQ4_1 = 4, kQ5_0 = 5, kFP8_128 = 6, kFP8_32 = 7,
-                        kNF4 = 8 };
-constexpr int32_t kFormatCount = 9;
+                        kNF4 = 8, kFP4_16 = 9 };
+constexpr int32_t kFormatCount = 10;
 // Multiplied as integers, or as floats.
 static constexpr bool is_quantised(int32_t format) { return format > kBF16 && format <= kQ5_0; }
 static constexpr bool is_scaled(int32_t format) { return format > kQ5_0; }
+static constexpr bool has_four_bits(int32_t format) { return format == kNF4 || format == kFP4_16; }  // of scaled formats
 // Inputs of a group of a scaled format, of which a row's last may be shorter: a matrix has whole blocks of kBlock.
 static constexpr int64_t group_inputs(int32_t format) {
-  return format == kFP8_128 ? 128 : format == kNF4 ? 64 : kBlock;
+  return format == kFP8_128 ? 128 : has_four_bits(format) ? 64 : kBlock;
 }
 static constexpr int64_t groups_of(int32_t format, int64_t inputs) {
   return (inputs + group_inputs(format) - 1) / group_inputs(format);
@@ -43,7 +45,12 @@ static constexpr int64_t groups_of(int32_t format, int64_t inputs) {
 // Whether products read x as bfloat16 pairs, where it holds such values and the table multiplies them.
 static constexpr bool reads_pairs(int32_t format) { return format == kBF16 || format == kFP8_128 || format == kFP8_32; }
 // Bytes of one input of a panel's lines.
-static constexpr int64_t scaled_input_bytes(int32_t format) { return format == kNF4 ? 8 : 16; }
+static constexpr int64_t scaled_input_bytes(int32_t format) { return has_four_bits(format) ? 8 : 16; }
+// Where the scales of a panel's groups begin, and where they end.
+static constexpr int64_t scales_at(int32_t format, int64_t inputs) { return scaled_input_bytes(format) * inputs; }
+static constexpr int64_t scales_end(int32_t format, int64_t inputs) {
+  return scales_at(format, inputs) + 64 * groups_of(format, inputs);
+}
 
 // The most bytes of a block of a quantised row of x.
 constexpr int64_t kMaxXBlockBytes = 72;

@@ -33,7 +33,7 @@ constexpr int32_t kQueryRows = 24;
 constexpr int32_t kPlannedRank = 256;
 
 // The formats as Python names them, in the order of their numbers.
-constexpr const char* kFormats[] = {"float32", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "fp8_128", "fp8_32", "nf4"};
+constexpr const char* kFormats[] = {"float32", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "fp8_128", "fp8_32", "nf4", "fp4_16"};
 static_assert(std::size(kFormats) == kFormatCount);
 
 // Columns start .. start + width of a buffer; buffer kAbsent: no operand.

@@ -8,8 +8,9 @@
 namespace truffula {
 
 // The type of a stored matrix: numbers, GGUF's blocks of 32, or groups of 128 or 32 e4m3 or of 64 NF4 (the first of a
-// byte in its high half) behind their float32 scale, of which a row's last is filled with any bytes.
-enum class Stored : int32_t { kFloat32, kFloat16, kBfloat16, kQ8_0, kQ4_0, kQ4_1, kQ5_0, kFP8_128, kFP8_32, kNF4 };
+// byte in its high half) behind their float32 scale, of which a row's last is filled with any bytes. FP4_16: 64 e2m1 (the
+// first of a byte in its low half) behind two floats that are the same in all of a row, and four e4m3 scales.
+enum class Stored : int32_t { kFloat32, kFloat16, kBfloat16, kQ8_0, kQ4_0, kQ4_1, kQ5_0, kFP8_128, kFP8_32, kNF4, kFP4_16 };
 
 // A stored matrix: contiguous rows of `inputs` numbers, or of whole blocks.
 struct Source {
@@ -34,7 +35,7 @@ struct PanelOrder {
 // Bytes of a panel of `inputs` lines.
 constexpr int64_t panel_bytes(int32_t format, int64_t inputs) {
   if (format <= kBF16) return 64 * (format == kF32 ? inputs : (inputs + 1) / 2);
-  if (is_scaled(format)) return scaled_input_bytes(format) * inputs + 64 * groups_of(format, inputs);
+  if (is_scaled(format)) return scales_end(format, inputs) + (format == kFP4_16 ? 128 : 0);
   const int64_t blocks = inputs / kBlock, lines = format == kQ8_0 ? 8 : format == kQ5_0 ? 5 : 4;
   return 64 * (blocks * lines + (format == kQ4_1 ? blocks : (blocks + 1) / 2));
 }
@@ -77,6 +78,8 @@ constexpr int64_t stored_block_bytes(Stored type) {
     case Stored::kFP8_32:
     case Stored::kNF4:
       return 4 + 32;
+    case Stored::kFP4_16:
+      return 8 + 4 + 32;
     default:
       return 0;
   }
@@ -84,7 +87,7 @@ constexpr int64_t stored_block_bytes(Stored type) {
 
 // Numbers of a stored block.
 constexpr int64_t stored_block_inputs(Stored type) {
-  return type == Stored::kFP8_128 ? 128 : type == Stored::kNF4 ? 64 : kBlock;
+  return type == Stored::kFP8_128 ? 128 : type == Stored::kNF4 || type == Stored::kFP4_16 ? 64 : kBlock;
 }
 
 // Packs rows row_lo .. row_hi of `source` as outputs first + row_lo .. of the panels at `to`. Other lanes are not

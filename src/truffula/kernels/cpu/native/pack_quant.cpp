@@ -115,6 +115,8 @@ bool packs_as(Stored from, int32_t format) {
       return format == kFP8_32;
     case Stored::kNF4:
       return format == kNF4;
+    case Stored::kFP4_16:
+      return format == kFP4_16;
     default:
       return format == kQ8_0;
   }
@@ -150,9 +152,11 @@ uint64_t swapped(const uint8_t* from) {
 
 // Writes `count` inputs of one output to a panel's lines.
 void write_lane(const uint8_t* from, int64_t count, uint8_t* lines, int64_t lane, int32_t format) {
-  if (format == kNF4) {
+  if (has_four_bits(format)) {
     for (int64_t k = 0; k < count; k += 16) {
-      const uint64_t codes = swapped(from + k / 2);
+      uint64_t codes;
+      std::memcpy(&codes, from + k / 2, sizeof codes);
+      if (format == kNF4) codes = swapped(from + k / 2);
       std::memcpy(lines + 8 * k + 4 * lane, &codes, 4);
       std::memcpy(lines + 8 * k + 64 + 4 * lane, reinterpret_cast<const uint8_t*>(&codes) + 4, 4);
     }
@@ -183,8 +187,13 @@ void pack_scaled(const Source& source, int64_t inputs, int64_t row_lo, int64_t r
     for (int64_t group = 0; group < groups; ++group)
       for (int64_t i = 0; i < count; ++i) {
         const uint8_t* from = static_cast<const uint8_t*>(source.data) + ((row + i) * groups + group) * block;
-        std::memcpy(lines + input * inputs + 64 * group + 4 * (lane + i), from, sizeof(float));
-        write_lane(from + sizeof(float), std::min(each, inputs - group * each), lines + input * each * group, lane + i, format);
+        if (format == kFP4_16) {
+          for (int64_t part = 0; part < 2 && group == 0; ++part)
+            std::memcpy(lines + scales_end(format, inputs) + 64 * part + 4 * (lane + i), from + 4 * part, sizeof(float));
+          from += 2 * sizeof(float);
+        }
+        std::memcpy(lines + scales_at(format, inputs) + 64 * group + 4 * (lane + i), from, 4);
+        write_lane(from + 4, std::min(each, inputs - group * each), lines + input * each * group, lane + i, format);
       }
     row += count;
   }
