@@ -40,6 +40,8 @@ class MemoryPlan:
     state_bytes: int = 0
     weight_formats: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the weights by storage format, where a backend has several."""
+    kv_at_load: bool = False
+    """Whether KV blocks and states take their memory at load, not when they are written."""
 
     @property
     def fixed_bytes(self) -> int:

@@ -84,6 +84,7 @@ class ReferenceBackend:
                 sum(plane.width for plane in group.planes) * capacity.block_size * width for group in program.kv_groups
             ),
             state_bytes=program.state_bytes(width),
+            kv_at_load=self._device.type != "cpu",
         )
 
     def adapter_layout(self, program: Program) -> AdapterLayout:

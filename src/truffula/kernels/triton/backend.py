@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -16,8 +17,11 @@ from truffula.kernels.reference.backend import ReferenceBackend
 from truffula.kernels.reference.weights import Weight, load_weights
 from truffula.kernels.triton.device import CudaDevice, Device
 from truffula.kernels.triton.executable import TritonExecutable
+from truffula.kernels.triton.served import ops_without_kernels
 from truffula.kernels.triton.tiles import Tiles, gpu_tiles, host_tiles
 from truffula.kernels.validate import validate
+
+log = logging.getLogger(__name__)
 
 
 class TritonBackend(ReferenceBackend):
@@ -65,6 +69,8 @@ class TritonBackend(ReferenceBackend):
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False
     ) -> TritonExecutable:
         validate(program)
+        if slow := ops_without_kernels(program):
+            log.warning("%s computes ops that have no kernel yet with torch, which is slower: %s", self.device, slow)
         served = self._served(dtype)
         with torch.inference_mode():
             weights = [_whole(weight) for weight in load_weights(program, served, pull, self._device)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -121,6 +123,16 @@ def cuda_facts() -> CudaFacts:
         return CudaFacts(facts.torch, facts.cuda, triton, _sentence(error))
     gpus = tuple(Gpu(found.name, (found.major, found.minor), found.total_memory) for found in each)
     return CudaFacts(facts.torch, facts.cuda, triton, gpus=gpus)
+
+
+def driver_version() -> str:
+    """Of NVIDIA's driver; empty when the system does not tell."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return found[0] if found else ""
 
 
 def why_unusable(facts: CudaFacts, device: str) -> TruffulaError | None:

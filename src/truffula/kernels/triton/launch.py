@@ -21,7 +21,6 @@ from truffula.kernels.program import (
     Linear,
     Logits,
     Norm,
-    Op,
     Pointwise,
     Program,
     Ref,
@@ -33,22 +32,11 @@ from truffula.kernels.reference.kv import KvPlanes
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.triton import attention_kernels, linear_kernels, row_kernels
 from truffula.kernels.triton.device import Device
+from truffula.kernels.triton.served import has_kernel
 from truffula.kernels.triton.tiles import Tiles
 from truffula.kernels.triton.work import PIECE_ROWS
 
 Launch = Callable[[], None]
-
-
-def served(program: Program, op: Op) -> bool:
-    """Whether kernels compute ``op``; else torch does."""
-    match op:
-        case Pointwise():
-            return op.kind != "xielu"
-        case RopeRows():
-            return program.rope_tables[op.table].border == 0
-        case Embed() | Norm() | Linear() | Rope() | Attention() | TakeRows() | Logits():
-            return True
-    return False
 
 
 @dataclass
@@ -64,7 +52,8 @@ class StepState:
 
 
 class Launcher:
-    """Makes the launches. ``buffer`` gives all rows of a buffer's columns; ``there``: the step's arrays on the device."""
+    """Makes the launches. ``buffer`` gives all rows of a buffer's columns, ``there`` are a step's arrays on the device.
+    """
 
     def __init__(
         self,
@@ -88,7 +77,7 @@ class Launcher:
     def launch_of(self, index: int) -> Launch | None:
         """The launch of op number ``index``; None: torch computes it."""
         op = self._program.ops[index]
-        if not served(self._program, op):
+        if not has_kernel(self._program, op):
             return None
         match op:
             case Embed():
