@@ -113,6 +113,7 @@ def _each(made: Mapping[str, Any]) -> list[Any]:
 
 on_every_sampler = pytest.mark.parametrize("sampler", _each(SAMPLERS))
 on_every_backend = pytest.mark.parametrize("backend", _each({**BACKENDS, **INTERPRETED}))
+on_every_fast_backend = pytest.mark.parametrize("backend", _each(BACKENDS))
 on_every_table = pytest.mark.parametrize("isa", _each(dict(zip(ISAS, ISAS, strict=True))))
 on_the_best = pytest.mark.parametrize("backend", BEST.values(), ids=BEST.keys())
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: make test-triton installs it")

@@ -119,7 +119,7 @@ def attend(q, k, v, tables, q_start, kv_len, items, count, partial, tops, dens, 
         else:
             if SINKS:
                 den, acc = _with_sink(top, den, acc, tl.load(sinks + head, mask=ok, other=0.0))
-            y = acc / den[:, None]
+            y = acc / tl.where(ok, den, 1.0)[:, None]
             tl.store(out + t[:, None] * stride_out + head[:, None] * DV + e[None, :], y.to(out.dtype.element_ty),
                      mask=ok[:, None] & to)  # fmt: skip
 

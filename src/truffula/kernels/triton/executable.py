@@ -24,6 +24,7 @@ from truffula.kernels.triton.work import (
     StepMemory,
     attention_capacity,
     attention_lists,
+    check_places,
     row_lists,
 )
 
@@ -83,6 +84,7 @@ class TritonExecutable(ReferenceExecutable):
             attention_key(op, tiles): tiles.attention(op.heads // op.kv_heads)
             for op in program.ops if isinstance(op, Attention)
         }  # fmt: skip
+        self._reads = {(op.group, op.window, op.chunked) for op in program.ops if isinstance(op, Attention)}
         self._step_memory = StepMemory(device, self._shapes())
         for name in _INPUTS:
             setattr(self.inputs, name, self._step_memory.host[name])
@@ -107,6 +109,7 @@ class TritonExecutable(ReferenceExecutable):
 
     def _step(self) -> Step:
         """Uploads what the kernels read."""
+        check_places(self.inputs, self._capacity, self._reads)
         step, i, state, memory = super()._step(), self.inputs, self._state, self._step_memory
         self._fixed.begin(i)
         counts = memory.host["counts"]

@@ -6,7 +6,7 @@ All lists are made of numpy arrays on the host, whose cost does not depend on th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from truffula.errors import KernelError
 from truffula.kernels.inputs import Array, Capacity, Int32, StepInputs
 from truffula.kernels.triton.device import Device
 
@@ -133,6 +134,33 @@ def attention_lists(inputs: StepInputs, window: int | None, chunked: bool, cut: 
     return AttentionLists(
         np.stack(items, 1).astype(np.int32), np.stack(merges, 1).astype(np.int32), len(tile) * cut.queries
     )
+
+
+def check_places(inputs: StepInputs, capacity: Capacity, reads: Iterable[tuple[int, int | None, bool]]) -> None:
+    """Raise ``KernelError`` for a row or a block outside memory: on a GPU it would be read, or end the process.
+
+    ``reads``: the KV groups, with the window of each op (None, and whether it is chunked).
+    """
+    i, size = inputs, capacity.block_size
+    slots, rows = i.slot_mapping[:, : i.T], i.logit_rows[: i.R]
+    if slots.size and not 0 <= slots.min() <= slots.max() < capacity.num_blocks * size:
+        raise KernelError("slot_mapping: a row's slot is outside the KV memory.", param="slot_mapping")
+    if len(rows) and not 0 <= rows.min() <= rows.max() < i.T:
+        raise KernelError("logit_rows: a row is not of the step.", param="logit_rows")
+    ends = i.kv_len[: i.N]
+    begins = ends - np.diff(i.q_start[: i.N + 1])
+    most = int(-(-ends.max(initial=0) // size))
+    if most > i.block_tables.shape[2]:
+        raise KernelError("kv_len: a sequence has more keys than its table has blocks.", param="kv_len")
+    for group, window, chunked in reads:
+        first = np.zeros_like(begins)
+        if window is not None:
+            first = begins // window * window if chunked else np.maximum(begins - window + 1, 0)
+        block = np.arange(most)
+        read = (block >= first[:, None] // size) & (block < -(-ends[:, None] // size))
+        tables = np.where(read, i.block_tables[group, : i.N, :most], 0)
+        if tables.size and not 0 <= tables.min() <= tables.max() < capacity.num_blocks:
+            raise KernelError("block_tables: a block that is read is freed or does not exist.", param="block_tables")
 
 
 def attention_capacity(capacity: Capacity, cut: AttentionCut) -> tuple[int, int]:
