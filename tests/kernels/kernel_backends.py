@@ -102,12 +102,13 @@ SAMPLERS: Mapping[str, Callable[[int, int], AnySampler]] = MappingProxyType(
     {"numpy": Sampler, **{f"cpu-{isa}": partial(NativeSampler, isa) for isa in ISAS}}
 )
 
-# The tables between the best and the portable one, and interpreted kernels, run in the slow suite.
-BETWEEN = frozenset((*ISAS[1:-1], *INTERPRETED))
+# The tables between the best and the portable one run in the slow suite, interpreted kernels in one of their own.
+BETWEEN = frozenset(ISAS[1:-1])
 
 
 def _each(made: Mapping[str, Any]) -> list[Any]:
     marks = {name: [pytest.mark.slow] * (name.removeprefix("cpu-") in BETWEEN) for name in made}
+    marks |= {name: [pytest.mark.slow, pytest.mark.triton] for name in INTERPRETED}
     return [pytest.param(value, id=name, marks=marks[name]) for name, value in made.items()]
 
 
@@ -116,5 +117,7 @@ on_every_backend = pytest.mark.parametrize("backend", _each({**BACKENDS, **INTER
 on_every_fast_backend = pytest.mark.parametrize("backend", _each(BACKENDS))
 on_every_table = pytest.mark.parametrize("isa", _each(dict(zip(ISAS, ISAS, strict=True))))
 on_the_best = pytest.mark.parametrize("backend", BEST.values(), ids=BEST.keys())
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: make test-triton installs it")
+needs_triton = [
+    pytest.mark.triton, pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: make test-triton does it")
+]  # fmt: skip
 needs_native = pytest.mark.skipif(not ISAS, reason="truffula was installed without its native kernels")

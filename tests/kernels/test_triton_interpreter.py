@@ -10,12 +10,13 @@ import torch
 from kernel_backends import HAS_TRITON, interpreted
 
 if not HAS_TRITON:
-    pytest.skip("triton is not installed: make triton installs it", allow_module_level=True)
+    pytest.skip("triton is not installed: make test-triton does it", allow_module_level=True)
 
 import triton
 import triton.language as tl
 
 interpreted()
+pytestmark = pytest.mark.triton
 
 
 @triton.jit

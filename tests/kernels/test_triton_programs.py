@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_backends import HAS_TRITON, interpreted
+from kernel_backends import interpreted, needs_triton
 
 from truffula.errors import DeviceLost, KernelError
 from truffula.kernels.inputs import Capacity
@@ -25,7 +25,7 @@ from truffula.testing.programs import (
 )
 from truffula.testing.tiny import tiny_config
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: make triton installs it")
+pytestmark = needs_triton
 CAPACITY = Capacity(
     max_tokens=64, max_seqs=8, max_logit_rows=16, max_segments=8, num_blocks=40, block_size=16, max_blocks_per_seq=8
 )

@@ -103,7 +103,12 @@ class Launcher:
     # --- what launches have in common ---------------------------------------------------------------------------------
 
     def _run(self, kernel: Any, *args: Any, **constants: Any) -> Launch:
-        return partial(self._device.launch, kernel, *args, **constants)
+        return partial(self._launch, kernel, *args, **constants)
+
+    def _launch(self, kernel: Any, *args: Any, **constants: Any) -> None:
+        """Only where products need it for speed may a compiler join a product and a sum, which rounds once: elsewhere
+        bits would depend on which it joins in a variant of a kernel."""
+        self._device.launch(kernel, *args, enable_fp_fusion=kernel is linear_kernels.product, **constants)
 
     def _of_r(self, ref: Ref) -> bool:
         return self._program.buffers[ref.buffer].rows == "R"
@@ -211,13 +216,13 @@ class Launcher:
             h = self._workspace("shrunk", max(1, parts * step.planes * plane))
             pieces, shrinks, entries, weights = lists
             tile = tiles.tile(rows, self._device.tensor_core_rows)
-            self._device.launch(
+            self._launch(
                 linear_kernels.product, x, w, ws, h, there["counts"], shrinks, entries, e0, stride_x, stride_ws,
                 part_ws, step.width, plane, step.planes * plane, OF_R=of_r, O=outputs, I=inputs, NS=ns, SPLIT=split,
                 CHUNK=chunk, PARTS=parts, BM=tile.rows, BN=tiles.columns, BK=tiles.k, BS=PIECE_ROWS, BR=16,
                 PRECISION=exact, SHRINK_PRECISION=tiles.precision, num_warps=tile.warps, num_stages=tiles.stages,
             )  # fmt: skip
-            self._device.launch(
+            self._launch(
                 linear_kernels.finish, ws, h, there["counts"], pieces, entries, weights, bounds, e0, bias, residual,
                 out, stride_ws, part_ws, step.width, plane, step.planes * plane, stride_res, stride_out,
                 e.clip or 0.0, e.scale, e.glu_limit or 0.0, e.glu_offset, softcap or 1.0, OF_R=of_r, O=outputs, NS=ns,
@@ -255,7 +260,7 @@ class Launcher:
             partial_, tops, dens = space.split_with_sizes(
                 [max(1, rows) * op.dim_v, max(1, rows), len(space) - max(1, rows) * (op.dim_v + 1)]
             )
-            self._device.launch(
+            self._launch(
                 attention_kernels.attend, q, *kv, tables, there["q_start"], there["kv_len"], there[f"items_{name}"],
                 there[f"counts_{name}"], partial_, tops, dens, sinks, slopes, out, op.scale, op.softcap or 1.0,
                 stride_q, stride_out, tables.stride(0), HEADS=op.heads, KV_HEADS=op.kv_heads, DK=op.dim_k, DV=op.dim_v,
@@ -266,7 +271,7 @@ class Launcher:
                 num_warps=8 if dims > 128 else 4, num_stages=2,
             )  # fmt: skip
             if rows:
-                self._device.launch(
+                self._launch(
                     attention_kernels.merge, partial_, tops, dens, there[f"merges_{name}"],
                     there[f"counts_{name}"][1:], sinks, out, stride_out, HEADS=op.heads, DV=op.dim_v, BDV=dims,
                     BQ=cut.queries, SINKS=op.sinks is not None,
