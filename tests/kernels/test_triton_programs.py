@@ -12,8 +12,10 @@ from kernel_backends import interpreted, needs_triton
 
 from truffula.errors import DeviceLost, KernelError
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.program import Program
+from truffula.kernels.program import Norm, Program, Rope
 from truffula.kernels.reference import ReferenceBackend
+from truffula.kernels.triton import check
+from truffula.kernels.triton.check import wrong_kernels
 from truffula.testing.programs import (
     Part,
     attach,
@@ -137,8 +139,38 @@ def test_a_device_that_fails_is_lost_and_other_errors_are_the_steps(monkeypatch:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
-    monkeypatch.setattr(executable._where, "launch", fail)
-    executable._launches = [launch and fail for launch in executable._launches]
+    monkeypatch.setattr(executable.where, "launch", fail)
+    executable.launches = [launch and fail for launch in executable.launches]
     pending = executable.submit()
     with pytest.raises(DeviceLost, match="illegal memory access"):
         pending.result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_a_kernel_that_is_wrong_on_a_device_is_found_and_replaced_by_torch(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = decoder_program(MODELS[name])
+    monkeypatch.setattr(check, "ROWS", (3, 30))
+    monkeypatch.setattr(check, "KEYS", 40)
+    executable = load(interpreted(), program, "float32")
+    assert wrong_kernels(executable) == {}
+    norms = [index for index, op in enumerate(program.ops) if isinstance(op, Norm)]
+    for index in norms:
+        launch, out = executable.launches[index], executable.fixed.whole(program.ops[index].out)
+        executable.launches[index] = lambda launch=launch, out=out: (launch(), out.mul_(1.01))
+    rotations = [index for index, op in enumerate(program.ops) if isinstance(op, Rope)]
+    for index in rotations:
+        executable.launches[index] = fail_to_compile
+    monkeypatch.setattr(executable.where, "tried", False, raising=False)
+    executable.prepare()
+    assert [index for index in norms + rotations if executable.launches[index] is not None] == []
+    assert "ops Norm instead of a kernel: the result differs" in caplog.text
+    assert "ops Rope instead of a kernel: ValueError: too many registers" in caplog.text
+    exact = load(ReferenceBackend(), program, "float32")
+    assert distance(logits(executable, STEPS[0]), logits(exact, STEPS[0])) < 1e-4
+
+
+def fail_to_compile() -> None:
+    raise ValueError("too many registers")

@@ -58,7 +58,9 @@ class CompilingDevice:
         signature, attributes = {}, {}
         for at, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
             aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-            of = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
+            of = (
+                TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
+            )
             signature[name] = of
             if aligned:
                 attributes[(at,)] = [["tt.divisibility", 16]]
@@ -110,9 +112,7 @@ def main(capability: int, dtype: str, rows: list[int], config: dict[str, Any]) -
         for decl in program.weights
     ]  # fmt: skip
     layout = TritonBackend(device).adapter_layout(program)
-    executable = TritonExecutable(
-        program, layout, served, weights, capacity, device, gpu_tiles(dtype, device.programs)
-    )
+    executable = TritonExecutable(program, layout, served, weights, capacity, device, gpu_tiles(dtype, device.programs))
     slot = attach(executable, random_adapter(program, rank=16, dtype=dtype))
     for count in rows:
         blocks = tuple(range(1, 1 + -(-(count + 2000) // 16)))

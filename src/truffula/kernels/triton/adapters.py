@@ -121,6 +121,10 @@ class DeviceAdapters(AdapterSlots):
                 self._slots[slot] = {**made, **self._in_torch(self._resident[slot], {op})}
         return found
 
+    def serve_by_torch(self, slot: int) -> None:
+        """Make all parts of an adapter usable for torch, beside their descriptors."""
+        self._slots[slot] = self._in_torch(self._resident[slot], self._resident[slot].sites)
+
     def _in_torch(self, resident: _Resident, ops: Iterable[int]) -> Mapping[tuple[int, int], OpAdapter]:
         image, data = resident.image, resident.data
         start = image.data.ctypes.data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +24,12 @@ LEAST_CAPABILITY = (8, 0)
 class Device(Protocol):
     """``programs``: how many programs a kernel is launched with, which take items until there are none.
     ``tensor_core_rows``: the least rows of a tile in products of 16-bit numbers, so that all rows of all steps are
-    multiplied by one kind of instruction."""
+    multiplied by one kind of instruction. ``tried``: kernels need not be compared with torch at the start."""
 
     torch_device: torch.device
     programs: int
     tensor_core_rows: int
+    tried: bool
 
     def free_memory(self) -> MemoryLimit: ...
 
@@ -48,12 +50,15 @@ class HostDevice:
     torch_device = torch.device("cpu")
     programs = 3
     tensor_core_rows = 16
+    tried = True
 
     def free_memory(self) -> MemoryLimit:
         return free_memory()
 
     def launch(self, kernel: Any, *args: Any, **constants: Any) -> None:
-        kernel[(self.programs,)](*args, **constants)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of values that are not finite
+            kernel[(self.programs,)](*args, **constants)
 
     def staging(self, nbytes: int) -> Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8)
@@ -64,6 +69,8 @@ class HostDevice:
 
 class CudaDevice:
     """GPU number ``index``."""
+
+    tried = False
 
     def __init__(self, index: int) -> None:
         found = torch.cuda.get_device_properties(index)

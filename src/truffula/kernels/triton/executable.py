@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from truffula.kernels.program import Attention, Op, Program, Ref
 from truffula.kernels.reference.executable import Buffers, ReferenceExecutable, Step
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.triton.adapters import DeviceAdapters
+from truffula.kernels.triton.check import wrong_kernels
 from truffula.kernels.triton.device import Device, lost
 from truffula.kernels.triton.launch import Launch, Launcher, StepState, attention_key, attention_name
 from truffula.kernels.triton.tiles import Tiles
@@ -27,6 +31,8 @@ from truffula.kernels.triton.work import (
     check_places,
     row_lists,
 )
+
+log = logging.getLogger(__name__)
 
 
 class FixedBuffers(Buffers):
@@ -75,11 +81,17 @@ class TritonExecutable(ReferenceExecutable):
     ) -> None:  # fmt: skip
         at = device.torch_device
         super().__init__(program, layout, dtype, weights, capacity, at, debug=debug)
-        self._where = device
-        self._fixed = FixedBuffers(program, dtype, capacity, at, reuse=not debug)
-        self._buffers = self._fixed
-        self._resident = DeviceAdapters(program, layout, at)
-        self._adapters = self._resident
+        self.program, self.capacity, self.dtype, self.planes, self.where = (
+            program,
+            capacity,
+            dtype,
+            self._planes,
+            device,
+        )
+        self.fixed = FixedBuffers(program, dtype, capacity, at, reuse=not debug)
+        self._buffers = self.fixed
+        self.resident = DeviceAdapters(program, layout, at)
+        self._adapters = self.resident
         self._cuts = {
             attention_key(op, tiles): tiles.attention(op.heads // op.kv_heads)
             for op in program.ops if isinstance(op, Attention)
@@ -90,28 +102,52 @@ class TritonExecutable(ReferenceExecutable):
             setattr(self.inputs, name, self._step_memory.host[name])
         self._state = StepState(self.inputs)
         launcher = Launcher(
-            program, weights, self._planes, capacity.block_size, device, tiles, self._fixed.whole,
-            self._step_memory.there, self._resident.first, self._state,
+            program, weights, self._planes, capacity.block_size, device, tiles, self.fixed.whole,
+            self._step_memory.there, self.resident.first, self._state,
         )  # fmt: skip
-        self._launches: list[Launch | None] = [launcher.launch_of(index) for index in range(len(program.ops))]
+        self.launches: list[Launch | None] = [launcher.launch_of(index) for index in range(len(program.ops))]
+
+    def prepare(self) -> None:
+        """Replace kernels that are wrong on this device by torch: see ``check.py``."""
+        if self.where.tried:
+            return
+        wrong = wrong_kernels(self)
+        for index, why in wrong.items():
+            self.launches[index] = None
+        for (kind, why), count in Counter(
+            (type(self.program.ops[i]).__name__, why) for i, why in wrong.items()
+        ).items():
+            log.warning("%s: torch computes %d ops %s instead of a kernel: %s", self._device, count, kind, why)
 
     def run(self) -> None:
         try:
             super().run()
-        except RuntimeError as error:
-            if isinstance(error, torch.AcceleratorError) or "[CUDA]" in str(error):
+        except Exception as error:
+            if self.has_failed(error):
                 raise lost(self._device, error) from error
             raise
 
+    def has_failed(self, error: Exception) -> bool:
+        """Whether ``error`` says that the device has failed, with all that is on it."""
+        return isinstance(error, torch.AcceleratorError) or "[CUDA]" in str(error)
+
+    def torch_value(self, op: Op, step: Step) -> Tensor | None:
+        """What torch would write."""
+        return self._value(op, step)
+
     def close(self) -> None:
         super().close()
-        self._launches = []
+        self.launches = []
+
+    @torch.inference_mode()
+    def begin_step(self) -> Step:
+        return self._step()
 
     def _step(self) -> Step:
         """Uploads what the kernels read."""
         check_places(self.inputs, self._capacity, self._reads)
         step, i, state, memory = super()._step(), self.inputs, self._state, self._step_memory
-        self._fixed.begin(i)
+        self.fixed.begin(i)
         counts = memory.host["counts"]
         counts[:2] = i.T, i.R
         state.planes = 0
@@ -121,11 +157,11 @@ class TritonExecutable(ReferenceExecutable):
             slots = i.seg[made.entries, 2].tolist()
             _fill(memory.host[f"pieces_{letter}"], made.pieces)
             _fill(memory.host[f"shrinks_{letter}"], made.shrinks)
-            _fill(memory.host[f"entries_{letter}"], np.array([self._resident.address(s) for s in slots], np.int64))
+            _fill(memory.host[f"entries_{letter}"], np.array([self.resident.address(s) for s in slots], np.int64))
             _fill(memory.host[f"weights_{letter}"], i.seg_weight[made.entries])
             state.planes = max(state.planes, int(made.pieces[:, 3].max(initial=0)))
         state.adapted = state.planes > 0
-        state.width = self._resident.width(i.seg[: i.G, 2].tolist())
+        state.width = self.resident.width(i.seg[: i.G, 2].tolist())
         for key, cut in self._cuts.items():
             window, chunked, _ = key
             lists, name = attention_lists(i, window, chunked, cut), attention_name(key)
@@ -137,12 +173,12 @@ class TritonExecutable(ReferenceExecutable):
         return step
 
     def _compute(self, op: Op, step: Step) -> None:
-        launch = self._launches[step.op]
+        launch = self.launches[step.op]
         if launch is None:
             super()._compute(op, step)
             return
         out, value = written_by(op), None
-        segments = self._resident.by_torch(step.op, self.inputs) if self.inputs.G else []
+        segments = self.resident.by_torch(step.op, self.inputs) if self.inputs.G else []
         if segments:
             step.segments = self._adapters.segments(self.inputs, self.inputs.seg[:, :2])
             step.segments_r = self._adapters.segments(self.inputs, self.inputs.seg_r)
@@ -152,7 +188,7 @@ class TritonExecutable(ReferenceExecutable):
             at_rows = self.inputs.seg_r if self._program.buffers[out.buffer].rows == "R" else self.inputs.seg
             for index in segments:
                 lo, hi = at_rows[index, :2].tolist()
-                self._fixed.get(out)[lo:hi] = value[lo:hi]
+                self.fixed.get(out)[lo:hi] = value[lo:hi]
 
     def _shapes(self) -> Shapes:
         """Of what a step's kernels read."""
