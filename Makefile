@@ -11,7 +11,7 @@ COMPILED := $(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_u
 # Tests start many processes: they find their modules compiled, whatever the shell says of that, and leave the cores be.
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
-.PHONY: help native demo test smoke test-slow sanitize emulate fuzz soak parity parity-adapters lint check fix bench clean
+.PHONY: help native demo test smoke test-slow test-triton sanitize emulate fuzz soak parity parity-adapters lint check fix bench clean
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -46,6 +46,13 @@ $(VENV)/.dev: $(VENV)/.run | $(VENV)/.torch
 	@$(PIP) install -q --no-build-isolation --config-settings=build-dir=$(VENV)/build -e '.[dev]'
 	@touch $@
 
+# Without what it needs, which is torch: it compiles and interprets beside any build of it. 300 MB.
+TRITON ?= triton==3.9.0
+$(VENV)/.triton: | $(VENV)/.dev
+	@echo "Installing $(TRITON) ..."
+	@$(PIP) install -q --no-deps "$(TRITON)"
+	@touch $@
+
 native:          ## compile the native kernels (again): after a compiler was installed
 	@rm -f $(VENV)/.run
 	@$(MAKE) --no-print-directory $(VENV)/.run
@@ -60,8 +67,11 @@ test: $(VENV)/.dev   ## the test suite (< 5 minutes on two cores; JOBS=3)
 
 # The second part measures times. 5: ARGS picks no test of a part.
 test-slow: $(VENV)/.dev   ## real clients in their own environments, kills, floods, the real model
-	@$(TESTING) $(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadfile --timeout=1200 $(ARGS) || [ $$? = 5 ]; \
+	@$(TESTING) $(BIN)/python -m pytest -m "slow and not alone and not triton" -n 2 --dist loadfile --timeout=1200 $(ARGS) || [ $$? = 5 ]; \
 	failed=$$?; $(TESTING) $(BIN)/python -m pytest -m "slow and alone" --timeout=1200 $(ARGS) || [ $$? = 5 ] && exit $$failed
+
+test-triton: $(VENV)/.triton   ## Triton's kernels under its interpreter, and compiled for GPUs, without one (TRITON="triton==3.8.0")
+	@$(TESTING) $(BIN)/python -m pytest -m triton -n 2 --timeout=1200 $(ARGS) tests/kernels tests/lora
 
 # An environment of its own, so that what the tests need elsewhere is not there. pytest's settings are its own, too.
 smoke:           ## what a user without torch has: installed apart, then commands, server, adapters, dialects
@@ -96,7 +106,7 @@ parity-adapters: $(VENV)/.dev   ## every kind of adapter x every way to be serve
 lint: $(VENV)/.dev   ## ruff (rules and format) and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-check: test lint smoke test-slow   ## all that CI runs
+check: test lint smoke test-slow test-triton   ## all that CI runs
 
 fix: $(VENV)/.dev   ## let ruff mend what it can
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +16,9 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 for folder in sorted({path.parent for path in Path(__file__).parent.rglob("*.py")}):
     sys.path.insert(0, str(folder))
 
+# Before any test imports triton: its kernels run under its interpreter, on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
+
 collect_ignore = ["smoke"]  # it wants an environment without torch: make smoke
 
 
@@ -23,7 +28,8 @@ def backends() -> str:
 
     why = why_unavailable()
     native = f"not cpu: {why}" if why else f"cpu ({', '.join(instruction_sets())})"
-    return f"backends: reference, {native}"
+    triton = "triton (interpreted)" if importlib.util.find_spec("triton") else "not triton: it is not installed"
+    return f"backends: reference, {native}, {triton}"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -35,6 +41,11 @@ def pytest_collection() -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    if "triton" in sys.modules:  # its bindings report what is not freed at the end as leaked
+        gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -39,8 +39,8 @@ class EngineConfig:
         "auto",
         "Common",
         "compute dtype; auto picks the faster of float32 and bfloat16",
-        choices=("auto", "float32", "bfloat16"),
-        note="Checkpoints in float16 are served too: in one of these dtypes.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        note="The cpu backend serves checkpoints in float16 in one of the other dtypes, the triton backend in float16.",
     )
     memory_bytes: int | None = _option(
         None, "Common", "memory for weights, KV cache and adapters", unset="85% of free memory", low=1
@@ -76,7 +76,7 @@ class EngineConfig:
         "auto",
         "Model",
         "compute backend: cpu has native kernels, reference is torch",
-        choices=("auto", "cpu", "reference"),
+        choices=("auto", "cpu", "reference", "triton"),
     )
     implementation: str = _option(
         "auto",
@@ -88,9 +88,9 @@ class EngineConfig:
     device: str = _option(
         "cpu",
         "Model",
-        "device to compute on: cpu, or one of torch's, such as cuda or cuda:1",
+        "device to compute on: cpu, cuda, cuda:1, auto (a GPU if there is a usable one), or another one of torch's",
         metavar="DEVICE",
-        note="The native kernels run on cpu; another device is computed on with torch, op by op: exact and slow.",
+        note="On another device than cpu and cuda, torch computes op by op: exact and slow.",
     )
     cpu_isa: str = _option(
         "auto",

@@ -145,7 +145,7 @@ def test_the_choices_of_the_backend_are_those_that_can_be_selected():
     ("name", "value", "said"),
     [
         ("backend", "gpu", "one of auto, cpu, reference"),
-        ("dtype", "float16", "one of auto, float32, bfloat16"),
+        ("dtype", "float8", "one of auto, float32, bfloat16, float16"),
     ],
 )
 def test_choices_are_checked_with_the_options(name: str, value: str, said: str):

@@ -1,14 +1,15 @@
 """The backends that op tests, parity tests and engine tests run on: the one list of them.
 
-The reference, and the native one on every instruction set that this machine has. Without the native module (no compiler
-when truffula was installed) the reference alone.
+The reference, the native one on every instruction set that this machine has, and Triton's kernels under its
+interpreter. Without the native module (no compiler when truffula was installed) or triton, those that there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -24,7 +25,29 @@ from truffula.kernels.sampling import Sampler
 ISAS: tuple[str, ...] = instruction_sets() if available() else ()
 # Two threads: each op is cut in two and has its barrier.
 NATIVE: Mapping[str, Backend] = MappingProxyType({f"cpu-{isa}": CpuBackend(threads=2, isa=isa) for isa in ISAS})
+HAS_TRITON = find_spec("triton") is not None
+
+
+@cache
+def interpreted() -> Backend:
+    """The triton backend on the host."""
+    from truffula.kernels.triton.backend import TritonBackend
+    from truffula.kernels.triton.device import HostDevice
+    from truffula.testing.interpreter import install
+
+    install()
+    return TritonBackend(HostDevice())
+
+
+class Interpreted:
+    """``interpreted``, made when it is used: most tests need no triton."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(interpreted(), name)
+
+
 BACKENDS: Mapping[str, Backend] = MappingProxyType({"reference": ReferenceBackend(), **NATIVE})
+INTERPRETED: Mapping[str, Any] = MappingProxyType({"triton": Interpreted()} if HAS_TRITON else {})
 # For tests that compare whole models, where one table says what all do: op tests compare the tables.
 BEST: Mapping[str, Backend] = MappingProxyType(dict(list(BACKENDS.items())[:2]))
 # The same on one thread: for tests of very many very small steps.
@@ -79,17 +102,22 @@ SAMPLERS: Mapping[str, Callable[[int, int], AnySampler]] = MappingProxyType(
     {"numpy": Sampler, **{f"cpu-{isa}": partial(NativeSampler, isa) for isa in ISAS}}
 )
 
-# The tables between the best and the portable one run in the slow suite.
+# The tables between the best and the portable one run in the slow suite, interpreted kernels in one of their own.
 BETWEEN = frozenset(ISAS[1:-1])
 
 
 def _each(made: Mapping[str, Any]) -> list[Any]:
     marks = {name: [pytest.mark.slow] * (name.removeprefix("cpu-") in BETWEEN) for name in made}
+    marks |= {name: [pytest.mark.slow, pytest.mark.triton] for name in INTERPRETED}
     return [pytest.param(value, id=name, marks=marks[name]) for name, value in made.items()]
 
 
 on_every_sampler = pytest.mark.parametrize("sampler", _each(SAMPLERS))
-on_every_backend = pytest.mark.parametrize("backend", _each(BACKENDS))
+on_every_backend = pytest.mark.parametrize("backend", _each({**BACKENDS, **INTERPRETED}))
+on_every_fast_backend = pytest.mark.parametrize("backend", _each(BACKENDS))
 on_every_table = pytest.mark.parametrize("isa", _each(dict(zip(ISAS, ISAS, strict=True))))
 on_the_best = pytest.mark.parametrize("backend", BEST.values(), ids=BEST.keys())
+needs_triton = [
+    pytest.mark.triton, pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: make test-triton does it")
+]  # fmt: skip
 needs_native = pytest.mark.skipif(not ISAS, reason="truffula was installed without its native kernels")

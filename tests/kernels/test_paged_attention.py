@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_backends import BACKENDS, on_every_backend
+from kernel_backends import BACKENDS, on_every_backend, on_every_fast_backend
 from llama_program import Shape, llama_program
 from one_op import OneOp, close, exact
 
@@ -122,7 +122,7 @@ LONG = [
 ]
 
 
-@on_every_backend
+@on_every_fast_backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case_", LONG, ids=str)
 def test_long_contexts(backend, dtype, case_):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,8 @@ class Finding:
 def run_doctor(*, as_json: bool) -> None:
     settings = load_settings({})
     given = {setting.option.name: setting.value for setting in settings}
-    findings = [*_machine(), *_native(given), *_packages(), *_backends(given["cpu_isa"]), *_dtypes(given)]
+    findings = [*_machine(), *_native(given), *_gpus(), *_packages(), *_backends(given["cpu_isa"])]
+    findings += _dtypes(given)
     changed = (setting for setting in settings if setting.origin in ("environment", "file"))
     findings += [Finding(f"set by {s.source}", f"{s.option.name} = {s.shown}", "note") for s in changed]
     if as_json:
@@ -152,6 +154,30 @@ def _self_check(sets: Sequence[str]) -> list[Finding]:
     return [Finding("self-check", f"{isa} computes {found} wrongly", "missing", advice) for isa, found in wrong]
 
 
+def _gpus() -> list[Finding]:
+    """The GPUs, and whether the triton backend can use each."""
+    from truffula.kernels.installation import installation
+    from truffula.kernels.select import UNTRIED
+
+    if importlib.util.find_spec("torch") is None:
+        advice = f"not needed to serve; {installation().pip_install('cuda')} (for an NVIDIA GPU)"
+        return [Finding("gpu", "not looked for, as torch is not installed", "ok", advice)]
+    from truffula.kernels.triton.device import cuda_facts, driver_version, why_unusable
+
+    facts = cuda_facts()
+    if not facts.gpus:
+        error = why_unusable(facts, "cuda")
+        return [Finding("gpu", "none", "ok", error.message if error else "")]
+    driver, findings = driver_version() or "of unknown version", []
+    for index, gpu in enumerate(facts.gpus):
+        capability = ".".join(map(str, gpu.capability))
+        value = f"{gpu.name}, capability {capability}, {format_size(gpu.memory_bytes)}, driver {driver}"
+        unusable = why_unusable(facts, f"cuda:{index}")
+        state, advice = ("missing", unusable.message) if unusable else ("note", UNTRIED)
+        findings.append(Finding(f"gpu {index}", value, state, advice))
+    return findings
+
+
 def _packages() -> list[Finding]:
     from truffula.kernels.cpu import available
     from truffula.kernels.installation import installation
@@ -159,6 +185,7 @@ def _packages() -> list[Finding]:
     here = installation()
     wanted = (
         ("torch", "the reference backend", here.pip_install("torch")),
+        ("triton", "--device cuda", here.pip_install("cuda")),
         ("transformers", "truffula verify", here.pip_install("train")),
         ("peft", "truffula verify --adapter", here.pip_install("train")),
     )
@@ -178,6 +205,8 @@ def _backends(isa: str) -> list[Finding]:
 
     findings = []
     for name in BACKENDS:
+        if name == "triton":  # see the GPUs
+            continue
         try:
             backend = select_backend(name, "cpu", cpu_isa="auto" if name == "reference" else isa)
         except TruffulaError as error:

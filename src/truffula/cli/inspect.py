@@ -198,6 +198,7 @@ LABELS = MappingProxyType(
         "active_parameters": "  of which a token uses",
         "memory_bytes": "weights in memory (cpu)",
         "memory_formats": "  as",
+        "gpu": "on a GPU",
         "tying": "embedding and head",
         "tying_reason": "  because",
         "saved_by_tying_bytes": "  saved by tying",
@@ -218,6 +219,16 @@ def int8_products(plan: ModelPlan) -> str:
 
     formats = sorted(set(plan.stored_types.values()).intersection(INT8_KINDS))
     return f"matrix products with {', '.join(formats)} weights; --exact computes on their values" if formats else "none"
+
+
+def gpu_ops(plan: ModelPlan) -> str:
+    """How the ops are computed with ``--device cuda``."""
+    from truffula.kernels.triton.served import ops_without_kernels
+
+    if plan.native_spec is None:
+        return "by torch"
+    slow = ops_without_kernels(plan.program)
+    return f"with kernels, but for these ops, which torch computes: {slow}" if slow else "with kernels"
 
 
 def _facts(path: Path, checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Any]:
@@ -247,6 +258,7 @@ def _facts(path: Path, checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Any
         **_bytes_by_part(checkpoint, plan),
         **_memory(plan),
         "int8": int8_products(plan),
+        "gpu": gpu_ops(plan),
         "tying": plan.tying.tie.name.lower(),
         "tying_reason": plan.tying.reason,
         "saved_by_tying_bytes": plan.saved_bytes,

@@ -117,9 +117,9 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         prefetch_adapters=config.prefetch_adapters,
         rope_regime=plan.interface.rope_regime,
         kv_windows=layout.windows,
-        kv_block_bytes=layout.block_bytes,
+        kv_block_bytes=() if planned.kv_at_load else layout.block_bytes,  # else the pool has paid for all of them
         num_states=memory.num_states,
-        state_bytes=layout.state_bytes,
+        state_bytes=0 if planned.kv_at_load else layout.state_bytes,
     )
     info = _describe(config, path, plan, backend, dtype, planned, memory)
     return EngineSettings(info, limits, capacity)

@@ -7,6 +7,7 @@ nothing while idle.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from truffula.engine.kv_layout import KvLayout
@@ -16,6 +17,8 @@ from truffula.option import format_size
 
 DEFAULT_SHARE = 0.85
 """Of the memory that is free at the start: the rest is for the loading worker, the API process and the page cache."""
+KV_SHARE = 0.9
+"""Of the pool, where KV takes its memory at load: the rest is for adapters."""
 SHORTEST_USEFUL_TOKENS = 1024
 """A model length is lowered to what fits when none was asked for, but not below this (or the model's own)."""
 
@@ -61,7 +64,11 @@ def plan_memory(
     pool = limit.nbytes - fixed
     wanted = asked_len or model_len
     least = wanted if asked_len is not None else min(wanted, SHORTEST_USEFUL_TOKENS)
-    longest = layout.longest(wanted, nbytes=max(0, pool))
+    if plan.kv_at_load:
+        num_states, most = _at_load(layout, max(0, pool), max_running)
+        longest = layout.longest(wanted, num_blocks=most)
+    else:
+        longest = layout.longest(wanted, nbytes=max(0, pool))
     if longest < least or pool < 0:
         raise _too_little(plan, limit, layout, least, longest)
     warnings: tuple[str, ...] = ()
@@ -72,6 +79,13 @@ def plan_memory(
         )
     blocks = max_running * layout.blocks_for(longest)
     tokens = max_running * longest
+    if plan.kv_at_load:
+        blocks = min(blocks, most)
+        taken = blocks * sum(layout.block_bytes) + max(0, num_states - 1) * layout.state_bytes
+        tokens, count = min(tokens, blocks * layout.block_size), blocks + 1
+        return MemoryDivision(
+            limit.nbytes, limit.reason, fixed + taken, pool - taken, count, tokens, longest, num_states, warnings
+        )
     if each := layout.peak_bytes(longest):
         # The cheapest block bounds the ids of all groups: KV memory is committed block by block, when it is written.
         blocks = min(blocks, pool // min(layout.block_bytes))
@@ -82,8 +96,19 @@ def plan_memory(
     return MemoryDivision(limit.nbytes, limit.reason, fixed, pool, blocks + 1, tokens, longest, states, warnings)
 
 
+def _at_load(layout: KvLayout, pool: int, max_running: int) -> tuple[int, int]:
+    """State rows, and the most blocks of each KV group beside them, in ``KV_SHARE`` of ``pool``."""
+    share, rows = int(pool * KV_SHARE), 0
+    if layout.has_states:  # each running sequence's, and as many snapshots
+        rows = 1 + min(2 * max_running * layout.state_rows, share // 2 // layout.state_bytes)
+        share -= (rows - 1) * layout.state_bytes
+    return rows, share // max(1, sum(layout.block_bytes))
+
+
 def _too_little(plan: MemoryPlan, limit: MemoryLimit, layout: KvLayout, least: int, holds: int) -> InsufficientMemory:
     fixed, kv = plan.fixed_bytes, layout.peak_bytes(least)
+    if plan.kv_at_load:
+        kv = math.ceil(layout.blocks_for(least) * sum(layout.block_bytes) / KV_SHARE)
     ways = ["raise --memory" if limit.reason.startswith("--memory") else "free memory or raise the limit"]
     if holds >= 1:
         ways.append(f"--max-model-len {holds} (the longest that fits)")

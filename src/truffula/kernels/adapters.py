@@ -172,7 +172,7 @@ class Place:
     heads: tuple[int, int, int] | None = None
 
 
-Storage = Literal["stored", "float32", "panels"]
+Storage = Literal["stored", "float32", "mixed", "panels"]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ class AdapterLayout:
     """How a program's kernels read adapters: data that the engine sends to the loading worker.
 
     ``places`` has one entry per site, None where no op serves it. ``stored``: tensors as they are. ``float32``: the
-    same in float32, and ids. ``panels``: as ``kernels/cpu/pack.py`` says.
+    same in float32, and ids. ``mixed``: so, but A and B of ``LowRank`` as they are. ``panels``: as
+    ``kernels/cpu/pack.py`` says.
     """
 
     storage: Storage
@@ -269,14 +270,17 @@ def pack(layout: AdapterLayout, sites: Iterable[SiteTensors]) -> list[PackedPart
         return packed
     copies: dict[int, PackedTensor] = {}  # by the id of the array, so that one used twice is stored once
 
-    def copy(array: Array) -> PackedTensor:
+    def copy(part: Part, array: Array) -> PackedTensor:
         if id(array) not in copies:
             dtype = dtype_name(array)
-            copies[id(array)] = copied(array, "F32" if layout.storage == "float32" and dtype != "I32" else dtype)
+            as_it_is = layout.storage == "stored" or (layout.storage == "mixed" and isinstance(part, LowRank))
+            copies[id(array)] = copied(array, dtype if as_it_is or dtype == "I32" else "F32")
         return copies[id(array)]
 
     return [
-        PackedPart(tensors.site, part.kind, getattr(part, "scale", 1.0), tuple(map(copy, tensors_of(part))))
+        PackedPart(
+            tensors.site, part.kind, getattr(part, "scale", 1.0), tuple(copy(part, array) for array in tensors_of(part))
+        )
         for tensors in ordered
         for part in tensors.parts
     ]

@@ -42,6 +42,8 @@ class MemoryPlan:
     """Bytes of the weights by storage format, where a backend has several."""
     depth: int = 1
     """The executable's: a sequence holds the KV of so many steps, and their state rows, before they are committed."""
+    kv_at_load: bool = False
+    """Whether KV blocks and states take their memory at load, not when they are written."""
 
     @property
     def fixed_bytes(self) -> int:

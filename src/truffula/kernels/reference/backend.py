@@ -32,7 +32,7 @@ class ReferenceBackend:
     """
 
     name = "reference"
-    dtypes = tuple(DTYPES)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
     block_kinds: frozenset[str] = frozenset()
 
     def __init__(self, threads: int | None = None, device: str = "cpu") -> None:
@@ -68,7 +68,7 @@ class ReferenceBackend:
     ) -> MemoryPlan:
         """Weights count once, mapped or converted: source pages are released while a weight is converted."""
         del stored_types
-        width = _dtype(dtype).itemsize
+        width = self._served(dtype).itemsize
         weights = sum(
             math.prod(d.shape) * (4 if d.dtype == "float32" or d.uses & {"vector", "conv"} else width)
             for d in program.weights
@@ -84,6 +84,7 @@ class ReferenceBackend:
                 sum(plane.width for plane in group.planes) * capacity.block_size * width for group in program.kv_groups
             ),
             state_bytes=program.state_bytes(width),
+            kv_at_load=self._device.type != "cpu",
         )
 
     def adapter_layout(self, program: Program) -> AdapterLayout:
@@ -102,7 +103,7 @@ class ReferenceBackend:
         """The best of a few rounds of a decode step's and a prefill chunk's product."""
         total = 0.0
         for rows, repeats in ((8, 8), (64, 1)):
-            x = torch.ones(rows, 1024, dtype=_dtype(dtype), device=self._device)
+            x = torch.ones(rows, 1024, dtype=self._served(dtype), device=self._device)
             weights = [torch.ones(1024, 1024, dtype=x.dtype, device=self._device) for _ in range(4)]
             rounds = []
             for _ in range(3):
@@ -123,11 +124,16 @@ class ReferenceBackend:
             KernelError: The program is wrong, a weight does not have its declared shape, or the dtype is not served.
         """
         validate(program)
-        served = _dtype(dtype)
+        served = self._served(dtype)
         with torch.inference_mode():
             weights = load_weights(program, served, pull, self._device)
             layout = self.adapter_layout(program)
             return ReferenceExecutable(program, layout, served, weights, capacity, self._device, debug=debug)
+
+    def _served(self, name: str) -> torch.dtype:
+        if name not in self.dtypes:
+            raise KernelError(f"dtype {name!r} is not supported; use {' or '.join(self.dtypes)}.", param="dtype")
+        return DTYPES[name]
 
 
 def usable_device(name: str) -> torch.device:
@@ -149,9 +155,3 @@ def usable_device(name: str) -> torch.device:
     if device.type == "meta":
         raise ConfigError("device is 'meta', which holds no numbers; use cpu, cuda or another device.", param="device")
     return device
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise KernelError(f"dtype {name!r} is not supported; use {' or '.join(DTYPES)}.", param="dtype")
-    return DTYPES[name]

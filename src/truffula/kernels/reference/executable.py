@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -53,7 +54,7 @@ from truffula.kernels.sampling import Sampler
 from truffula.kernels.synchronous import SynchronousExecutable
 
 
-class _Buffers:
+class Buffers:
     """The program's buffers during a step: the output of each op, until its last reader has run.
 
     A value that covers a whole buffer becomes the buffer; a narrower one is copied into it.
@@ -94,23 +95,45 @@ class _Buffers:
 
 
 @dataclass
-class _Step:
-    """The tensors of one step that its ops share, the spans of sequence states, and the attention plans made so far.
-    ``op`` is the number of the op that runs."""
+class Step:
+    """The tensors of one step that its ops share, made when they are needed, the spans of sequence states, and the
+    attention plans made so far. ``op`` is the number of the op that runs."""
 
     inputs: StepInputs
-    token_ids: Tensor
-    position: Tensor
-    rope_pos: Tensor
-    rope_length: Tensor
-    slots: list[Tensor]
-    logit_rows: Tensor
+    device: torch.device
     segments: list[Segment]
     segments_r: list[Segment]
     spans: list[states.SpanBatch]
     plans: dict[tuple[int, int | None, bool], list[attention.Batch]] = field(default_factory=dict)
     factors: dict[tuple[Ref, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     op: int = 0
+
+    def _long(self, array: Array) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self.device)
+
+    @cached_property
+    def token_ids(self) -> Tensor:
+        return self._long(self.inputs.token_ids[: self.inputs.T])
+
+    @cached_property
+    def position(self) -> Tensor:
+        return self._long(self.inputs.position[: self.inputs.T])
+
+    @cached_property
+    def rope_pos(self) -> Tensor:
+        return self._long(self.inputs.rope_pos[0, : self.inputs.T])
+
+    @cached_property
+    def rope_length(self) -> Tensor:
+        return self._long(self.inputs.rope_length[: self.inputs.T])
+
+    @cached_property
+    def slots(self) -> list[Tensor]:
+        return [self._long(slots[: self.inputs.T]) for slots in self.inputs.slot_mapping]
+
+    @cached_property
+    def logit_rows(self) -> Tensor:
+        return self._long(self.inputs.logit_rows[: self.inputs.R])
 
     def acting(self, *, logits: bool = False) -> list[Segment]:
         """The segments whose adapter acts at the op, over token rows or rows of logits."""
@@ -126,7 +149,7 @@ class _Step:
 class ReferenceExecutable(SynchronousExecutable):
     """``Executable`` in plain torch. Each op is a method (what it reads and writes) around a function (its maths).
 
-    States are ``[rows, width]``.
+    A method's value goes to the buffer that the op writes. States are ``[rows, width]``.
     """
 
     def __init__(
@@ -151,7 +174,7 @@ class ReferenceExecutable(SynchronousExecutable):
         self._dtype = dtype
         self._weights = weights
         self._capacity = capacity
-        self._buffers = _Buffers(program, dtype)
+        self._buffers = Buffers(program, dtype)
         self._device = device
         self._memory = LazyTensors(device)
         self._planes = KvPlanes(program.kv_groups, capacity, dtype, self._memory)
@@ -169,11 +192,20 @@ class ReferenceExecutable(SynchronousExecutable):
         step = self._step()
         for index, (op, dead) in enumerate(zip(self._program.ops, self._dead, strict=True)):
             step.op = index
-            _METHODS[type(op)](self, op, step)
+            self._compute(op, step)
             if self._taps is not None:
                 self._taps[index] = self._buffers.get(written_by(op)).float().cpu().numpy().copy()
             self._buffers.drop(dead)
         self._logits = self._buffers.get(self._program.result).cpu().numpy()
+
+    def _compute(self, op: Op, step: Step) -> None:
+        """Write the buffers of one op."""
+        if (value := self._value(op, step)) is not None:
+            self._buffers.put(written_by(op), value)
+
+    def _value(self, op: Op, step: Step) -> Tensor | None:
+        """What one op writes; None of one that works in place."""
+        return _METHODS[type(op)](self, op, step)
 
     def sample(self) -> StepOutput:
         return self._sampler.sample(self._logits, self.samples)
@@ -235,16 +267,11 @@ class ReferenceExecutable(SynchronousExecutable):
 
     # --- what each op reads and writes --------------------------------------------------------------------------------
 
-    def _step(self) -> _Step:
+    def _step(self) -> Step:
         i = self.inputs
-        return _Step(
+        return Step(
             inputs=i,
-            token_ids=self._long(i.token_ids[: i.T]),
-            position=self._long(i.position[: i.T]),
-            rope_pos=self._long(i.rope_pos[0, : i.T]),
-            rope_length=self._long(i.rope_length[: i.T]),
-            slots=[self._long(slots[: i.T]) for slots in i.slot_mapping],
-            logit_rows=self._long(i.logit_rows[: i.R]),
+            device=self._device,
             segments=self._adapters.segments(i, i.seg[:, :2]),
             segments_r=self._adapters.segments(i, i.seg_r),
             spans=states.plan_spans(i, self._device) if self._states else [],
@@ -259,7 +286,7 @@ class ReferenceExecutable(SynchronousExecutable):
     def _get(self, ref: Ref | None) -> Tensor | None:
         return None if ref is None else self._buffers.get(ref)
 
-    def _embed(self, op: Embed, step: _Step) -> None:
+    def _embed(self, op: Embed, step: Step) -> Tensor:
         ids = step.token_ids if op.source == "token" else step.position + op.offset
         table, acting = self._weights[op.table].whole, step.acting()
         i = self.inputs
@@ -272,9 +299,9 @@ class ReferenceExecutable(SynchronousExecutable):
             rows[virtual] = 0.0
             apply_adapters_(rows, ids, (step.op, 0), acting, self._weights[op.table])
         dtype = self._buffers.dtype(op.out)
-        self._buffers.put(op.out, ops.embed(rows, table.dtype, op.scale, self._get(op.add), dtype, virtual))
+        return ops.embed(rows, table.dtype, op.scale, self._get(op.add), dtype, virtual)
 
-    def _norm(self, op: Norm, step: _Step) -> None:
+    def _norm(self, op: Norm, step: Step) -> Tensor:
         weight, bias = self._vector(op.weight), self._vector(op.bias)
         x, gate, plus = self._buffers.get(op.x), self._get(op.gate), self._get(op.plus)
         dtype, of_logits = self._buffers.dtype(op.out), self._program.buffers[op.x.buffer].rows == "R"
@@ -285,46 +312,45 @@ class ReferenceExecutable(SynchronousExecutable):
                 rows, vectors = slice(lo, hi), norm_vectors(weight, bias, step.op, within)
                 gated, added = (None if t is None else t[rows] for t in (gate, plus))
                 out[rows] = ops.norm(op, x[rows], *vectors, gated, added, dtype)
-        self._buffers.put(op.out, out)
+        return out
 
-    def _linear(self, op: Linear, step: _Step) -> None:
+    def _linear(self, op: Linear, step: Step) -> Tensor:
         x, weight = self._buffers.get(op.x), self._weights[op.weight]
         y = base_product(x, weight)
         if acting := step.acting():
             y = y.float()
             apply_adapters_(y, x.float(), (step.op, 0), acting, weight)
         bias, residual = self._vector(op.epilogue.bias), self._get(op.epilogue.residual)
-        self._buffers.put(op.out, ops.epilogue(y, op.epilogue, bias, residual, self._buffers.dtype(op.out)))
+        return ops.epilogue(y, op.epilogue, bias, residual, self._buffers.dtype(op.out))
 
-    def _pointwise(self, op: Pointwise, step: _Step) -> None:
+    def _pointwise(self, op: Pointwise, step: Step) -> Tensor:
         x, y, weight = self._buffers.get(op.x), self._get(op.y), self._vector(op.weight)
-        self._buffers.put(op.out, ops.pointwise(op, x, y, weight, step.position, self._buffers.dtype(op.out)))
+        return ops.pointwise(op, x, y, weight, step.position, self._buffers.dtype(op.out))
 
-    def _rope_rows(self, op: RopeRows, step: _Step) -> None:
-        rows = ops.rope_rows(self._program.rope_tables[op.table], step.rope_pos, step.rope_length)
-        self._buffers.put(op.out, rows)
+    def _rope_rows(self, op: RopeRows, step: Step) -> Tensor:
+        return ops.rope_rows(self._program.rope_tables[op.table], step.rope_pos, step.rope_length)
 
-    def _rope(self, op: Rope, step: _Step) -> None:
+    def _rope(self, op: Rope, step: Step) -> None:
         key = (op.rows, op.layout)  # all layers with the same rows share their factors
         if key not in step.factors:
             step.factors[key] = ops.rope_factors(op, self._buffers.get(op.rows))
         ops.rope_(op, self._buffers.get(op.x), *step.factors[key])
 
-    def _attention(self, op: Attention, step: _Step) -> None:
+    def _attention(self, op: Attention, step: Step) -> Tensor:
         k, v = (self._planes[plane] for plane in op.planes)
         for plane, ref in ((k, op.k), (v, op.v)):
             if ref is not None:
                 attention.write(plane, step.slots[op.group], self._buffers.get(ref))
         batches = self._batches(step, op.group, op.window, chunked=op.chunked)
-        self._buffers.put(op.out, attention.compute(op, self._buffers.get(op.q), k, v, batches, self._vector(op.sinks)))
+        return attention.compute(op, self._buffers.get(op.q), k, v, batches, self._vector(op.sinks))
 
-    def _mla(self, op: Mla, step: _Step) -> None:
+    def _mla(self, op: Mla, step: Step) -> Tensor:
         plane, batches = self._planes[op.plane], self._batches(step, op.group, None)
         attention.write(plane, step.slots[op.group], self._buffers.get(op.latent))
         q, kv_b = self._buffers.get(op.q), self._weights[op.kv_b]
-        self._buffers.put(op.out, mla.compute(op, q, plane, kv_b, batches, step.op, step.segments))
+        return mla.compute(op, q, plane, kv_b, batches, step.op, step.segments)
 
-    def _batches(self, step: _Step, group: int, window: int | None, *, chunked: bool = False) -> list[attention.Batch]:
+    def _batches(self, step: Step, group: int, window: int | None, *, chunked: bool = False) -> list[attention.Batch]:
         """The step's sequences for one KV group and window; all layers share them."""
         key = (group, window, chunked)
         if key not in step.plans:
@@ -332,17 +358,16 @@ class ReferenceExecutable(SynchronousExecutable):
             step.plans[key] = attention.plan(step.inputs, *key, size, zero_slot, self._device)
         return step.plans[key]
 
-    def _gated_delta(self, op: GatedDelta, step: _Step) -> None:
+    def _gated_delta(self, op: GatedDelta, step: Step) -> Tensor:
         x = [self._buffers.get(ref) for ref in (op.q, op.k, op.v, op.decay, op.beta)]
         rate, dt_bias = self._weights[op.rate].whole, self._weights[op.dt_bias].whole
-        out = delta.gated_delta(op, x, rate, dt_bias, self._states[op.state], step.spans)
-        self._buffers.put(op.out, out)
+        return delta.gated_delta(op, x, rate, dt_bias, self._states[op.state], step.spans)
 
-    def _route(self, op: Route, _: _Step) -> None:
+    def _route(self, op: Route, _: Step) -> Tensor:
         vectors = self._vector(op.correction), self._vector(op.expert_scale)
-        self._buffers.put(op.out, ops.route(op, self._buffers.get(op.logits), *vectors))
+        return ops.route(op, self._buffers.get(op.logits), *vectors)
 
-    def _expert_linear(self, op: ExpertLinear, step: _Step) -> None:
+    def _expert_linear(self, op: ExpertLinear, step: Step) -> Tensor:
         weight, bias, dtype = self._weights[op.weight], self._vector(op.epilogue.bias), self._buffers.dtype(op.out)
         single = torch.float32 if op.combine != "none" else dtype
         per_row = replace(op.epilogue, residual=None)
@@ -358,23 +383,23 @@ class ReferenceExecutable(SynchronousExecutable):
         outputs = op.out.width if op.combine != "none" else op.out.width // k
         x, routes = self._buffers.get(op.x), self._buffers.get(op.routes)
         y, residual = expert_product(x, routes, weight, op.combine, outputs, finish), self._get(op.epilogue.residual)
-        self._buffers.put(op.out, (y if residual is None else y + residual).to(dtype))
+        return (y if residual is None else y + residual).to(dtype)
 
-    def _causal_conv(self, op: CausalConv, step: _Step) -> None:
+    def _causal_conv(self, op: CausalConv, step: Step) -> Tensor:
         x, dtype = self._buffers.get(op.x), self._buffers.dtype(op.out)
         weight, bias = self._weights[op.weight].whole, self._vector(op.bias)
-        self._buffers.put(op.out, states.causal_conv(op, x, weight, bias, self._states[op.state], step.spans, dtype))
+        return states.causal_conv(op, x, weight, bias, self._states[op.state], step.spans, dtype)
 
-    def _mamba2(self, op: Mamba2, step: _Step) -> None:
+    def _mamba2(self, op: Mamba2, step: Step) -> Tensor:
         x, b, c, dt = (self._buffers.get(ref) for ref in (op.x, op.b, op.c, op.dt))
         vectors = self._weights[op.rate].whole, self._weights[op.dt_bias].whole, self._weights[op.skip].whole
         out = states.mamba2(op, x, b, c, dt, vectors, self._states[op.state], step.spans)
-        self._buffers.put(op.out, out.to(self._buffers.dtype(op.out)))
+        return out.to(self._buffers.dtype(op.out))
 
-    def _take_rows(self, op: TakeRows, step: _Step) -> None:
-        self._buffers.put(op.out, self._buffers.get(op.x).index_select(0, step.logit_rows))
+    def _take_rows(self, op: TakeRows, step: Step) -> Tensor:
+        return self._buffers.get(op.x).index_select(0, step.logit_rows)
 
-    def _head(self, op: Logits, step: _Step) -> None:
+    def _head(self, op: Logits, step: Step) -> Tensor:
         x = self._buffers.get(op.x)
         y = base_product(x, self._weights[op.weight]).float()
         if acting := step.acting(logits=True):
@@ -385,7 +410,7 @@ class ReferenceExecutable(SynchronousExecutable):
             y *= op.scale
         if op.softcap is not None:
             y = torch.tanh_(y.div_(op.softcap)).mul_(op.softcap)
-        self._buffers.put(op.out, y)
+        return y
 
 
 def _check_ids(ids: Array, rows: int, op: tuple[int, int], segments: Sequence[Segment]) -> None:
@@ -401,7 +426,7 @@ def _check_ids(ids: Array, rows: int, op: tuple[int, int], segments: Sequence[Se
         raise KernelError(f"token_ids: id {int(ids[missing][0])} is outside the table.", param="token_ids")
 
 
-_METHODS: dict[type[Op], Callable[..., None]] = {
+_METHODS: dict[type[Op], Callable[..., Tensor | None]] = {
     Embed: ReferenceExecutable._embed,
     Norm: ReferenceExecutable._norm,
     Linear: ReferenceExecutable._linear,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -21,6 +21,7 @@ from truffula.kernels.adapters import (
     Part,
     Replace,
     Rows,
+    SiteTensors,
     check_place,
     check_served,
     require_served,
@@ -207,8 +208,16 @@ def lay_out(image: AdapterImage, layout: AdapterLayout, device: torch.device) ->
         KernelError: See ``require_served``; or the image's table is inconsistent.
     """
     require_served(image, layout)
+    return lay_out_sites(image.sites(), layout, lambda array: view(array).to(device))
+
+
+def lay_out_sites(
+    sites: Iterable[SiteTensors], layout: AdapterLayout, place_on_device: Callable[[Array], Tensor]
+) -> dict[tuple[int, int], OpAdapter]:
+    """The tensors of ``sites`` by op index and expert, as ``place_on_device`` makes them, in float32."""
     ops: dict[tuple[int, int], OpAdapter] = {}
-    for tensors in image.sites():
+    there: Callable[[Array], Tensor] = lambda array: place_on_device(array).float()
+    for tensors in sites:
         place = check_place(layout, tensors.site)
         check_served(place, tensors.parts)
         op = ops.setdefault((place.op, place.expert), OpAdapter())
@@ -219,15 +228,16 @@ def lay_out(image: AdapterImage, layout: AdapterLayout, device: torch.device) ->
             if isinstance(part, LowRank):
                 key = part.a.ctypes.data  # fused modules share one A
                 if key not in op.shrinks:
-                    op.shrinks[key] = view(part.a).to(device).t()
-                expands.append(Expand(key, view(part.b).to(device), part.scale))
+                    op.shrinks[key] = there(part.a).t()
+                expands.append(Expand(key, there(part.b), part.scale))
             elif isinstance(part, Rows):
                 order = np.argsort(part.ids)
                 host_ids = part.ids[order].astype(np.int64)
-                others["ids"] = torch.from_numpy(host_ids).to(device)
-                others["rows"] = view(part.values[order]).to(device)
+                values = there(part.values)
+                others["ids"] = torch.from_numpy(host_ids).to(values.device)
+                others["rows"] = values[torch.from_numpy(order).to(values.device)]
             else:
-                others[_FIELDS[type(part)]] = view(tensors_of(part)[0]).to(device)
+                others[_FIELDS[type(part)]] = there(tensors_of(part)[0])
         last = place.first + place.outputs
         op.sites.append(SiteAdapter(place.first, last, tuple(expands), host_ids=host_ids, **others))
     return ops

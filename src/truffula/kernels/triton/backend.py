@@ -1,0 +1,90 @@
+"""The CUDA backend: its memory plan and loading."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+import torch
+
+from truffula.kernels.adapters import AdapterLayout, layout_of
+from truffula.kernels.backend import MemoryLimit, MemoryPlan, PullWeight
+from truffula.kernels.inputs import Capacity
+from truffula.kernels.program import Attention, Linear, Logits, Program
+from truffula.kernels.reference.backend import ReferenceBackend
+from truffula.kernels.reference.weights import Weight, load_weights
+from truffula.kernels.triton.device import CudaDevice, Device
+from truffula.kernels.triton.executable import TritonExecutable
+from truffula.kernels.triton.served import ops_without_kernels
+from truffula.kernels.triton.tiles import Tiles, gpu_tiles, host_tiles
+from truffula.kernels.validate import validate
+
+log = logging.getLogger(__name__)
+
+
+class TritonBackend(ReferenceBackend):
+    """Triton kernels on ``device``, and torch there for ops without a kernel."""
+
+    name = "triton"
+    dtypes = ("bfloat16", "float16", "float32")
+
+    def __init__(self, device: Device) -> None:
+        self._where = device
+        self._device = device.torch_device
+        self.device = str(self._device)
+        self.isa = ""
+
+    def free_memory(self) -> MemoryLimit:
+        return self._where.free_memory()
+
+    def faster_dtype(self) -> tuple[str, str]:
+        return "bfloat16", "a GPU multiplies it fastest"
+
+    def adapter_layout(self, program: Program) -> AdapterLayout:
+        return layout_of(program, "mixed")
+
+    def plan(
+        self,
+        program: Program,
+        dtype: str,
+        capacity: Capacity,
+        stored_types: Mapping[str, str] = MappingProxyType({}),
+    ) -> MemoryPlan:
+        """Besides the buffers: the sums of products and of attention, and what a step uploads."""
+        plan, tiles = super().plan(program, dtype, capacity, stored_types), self._tiles(dtype)
+        sums = 0
+        for op in program.ops:
+            if isinstance(op, Linear | Logits):
+                outputs, inputs = program.weights[op.weight].shape
+                rows = capacity.max_tokens if isinstance(op, Linear) else capacity.max_logit_rows
+                split, _ = tiles.cut(outputs, inputs)
+                sums = max(sums, max(rows, split * min(rows, tiles.split_rows)) * outputs)
+        partial = [tiles.partial_rows * op.heads * (op.dim_v + 2) for op in program.ops if isinstance(op, Attention)]
+        uploads = 4 * len(program.kv_groups) * capacity.max_seqs * capacity.max_blocks_per_seq
+        return replace(plan, arena_bytes=plan.arena_bytes + 4 * sums + 4 * max(partial, default=0) + uploads)
+
+    def load(
+        self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False
+    ) -> TritonExecutable:
+        validate(program)
+        if slow := ops_without_kernels(program):
+            log.warning("%s computes ops that have no kernel yet with torch, which is slower: %s", self.device, slow)
+        served = self._served(dtype)
+        with torch.inference_mode():
+            weights = [_whole(weight) for weight in load_weights(program, served, pull, self._device)]
+            layout = self.adapter_layout(program)
+            return TritonExecutable(
+                program, layout, served, weights, capacity, self._where, self._tiles(dtype), debug=debug
+            )
+
+    def _tiles(self, dtype: str) -> Tiles:
+        if not isinstance(self._where, CudaDevice):
+            return host_tiles(dtype)
+        return gpu_tiles(dtype, torch.cuda.get_device_properties(self._device).multi_processor_count)
+
+
+def _whole(weight: Weight) -> Weight:
+    """The parts of a fused weight, which on a host may be views of a file, as one tensor: kernels read one."""
+    return weight if len(weight.parts) < 2 else Weight((torch.cat(weight.parts),))
