@@ -6,19 +6,14 @@ import re
 from typing import Any
 
 import numpy as np
-from gguf_pairs import VOCAB, Case, Tensors, each, interleaved, stacked
+from gguf_pairs import VOCAB, Case, Convert, Tensors, each, interleaved, stacked
 
 from truffula.testing.files import Array
 
-# Value heads, key heads and their widths, of ``tiny_config``.
-HEADS, KEYS, DIM_K, DIM_V = 4, 2, 6, 10
+# Value heads, key heads and their width, of ``tiny_config``.
+HEADS, KEYS, DIM_K = 4, 2, 6
 NO_ROPE = {"rope_parameters": ""}
 NO_WIDTH = {"attention.key_length": None, "attention.value_length": None}
-DELTA = {
-    "ssm.conv_kernel": 4, "ssm.state_size": DIM_K, "ssm.group_count": KEYS, "ssm.time_step_rank": HEADS,
-    "ssm.inner_size": HEADS * DIM_V, "attention.recurrent_layers": [True, True, True, False],
-    "full_attention_interval": 4, "rope.dimension_count": 4,
-}  # fmt: skip
 SECTIONS = {"rope.dimension_sections": [11, 11, 10, 0]}
 EXPERTS = {"expert_feed_forward_length": 24, "expert_shared_feed_forward_length": 20}
 ROTATED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}
@@ -70,31 +65,65 @@ def tiled(array: Array, width: int, axis: int = 0) -> Array:
     return np.moveaxis(made, 0, axis)
 
 
-@each
-def by_value_heads(name: str, array: Array, _: Any) -> Array:
-    before = 2 * KEYS * DIM_K
-    if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
-        return np.concatenate([array[:before], tiled(array[before:], DIM_V)])
-    if name.endswith(("in_proj_a.weight", "in_proj_b.weight", ".A_log", "dt_proj.bias")):
-        return tiled(array, 1)
-    if name.endswith("in_proj_z.weight"):
-        return tiled(array, DIM_V)
-    return tiled(array, DIM_V, 1) if name.endswith("linear_attn.out_proj.weight") else array
+def by_value_heads(dim_v: int) -> Convert:
+    def change(name: str, array: Array, _: Any) -> Array:
+        before = 2 * KEYS * DIM_K
+        if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
+            return np.concatenate([array[:before], tiled(array[before:], dim_v)])
+        if name.endswith(("in_proj_a.weight", "in_proj_b.weight", ".A_log", "dt_proj.bias")):
+            return tiled(array, 1)
+        if name.endswith("in_proj_z.weight"):
+            return tiled(array, dim_v)
+        return tiled(array, dim_v, 1) if name.endswith("linear_attn.out_proj.weight") else array
+
+    return each(change)
 
 
-def gate_apart(tensors: Tensors, _: Any) -> Tensors:
+def gate_apart(dim_v: int) -> Convert:
     """q, k and v of all key heads together, the gates apart."""
-    made: Tensors = {}
-    for name, array in tensors.items():
-        if not name.endswith("in_proj_qkvz.weight"):
-            made[name] = array
-            continue
-        share = HEADS // KEYS * DIM_V
-        parts = np.split(array.reshape(KEYS, -1, array.shape[1]), np.cumsum([DIM_K, DIM_K, share]), axis=1)
-        *qkv, gate = (part.reshape(-1, array.shape[1]) for part in parts)
-        block = f"blk.{name.split('.')[2]}."
-        made[f"{block}attn_qkv.weight"], made[f"{block}attn_gate.weight"] = np.concatenate(qkv), gate
-    return made
+
+    def change(tensors: Tensors, _: Any) -> Tensors:
+        made: Tensors = {}
+        for name, array in tensors.items():
+            if not name.endswith("in_proj_qkvz.weight"):
+                made[name] = array
+                continue
+            cuts = np.cumsum([DIM_K, DIM_K, HEADS // KEYS * dim_v])
+            *qkv, gate = np.split(array.reshape(KEYS, -1, array.shape[1]), cuts, axis=1)
+            block, qkv = f"blk.{name.split('.')[2]}.", [part.reshape(-1, array.shape[1]) for part in qkv]
+            made[f"{block}attn_qkv.weight"] = np.concatenate(qkv)
+            made[f"{block}attn_gate.weight"] = gate.reshape(-1, array.shape[1])
+        return made
+
+    return change
+
+
+def linear_attention(
+    architecture: str, model_type: str, keys: dict[str, Any], dim_v: int, *convert: Convert, **config: Any
+) -> Case:
+    """Qwen's, whose value heads are ``dim_v`` wide."""
+    keys = {
+        "ssm.conv_kernel": 4, "ssm.state_size": DIM_K, "ssm.group_count": KEYS, "ssm.time_step_rank": HEADS,
+        "ssm.inner_size": HEADS * dim_v, "attention.recurrent_layers": [True, True, True, False],
+        "full_attention_interval": 4, "rope.dimension_count": 4, **keys,
+    }  # fmt: skip
+    return Case(architecture, model_type, {**ROTATED, "linear_value_head_dim": dim_v, **config}, keys, convert)
+
+
+def qwen35(dim_v: int = 10, **config: Any) -> Case:
+    order = (named_as_mapped, by_value_heads(dim_v), rates, shifted)
+    return linear_attention("qwen35", "qwen3_5_text", SECTIONS, dim_v, *order, **config)
+
+
+def qwen35_moe(dim_v: int = 10) -> Case:
+    keys = {**SECTIONS, **EXPERTS, "feed_forward_length": None}
+    order = (stacked, named_as_mapped, by_value_heads(dim_v), rates, shifted)
+    return linear_attention("qwen35moe", "qwen3_5_moe_text", keys, dim_v, *order)
+
+
+def qwen3_next(dim_v: int = 10) -> Case:
+    order = (stacked, named_as_mapped, gate_apart(dim_v), rates, shifted)
+    return linear_attention("qwen3next", "qwen3_next", EXPERTS, dim_v, *order)
 
 
 def gate_and_up(tensors: Tensors, _: Any) -> Tensors:
@@ -157,7 +186,6 @@ def ssm(heads: int, groups: int, state: int, inner: int = 64) -> dict[str, Any]:
             "ssm.time_step_rank": heads}  # fmt: skip
 
 
-QWEN35 = (named_as_mapped, by_value_heads, rates, shifted)
 MAMBA2 = (named_as_mapped, rates, columns)
 GRANITE_KEYS = {
     **NO_WIDTH, **ssm(4, 2, 12), KV: [0, 2, 0], "vocab_size": VOCAB, "rope.dimension_count": 8, "context_length": 512,
@@ -169,18 +197,15 @@ NEMOTRON_KEYS = {
     **ssm(4, 2, 12), "vocab_size": VOCAB, "rope.dimension_count": 8, "rope.scaling.finetuned": False,
     "attention.layer_norm_epsilon": 1e-2, "rope.freq_base": None,
 }  # fmt: skip
-QWEN35_CASE = Case("qwen35", "qwen3_5_text", ROTATED, {**DELTA, **SECTIONS}, QWEN35)
 FALCON = Case("falcon-h1", "falcon_h1", {}, {**ssm(4, 2, 12, 24), "vocab_size": VOCAB}, (multiplied, *MAMBA2))
 CASES = [
     Case("lfm2", "lfm2", LFM2, {**LFM2_KEYS, "feed_forward_length": 40}, (rates,)),
     Case("lfm2moe", "lfm2_moe", {**LFM2, "routed_scaling_factor": 1.0},
          {**LFM2_KEYS, "expert_feed_forward_length": 24, "leading_dense_block_count": 1, "expert_gating_func": 2},
          (named_as_mapped, stacked, named_experts, rates)),
-    QWEN35_CASE,
-    Case("qwen35moe", "qwen3_5_moe_text", ROTATED, {**DELTA, **SECTIONS, **EXPERTS, "feed_forward_length": None},
-         (stacked, *QWEN35)),
-    Case("qwen3next", "qwen3_next", ROTATED, {**DELTA, **EXPERTS},
-         (stacked, named_as_mapped, gate_apart, rates, shifted)),
+    qwen35(),
+    qwen35_moe(),
+    qwen3_next(),
     Case("granitehybrid", "granitemoehybrid", NO_ROPE, {**GRANITE_KEYS, "expert_count": 0, "expert_used_count": 2},
          (gate_and_up, interleaved, *MAMBA2)),
     Case("granitehybrid", "granitemoehybrid", {**NO_ROPE, "num_local_experts": 5, "num_experts_per_tok": 2},

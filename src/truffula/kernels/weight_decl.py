@@ -63,7 +63,7 @@ class WeightPart(msgspec.Struct, frozen=True, gc=False):
     @property
     def in_blocks(self) -> bool:
         """Whether a matrix that is stored in blocks, which run along its inputs, may stay in them."""
-        return self.order is None and self.transform in BLOCK_ROWS
+        return self.transform in BLOCK_ROWS
 
 
 @dataclass(frozen=True)

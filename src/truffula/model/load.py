@@ -201,6 +201,8 @@ def read_part(
     if blocks is not None and part.transform != "none":
         swapped = (*info.shape[:-2], info.shape[-1], info.shape[-2])
         blocks = blocks.output_rows(BLOCK_ROWS[part.transform]) if blocks.shape == swapped else None
+    if blocks is not None and part.order is not None:
+        blocks = dataclasses.replace(blocks, blocks=part.order.sorted(blocks.blocks))
     by_rows = as_stored and (len(shape) < 3 or part.expert is not None)
     computed = checkpoint.computed(part.name) if by_rows else None
     if blocks is not None:

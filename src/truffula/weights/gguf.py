@@ -106,26 +106,22 @@ class GgufCheckpoint(Checkpoint):
         ]  # fmt: skip
 
     def _made_of(self, name: str, parts: list[TensorInfo]) -> TensorInfo:
-        change, first, shapes = (
-            change_of(self._family, name, len(parts)),
-            parts[0],
-            [list(item.shape) for item in parts],
-        )
+        change, first, types = change_of(self._family, name, len(parts)), parts[0], {part.dtype: 0 for part in parts}
         try:
             shape = change.shape(self.config, *(part.shape for part in parts))
         except (ValueError, IndexError, TypeError):
             shape = None
         if shape is None or math.prod(shape) != sum(math.prod(part.shape) for part in parts):
-            names = " and ".join(part.name for part in parts)
+            names, shapes = " and ".join(part.name for part in parts), [list(part.shape) for part in parts]
             raise CheckpointError(f"{name} cannot be made of {names}, of the shapes {shapes}.", param=first.name)
-        info = TensorInfo(name, shape, first.dtype, first.file, first.offset, first.nbytes)
-        if len(parts) == 1 and change.values is None:
-            return info
-        types = dict.fromkeys(part.dtype for part in parts)
-        kept = change.values is None or (change.kept and BY_NAME[first.dtype].dtype is not None)
-        values = first.dtype if len(types) == 1 and kept else "F32"
         nbytes = sum(part.nbytes for part in parts)
-        return msgspec.structs.replace(info, dtype="+".join(types), nbytes=nbytes, parts=tuple(parts), values=values)
+        info = TensorInfo(name, shape, "+".join(types), first.file, first.offset, nbytes)
+        whole = self._in_whole_blocks(info, change)
+        if whole and len(parts) == 1:
+            return info
+        kept = whole or (change.kept and len(types) == 1 and BY_NAME[first.dtype].dtype is not None)
+        several = tuple(parts) if len(parts) > 1 or change.values is not None else ()
+        return msgspec.structs.replace(info, parts=several, values=first.dtype if kept else "F32")
 
     def _info_and_change(self, name: str) -> tuple[TensorInfo, Change]:
         info = self.info(name)
@@ -138,42 +134,42 @@ class GgufCheckpoint(Checkpoint):
         for times, n, order in ((1, shape[0], change.rows), (math.prod(shape[:-1]), shape[-1], change.columns)):
             if order is None or not data.size:
                 continue
-            runs = self._runs(name, order, n)
+            runs = self._runs(info, order, n)
             if data.size % (times * len(runs)):
-                raise self._not_divided(name, n)
+                raise self._not_divided(info, n)
             data = data.reshape(times, len(runs), -1)[:, runs].reshape(-1)
         return data
 
-    def _runs(self, name: str, order: Callable[[Config, int], Order], n: int) -> Order:
+    def _runs(self, info: TensorInfo, order: Callable[[Config, int], Order], n: int) -> Order:
         """The order of n rows or columns, which is made of no number that is larger."""
         try:
             runs = order({key: value for key, value in self.config.items() if type(value) is not int or value <= n}, n)
         except (KeyError, ValueError):
-            raise self._not_divided(name, n) from None
+            raise self._not_divided(info, n) from None
         if not len(runs) or n % len(runs):
-            raise self._not_divided(name, n)
+            raise self._not_divided(info, n)
         return runs
 
-    def _not_divided(self, name: str, n: int) -> CheckpointError:
+    def _not_divided(self, info: TensorInfo, n: int) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}: tensor {name!r}: its {n} rows or columns in {self.info(name).dtype} do not divide into "
-            "equal parts, as the metadata's numbers of heads say.",
-            param=name,
+            f"{self.path}: tensor {info.name!r}: its {n} rows or columns in {info.dtype} do not divide into equal "
+            "parts, as the metadata's numbers of heads say.",
+            param=info.name,
         )
 
-    def _in_whole_blocks(self, name: str) -> bool:
+    def _in_whole_blocks(self, info: TensorInfo, change: Change) -> bool:
         """Whether the tensor is in blocks of one kind that are not divided when it is put in order."""
-        info, change = self._info_and_change(name)
-        format = BY_NAME.get(info.dtype)
+        format, last = BY_NAME.get(info.dtype), change.columns if len(info.shape) > 1 else change.rows
         if format is None or change.values is not None:
             return False
-        last = change.columns if len(info.shape) > 1 else change.rows
-        return last is None or info.shape[-1] // len(self._runs(name, last, info.shape[-1])) % format.size == 0
+        if format.size == 1 or last is None:
+            return True
+        return info.shape[-1] // len(self._runs(info, last, info.shape[-1])) % format.size == 0
 
     def blocks(self, name: str) -> QuantisedArray | None:
-        info = self.info(name)
+        info, change = self._info_and_change(name)
         format = BY_NAME.get(info.dtype)
-        if format is None or not format.scales or len(info.shape) < 2 or not self._in_whole_blocks(name):
+        if format is None or not format.scales or len(info.shape) < 2 or not self._in_whole_blocks(info, change):
             return None
         *rows, width = info.shape
         data = self._sorted(name, self._bytes(info)).reshape(*rows, width // format.size, format.nbytes)
@@ -186,7 +182,7 @@ class GgufCheckpoint(Checkpoint):
         if name in self._made:
             return self._made[name]
         info, change = self._info_and_change(name)
-        if self._in_whole_blocks(name):
+        if self._in_whole_blocks(info, change):
             return dequantize(BY_NAME[info.dtype], self._sorted(name, self._bytes(info)), info.shape)
         stored = info.parts or (info,)
         values = [dequantize(BY_NAME[part.dtype], self.bytes_of(part), part.shape) for part in stored]

@@ -104,6 +104,8 @@ def _value_heads(config: Config, n: int) -> Order:
 def _of_values(config: Config, n: int) -> Order:
     """Of q, k and v, of which the heads of v are in another order."""
     before, width = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"], config["linear_value_head_dim"]
+    if before + config["linear_num_value_heads"] * width != n:
+        raise ValueError
     heads = _value_heads(config, n)[:, None] * width + np.arange(width)
     return np.concatenate([np.arange(before), before + heads.reshape(-1)])
 
@@ -112,6 +114,8 @@ def _by_key_head(config: Config, n: int) -> Order:
     """q, k, v and the gate of a key head together, of rows stored as the gate, q, k and v of all."""
     keys, dim = config["linear_num_key_heads"], config["linear_key_head_dim"]
     share = config["linear_num_value_heads"] // keys * config["linear_value_head_dim"]
+    if 2 * keys * (dim + share) != n:
+        raise ValueError
     starts = (keys * share, dim), (keys * (share + dim), dim), (keys * (share + 2 * dim), share), (0, share)
     return np.concatenate([start + np.arange(keys * width).reshape(keys, -1) for start, width in starts], 1).reshape(-1)
 

@@ -1,0 +1,173 @@
+"""GGUF files of models whose layers keep a state: blocks, adapters, older forms, what is refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf_hybrid_cases import CASES, FALCON, HEADS, qwen3_next, qwen35, qwen35_moe
+from gguf_pairs import IDS, Case, logits, write_pair
+from gguf_writer import GgufBlocks, write_gguf
+from kernel_backends import BEST
+
+from truffula.errors import AdapterError
+from truffula.lora.base import BaseWeights, base_source
+from truffula.lora.peft import BaseFacts, validate_adapter
+from truffula.model.load import WeightReader, plan_model
+from truffula.testing.adapters import write_tiny_adapter
+from truffula.testing.programs import Driver, capacity_for
+from truffula.weights.open import open_checkpoint
+
+BY_TYPE = {case.model_type: case for case in CASES}
+
+
+def contents(file: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
+    reader = gguf.GGUFReader(file)
+    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    return fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def dequantised(file: Path) -> Path:
+    """The same model in float32, by gguf-py."""
+    fields, tensors = contents(file)
+    values = {
+        name: gguf.quants.dequantize(item.data, item.tensor_type).reshape(item.shape[::-1].tolist()).astype(np.float32)
+        for name, item in tensors.items()
+    }
+    return write_gguf(file.with_name("dequantised.gguf"), fields, values)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [qwen35(32), qwen35(16), qwen35_moe(32), qwen3_next(32), *(case for case in CASES if "qwen" not in case.name)],
+    ids=lambda case: f"{case.name} {case.metadata.get('ssm.inner_size', '')}",
+)
+def test_blocks_hold_the_values_of_the_model(tmp_path: Path, case: Case) -> None:
+    _, file = write_pair(tmp_path, case, blocks=True)
+    packed, plain = open_checkpoint(file), open_checkpoint(dequantised(file))
+    assert packed.tensors.keys() == plain.tensors.keys()
+    kept = set()
+    for name in packed.tensors:
+        values = plain.read(name)
+        np.testing.assert_array_equal(packed.read(name), values, err_msg=name)
+        blocks = packed.blocks(name)
+        if blocks is not None:
+            kept.add(re.sub(r"layers\.\d+\.", "", name))
+            np.testing.assert_array_equal(blocks.dequantise(), values, err_msg=name)
+        elif packed.tensors[name].dtype == "Q8_0":
+            assert packed.tensors[name].values == "F32" or len(values.shape) < 2, name
+    assert len(kept) > 3
+    if case.architecture == "qwen35":
+        assert "model.linear_attn.in_proj_qkv.weight" in kept
+        assert ("model.linear_attn.out_proj.weight" in kept) == (case.config["linear_value_head_dim"] == 32)
+
+
+@pytest.mark.parametrize("case", [qwen35(32), qwen3_next(32)], ids=lambda case: case.name)
+def test_a_packed_model_answers_as_its_values(tmp_path: Path, case: Case) -> None:
+    _, file = write_pair(tmp_path, case, blocks=True)
+    backend, checkpoint = list(BEST.values())[-1], open_checkpoint(file)
+    plan, capacity = plan_model(checkpoint), capacity_for(12)
+    pull = WeightReader(checkpoint, plan, block_kinds=frozenset({"Q8_0"}))
+    kinds = [type(part).__name__ for decl in plan.program.weights if "delta_in" in decl.name for part in pull(decl)]
+    assert kinds == [] or set(kinds) == {"QuantisedArray"}
+    assert backend.block_kinds is not None and capacity is not None
+    np.testing.assert_allclose(logits(file), logits(dequantised(file)), rtol=0, atol=1e-5)
+
+
+def test_columns_in_larger_blocks_are_put_in_order_as_values(tmp_path: Path) -> None:
+    """Heads are narrower than a block of Q4_K, whose values are random."""
+    case, rng = qwen35(64), np.random.default_rng(0)
+    _, file = write_pair(tmp_path, case)
+    fields, tensors = contents(file)
+    stored: dict[str, Any] = {name: item.data.reshape(item.shape[::-1].tolist()) for name, item in tensors.items()}
+    data = rng.integers(0, 256, (32, 144), np.uint8)
+    data[:, :4] = np.full((32, 2), 0.01, "<f2").view(np.uint8)
+    stored["blk.0.ssm_out.weight"] = GgufBlocks(12, (32, 256), data.tobytes())
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "k.gguf", fields, stored))
+    values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q4_K)
+    wanted = values.reshape(32, HEADS // 2, 2, 64).swapaxes(1, 2).reshape(32, 256)
+    np.testing.assert_array_equal(checkpoint.read("model.layers.0.linear_attn.out_proj.weight"), wanted)
+
+
+def test_parts_in_different_blocks_are_joined_as_values(tmp_path: Path) -> None:
+    _, file = write_pair(tmp_path, qwen3_next(32), blocks=True)
+    fields, tensors = contents(file)
+    stored: dict[str, Any] = {
+        name: GgufBlocks(int(item.tensor_type), tuple(item.shape[::-1].tolist()), item.data.tobytes())
+        for name, item in tensors.items()
+    }
+    gate, name = tensors["blk.0.attn_gate.weight"], "model.layers.0.linear_attn.in_proj_qkvz.weight"
+    whole = gguf.quants.dequantize(gate.data, gate.tensor_type)
+    other = gguf.quants.quantize(whole, gguf.GGMLQuantizationType.Q4_0)
+    stored["blk.0.attn_gate.weight"] = GgufBlocks(2, whole.shape, other.tobytes())
+    file = write_gguf(tmp_path / "mixed.gguf", fields, stored)
+    checkpoint = open_checkpoint(file)
+    assert checkpoint.tensors[name].dtype == "Q4_0+Q8_0" and checkpoint.blocks(name) is None
+    np.testing.assert_array_equal(checkpoint.read(name), open_checkpoint(dequantised(file)).read(name))
+
+
+def test_an_older_file_of_qwen3_next_has_the_gate_with_q_k_and_v(tmp_path: Path) -> None:
+    case = qwen3_next()
+    whole = replace(
+        case, convert=tuple(step for step in case.convert if step.__qualname__.split(".")[0] != "gate_apart")
+    )
+    plain, file = write_pair(tmp_path, whole)
+    np.testing.assert_array_equal(logits(file), logits(plain))
+
+
+def test_layers_of_qwen35_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    case = qwen35()
+    more = {"block_count": 5, "nextn_predict_layers": 1, "attention.recurrent_layers": [True, True, True, False, False]}
+    names = ("attn_norm", "attn_qkv", "nextn.eh_proj", "nextn.shared_head_norm")
+    extra = {f"blk.4.{name}.weight": np.ones(32, np.float32) for name in names}
+    plain, file = write_pair(tmp_path, replace(case, metadata={**case.metadata, **more}), extra)
+    checkpoint = open_checkpoint(file)
+    assert sorted(checkpoint.unused) == sorted(extra) and not checkpoint.warnings
+    np.testing.assert_array_equal(logits(file), logits(plain))
+
+
+def test_a_tied_file_has_no_head(tmp_path: Path) -> None:
+    plain, file = write_pair(tmp_path, qwen35(tie_word_embeddings=True))
+    assert "lm_head.weight" not in open_checkpoint(file).tensors
+    np.testing.assert_array_equal(logits(file), logits(plain))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_next", "granitemoehybrid", "nemotron_h", "kimi_linear"])
+def test_an_adapter_of_the_model_fits_its_file(tmp_path: Path, model_type: str) -> None:
+    plain, file = write_pair(tmp_path, BY_TYPE[model_type])
+    sites = plan_model(open_checkpoint(plain)).interface.sites
+    write_tiny_adapter(tmp_path / "a", sites, rank=3, targets="all-linear")
+    found = [adapted(path, tmp_path / "a") for path in (file, plain)]
+    np.testing.assert_array_equal(*found)
+    assert np.abs(found[0] - logits(file)).max() > 1e-2
+
+
+def adapted(path: Path, adapter: Path) -> Any:
+    from truffula.kernels.adapters import make_image
+
+    checkpoint = open_checkpoint(path)
+    plan, capacity = plan_model(checkpoint), capacity_for(12)
+    pull = WeightReader(checkpoint, plan)
+    executable = list(BEST.values())[-1].load(plan.program, "float32", pull, capacity)
+    made = validate_adapter(
+        adapter, plan.program.sites, base=BaseFacts("m", BaseWeights(base_source(plan, checkpoint)))
+    )
+    slot = executable.adapter(make_image(executable.layout, made.sites, generation=made.generation))
+    return Driver(executable, capacity, slot).feed(IDS)
+
+
+def test_falcon_h1_takes_no_adapters(tmp_path: Path) -> None:
+    plain, file = write_pair(tmp_path, FALCON)
+    checkpoint = open_checkpoint(file)
+    assert "No adapters are taken" in checkpoint.warnings[0]
+    plan = plan_model(checkpoint)
+    write_tiny_adapter(tmp_path / "a", plan_model(open_checkpoint(plain)).interface.sites, targets=["q_proj"])
+    with pytest.raises(AdapterError, match="multipliers of Falcon-H1"):
+        validate_adapter(
+            tmp_path / "a", plan.program.sites, base=BaseFacts("m", BaseWeights(base_source(plan, checkpoint)))
+        )
