@@ -42,6 +42,9 @@ _SPARSE_BLOCK = {
     "indexer.proj": "self_attn.indexer.weights_proj",
 }
 
+# The groups of experts of DeepSeek V2 and V3, by score and number of experts: older files don't give them.
+_GROUPS = {(SOFTMAX, 160): (8, 3), (SIGMOID, 256): (8, 4)}
+
 
 def _latent(hparams: HParams, config: dict[str, Any]) -> None:
     """Latent attention. Files whose kv_b is split give the width of the latents as that of heads, and the true widths
@@ -104,6 +107,8 @@ def _deepseek2(hparams: HParams, config: dict[str, Any]) -> None:
     routed(hparams, config)
     corrected = any(name.endswith("exp_probs_b.bias") for name in hparams.header.tensors)
     made = score(hparams, (SOFTMAX, SIGMOID), SIGMOID if corrected else SOFTMAX)
+    if hparams.get("expert_group_count") is None:
+        config["n_group"], config["topk_group"] = _GROUPS.get((made, config["n_routed_experts"]), (1, 1))
     if made == SOFTMAX and config["norm_topk_prob"]:
         _mistral4(hparams, config)
         return
