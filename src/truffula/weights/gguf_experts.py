@@ -21,6 +21,7 @@ from truffula.weights.gguf_families import (
     SHARED_EXPERT,
     Family,
     attention_bias,
+    biased,
     chosen_experts,
     expert_count,
     granite,
@@ -137,7 +138,7 @@ def _qwen3_moe(hparams: HParams, config: dict[str, Any]) -> None:
     config["num_experts_per_tok"] = hparams.count("expert_used_count")
     config["moe_intermediate_size"] = hparams.count("expert_feed_forward_length")
     config["norm_topk_prob"] = True
-    if "blk.0.attn_q.bias" in hparams.header.tensors and config["model_type"] == "qwen3_moe":
+    if biased(hparams) and config["model_type"] == "qwen3_moe":
         config["attention_bias"] = True
 
 
@@ -210,8 +211,8 @@ def _glm4_moe(hparams: HParams, config: dict[str, Any]) -> None:
     score(hparams, (SIGMOID,), SIGMOID)
     without_predictors(hparams, config)
     partly_rotated(hparams, config)
-    config["attention_bias"] = "blk.0.attn_q.bias" in hparams.header.tensors
-    config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in hparams.header.tensors
+    config["attention_bias"] = biased(hparams)
+    config["use_qk_norm"] = hparams.has("attn_q_norm.weight")
     routed(hparams, config)
 
 
@@ -284,7 +285,7 @@ def _ernie4_5_moe(hparams: HParams, config: dict[str, Any]) -> None:
     routed(hparams, config)
     _unscaled(hparams, config)
     config |= {
-        "use_bias": "blk.0.attn_q.bias" in hparams.header.tensors,
+        "use_bias": biased(hparams),
         "moe_layer_interval": hparams.count("interleave_moe_layer_step"),
         "moe_layer_end_index": -1,
     }
@@ -372,7 +373,7 @@ def _gpt_oss(hparams: HParams, config: dict[str, Any]) -> None:
     config["num_local_experts"] = expert_count(hparams)
     config["num_experts_per_tok"] = hparams.count("expert_used_count")
     config["intermediate_size"] = hparams.count("expert_feed_forward_length", config["intermediate_size"])
-    config["attention_bias"] = "blk.0.attn_q.bias" in hparams.header.tensors
+    config["attention_bias"] = biased(hparams)
     if config["rope_parameters"]["rope_type"] == "yarn":
         config["rope_parameters"]["truncate"] = False
 

@@ -65,15 +65,14 @@ def _latent(hparams: HParams, config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{hparams.name(key)} is {nope + rope}, of which {rope} columns are rotated.", param=hparams.name(key)
         )
-    queries = "blk.0.attn_q_a.weight" in hparams.header.tensors
     config |= {
         "num_key_value_heads": heads,
-        "q_lora_rank": hparams.count("attention.q_lora_rank") if queries else None,
+        "q_lora_rank": hparams.count("attention.q_lora_rank") if hparams.has("attn_q_a.weight") else None,
         "kv_lora_rank": hparams.count(rank),
         "qk_nope_head_dim": nope,
         "qk_rope_head_dim": rope,
         "v_head_dim": hparams.count(value),
-        "attention_bias": "blk.0.attn_kv_a_mqa.bias" in hparams.header.tensors,
+        "attention_bias": hparams.has("attn_kv_a_mqa.bias"),
     }
     hparams.get("attention.q_lora_rank")  # some converters write it for models without
     del config["head_dim"]
@@ -105,8 +104,7 @@ def _deepseek2(hparams: HParams, config: dict[str, Any]) -> None:
         _latent_yarn(hparams, config)
         return
     routed(hparams, config)
-    corrected = any(name.endswith("exp_probs_b.bias") for name in hparams.header.tensors)
-    made = score(hparams, (SOFTMAX, SIGMOID), SIGMOID if corrected else SOFTMAX)
+    made = score(hparams, (SOFTMAX, SIGMOID), SIGMOID if hparams.has("exp_probs_b.bias") else SOFTMAX)
     if hparams.get("expert_group_count") is None:
         config["n_group"], config["topk_group"] = _GROUPS.get((made, config["n_routed_experts"]), (1, 1))
     if made == SOFTMAX and config["norm_topk_prob"]:
