@@ -38,31 +38,20 @@ def _shared_block(module: str) -> dict[str, str]:
     return {f"ffn_{name}_shexp": f"{module}.{name}_proj" for name in ("gate", "up", "down")}
 
 
-_QWEN2_MOE_BLOCK = {
-    **LLAMA_BLOCK,
-    **EXPERTS_BLOCK,
-    **SHARED_EXPERT,
-}
+_QWEN2_MOE_BLOCK = {**LLAMA_BLOCK, **EXPERTS_BLOCK, **SHARED_EXPERT}
 _QWEN3_MOE_BLOCK = {**QWEN3_BLOCK, **EXPERTS_BLOCK}
 # Mixtral's files are of the architecture llama.
 _MIXTRAL_BLOCK = {
-    **LLAMA_BLOCK,
-    "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.w1",
-    "ffn_up_exps": "block_sparse_moe.experts.w3",
-    "ffn_down_exps": "block_sparse_moe.experts.w2",
+    **LLAMA_BLOCK, "ffn_gate_inp": "block_sparse_moe.gate", "ffn_gate_exps": "block_sparse_moe.experts.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.w3", "ffn_down_exps": "block_sparse_moe.experts.w2",
     "ffn_gate_up_exps": "block_sparse_moe.experts.gate_up_proj",
-}
+}  # fmt: skip
 _DBRX_BLOCK = {
-    "attn_norm": "norm_attn_norm.norm_1",
-    "attn_qkv": "norm_attn_norm.attn.Wqkv",
-    "attn_output": "norm_attn_norm.attn.out_proj",
-    "attn_output_norm": "norm_attn_norm.norm_2",
-    "ffn_gate_inp": "ffn.router.layer",
-    "ffn_gate_exps": "ffn.experts.w1",
-    "ffn_up_exps": "ffn.experts.v1",
+    "attn_norm": "norm_attn_norm.norm_1", "attn_qkv": "norm_attn_norm.attn.Wqkv",
+    "attn_output": "norm_attn_norm.attn.out_proj", "attn_output_norm": "norm_attn_norm.norm_2",
+    "ffn_gate_inp": "ffn.router.layer", "ffn_gate_exps": "ffn.experts.w1", "ffn_up_exps": "ffn.experts.v1",
     "ffn_down_exps": "ffn.experts.w2",
-}
+}  # fmt: skip
 _DBRX_KEYS = {
     "max_position_embeddings": "max_seq_len", "intermediate_size": None, "head_dim": None, "num_key_value_heads": None,
     "layer_norm_eps": None,
@@ -70,11 +59,7 @@ _DBRX_KEYS = {
 _MINIMAX_BLOCK = {**_MIXTRAL_BLOCK, **HEAD_NORMS_BLOCK}
 _GRANITE_MOE_BLOCK = {**LLAMA_BLOCK, **GRANITE_EXPERTS}
 DEEPSEEK_EXPERTS = {**EXPERTS_BLOCK, **_shared_block("mlp.shared_experts")}
-_GLM4_MOE_BLOCK = {
-    **HEAD_NORMS_BLOCK,
-    **DEEPSEEK_EXPERTS,
-    "post_attention_norm": "post_attention_layernorm",
-}
+_GLM4_MOE_BLOCK = {**HEAD_NORMS_BLOCK, **DEEPSEEK_EXPERTS, "post_attention_norm": "post_attention_layernorm"}
 _DOTS_BLOCK = {**QWEN3_BLOCK, **DEEPSEEK_EXPERTS}
 _LLAMA4_BLOCK = {
     **{name: module.replace("mlp.", "feed_forward.") for name, module in {**LLAMA_BLOCK, **EXPERTS_BLOCK}.items()},
@@ -83,29 +68,18 @@ _LLAMA4_BLOCK = {
 }
 _ERNIE_BLOCK = {**LLAMA_BLOCK, **DEEPSEEK_EXPERTS}
 _HUNYUAN_BLOCK = {
-    **LLAMA_BLOCK,
-    **EXPERTS_BLOCK,
-    **_shared_block("mlp.shared_mlp"),
-    "ffn_gate_inp": "mlp.gate.wg",
-    "attn_q_norm": "self_attn.query_layernorm",
-    "attn_k_norm": "self_attn.key_layernorm",
-}
+    **LLAMA_BLOCK, **EXPERTS_BLOCK, **_shared_block("mlp.shared_mlp"), "ffn_gate_inp": "mlp.gate.wg",
+    "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm",
+}  # fmt: skip
 _AFMOE_BLOCK = {
-    **HEAD_NORMS_BLOCK,
-    **DEEPSEEK_EXPERTS,
-    "ffn_gate_inp": "mlp.router.gate",
-    "attn_gate": "self_attn.gate_proj",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_mlp_layernorm",
+    **HEAD_NORMS_BLOCK, **DEEPSEEK_EXPERTS, "ffn_gate_inp": "mlp.router.gate", "attn_gate": "self_attn.gate_proj",
+    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_mlp_layernorm",
     "post_ffw_norm": "post_mlp_layernorm",
-}
+}  # fmt: skip
 _COHERE_BLOCK = {**BLOCK, **DEEPSEEK_EXPERTS}
 _LAGUNA_BLOCK = {
-    **QWEN3_BLOCK,
-    **EXPERTS_BLOCK,
-    **_shared_block("mlp.shared_expert"),
-    "attn_gate": "self_attn.g_proj",
-}
+    **QWEN3_BLOCK, **EXPERTS_BLOCK, **_shared_block("mlp.shared_expert"), "attn_gate": "self_attn.g_proj",
+}  # fmt: skip
 _GPT_OSS_BLOCK = {**POST_NORM_BLOCK, **EXPERTS_BLOCK, "ffn_gate_inp": "mlp.router"}
 _ABSENT = dict.fromkeys(("n_group", "topk_group", "norm_topk_prob"))
 _NUMBERS = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}

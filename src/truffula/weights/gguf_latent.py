@@ -22,25 +22,18 @@ from truffula.weights.gguf_experts import (
 from truffula.weights.gguf_families import LLAMA_BLOCK, Family
 from truffula.weights.gguf_hparams import HParams
 
+# Older files have kv_b whole; that of others is made of k_b and v_b.
 _LATENT_BLOCK = {
-    **{name: module for name, module in LLAMA_BLOCK.items() if name not in ("attn_k", "attn_v")},
-    "attn_q_a": "self_attn.q_a_proj",
-    "attn_q_a_norm": "self_attn.q_a_layernorm",
-    "attn_q_b": "self_attn.q_b_proj",
-    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
-    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-    "attn_kv_b": "self_attn.kv_b_proj",  # of older files; of others, made of the next two
-    "attn_k_b": "self_attn.kv_b_proj",
-    "attn_v_b": "self_attn.kv_b_proj",
+    **LLAMA_BLOCK,
+    "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm", "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa", "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj", "attn_k_b": "self_attn.kv_b_proj", "attn_v_b": "self_attn.kv_b_proj",
     **DEEPSEEK_EXPERTS,
-}
+}  # fmt: skip
 _SPARSE_BLOCK = {
-    **_LATENT_BLOCK,
-    "indexer.attn_k": "self_attn.indexer.wk",
-    "indexer.attn_q_b": "self_attn.indexer.wq_b",
-    "indexer.k_norm": "self_attn.indexer.k_norm",
-    "indexer.proj": "self_attn.indexer.weights_proj",
-}
+    **_LATENT_BLOCK, "indexer.attn_k": "self_attn.indexer.wk", "indexer.attn_q_b": "self_attn.indexer.wq_b",
+    "indexer.k_norm": "self_attn.indexer.k_norm", "indexer.proj": "self_attn.indexer.weights_proj",
+}  # fmt: skip
 
 # The groups of experts of DeepSeek V2 and V3, by score and number of experts: older files don't give them.
 _GROUPS = {(SOFTMAX, 160): (8, 3), (SIGMOID, 256): (8, 4)}
