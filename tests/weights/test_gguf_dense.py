@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf_dense_cases import CASES, ORIGINAL
-from gguf_pairs import Case, write_pair
+from gguf_pairs import Case, Tensors, logits, write_pair
 
 from truffula.errors import CheckpointError, TruffulaError, UnsupportedModel
 from truffula.model.load import plan_model
@@ -21,6 +22,18 @@ Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
 def of(architecture: str, number: int = 0) -> Case:
     return [case for case in CASES if case.architecture == architecture][number]
+
+
+def one_tensor(tensors: Tensors, _: Any) -> Tensors:
+    made: Tensors = {}
+    for name, array in tensors.items():
+        layer, part, kind = name.partition(".self_attn.q_proj.")
+        if part and f"{layer}.self_attn.v_proj.{kind}" in tensors:
+            parts = [tensors[f"{layer}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+            made[f"blk.{layer.rpartition('.')[2]}.attn_qkv.{kind}"] = np.concatenate(parts)
+        elif not re.search(r"\.[kv]_proj\.", name):
+            made[name] = array
+    return made
 
 
 def in_blocks(values: Any) -> Any:
@@ -142,3 +155,14 @@ def test_longrope_has_the_factor_of_the_file(tmp_path: Path) -> None:
     bare = {key: value for key, value in case.metadata.items() if key != "rope.scaling.attn_factor"}
     plan = plan_model(open_checkpoint(write_pair(tmp_path / "bare", replace(case, metadata=bare))[1]))
     assert plan.spec.ropes[0].factor == 1.0
+
+
+@pytest.mark.parametrize("case", [of("gemma4"), of("arcee"), of("exaone4"), of("stablelm"), of("ernie4_5")])
+def test_queries_keys_and_values_as_one_tensor(tmp_path: Path, case: Case) -> None:
+    """As the converter writes them with --fuse-qkv, after its other changes."""
+    plain, _ = write_pair(tmp_path, case)
+    fused = replace(case, convert=(*case.convert, one_tensor))
+    checkpoint = open_checkpoint(write_pair(tmp_path / "fused", fused)[1])
+    assert "model.layers.0.self_attn.qkv_proj.weight" in checkpoint.tensors
+    assert plan_model(checkpoint).spec == plan_model(open_checkpoint(plain)).spec
+    np.testing.assert_array_equal(logits(checkpoint.path), logits(plain))

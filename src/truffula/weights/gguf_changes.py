@@ -74,7 +74,16 @@ def less_one(*blocks: Mapping[str, str]) -> dict[str, Change]:
     return {f"{name}.weight": LESS_ONE for name in norms}
 
 
+def _interleaved_qkv(config: Config, n: int) -> Order:
+    """q, k and v as one: the rows of q and k are interleaved."""
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    width = n // (heads + 2 * kv_heads)
+    pairs = np.arange(heads + kv_heads)[:, None] * width + grouped(2, max(width // 2, 1))
+    return np.concatenate([pairs.reshape(-1), np.arange((heads + kv_heads) * width, n)])
+
+
 INTERLEAVED = {
+    "self_attn.qkv_proj": Change(rows=_interleaved_qkv),
     "self_attn.q_proj": interleaved("num_attention_heads"),
     "self_attn.k_proj": interleaved("num_key_value_heads"),
 }

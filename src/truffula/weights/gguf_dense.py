@@ -21,6 +21,7 @@ from truffula.weights.gguf_families import (
     TOP,
     Family,
     attention_bias,
+    biased,
     granite,
     implied_head_dim,
     layer_types,
@@ -30,8 +31,8 @@ from truffula.weights.gguf_families import (
 from truffula.weights.gguf_hparams import HParams
 
 _PHI2_BLOCK = {**BLOCK, "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"}
-# q, k and v are one tensor, and so are gate and up.
-_FUSED_BLOCK = {**LLAMA_BLOCK, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+# Gate and up are one tensor.
+_FUSED_BLOCK = {**LLAMA_BLOCK, "ffn_up": "mlp.gate_up_proj"}
 _GLM4_BLOCK = {
     **_FUSED_BLOCK,
     "post_attention_norm": "post_self_attn_layernorm",
@@ -53,15 +54,14 @@ def _llama(hparams: HParams, config: dict[str, Any]) -> None:
     if window:  # only Mistral's files of this architecture have one
         config.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=window)
     attention_bias(hparams, config)
-    if "blk.0.ffn_up.bias" in hparams.header.tensors:
+    if hparams.has("ffn_up.bias"):
         config["mlp_bias"] = True
 
 
 def _seed_oss(hparams: HParams, config: dict[str, Any]) -> None:
-    tensors = hparams.header.tensors
-    config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    config["attention_out_bias"] = "blk.0.attn_output.bias" in tensors
-    config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+    config["attention_bias"] = biased(hparams)
+    config["attention_out_bias"] = hparams.has("attn_output.bias")
+    config["mlp_bias"] = hparams.has("ffn_up.bias")
 
 
 def _olmo2(hparams: HParams, config: dict[str, Any]) -> None:
@@ -86,32 +86,27 @@ def _cohere(hparams: HParams, config: dict[str, Any]) -> None:
         config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every=4)
         return
     implied_head_dim(hparams, config)
-    config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in hparams.header.tensors
-
-
-def _has(hparams: HParams, tensor: str) -> bool:
-    """Whether the first layer has this tensor."""
-    return f"blk.0.{tensor}" in hparams.header.tensors
+    config["use_qk_norm"] = hparams.has("attn_q_norm.weight")
 
 
 def _phi3(hparams: HParams, config: dict[str, Any]) -> None:
     partly_rotated(hparams, config)
     implied_head_dim(hparams, config)
-    window, original = hparams.get("attention.sliding_window"), "rope.scaling.original_context_length"
-    config["sliding_window"] = hparams.count("attention.sliding_window") if window else None
-    config["original_max_position_embeddings"] = hparams.count(original, config["max_position_embeddings"])
+    config["sliding_window"] = hparams.optional("attention.sliding_window") or None
+    original = hparams.count("rope.scaling.original_context_length", config["max_position_embeddings"])
+    config["original_max_position_embeddings"] = original
 
 
 def _starcoder2(hparams: HParams, config: dict[str, Any]) -> None:
     """Files have no window: llama.cpp attends to everything before a token."""
     implied_head_dim(hparams, config)
-    config["use_bias"] = _has(hparams, "attn_q.bias")
+    config["use_bias"] = biased(hparams)
 
 
 def _mistral3(hparams: HParams, config: dict[str, Any]) -> None:
     """Ministral 3, whose queries grow with their position, else Mistral Small 3."""
-    window, beta = hparams.get("attention.sliding_window"), "attention.temperature_scale"
-    config["sliding_window"] = hparams.count("attention.sliding_window") if window else None
+    beta = "attention.temperature_scale"
+    config["sliding_window"] = hparams.optional("attention.sliding_window") or None
     if not hparams.get(beta):
         config.update(model_type="mistral", architectures=["MistralForCausalLM"])
         return
@@ -129,14 +124,14 @@ def _stablelm(hparams: HParams, config: dict[str, Any]) -> None:
     partly_rotated(hparams, config)
     implied_head_dim(hparams, config)
     hparams.get("use_parallel_residual")
-    config["use_parallel_residual"] = not _has(hparams, "ffn_norm.weight")
-    config["use_qkv_bias"] = _has(hparams, "attn_q.bias")
-    config["qk_layernorm"] = _has(hparams, "attn_q_norm.weight")
+    config["use_parallel_residual"] = not hparams.has("ffn_norm.weight")
+    config["use_qkv_bias"] = biased(hparams)
+    config["qk_layernorm"] = hparams.has("attn_q_norm.weight")
 
 
 def _glm(hparams: HParams, config: dict[str, Any]) -> None:
     partly_rotated(hparams, config)
-    config["attention_bias"] = _has(hparams, "attn_q.bias") or _has(hparams, "attn_qkv.bias")
+    config["attention_bias"] = biased(hparams)
 
 
 def _nemotron(hparams: HParams, config: dict[str, Any]) -> None:
@@ -148,14 +143,13 @@ def _nemotron(hparams: HParams, config: dict[str, Any]) -> None:
 def _exaone4(hparams: HParams, config: dict[str, Any]) -> None:
     """With a window, layers without it are not rotated."""
     implied_head_dim(hparams, config)
-    config["sliding_window"] = None
-    if hparams.get("attention.sliding_window"):
-        config["sliding_window"] = hparams.count("attention.sliding_window")
+    config["sliding_window"] = hparams.optional("attention.sliding_window") or None
+    if config["sliding_window"]:
         config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every=4)
 
 
 def _ernie(hparams: HParams, config: dict[str, Any]) -> None:
-    config["use_bias"] = _has(hparams, "attn_q.bias")
+    config["use_bias"] = biased(hparams)
 
 
 def _xielu(hparams: HParams, config: Config) -> dict[str, Array]:

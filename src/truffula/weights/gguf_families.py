@@ -17,6 +17,7 @@ BLOCK = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",  # the three as one, where the converter is asked for it
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -124,8 +125,13 @@ def partly_rotated(hparams: HParams, config: dict[str, Any]) -> None:
     config["rope_parameters"]["partial_rotary_factor"] = share if int(width * share) == dims else (dims + 0.5) / width
 
 
+def biased(hparams: HParams) -> bool:
+    """Whether q, k and v have biases."""
+    return hparams.has("attn_q.bias") or hparams.has("attn_qkv.bias")
+
+
 def attention_bias(hparams: HParams, config: dict[str, Any]) -> None:
-    if "blk.0.attn_q.bias" in hparams.header.tensors:
+    if biased(hparams):
         config["attention_bias"] = True
 
 

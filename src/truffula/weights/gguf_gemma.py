@@ -9,7 +9,16 @@ import numpy as np
 
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights.gguf_changes import less_one
-from truffula.weights.gguf_families import BLOCK, LLAMA_BLOCK, TOP, Family, attention_bias, expert_count, layer_types
+from truffula.weights.gguf_families import (
+    BLOCK,
+    LLAMA_BLOCK,
+    TOP,
+    Family,
+    attention_bias,
+    biased,
+    expert_count,
+    layer_types,
+)
 from truffula.weights.gguf_hparams import ROPE_FREQS, HParams
 
 _GEMMA2_BLOCK = {
@@ -82,11 +91,10 @@ def _gemma4(hparams: HParams, config: dict[str, Any]) -> None:
     """``key_length`` and ``freq_base`` are of full layers, the keys that end in ``_swa`` of the others."""
     layers, tensors = config["num_hidden_layers"], hparams.header.tensors
     kinds = layer_types(hparams, layers, every=6)
-    shared = hparams.count("attention.shared_kv_layers") if hparams.get("attention.shared_kv_layers") else 0
+    shared = hparams.optional("attention.shared_kv_layers")
     if shared >= layers:
         name = hparams.name("attention.shared_kv_layers")
         raise CheckpointError(f"{name} is {shared}, of {layers} layers.", param=name)
-    inputs = "embedding_length_per_layer_input"
     full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     wide, narrow = config["head_dim"], hparams.count("attention.key_length_swa")
     for key in ("attention.value_length_swa", "rope.dimension_count_swa"):
@@ -102,10 +110,11 @@ def _gemma4(hparams: HParams, config: dict[str, Any]) -> None:
         "per_layer_config": {str(index): wide_layer for index in full},
         "sliding_window": hparams.count("attention.sliding_window"),
         "num_kv_shared_layers": shared,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": biased(hparams),
         # Full layers without a value matrix use their keys as values.
-        "attention_k_eq_v": bool(full) and f"blk.{full[0]}.attn_v.weight" not in tensors,
-        "hidden_size_per_layer_input": hparams.count(inputs) if hparams.get(inputs) else 0,
+        "attention_k_eq_v": bool(full)
+        and not {f"blk.{full[0]}.attn_{name}.weight" for name in ("v", "qkv")} & {*tensors},
+        "hidden_size_per_layer_input": hparams.optional("embedding_length_per_layer_input"),
         "final_logit_softcapping": hparams.real(cap) if hparams.get(cap := "final_logit_softcapping") else None,
         **_widths(hparams, config, layers - shared),
     }
@@ -113,7 +122,7 @@ def _gemma4(hparams: HParams, config: dict[str, Any]) -> None:
     config["vocab_size_per_layer_input"] = config["vocab_size"] if table is None else table.shape[0]
     config["rope_parameters"] = {
         "full_attention": _proportional(hparams, config["rope_parameters"], wide),
-        "sliding_attention": {"rope_type": "default", "rope_theta": hparams.real("rope.freq_base_swa", 10000.0)},
+        "sliding_attention": {"rope_type": "default", "rope_theta": hparams.real("rope.freq_base_swa")},
     }
     if hparams.get("expert_count"):
         config["enable_moe_block"] = True

@@ -10,7 +10,7 @@ import numpy as np
 
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights.gguf_changes import Change, Config, Order, grouped
-from truffula.weights.gguf_families import Family, partly_rotated
+from truffula.weights.gguf_families import Family, biased, partly_rotated
 from truffula.weights.gguf_header import GgufHeader
 from truffula.weights.gguf_hparams import HParams
 
@@ -97,7 +97,7 @@ def _neox(hparams: HParams, config: dict[str, Any]) -> None:
     if not isinstance(parallel, bool):
         raise CheckpointError(f"the GGUF metadata key {name} is {parallel!r}; it must be true or false.", param=name)
     config["use_parallel_residual"] = parallel
-    config["attention_bias"] = "blk.0.attn_qkv.bias" in hparams.header.tensors
+    config["attention_bias"] = biased(hparams)
 
 
 def _mpt(hparams: HParams, config: dict[str, Any]) -> None:
