@@ -59,7 +59,7 @@ class GgufCheckpoint(Checkpoint):
             self._made = self._family.made(hparams, self.config) if self._family.made is not None else {}
             self.generation_config: dict[str, Any] = generation_config(metadata)
             warnings += check_unread_keys(self._header)
-            self._layers = metadata[f"{metadata['general.architecture']}.block_count"]
+            self._layers = hparams.count("block_count")
             self.tensors = self._renamed(found)
         self.warnings = (*warnings, *([f"No adapters are taken: {self.no_adapters}"] if self.no_adapters else []))
 
@@ -187,7 +187,8 @@ class GgufCheckpoint(Checkpoint):
         stored = info.parts or (info,)
         values = [dequantize(BY_NAME[part.dtype], self.bytes_of(part), part.shape) for part in stored]
         if change.values is not None:
-            values = [change.values(self.config, *values)]
+            with np.errstate(all="ignore"):  # a later check reports values that are not finite
+                values = [change.values(self.config, *values)]
         return self._sorted(name, np.concatenate([item.reshape(-1) for item in values])).reshape(info.shape)
 
     def _bytes(self, info: TensorInfo) -> Array:
