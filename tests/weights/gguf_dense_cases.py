@@ -128,7 +128,7 @@ GEMMA4_CASES = [
          (gemma4_names,), ROTATED_QUARTER),
 ]  # fmt: skip
 MUSE = {"attention.sliding_window": 7, "attention.sliding_window_pattern": [False, True, True, True, False],
-        "logit_scale": 0.4, "final_logit_softcapping": 1.5}  # fmt: skip
+        "logit_scale": 0.4, "final_logit_softcapping": 1.5, "feed_forward_length": 56}  # fmt: skip
 PHI3 = {**NO_WIDTH, "rope.dimension_count": 8, "attention.sliding_window": 7, ORIGINAL: 512}
 XIELU = {f" xielu.{name}": xielu(name) for name in ("alpha_n", "alpha_p", "beta", "eps")}
 HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
