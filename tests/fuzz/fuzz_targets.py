@@ -19,7 +19,8 @@ from fuzz_formats import Gguf, Obj, Safetensors, as_tree
 from fuzz_mutations import Case
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights"))
-from gguf_dense_cases import CASES as FAMILY_CASES
+from gguf_dense_cases import CASES as DENSE_CASES
+from gguf_hybrid_cases import CASES as HYBRID_CASES
 from gguf_pairs import write_pair
 from quantised_files import Fixture, as_model, gpt_oss_model
 
@@ -289,8 +290,10 @@ def _gguf_seed(architecture: str, model: str, types: tuple[int, ...]) -> Case:
 def _family_seeds() -> list[Case]:
     """One file of each family with changes, tables or metadata of a kind of its own."""
     seeds = []
-    for case in [max((c for c in FAMILY_CASES if c.architecture == name), key=lambda c: len(c.metadata))
-                 for name in ("gemma4", "phi3", "gptneox", "stablelm", "apertus", "falcon", "gpt2")]:  # fmt: skip
+    names = ("gemma4", "phi3", "gptneox", "stablelm", "apertus", "falcon", "gpt2", "qwen35", "qwen3next",
+             "granitehybrid", "jamba", "nemotron_h_moe", "kimi-linear", "lfm2moe")  # fmt: skip
+    every = [*DENSE_CASES, *HYBRID_CASES]
+    for case in [max((c for c in every if c.architecture == name), key=lambda c: len(c.metadata)) for name in names]:
         with tempfile.TemporaryDirectory() as folder:
             reader = gguf.GGUFReader(write_pair(Path(folder), case, blocks=True)[1])
             pairs: list[Any] = []

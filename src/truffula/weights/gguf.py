@@ -61,7 +61,7 @@ class GgufCheckpoint(Checkpoint):
             self._made = self._family.made(hparams, self._sizes) if self._family.made is not None else {}
             self.generation_config: dict[str, Any] = generation_config(metadata)
             warnings += check_unread_keys(self._header)
-            self._layers = metadata[f"{metadata['general.architecture']}.block_count"]
+            self._layers = hparams.count("block_count")
             self.tensors = self._renamed(found)
         self.warnings = (*warnings, *([f"No adapters are taken: {self.no_adapters}"] if self.no_adapters else []))
 

@@ -74,7 +74,7 @@ class HParams:
     def count(self, key: str, default: int | None = None) -> int:
         """A positive integer; a list (one per layer) must repeat one value."""
         value = self._required(key, default)
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             if len(set(value)) != 1:
                 name = self.name(key)
                 raise UnsupportedModel(f"{name} differs from layer to layer: {value[:8]}…", param=name)
