@@ -19,7 +19,9 @@ from fuzz_formats import Gguf, Obj, Safetensors, as_tree
 from fuzz_mutations import Case
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights"))
-from gguf_dense_cases import CASES as FAMILY_CASES
+from gguf_dense_cases import CASES as DENSE_CASES
+from gguf_expert_cases import CASES as EXPERTS
+from gguf_hybrid_cases import CASES as HYBRID_CASES
 from gguf_pairs import write_pair
 from quantised_files import Fixture, as_model, gpt_oss_model
 
@@ -45,8 +47,9 @@ from truffula.weights.texts import read_texts
 LARGEST_RUN = 1 << 20
 """Bytes of a model that is packed and run; others are only read."""
 CAPACITY = Capacity(
-    max_tokens=8, max_seqs=2, max_logit_rows=8, max_segments=1, num_blocks=4, block_size=4, max_blocks_per_seq=2
-)
+    max_tokens=8, max_seqs=2, max_logit_rows=8, max_segments=1, num_blocks=4, block_size=4, max_blocks_per_seq=2,
+    num_states=4,
+)  # fmt: skip
 SITES = decoder_program(tiny_config()).sites
 
 
@@ -289,8 +292,11 @@ def _gguf_seed(architecture: str, model: str, types: tuple[int, ...]) -> Case:
 def _family_seeds() -> list[Case]:
     """One file of each family with changes, tables or metadata of a kind of its own."""
     seeds = []
-    for case in [max((c for c in FAMILY_CASES if c.architecture == name), key=lambda c: len(c.metadata))
-                 for name in ("gemma4", "phi3", "gptneox", "stablelm", "apertus", "falcon", "gpt2")]:  # fmt: skip
+    names = ("gemma4", "phi3", "gptneox", "stablelm", "apertus", "falcon", "gpt2", "qwen35", "qwen3next",
+             "granitehybrid", "jamba", "nemotron_h_moe", "kimi-linear", "lfm2moe")  # fmt: skip
+    every = [*DENSE_CASES, *HYBRID_CASES]
+    cases = [max((c for c in every if c.architecture == name), key=lambda c: len(c.metadata)) for name in names]
+    for case in [*cases, *(EXPERTS[name] for name in ("DeepSeek V3", "GLM-5", "K-EXAONE", "Laguna XS"))]:
         with tempfile.TemporaryDirectory() as folder:
             reader = gguf.GGUFReader(write_pair(Path(folder), case, blocks=True)[1])
             pairs: list[Any] = []

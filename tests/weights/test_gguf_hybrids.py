@@ -15,7 +15,9 @@ from gguf_pairs import IDS, Case, logits, write_pair
 from gguf_writer import GgufBlocks, write_gguf
 from kernel_backends import BEST
 
-from truffula.errors import AdapterError
+from truffula.errors import AdapterError, CheckpointError, TruffulaError, UnsupportedModel
+from truffula.kernels.adapters import make_image
+from truffula.kernels.backend import QuantisedArray, as_array
 from truffula.lora.base import BaseWeights, base_source
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.model.load import WeightReader, plan_model
@@ -68,15 +70,19 @@ def test_blocks_hold_the_values_of_the_model(tmp_path: Path, case: Case) -> None
 
 
 @pytest.mark.parametrize("case", [qwen35(32), qwen3_next(32)], ids=lambda case: case.name)
-def test_a_packed_model_answers_as_its_values(tmp_path: Path, case: Case) -> None:
+def test_a_program_gets_the_same_rows_in_blocks_and_as_values(tmp_path: Path, case: Case) -> None:
+    """Those of in_proj_qkvz are sorted: a program has all q, all k, all v and all gates together."""
     _, file = write_pair(tmp_path, case, blocks=True)
-    backend, checkpoint = list(BEST.values())[-1], open_checkpoint(file)
-    plan, capacity = plan_model(checkpoint), capacity_for(12)
-    pull = WeightReader(checkpoint, plan, block_kinds=frozenset({"Q8_0"}))
-    kinds = [type(part).__name__ for decl in plan.program.weights if "delta_in" in decl.name for part in pull(decl)]
-    assert kinds == [] or set(kinds) == {"QuantisedArray"}
-    assert backend.block_kinds is not None and capacity is not None
-    np.testing.assert_allclose(logits(file), logits(dequantised(file)), rtol=0, atol=1e-5)
+    checkpoint = open_checkpoint(file)
+    plan = plan_model(checkpoint)
+    packed, plain = (WeightReader(checkpoint, plan, block_kinds=kinds) for kinds in (frozenset({"Q8_0"}), frozenset()))
+    kept = set()
+    for decl in plan.program.weights:
+        for part, found, wanted in zip(decl.parts, packed(decl), plain(decl), strict=True):
+            np.testing.assert_array_equal(as_array(found), as_array(wanted), err_msg=part.name)
+            if isinstance(found, QuantisedArray):
+                kept.add(part.name.removeprefix("model.layers.0.linear_attn."))
+    assert {"in_proj_qkvz.weight", "in_proj_qkv.weight"} & kept and "out_proj.weight" in kept
 
 
 def test_columns_in_larger_blocks_are_put_in_order_as_values(tmp_path: Path) -> None:
@@ -137,19 +143,7 @@ def test_a_tied_file_has_no_head(tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(file), logits(plain))
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_next", "granitemoehybrid", "nemotron_h", "kimi_linear"])
-def test_an_adapter_of_the_model_fits_its_file(tmp_path: Path, model_type: str) -> None:
-    plain, file = write_pair(tmp_path, BY_TYPE[model_type])
-    sites = plan_model(open_checkpoint(plain)).interface.sites
-    write_tiny_adapter(tmp_path / "a", sites, rank=3, targets="all-linear")
-    found = [adapted(path, tmp_path / "a") for path in (file, plain)]
-    np.testing.assert_array_equal(*found)
-    assert np.abs(found[0] - logits(file)).max() > 1e-2
-
-
 def adapted(path: Path, adapter: Path) -> Any:
-    from truffula.kernels.adapters import make_image
-
     checkpoint = open_checkpoint(path)
     plan, capacity = plan_model(checkpoint), capacity_for(12)
     pull = WeightReader(checkpoint, plan)
@@ -159,6 +153,16 @@ def adapted(path: Path, adapter: Path) -> Any:
     )
     slot = executable.adapter(make_image(executable.layout, made.sites, generation=made.generation))
     return Driver(executable, capacity, slot).feed(IDS)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_next", "granitemoehybrid", "nemotron_h", "kimi_linear"])
+def test_an_adapter_of_the_model_fits_its_file(tmp_path: Path, model_type: str) -> None:
+    plain, file = write_pair(tmp_path, BY_TYPE[model_type])
+    sites = plan_model(open_checkpoint(plain)).interface.sites
+    write_tiny_adapter(tmp_path / "a", sites, rank=3, targets="all-linear")
+    found = [adapted(path, tmp_path / "a") for path in (file, plain)]
+    np.testing.assert_array_equal(*found)
+    assert np.abs(found[0] - logits(file)).max() > 1e-2
 
 
 def test_falcon_h1_takes_no_adapters(tmp_path: Path) -> None:
@@ -171,3 +175,57 @@ def test_falcon_h1_takes_no_adapters(tmp_path: Path) -> None:
         validate_adapter(
             tmp_path / "a", plan.program.sites, base=BaseFacts("m", BaseWeights(base_source(plan, checkpoint)))
         )
+
+
+HOSTILE: tuple[Any, ...] = (0, -1, 3, 2**31, 2**62, 1e30, "x", True, [], [1] * 3, [2**31] * 4, [True] * 2, ["x"] * 4)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if case.architecture in ("qwen35", "jamba") else pytest.mark.slow)
+        for case in [*CASES, FALCON]
+    ],
+)
+def test_a_wrong_value_of_any_key_is_refused_or_another_model(tmp_path: Path, case: Case) -> None:
+    """Nothing else is raised, and nothing takes as long as the number says."""
+    _, file = write_pair(tmp_path, case)
+    fields, tensors = contents(file)
+    stored = {name: item.data.reshape(item.shape[::-1].tolist()) for name, item in tensors.items()}
+    keys = [key for key in fields if key.startswith(f"{case.architecture}.")]
+    assert len(keys) > 8
+    rng = np.random.default_rng(len(keys))
+    for key in keys:
+        for index in rng.choice(len(HOSTILE), 3, replace=False):
+            changed = write_gguf(tmp_path / "x.gguf", {**fields, key: HOSTILE[index]}, stored)
+            try:
+                checkpoint = open_checkpoint(changed)
+                plan = plan_model(checkpoint)
+                for name in plan.stored_types:
+                    checkpoint.read(name)
+            except TruffulaError as error:
+                assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "value", "error"),
+    [
+        ("qwen3_5_text", "attention.recurrent_layers", [True] * 3, "is a list of 3; expected a list of 4 of type bool"),
+        ("qwen3_5_text", "ssm.time_step_rank", 3, "is 3, which does not divide qwen35.ssm.inner_size, 40"),
+        ("granitemoehybrid", "attention.head_count_kv", 2, "is 2; expected a list of 3 of type int"),
+        ("bamba", "rope.dimension_count", 8, "is 8; bamba rotates half of its heads, 8 wide"),
+        ("jamba", "attention.head_count_kv", [2, 2, 0], "layers .0, 1. are not one in every few"),
+        ("nemotron_h", "feed_forward_length", [0, 0, 56], "is a list of 3; expected a list of 4"),
+        ("lfm2_moe", "expert_gating_func", 1, "expert_gating_func is 1; it must be 2"),
+        ("kimi_linear", "attention.key_length_mla", 6, "is 6; expected more than rope.dimension_count, 6"),
+        ("kimi_linear", "attention.key_length", 20, "attention.key_length is 20; it must be 24"),
+        ("qwen3_next", "ssm.dt_b_c_rms", True, "ssm.dt_b_c_rms .True. changes what the model computes"),
+        ("qwen3_next", "expert_weights_scale", 2.0, "expert_weights_scale .2.0. changes what the model computes"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, model_type: str, key: str, value: Any, error: str) -> None:
+    case = BY_TYPE[model_type]
+    _, file = write_pair(tmp_path, replace(case, metadata={**case.metadata, key: value}))
+    with pytest.raises((CheckpointError, UnsupportedModel), match=error) as caught:
+        open_checkpoint(file)
+    assert str(caught.value.param).endswith(key)

@@ -58,7 +58,7 @@ _OF_YARN = ("original_context_length", "yarn_beta_fast", "yarn_beta_slow")
 class HParams:
     """The hyperparameters under the prefix of the file's architecture. Keys are given without the prefix.
 
-    ``tables`` are the values of the file's ``TABLES``; whoever reads one removes it.
+    ``tables`` are the values of the file's ``TABLES``; a reader of one removes it.
     """
 
     architecture: str
@@ -74,7 +74,7 @@ class HParams:
     def count(self, key: str, default: int | None = None) -> int:
         """A positive integer; a list (one per layer) must repeat one value."""
         value = self._required(key, default)
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             if len(set(value)) != 1:
                 name = self.name(key)
                 raise UnsupportedModel(f"{name} differs from layer to layer: {value[:8]}…", param=name)
