@@ -89,7 +89,8 @@ class Adapters:
             return compose(self._weighted(adapter))
         if adapter is None or isinstance(adapter, AdapterRef):
             return adapter
-        return None if str(adapter) in self._bases else _resolve(self._directory, adapter)
+        is_base = self._default is not None and str(adapter) in self._bases
+        return None if is_base else _resolve(self._directory, adapter)
 
     def merge(
         self, weights: Mapping[str, float], strategy: MergeStrategy, *, density: float, sign: MergeSign = "total"
