@@ -29,6 +29,7 @@ from truffula.errors import (
     ErrorInfo,
     GenerationMismatch,
     InsufficientMemory,
+    InvalidRequest,
     ShuttingDown,
     TruffulaError,
 )
@@ -288,9 +289,13 @@ class AdapterPool:
         are done immediately; ``AdapterNotFound`` is their error when there is nothing to unload.
         """
         ref = command.ref
-        if command.action == "load" and ref is not None:
-            return self._load(ref, command.pinned, now)
         done: Future[list[AdapterState]] = Future()
+        if command.action == "load" and ref is not None:
+            if not ref.wanted:
+                return self._load(ref, command.pinned, now)
+            text = f"{ref.name!r} is loaded as its source has it; a request may name a generation."
+            done.set_exception(InvalidRequest(text, param="adapter"))
+            return done
         if command.action == "prepare":
             self.loads.loader.prepare()
             done.set_result([])
