@@ -21,6 +21,7 @@ FIGURES = HERE / "figures.json"
 CHART = HERE.parent / "docs" / "throughput.svg"
 PLOT = 240
 """The height of a chart of lines."""
+DASHES = ("", "7 3", "2 2", "8 3 2 3")
 
 
 def draw(data: Mapping[str, Any]) -> str:
@@ -35,7 +36,7 @@ def draw(data: Mapping[str, Any]) -> str:
 
 
 def lines(title: str, subtitle: str, series: Sequence[tuple[str, Sequence[float]]], ends: str, source: str) -> str:
-    """Values at even distances, from 0 to the largest of them; ``ends`` says where the axis of x ends."""
+    """At most four series of values at even distances, from 0 to the largest; ``ends`` is where the x axis ends."""
     most = max(max(values) for _, values in series)
     width, bottom = WIDTH - LEFT - RIGHT, TOP + PLOT
     parts = []
@@ -46,19 +47,21 @@ def lines(title: str, subtitle: str, series: Sequence[tuple[str, Sequence[float]
             f'<path d="M{LEFT} {y:.1f}H{LEFT + width}" stroke="#9198a1" stroke-opacity="0.3"/>',
         ]
     for number, (name, values) in enumerate(series):
-        colour = "#bf3989" if not number else "#9198a1"
-        step = width / max(1, len(values) - 1)
+        step, x, y = width / max(1, len(values) - 1), LEFT + number * 130, bottom + 18
+        drawn = f'fill="none" stroke-width="2" stroke="{"#9198a1" if number else "#bf3989"}"'
+        drawn += f' stroke-dasharray="{DASHES[number]}"' if DASHES[number] else ""
         points = " ".join(f"{LEFT + i * step:.1f},{bottom - value / most * PLOT:.1f}" for i, value in enumerate(values))
         parts += [
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>',
-            f'<text x="{LEFT + number * 140}" y="{bottom + 18}" style="fill: {colour}">{escape(name)}</text>',
+            f'<polyline points="{points}" {drawn}/>',
+            f'<path d="M{x} {y - 4}h22" {drawn}/>',
+            f'<text class="note" x="{x + 26}" y="{y}">{escape(name)}</text>',
         ]
-    parts.append(f'<text class="note name" x="{LEFT + width}" y="{bottom + 18}">{escape(ends)}</text>')
+    parts.append(f'<text class="note name" x="{LEFT + width}" y="{bottom + 36}">{escape(ends)}</text>')
     told = (
         f"{name}: from {shown(values[0])} to {shown(values[-1])}, at most {shown(max(values))}"
         for name, values in series
     )
-    return document(title, subtitle, told, parts, bottom + FOOT + 18, source)
+    return document(title, subtitle, told, parts, bottom + FOOT + 34, source)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -367,27 +368,24 @@ def described(report: Report, args: argparse.Namespace) -> str:
     loads = ", ".join(f"{name.removeprefix('adapter_').replace('_', ' ')} {facts[name]:,}" for name in LOADED)
     verdict = "None was wrong" if not report.wrong else f"{len(report.wrong)} faults: {'; '.join(report.wrong)}"
     load = f"{facts['adapters']:,} adapters, memory for {args.resident}, {args.clients} clients, {args.seconds:g} s"
-    return "\n".join(
-        [
-            f"{load}, on {cpu_name()[0]}, {usable_cpus()} cores. {verdict}.",
-            "",
-            f"Requests and changes: {counts}. Of the engine: {loads}. Faults of the sources: "
-            f"{', '.join(f'{what} {count:,}' for what, count in facts['source_faults'].items()) or 'none'}.",
-            "",
-            *table(report),
-            "",
-            f"Memory (PSS of all processes, MiB): {memory[0]:.0f} at first, {max(memory):.0f} at most, "
-            f"{memory[-1]:.0f} at the end. Left behind: {facts['staged_files']} staged files, {facts['scratch_left']} "
-            f"unfinished downloads; the disk cache is {facts['cache_bytes'] / facts['cache_limit']:.0%} full.",
-        ]
+    faults = ", ".join(f"{what} {count:,}" for what, count in facts["source_faults"].items()) or "none"
+    above = (
+        f"{load}, on {cpu_name()[0]}, {usable_cpus()} cores. {verdict}. Requests and changes: {counts}. Of the engine: "
+        f"{loads}. Faults of the sources: {faults}."
     )
+    below = (
+        f"Memory (PSS of all processes, MiB): {memory[0]:.0f} at first, {max(memory):.0f} at most, {memory[-1]:.0f} at "
+        f"the end. Left behind: {facts['staged_files']} staged files, {facts['scratch_left']} unfinished downloads; "
+        f"the disk cache is {facts['cache_bytes'] / facts['cache_limit']:.0%} full."
+    )
+    return "\n".join([textwrap.fill(above, 100), "", *table(report), "", textwrap.fill(below, 100)])
 
 
 def table(report: Report) -> Iterator[str]:
     yield "| adapters | requests | p50 ms | p99 ms | longest ms |\n|---|---|---|---|---|"
     for kind, waits in sorted(report.waits.items()):
         ordered = sorted(waits)
-        at = [statistics.median(ordered), ordered[int(0.99 * (len(ordered) - 1))], ordered[-1]]
+        at = [statistics.median(ordered), ordered[-(-99 * len(ordered) // 100) - 1], ordered[-1]]
         yield f"| {kind} | {len(waits):,} | {' | '.join(f'{1000 * one:.0f}' for one in at)} |"
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,13 +13,23 @@ import msgspec
 from truffula.config import ENGINE_PROCESS, EngineConfig, options_of
 from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
-from truffula.items import Constraint, Message, Tool, ToolChoice
+from truffula.items import Constraint, Tool, ToolChoice
 from truffula.lora.compose import compose, merge
 from truffula.lora.registry import split_content
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
 from truffula.service.core import Service
-from truffula.service.openai_items import messages_from_openai, tool_choice_from_openai, tools_from_openai
+from truffula.service.inputs import (
+    Messages,
+    Prompt,
+    as_list,
+    constraint_of,
+    ids_of,
+    is_ids,
+    prompt_fields,
+    spread,
+    with_items,
+)
 from truffula.service.outputs import ChoiceOutput, RequestOutput, request_output
 from truffula.service.progress import ProgressBar
 from truffula.service.sync import SyncService
@@ -39,9 +47,7 @@ from truffula.types import (
     WeightedAdapter,
 )
 
-Prompt = str | Sequence[int]
 Adapter = str | Path | AdapterRef | Mapping[str, float] | None
-Messages = Sequence[Mapping[str, Any] | Message]
 
 __all__ = ["LLM", "Adapters", "ChoiceOutput", "RequestOutput"]
 
@@ -89,7 +95,8 @@ class Adapters:
             return compose(self._weighted(adapter))
         if adapter is None or isinstance(adapter, AdapterRef):
             return adapter
-        return None if str(adapter) in self._bases else _resolve(self._directory, adapter)
+        is_base = self._default is not None and str(adapter) in self._bases
+        return None if is_base else _resolve(self._directory, adapter)
 
     def merge(
         self, weights: Mapping[str, float], strategy: MergeStrategy, *, density: float, sign: MergeSign = "total"
@@ -235,9 +242,9 @@ class LLM:
 
         Returns: One ``RequestOutput`` per prompt, in order; a list also for a single prompt.
         """
-        listed = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else _listed(prompts, "prompts")
-        prepared = [prompt if isinstance(prompt, str) else _ids(prompt, i) for i, prompt in enumerate(listed)]
-        shared = {"constraint": _constraint(constraint)}
+        listed = [prompts] if isinstance(prompts, str) or is_ids(prompts) else as_list(prompts, "prompts")
+        prepared = [prompt if isinstance(prompt, str) else ids_of(prompt, i) for i, prompt in enumerate(listed)]
+        shared = {"constraint": constraint_of(constraint)}
         return self._run([{"prompt": prompt, **shared} for prompt in prepared], params, adapters, errors, progress)
 
     def chat(
@@ -269,10 +276,10 @@ class LLM:
 
         The other arguments are as in ``generate``. Tool calls and reasoning are no part of the output's ``text``.
         """
-        listed = _listed(messages, "messages")
+        listed = as_list(messages, "messages")
         talks = listed if listed and all(isinstance(item, list | tuple) for item in listed) else [listed]
         shared: dict[str, Any] = {
-            "constraint": _constraint(constraint),
+            "constraint": constraint_of(constraint),
             "tools": tools,
             "tool_choice": tool_choice,
             "parse_output": True,
@@ -298,7 +305,7 @@ class LLM:
 
         ``request``: further fields of ``truffula.types.GenerateRequest``.
         """
-        requests = self._requests([{**_given(prompt), **request}], params, adapter)
+        requests = self._requests([{**prompt_fields(prompt), **request}], params, adapter)
         return (delta for _, delta in self._stream(requests))
 
     def stream_each(
@@ -309,7 +316,7 @@ class LLM:
         adapters: Adapter | Sequence[Adapter] = None,
     ) -> Iterator[tuple[int, TextDelta]]:
         """The deltas of several completions in one batch, as (index of the prompt, delta)."""
-        given = [_given(prompt) for prompt in _listed(prompts, "prompts")]
+        given = [prompt_fields(prompt) for prompt in as_list(prompts, "prompts")]
         return self._stream(self._requests(given, params, adapters))
 
     def close(self) -> None:
@@ -358,13 +365,13 @@ class LLM:
         adapters: Adapter | Sequence[Adapter],
     ) -> list[GenerateRequest]:
         count = len(given)
-        every_params = _spread(params if params is not None else SamplingParams(), SamplingParams, count, "params")
-        every_adapter = _spread(adapters, str | Path | AdapterRef | Mapping | None, count, "adapters")
+        every_params = spread(params if params is not None else SamplingParams(), SamplingParams, count, "params")
+        every_adapter = spread(adapters, str | Path | AdapterRef | Mapping | None, count, "adapters")
         refs = [self.adapters.resolve(adapter) for adapter in every_adapter]
         try:
             return [
                 msgspec.convert(
-                    {**_as_items(one), "params": p, "adapter": ref, "return_prompt_tokens": True}, GenerateRequest
+                    {**with_items(one), "params": p, "adapter": ref, "return_prompt_tokens": True}, GenerateRequest
                 )
                 for one, p, ref in zip(given, every_params, refs, strict=True)
             ]
@@ -380,80 +387,3 @@ def _refuse_process_options(names: Iterable[str]) -> None:
                 f"{option.field} has no effect on an engine in this process; leave it out, or use transport='process'.",
                 param=option.field,
             )
-
-
-def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
-    """One value for each of ``count`` prompts: ``value`` repeated, or its items."""
-    if isinstance(value, single):
-        return [value] * count
-    items = _listed(value, name)
-    if len(items) != count:
-        raise InvalidRequest(f"{name} has {len(items)} item{'s' * (len(items) != 1)} for {count} prompts.", param=name)
-    for item in items:
-        if not isinstance(item, single):
-            raise InvalidRequest(f"{name} has an item of type {type(item).__name__}.", param=name)
-    return items
-
-
-def _constraint(given: Constraint | Mapping[str, Any] | None) -> Constraint | None:
-    if given is None or isinstance(given, Constraint):
-        return given
-    if not isinstance(given, Mapping):
-        raise InvalidRequest(
-            f"constraint is of type {type(given).__name__}; give a JSON Schema as a dict, or a "
-            "truffula.Constraint of another kind.",
-            param="constraint",
-        )
-    try:
-        return Constraint(kind="json_schema", value=json.dumps(given), param="constraint")
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"constraint is not a JSON Schema: {error}.", param="constraint") from error
-
-
-def _given(prompt: Prompt | Messages) -> dict[str, Any]:
-    """A prompt of any form as fields of a ``GenerateRequest``."""
-    if isinstance(prompt, str):
-        return {"prompt": prompt}
-    listed = _listed(prompt, "prompt")
-    chat = listed and all(isinstance(item, Mapping | Message) for item in listed)
-    return {"messages": listed} if chat else {"prompt": _ids(listed, 0)}
-
-
-def _as_items(request: dict[str, Any]) -> dict[str, Any]:
-    """``request`` with the messages and tools of OpenAI's form as items; those that are items stay as they are."""
-    found = dict(request)
-    if request.get("messages") is not None:
-        found["messages"] = messages_from_openai(request["messages"])
-    if request.get("tools") is not None:
-        found["tools"] = tools_from_openai(request["tools"])
-    choice = found.pop("tool_choice", None)
-    if not isinstance(choice, ToolChoice):
-        choice = tool_choice_from_openai(choice, found.get("tools"))
-    return {**found, "tool_choice": choice}
-
-
-def _listed(value: Any, name: str) -> list[Any]:
-    """The items of ``value``: a list, a tuple, a numpy array."""
-    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
-        raise InvalidRequest(f"{name} has type {type(value).__name__}; expected a list.", param=name)
-    return list(value)
-
-
-def _is_ids(prompts: Any) -> bool:
-    """Whether ``prompts`` is one prompt of token ids instead of a list of prompts."""
-    listed = _listed(prompts, "prompts")
-    return bool(listed) and not isinstance(listed[0], str) and not hasattr(listed[0], "__len__")
-
-
-def _ids(prompt: Any, at: int) -> list[int]:
-    """Any sequence of integers (numpy's too) as a list of ints."""
-    if isinstance(prompt, Mapping | bytes) or not hasattr(prompt, "__iter__"):
-        raise InvalidRequest(
-            f"prompts[{at}] has type {type(prompt).__name__}; expected text or a list of token ids.", param="prompts"
-        )
-    try:
-        return [operator.index(token_id) for token_id in prompt]
-    except TypeError as error:
-        raise InvalidRequest(
-            f"prompts[{at}] contains an item that is not a token id: {error}", param="prompts"
-        ) from error

@@ -522,3 +522,5 @@ def test_a_generation_is_found_while_it_is_held_and_only_for_its_own_source(tmp_
         again = replace(back, fingerprint="again", wanted=old)
         assert it.lookup(again).status == "loading" and it.loaded(again) == old
         assert it.lookup(replace(again, wanted=new)).status == "failed"
+        refused = it.load(again).error
+        assert refused is not None and refused.code == "invalid_request"

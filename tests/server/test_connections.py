@@ -158,17 +158,21 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(live):
                 response.read(10 if leave else None)
 
     requests = [({}, False), ({"stream": True}, False), ({"model": "none"}, False)]
-    requests.append(({"stream": True, "max_tokens": 100}, True))
+    requests.append(({"stream": True, "max_tokens": 40}, True))
     for more, leave in requests:
         ask(more, leave)
-        until(lambda: live.service.active == 0)
-        gc.collect()
-        gc.disable()
-        try:
-            for _ in range(10):
+    until(lambda: live.service.active == 0)
+    gc.collect()
+    gc.freeze()  # what the other tests hold
+    gc.disable()
+    try:
+        for more, leave in requests:
+            gc.collect()
+            for _ in range(5):
                 ask(more, leave)
             until(lambda: live.service.active == 0)
-            time.sleep(0.2)  # the tasks of the last one end
-            assert gc.collect() < 30, f"cycles are left by {more}"  # each left 20 to 50 objects
-        finally:
-            gc.enable()
+            time.sleep(0.1)  # the tasks of the last one end
+            assert gc.collect() < 15, f"cycles are left by {more}"  # each left 20 to 50 objects
+    finally:
+        gc.unfreeze()
+        gc.enable()

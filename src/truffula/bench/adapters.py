@@ -98,7 +98,7 @@ class Bench:
 
     def kind(self, name: str, fields: Mapping[str, Any], more: Callable[[int], dict[str, Array]]) -> list[str]:
         """Folders of adapters of rank 16 with further ``fields``, and the tensors that ``more`` makes of a seed."""
-        config = tiny_config(rank=16, alpha=32, targets="all-linear", base_model_name_or_path=None) | fields
+        config = tiny_config(rank=16, alpha=32, targets="all-linear", base_model_name_or_path=None, **fields)
         for seed in range(ROWS):
             made = tiny_tensors(self.sites, config, seed=seed, dtype="bfloat16")
             made |= {PREFIX + key: as_dtype(value, "bfloat16") for key, value in more(seed).items()}
@@ -255,17 +255,18 @@ def kinds(bench: Bench) -> Iterator[Row]:
     """Kinds of adapters, to plain LoRA of the same rank."""
     plain = bench.ranks("plain", [16] * ROWS)
     targets = sorted({name.rpartition(".")[2] for name in (*linear_modules(bench.sites), bench.embed.module)})
-    made = {
+    made: dict[str, tuple[float, dict[str, Any], Callable[[int], dict[str, Array]]]] = {
         "DoRA": (0.9, {"use_dora": True}, bench.outputs("lora_magnitude_vector")),
         "and biases of B": (0.95, {"lora_bias": True}, bench.outputs("lora_B.bias")),
         "and the embedding": (0.95, {"target_modules": targets}, bench.embedding),
         "and 16 trained tokens": (0.95, {"trainable_token_indices": list(range(5, 21))}, bench.tokens),
     }
     with bench.engine() as llm:
+        rate = functools.partial(bench.rate, llm)
         for number, (what, (goal, fields, more)) in enumerate(made.items()):
             mine = bench.kind(f"kind{number}-", fields, more)
-            yield bench.row(f"{ROWS} of rank 16 {what}, of plain", goal,
-                            lambda mine=mine: bench.rate(llm, mine), lambda: bench.rate(llm, plain))  # type: ignore[misc]  # fmt: skip
+            what = f"{ROWS} of rank 16 {what}, of plain"
+            yield bench.row(what, goal, functools.partial(rate, mine), functools.partial(rate, plain))
 
 
 def prompts(bench: Bench) -> Iterator[Row]:

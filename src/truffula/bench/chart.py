@@ -55,7 +55,7 @@ def bars(title: str, subtitle: str, groups: Sequence[Bars], source: str) -> str:
             y += BAR
         if group.goal is not None:
             at = LEFT + group.goal * scale
-            parts.append(f'<path d="M{at:.1f} {first - 1}V{y + 1}" stroke="currentColor" stroke-dasharray="3 2"/>')
+            parts.append(f'<path d="M{at:.1f} {first - 1}V{y + 1}" stroke="#59636e" stroke-dasharray="3 2"/>')
         y += GAP
     told = (
         f"{group.title}: " + ", ".join(f"{name} {shown(value)}" for name, value in group.values) for group in groups

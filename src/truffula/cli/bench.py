@@ -219,7 +219,7 @@ def run_bench_adapters(
         plot.mkdir(parents=True, exist_ok=True)
         for name, each in found.items():
             groups = [_bars_of(row) for row in each]
-            title, below = f"Adapters: {name}", f"{config.model}; dashed: the goal; grey: missed"
+            title, below = f"Adapters: {name}", f"{config.model}; each figure to its goal (dashed); grey: missed"
             (plot / f"{name}.svg").write_text(bars(title, below, groups, source))
     if as_json:
         shown = [asdict(row) | {"scenario": name, "met": row.met} for name, each in found.items() for row in each]
@@ -234,7 +234,7 @@ def run_bench_adapters(
 
 def _bars_of(row: Row) -> Bars:
     what, figure, goal, _ = row.shown
-    return Bars(f"{what} ({goal})", [(figure, row.value)], frozenset({figure} if row.met else ()), row.goal)
+    return Bars(f"{what} ({goal})", [(figure, row.value / row.goal)], frozenset({figure} if row.met else ()), 1.0)
 
 
 def run_bench_step(bench: StepBench, options: dict[str, Any], *, tiny: bool, as_json: bool) -> None:

@@ -29,6 +29,7 @@ from truffula.errors import (
     ErrorInfo,
     GenerationMismatch,
     InsufficientMemory,
+    InvalidRequest,
     ShuttingDown,
     TruffulaError,
 )
@@ -133,8 +134,8 @@ class AdapterPool:
 
     def _held(self, ref: AdapterRef) -> Generation | None:
         """The generation that ``ref`` is wanted in, of its source; None when it is not mapped."""
-        source, found = source_of(ref), (one for one in self._generations if one.id.startswith(ref.wanted))
-        return next((one for one in found if source in one.known), None)
+        held = self._generations.of_source(source_of(ref))
+        return next((one for one in held if one.id.startswith(ref.wanted)), None)
 
     def _present(self, ref: AdapterRef, now: float) -> AdapterStatus:
         """``lookup`` of what the source has now."""
@@ -288,9 +289,13 @@ class AdapterPool:
         are done immediately; ``AdapterNotFound`` is their error when there is nothing to unload.
         """
         ref = command.ref
-        if command.action == "load" and ref is not None:
-            return self._load(ref, command.pinned, now)
         done: Future[list[AdapterState]] = Future()
+        if command.action == "load" and ref is not None:
+            if not ref.wanted:
+                return self._load(ref, command.pinned, now)
+            text = f"{ref.name!r} is loaded as its source has it; a request may name a generation."
+            done.set_exception(InvalidRequest(text, param="adapter"))
+            return done
         if command.action == "prepare":
             self.loads.loader.prepare()
             done.set_result([])
@@ -480,8 +485,7 @@ class AdapterPool:
         loaded = self._sources.setdefault(source, _LoadedSource(entry, ref.private))
         loaded.add(fingerprint)
         loaded.names.add(ref.name)
-        entry.sources.add(source)
-        entry.known.add(source)
+        self._generations.attach(entry, source)
         entry.commit = commit or entry.commit
         self._recount(source)
 

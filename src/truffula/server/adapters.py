@@ -11,6 +11,7 @@ import os
 from collections.abc import Collection, Sequence
 from typing import Annotated
 
+from msgspec.structs import replace
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -203,7 +204,7 @@ async def _prepare_default(state: ServerState, name: str) -> None:
     for target in [name] if alias is None else alias.targets:
         try:
             if (ref := await state.service.look_up(state.service.core.resolve_adapter, target)) is not None:
-                await load(state, ref)
+                await load(state, replace(ref, wanted=""))
         except TruffulaError as error:
             why = error.data.get("reason", error.message)
             log.warning("--default-adapter: %r cannot be loaded now (%s): %s", target, error.code, why)
