@@ -20,6 +20,7 @@ from fuzz_mutations import Case
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights"))
 from gguf_dense_cases import CASES as DENSE_CASES
+from gguf_expert_cases import CASES as EXPERTS
 from gguf_hybrid_cases import CASES as HYBRID_CASES
 from gguf_pairs import write_pair
 from quantised_files import Fixture, as_model, gpt_oss_model
@@ -294,7 +295,8 @@ def _family_seeds() -> list[Case]:
     names = ("gemma4", "phi3", "gptneox", "stablelm", "apertus", "falcon", "gpt2", "qwen35", "qwen3next",
              "granitehybrid", "jamba", "nemotron_h_moe", "kimi-linear", "lfm2moe")  # fmt: skip
     every = [*DENSE_CASES, *HYBRID_CASES]
-    for case in [max((c for c in every if c.architecture == name), key=lambda c: len(c.metadata)) for name in names]:
+    cases = [max((c for c in every if c.architecture == name), key=lambda c: len(c.metadata)) for name in names]
+    for case in [*cases, *(EXPERTS[name] for name in ("DeepSeek V3", "GLM-5", "K-EXAONE", "Laguna XS"))]:
         with tempfile.TemporaryDirectory() as folder:
             reader = gguf.GGUFReader(write_pair(Path(folder), case, blocks=True)[1])
             pairs: list[Any] = []

@@ -114,6 +114,8 @@ def test_a_stacked_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
         ("llama4_text", {"num_experts_per_tok": 2}, "num_experts_per_tok"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
         ("hunyuan_v1_moe", {"moe_topk": [1, 2, 2]}, "moe_topk"),
+        ("hunyuan_v1_moe", {"num_experts": 2**31 - 1}, "num_experts"),
+        ("ernie4_5_moe", {"moe_num_experts": 2**31 - 1}, "moe_num_experts"),
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok"),
         ("lfm2_moe", {"layer_types": None}, "layer_types"),
         ("lfm2_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok"),
@@ -127,3 +129,14 @@ def test_what_is_not_served_is_refused_by_name(model_type: str, changes: dict[st
     with pytest.raises(UnsupportedModel) as caught:
         read_config(tiny_config(model_type) | changes)
     assert caught.value.param == named
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module"),
+    [("exaone_moe", "mtp.fc"), ("ernie4_5_moe", "model.mtp_linear_proj.0"), ("cohere2_moe", "model.layers.3.eh_proj")],
+)
+def test_what_predicts_further_tokens_is_left_out(tmp_path: Path, model_type: str, module: str) -> None:
+    extra = {f"{module}.weight": np.zeros((4, 4), np.float32)}
+    plan = plan_model(open_checkpoint(write_tiny_checkpoint(tmp_path, tiny_config(model_type), extra=extra)))
+    assert plan.unused == tuple(extra)
+    assert not plan.warnings

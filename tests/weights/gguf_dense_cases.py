@@ -46,6 +46,21 @@ def flat(name: str, array: Array, mixer: Any) -> Array:
     return np.concatenate([part.reshape(-1, *array.shape[1:]) for part in parts])
 
 
+def muse(tensors: Tensors, mixer: Any) -> Tensors:
+    """Muse Glimmer's layers in a text model, its factor of q as a norm, and 1 + weight of the norms of layers."""
+    made = {}
+    for name, array in tensors.items():
+        name = name.replace("model.language_model.", "model.").replace("lm_head", "output")
+        layer = name.split(".")[2] if ".layers." in name else ""
+        if name.endswith("self_attn.gate_proj.weight"):
+            name = f"blk.{layer}.attn_gate.weight"
+        if name.endswith("self_attn.q_proj.weight"):
+            made[f"blk.{layer}.attn_q_norm.weight"] = np.full(mixer.head_dim, 3.87, np.float32)
+            made[f"blk.{layer}.attn_k_norm.weight"] = np.ones(mixer.head_dim, np.float32)
+        made[name] = array + np.float32(1) if name.endswith("layernorm.weight") else array
+    return made
+
+
 def bare(tensors: Tensors, _: Any) -> Tensors:
     return {name.removeprefix("transformer."): array for name, array in tensors.items()}
 
@@ -112,12 +127,17 @@ GEMMA4_CASES = [
           "expert_used_count": 2, "expert_feed_forward_length": 32},
          (gemma4_names,), ROTATED_QUARTER),
 ]  # fmt: skip
+MUSE = {"attention.sliding_window": 7, "attention.sliding_window_pattern": [False, True, True, True, False],
+        "logit_scale": 0.4, "final_logit_softcapping": 1.5, "feed_forward_length": 56}  # fmt: skip
 PHI3 = {**NO_WIDTH, "rope.dimension_count": 8, "attention.sliding_window": 7, ORIGINAL: 512}
 XIELU = {f" xielu.{name}": xielu(name) for name in ("alpha_n", "alpha_p", "beta", "eps")}
 HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 OLD_ROPE = {"rope_parameters": ""}
 CASES = [
     *GEMMA4_CASES,
+    Case("muse-glimmer", "muse_glimmer",
+         {"num_hidden_layers": 5, "qk_scale_factor": 3.87, "output_multiplier": 0.4, "final_logit_softcapping": 1.5,
+          "rms_norm_eps": 1e-5}, MUSE, (interleaved, muse)),
     Case("gemma", "gemma", {}, NO_ROPE, (shifted,)),
     Case("phi3", "phi3", {"original_max_position_embeddings": 512}, PHI3),
     Case("phi3", "phi3",

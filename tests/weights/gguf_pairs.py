@@ -28,7 +28,7 @@ IDS = [7, 31, 12, 55, 40, 9, 23, 18, 50, 4, 36, 27]
 VOCAB = 61
 Tensors = dict[str, Array]
 # Architectures that gguf-py lacks, and one with the same names of tensors.
-SIBLINGS = {"deepseek32": "glm-dsa", "cohere2moe": "glm4moe", "laguna": "dots1"}
+SIBLINGS = {"deepseek32": "glm-dsa", "cohere2moe": "glm4moe", "laguna": "dots1", "muse-glimmer": "gemma2"}
 Convert = Callable[[Tensors, Any], Tensors]
 """A change that the converter makes to the tensors of a model, whose first attention is the second argument."""
 
@@ -38,6 +38,7 @@ class Case:
     """A tiny model of ``model_type`` whose files have ``architecture``. ``config`` changes that of ``tiny_config``, ""
     drops a key. ``metadata`` are keys beside the usual ones: None drops one, a function makes it of the model's
     tensors, and the name of one that begins with a space is whole. ``tensors`` are stored beside those of the model.
+    ``rounded``: by how much the converter's rounding may change logits.
     """
 
     architecture: str
@@ -46,6 +47,7 @@ class Case:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     convert: tuple[Convert, ...] = ()
     tensors: Mapping[str, Array] = field(default_factory=dict)
+    rounded: float = 0.0
 
     @property
     def name(self) -> str:
@@ -156,7 +158,9 @@ def stored_of(case: Case) -> Tensors:
     names = gguf.get_tensor_name_map(number, len(spec.layers))
     stored = dict(case.tensors)
     for name, array in tensors.items():
-        found = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
+        found = (
+            name if name.startswith(("blk.", "output.")) else names.get_name(name, try_suffixes=(".weight", ".bias"))
+        )
         assert found is not None, name
         bare = found.endswith((".weight", ".bias", ".scale", ".ssm_a", ".ssm_d"))
         stored[found if bare else f"{found}.weight"] = np.ascontiguousarray(array)

@@ -51,12 +51,14 @@ class GgufCheckpoint(Checkpoint):
             self._family = family_of(self._header)
             self.no_adapters = self._family.no_adapters
             tables = {}  # the config holds their values
-            for part, item in (found.pop(name) for name in TABLES if name in found):
+            for name in [name for name in found if name in TABLES or re.fullmatch(self._family.read, name)]:
+                part, item = found.pop(name)
                 view = part.file.view(item.offset, item.nbytes)
                 tables[item.name] = dequantize(FORMATS[item.type], view, item.shape)
             hparams = HParams(metadata["general.architecture"], self._header, tables)
             self.config: dict[str, Any] = to_config(hparams, self._family, warnings)
-            self._made = self._family.made(hparams, self.config) if self._family.made is not None else {}
+            self._sizes: dict[str, Any] = self.config.get("text_config", self.config)
+            self._made = self._family.made(hparams, self._sizes) if self._family.made is not None else {}
             self.generation_config: dict[str, Any] = generation_config(metadata)
             warnings += check_unread_keys(self._header)
             self._layers = hparams.count("block_count")
@@ -66,7 +68,7 @@ class GgufCheckpoint(Checkpoint):
     def _renamed(self, stored: Mapping[str, tuple[Part, GgufTensor]]) -> dict[str, TensorInfo]:
         found: dict[str, list[TensorInfo]] = {}
         unknown, unused = [], []
-        layers = self.config["num_hidden_layers"]
+        layers = self._sizes["num_hidden_layers"]
         for name, (part, item) in stored.items():
             new = rename(self._family, name)
             layer = _LAYER.match(name)
@@ -95,7 +97,7 @@ class GgufCheckpoint(Checkpoint):
         if own is None:
             return [(name, info)]
         rows, *shape = info.shape
-        if not shape or rows not in (self.config["num_attention_heads"], self.config["num_key_value_heads"]):
+        if not shape or rows not in (self._sizes["num_attention_heads"], self._sizes["num_key_value_heads"]):
             why = f"{info.name} has the shape {list(info.shape)}: not a row for each head."
             raise CheckpointError(why, param=info.name)
         size = info.nbytes // rows
@@ -108,7 +110,7 @@ class GgufCheckpoint(Checkpoint):
     def _made_of(self, name: str, parts: list[TensorInfo]) -> TensorInfo:
         change, first, types = change_of(self._family, name, len(parts)), parts[0], {part.dtype: 0 for part in parts}
         try:
-            shape = change.shape(self.config, *(part.shape for part in parts))
+            shape = change.shape(self._sizes, *(part.shape for part in parts))
         except (ValueError, IndexError, TypeError):
             shape = None
         if shape is None or math.prod(shape) != sum(math.prod(part.shape) for part in parts):
@@ -143,7 +145,7 @@ class GgufCheckpoint(Checkpoint):
     def _runs(self, info: TensorInfo, order: Callable[[Config, int], Order], n: int) -> Order:
         """The order of n rows or columns, which is made of no number that is larger."""
         try:
-            runs = order({key: value for key, value in self.config.items() if type(value) is not int or value <= n}, n)
+            runs = order({key: value for key, value in self._sizes.items() if type(value) is not int or value <= n}, n)
         except (KeyError, ValueError):
             raise self._not_divided(info, n) from None
         if not len(runs) or n % len(runs):
@@ -188,7 +190,7 @@ class GgufCheckpoint(Checkpoint):
         values = [dequantize(BY_NAME[part.dtype], self.bytes_of(part), part.shape) for part in stored]
         if change.values is not None:
             with np.errstate(all="ignore"):  # a later check reports values that are not finite
-                values = [change.values(self.config, *values)]
+                values = [change.values(self._sizes, *values)]
         return self._sorted(name, np.concatenate([item.reshape(-1) for item in values])).reshape(info.shape)
 
     def _bytes(self, info: TensorInfo) -> Array:

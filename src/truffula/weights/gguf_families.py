@@ -67,6 +67,7 @@ class Family:
     numbers of heads may differ from layer to layer, and the config first has those of layer 0. ``split`` are modules
     whose rows are modules of their own, named with ``{h}``; ``made`` makes tensors of metadata. ``latent``: attention
     is latent. ``variant`` is the row for a file that this one is not for.
+    ``read`` matches tensors that are not the model's: their values are among the tables of ``extra``.
     """
 
     model_type: str
@@ -88,6 +89,7 @@ class Family:
     split: Mapping[str, str] = field(default_factory=dict)
     made: Callable[[HParams, Config], dict[str, Array]] | None = None
     variant: Callable[[GgufHeader], Family | None] | None = None
+    read: str = "(?!)"
 
 
 def expert_count(hparams: HParams) -> int:

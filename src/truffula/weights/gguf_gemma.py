@@ -1,4 +1,4 @@
-"""GGUF families of Gemma 1 to 4 (text)."""
+"""GGUF families of Gemma 1 to 4 (text), and of Muse Glimmer (text), whose layers have the same four norms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights.gguf_changes import less_one
+from truffula.weights.gguf_changes import INTERLEAVED, LESS_ONE, less_one
 from truffula.weights.gguf_families import (
     BLOCK,
     LLAMA_BLOCK,
@@ -46,6 +46,12 @@ _GEMMA4_WHOLE = {
     "ffn_down_exps.weight": "experts.down_proj",
     "ffn_down_exps.scale": "router.per_expert_scale",
     "layer_output_scale.weight": "layer_scalar",
+}
+_MUSE_NORMS = tuple(module for module in _GEMMA2_BLOCK.values() if module.endswith("layernorm"))
+_MUSE_TOP = {
+    "token_embd": "model.language_model.embed_tokens",
+    "output_norm": "model.language_model.norm",
+    "output": "lm_head",
 }
 _GEMMA4_TOP = {
     **TOP,
@@ -168,6 +174,36 @@ def _proportional(hparams: HParams, rope: Mapping[str, Any], width: int) -> dict
             "partial_rotary_factor": rotated / factors.size}  # fmt: skip
 
 
+def _muse(hparams: HParams, config: dict[str, Any]) -> None:
+    """The factor of q is in the file as a norm of q, of which k has one of ones; layers with a window are rotated."""
+    layers, tables = config["num_hidden_layers"], hparams.tables
+    found = {letter: set[float]() for letter in "qk"}
+    for name in [f"blk.{layer}.attn_{letter}_norm.weight" for layer in range(layers) for letter in "qk"]:
+        values = tables.pop(name, None)
+        found[name[-13]] |= {0.0} if values is None else {float(value) for value in np.unique(values)}
+    if len(found["q"]) != 1 or not min(found["q"]) > 0 or found["k"] != {1.0}:
+        why = f"a muse-glimmer file has norms of q of one positive number and norms of k of ones, not {found}"
+        raise UnsupportedModel(f"{why}.", param="blk.0.attn_q_norm.weight")
+    kinds, theta = layer_types(hparams, layers, every=4), config["rope_parameters"]["rope_theta"]
+    if hparams.real("rope.freq_base_swa", theta) != theta:
+        name = hparams.name("rope.freq_base_swa")
+        raise UnsupportedModel(f"{name} is {hparams.get('rope.freq_base_swa')}, not {theta}.", param=name)
+    ids = {key: config.pop(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    text = config | {
+        "model_type": "muse_glimmer_text",
+        "layer_types": kinds,
+        "layer_rope_theta": [theta if kind == "sliding_attention" else 0.0 for kind in kinds],
+        "sliding_window": hparams.count("attention.sliding_window"),
+        "qk_scale_factor": float(str(np.float32(found["q"].pop()))),
+        "output_multiplier": hparams.real("logit_scale"),
+        "final_logit_softcapping": hparams.real("final_logit_softcapping"),
+    }
+    del text["architectures"]
+    kept = {key: config[key] for key in ("model_type", "architectures")}
+    config.clear()
+    config.update(kept | ids | {"text_config": text})
+
+
 FAMILIES: Mapping[str, Family] = {
     "gemma": Family("gemma", "GemmaForCausalLM", LLAMA_BLOCK, attention_bias, changes=less_one(LLAMA_BLOCK),
                     factors=False),
@@ -177,4 +213,9 @@ FAMILIES: Mapping[str, Family] = {
                      default_theta=None, factors=False),
     "gemma4": Family("gemma4_text", "Gemma4ForCausalLM", _GEMMA4_BLOCK, _gemma4, whole=_GEMMA4_WHOLE, top=_GEMMA4_TOP,
                      default_theta=None, factors=False, by_layer=True),
+    "muse-glimmer": Family("muse_glimmer", "MuseGlimmerForConditionalGeneration",
+                           {**_GEMMA2_BLOCK, "attn_gate": "self_attn.gate_proj"}, _muse, factors=False,
+                           layers="model.language_model.layers.", top=_MUSE_TOP,
+                           read=r"blk\.\d+\.attn_[qk]_norm\.weight",
+                           changes={**INTERLEAVED, **{f"{name}.weight": LESS_ONE for name in _MUSE_NORMS}}),
 }  # fmt: skip

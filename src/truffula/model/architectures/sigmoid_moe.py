@@ -182,4 +182,5 @@ def ernie4_5_moe(view: ConfigView) -> ModelSpec:
         (read_rope(view, sizes.head_dim),),
         rms(view, "norm"),
         head_bias=bias,
+        names=ModuleNames(unused=("mtp_block.", "mtp_emb_norm.", "mtp_hidden_norm.", "mtp_linear_proj.")),
     )
