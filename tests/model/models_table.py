@@ -18,7 +18,7 @@ from truffula.weights.gguf_names import FAMILIES
 # Files of mistral and mixtral are of the architecture llama.
 # With those that llama.cpp writes as files of another type.
 _GGUF = {family.model_type for family in FAMILIES.values()} | {
-    "mistral", "mixtral", "olmo3", "deepseek_v2", "glm4_moe_lite", "granitemoeshared", "kimi_k2", "youtu",
+    "bamba", "mistral", "mixtral", "olmo3", "deepseek_v2", "glm4_moe_lite", "granitemoeshared", "kimi_k2", "youtu",
 }  # fmt: skip
 
 

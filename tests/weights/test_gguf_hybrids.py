@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from gguf_dense_cases import CASES as DENSE
 from gguf_hybrid_cases import CASES, FALCON, HEADS, qwen3_next, qwen35, qwen35_moe
 from gguf_pairs import IDS, Case, logits, write_pair
 from gguf_writer import GgufBlocks, write_gguf
@@ -69,9 +70,12 @@ def test_blocks_hold_the_values_of_the_model(tmp_path: Path, case: Case) -> None
         assert ("model.linear_attn.out_proj.weight" in kept) == (case.config["linear_value_head_dim"] == 32)
 
 
-@pytest.mark.parametrize("case", [qwen35(32), qwen3_next(32)], ids=lambda case: case.name)
+FUSED = [case for case in DENSE if case.architecture in ("falcon", "gptneox", "bloom")]
+
+
+@pytest.mark.parametrize("case", [qwen35(32), qwen3_next(32), *FUSED], ids=lambda case: case.name)
 def test_a_program_gets_the_same_rows_in_blocks_and_as_values(tmp_path: Path, case: Case) -> None:
-    """Those of in_proj_qkvz are sorted: a program has all q, all k, all v and all gates together."""
+    """Those of fused modules are sorted: a program has all q, all k, all v and all gates together."""
     _, file = write_pair(tmp_path, case, blocks=True)
     checkpoint = open_checkpoint(file)
     plan = plan_model(checkpoint)
@@ -81,8 +85,8 @@ def test_a_program_gets_the_same_rows_in_blocks_and_as_values(tmp_path: Path, ca
         for part, found, wanted in zip(decl.parts, packed(decl), plain(decl), strict=True):
             np.testing.assert_array_equal(as_array(found), as_array(wanted), err_msg=part.name)
             if isinstance(found, QuantisedArray):
-                kept.add(part.name.removeprefix("model.layers.0.linear_attn."))
-    assert {"in_proj_qkvz.weight", "in_proj_qkv.weight"} & kept and "out_proj.weight" in kept
+                kept.add(part.name.split(".")[-2])
+    assert {"in_proj_qkvz", "in_proj_qkv", "query_key_value"} & kept
 
 
 def test_columns_in_larger_blocks_are_put_in_order_as_values(tmp_path: Path) -> None:
