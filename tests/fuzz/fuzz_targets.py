@@ -47,8 +47,9 @@ from truffula.weights.texts import read_texts
 LARGEST_RUN = 1 << 20
 """Bytes of a model that is packed and run; others are only read."""
 CAPACITY = Capacity(
-    max_tokens=8, max_seqs=2, max_logit_rows=8, max_segments=1, num_blocks=4, block_size=4, max_blocks_per_seq=2
-)
+    max_tokens=8, max_seqs=2, max_logit_rows=8, max_segments=1, num_blocks=4, block_size=4, max_blocks_per_seq=2,
+    num_states=4,
+)  # fmt: skip
 SITES = decoder_program(tiny_config()).sites
 
 
