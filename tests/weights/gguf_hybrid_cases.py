@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def of_nemotron(tensors: Tensors, _: Any) -> Tensors:
 def rates(name: str, array: Array, _: Any) -> Array:
     """-exp(A_log), and convolutions without their axis of one."""
     if name.endswith(".A_log"):
-        return -np.exp(array)
+        return -np.exp(array.astype(np.float64)).astype(np.float32)
     return array[:, 0] if array.ndim == 3 and re.search(r"\.conv(1d)?\.weight$", name) else array
 
 
@@ -198,7 +199,7 @@ NEMOTRON_KEYS = {
     "attention.layer_norm_epsilon": 1e-2, "rope.freq_base": None,
 }  # fmt: skip
 FALCON = Case("falcon-h1", "falcon_h1", {}, {**ssm(4, 2, 12, 24), "vocab_size": VOCAB}, (multiplied, *MAMBA2))
-CASES = [
+EVERY = [
     Case("lfm2", "lfm2", LFM2, {**LFM2_KEYS, "feed_forward_length": 40}, (rates,)),
     Case("lfm2moe", "lfm2_moe", {**LFM2, "routed_scaling_factor": 1.0},
          {**LFM2_KEYS, "expert_feed_forward_length": 24, "leading_dense_block_count": 1, "expert_gating_func": 2},
@@ -235,3 +236,4 @@ CASES = [
           "leading_dense_block_count": 1, "expert_weights_scale": 2.446, "rope.freq_base": None},
          (named_as_mapped, stacked, named_experts, absorbed, rates)),
 ]  # fmt: skip
+CASES = [replace(case, rounded=2e-5) if rates in case.convert else case for case in EVERY]

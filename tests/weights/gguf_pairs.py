@@ -38,6 +38,7 @@ class Case:
     """A tiny model of ``model_type`` whose files have ``architecture``. ``config`` changes that of ``tiny_config``, ""
     drops a key. ``metadata`` are keys beside the usual ones: None drops one, a function makes it of the model's
     tensors, and the name of one that begins with a space is whole. ``tensors`` are stored beside those of the model.
+    ``rounded``: by how much the converter's rounding may change logits.
     """
 
     architecture: str
@@ -46,6 +47,7 @@ class Case:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     convert: tuple[Convert, ...] = ()
     tensors: Mapping[str, Array] = field(default_factory=dict)
+    rounded: float = 0.0
 
     @property
     def name(self) -> str:

@@ -166,3 +166,20 @@ def test_queries_keys_and_values_as_one_tensor(tmp_path: Path, case: Case) -> No
     assert "model.layers.0.self_attn.qkv_proj.weight" in checkpoint.tensors
     assert plan_model(checkpoint).spec == plan_model(open_checkpoint(plain)).spec
     np.testing.assert_array_equal(logits(checkpoint.path), logits(plain))
+
+
+def test_experts_of_gemma4_with_gate_and_up_apart(tmp_path: Path) -> None:
+    def apart(tensors: Tensors, _: Any) -> Tensors:
+        made: Tensors = {}
+        for name, array in tensors.items():
+            if name.endswith("experts.gate_up_proj.weight"):
+                root, half = f"blk.{name.split('.')[2]}.ffn", array.shape[1] // 2
+                made |= {f"{root}_gate_exps.weight": array[:, :half], f"{root}_up_exps.weight": array[:, half:]}
+            else:
+                made[name] = array
+        return made
+
+    case = of("gemma4", 2)
+    plain, _ = write_pair(tmp_path, case)
+    _, file = write_pair(tmp_path / "apart", replace(case, convert=(*case.convert, apart)))
+    np.testing.assert_array_equal(logits(file), logits(plain))

@@ -22,43 +22,31 @@ from truffula.weights.gguf_families import (
 from truffula.weights.gguf_hparams import ROPE_FREQS, HParams
 
 _GEMMA2_BLOCK = {
-    **BLOCK,
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
+    **BLOCK, "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
-}
+}  # fmt: skip
 _GEMMA3_BLOCK = {**_GEMMA2_BLOCK, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _GEMMA4_BLOCK = {
-    **_GEMMA3_BLOCK,
-    "ffn_gate_inp": "router.proj",
-    "ffn_gate_exps": "experts.gate_proj",
-    "ffn_up_exps": "experts.up_proj",
-    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
-    "post_ffw_norm_1": "post_feedforward_layernorm_1",
-    "post_ffw_norm_2": "post_feedforward_layernorm_2",
-    "inp_gate": "per_layer_input_gate",
-    "proj": "per_layer_projection",
-    "post_norm": "post_per_layer_input_norm",
-}
+    **_GEMMA3_BLOCK, "ffn_gate_inp": "router.proj", "ffn_gate_exps": "experts.gate_proj",
+    "ffn_up_exps": "experts.up_proj", "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1", "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    "inp_gate": "per_layer_input_gate", "proj": "per_layer_projection", "post_norm": "post_per_layer_input_norm",
+}  # fmt: skip
 _GEMMA4_WHOLE = {
-    "ffn_gate_inp.scale": "router.scale",
-    "ffn_gate_up_exps.weight": "experts.gate_up_proj",
-    "ffn_down_exps.weight": "experts.down_proj",
-    "ffn_down_exps.scale": "router.per_expert_scale",
+    "ffn_gate_inp.scale": "router.scale", "ffn_gate_up_exps.weight": "experts.gate_up_proj",
+    "ffn_down_exps.weight": "experts.down_proj", "ffn_down_exps.scale": "router.per_expert_scale",
     "layer_output_scale.weight": "layer_scalar",
-}
+}  # fmt: skip
 _MUSE_NORMS = tuple(module for module in _GEMMA2_BLOCK.values() if module.endswith("layernorm"))
 _MUSE_TOP = {
-    "token_embd": "model.language_model.embed_tokens",
-    "output_norm": "model.language_model.norm",
+    "token_embd": "model.language_model.embed_tokens", "output_norm": "model.language_model.norm",
     "output": "lm_head",
-}
+}  # fmt: skip
 _GEMMA4_TOP = {
-    **TOP,
-    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    **TOP, "per_layer_token_embd": "model.embed_tokens_per_layer",
     "per_layer_model_proj": "model.per_layer_model_projection",
     "per_layer_proj_norm": "model.per_layer_projection_norm",
-}
+}  # fmt: skip
 
 
 def _gemma2(hparams: HParams, config: dict[str, Any]) -> None:

@@ -22,10 +22,11 @@ from truffula.weights.gguf_changes import (
     joined,
     less_one,
     log_of_minus,
-)
+)  # fmt: skip
 from truffula.weights.gguf_experts import SIGMOID, routed, score, without_predictors
 from truffula.weights.gguf_families import (
     EXPERTS_BLOCK,
+    HEAD_NORMS_BLOCK,
     LLAMA_BLOCK,
     SHARED_EXPERT,
     Family,
@@ -35,62 +36,31 @@ from truffula.weights.gguf_families import (
 from truffula.weights.gguf_hparams import HParams
 
 _LFM2_BLOCK = {
-    "attn_norm": "operator_norm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.out_proj",
-    "attn_q_norm": "self_attn.q_layernorm",
-    "attn_k_norm": "self_attn.k_layernorm",
-    "shortconv.conv": "conv.conv",
-    "shortconv.in_proj": "conv.in_proj",
-    "shortconv.out_proj": "conv.out_proj",
-    "ffn_norm": "ffn_norm",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_up": "feed_forward.w3",
-    "ffn_down": "feed_forward.w2",
-}
+    "attn_norm": "operator_norm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.out_proj", "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm", "shortconv.conv": "conv.conv", "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj", "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2",
+}  # fmt: skip
 _LFM2_MOE_BLOCK = {
-    **_LFM2_BLOCK,
-    "ffn_gate_inp": "feed_forward.gate",
-    "ffn_gate_exps": "feed_forward.experts.w1",
-    "ffn_up_exps": "feed_forward.experts.w3",
-    "ffn_down_exps": "feed_forward.experts.w2",
-}
+    **_LFM2_BLOCK, "ffn_gate_inp": "feed_forward.gate", "ffn_gate_exps": "feed_forward.experts.w1",
+    "ffn_up_exps": "feed_forward.experts.w3", "ffn_down_exps": "feed_forward.experts.w2",
+}  # fmt: skip
 _LINEAR = {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ssm_conv1d": "linear_attn.conv1d",
-    "ssm_norm": "linear_attn.norm",
-    "ssm_out": "linear_attn.out_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+    **HEAD_NORMS_BLOCK, "post_attention_norm": "post_attention_layernorm", "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_norm": "linear_attn.norm", "ssm_out": "linear_attn.out_proj",
+}  # fmt: skip
 _LINEAR_WHOLE = {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}
 _QWEN35_BLOCK = {
-    **_LINEAR,
-    "attn_qkv": "linear_attn.in_proj_qkv",
-    "attn_gate": "linear_attn.in_proj_z",
-    "ssm_alpha": "linear_attn.in_proj_a",
-    "ssm_beta": "linear_attn.in_proj_b",
-}
+    **_LINEAR, "attn_qkv": "linear_attn.in_proj_qkv", "attn_gate": "linear_attn.in_proj_z",
+    "ssm_alpha": "linear_attn.in_proj_a", "ssm_beta": "linear_attn.in_proj_b",
+}  # fmt: skip
 # Older files have all of in_proj_qkvz as ssm_in.
 _QWEN3_NEXT_BLOCK = {
-    **_LINEAR,
-    **EXPERTS_BLOCK,
-    **SHARED_EXPERT,
-    "ssm_in": "linear_attn.in_proj_qkvz",
-    "attn_qkv": "linear_attn.in_proj_qkvz",
-    "attn_gate": "linear_attn.in_proj_qkvz",
+    **_LINEAR, **EXPERTS_BLOCK, **SHARED_EXPERT, "ssm_in": "linear_attn.in_proj_qkvz",
+    "attn_qkv": "linear_attn.in_proj_qkvz", "attn_gate": "linear_attn.in_proj_qkvz",
     "ssm_ba": "linear_attn.in_proj_ba",
-}
+}  # fmt: skip
 
 
 # Orders of rows. llama.cpp stores the value heads of Qwen3.5 so that those of one key head are far from each other.
@@ -121,41 +91,29 @@ def _by_key_head(config: Config, n: int) -> Order:
 
 
 _KIMI_BLOCK = {
-    **LLAMA_BLOCK,
-    "attn_q_a": "self_attn.q_a_proj",
-    "attn_q_a_norm": "self_attn.q_a_layernorm",
-    "attn_q_b": "self_attn.q_b_proj",
-    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    **LLAMA_BLOCK, "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
     "attn_kv_a_norm": "self_attn.kv_a_layernorm",
     **{f"attn_{name}_b": "self_attn.kv_b_proj" for name in ("kv", "k", "v")},
     **{f"ssm_conv1d_{name}": f"self_attn.{name}_conv1d" for name in "qkv"},
     **{f"ssm_{name}": f"self_attn.{name}_proj" for name in ("f_a", "f_b", "g_a", "g_b")},
-    "ssm_beta": "self_attn.b_proj",
-    "ssm_norm": "self_attn.o_norm",
-    "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.w1",
-    "ffn_up_exps": "block_sparse_moe.experts.w3",
+    "ssm_beta": "self_attn.b_proj", "ssm_norm": "self_attn.o_norm", "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.w1", "ffn_up_exps": "block_sparse_moe.experts.w3",
     "ffn_down_exps": "block_sparse_moe.experts.w2",
     **{f"ffn_{name}_shexp": f"block_sparse_moe.shared_experts.{name}_proj" for name in ("gate", "up", "down")},
-}
+}  # fmt: skip
 _RATE = Change(values=log_of_minus)
 _DELTA_NORMS = {name: LESS_ONE for name in less_one(_LINEAR) if not name.startswith("linear_attn.norm")}
 _QWEN35_CHANGES = {
-    **_DELTA_NORMS,
-    "mlp.shared_expert_gate": ONE_ROW,
-    "linear_attn.conv1d": replace(CONV, rows=_of_values),
+    **_DELTA_NORMS, "mlp.shared_expert_gate": ONE_ROW, "linear_attn.conv1d": replace(CONV, rows=_of_values),
     "linear_attn.in_proj_qkv": Change(rows=_of_values),
     **{f"linear_attn.{name}": Change(rows=_value_heads) for name in ("in_proj_z", "in_proj_a", "in_proj_b", "dt_bias")},
-    "linear_attn.A_log": replace(_RATE, rows=_value_heads),
-    "linear_attn.out_proj": Change(columns=_value_heads),
-}
+    "linear_attn.A_log": replace(_RATE, rows=_value_heads), "linear_attn.out_proj": Change(columns=_value_heads),
+}  # fmt: skip
 _QWEN3_NEXT_CHANGES = {
-    **_DELTA_NORMS,
-    "mlp.shared_expert_gate": ONE_ROW,
-    "linear_attn.conv1d": CONV,
-    "linear_attn.in_proj_qkvz": joined(_by_key_head),
-    "linear_attn.A_log": _RATE,
-}
+    **_DELTA_NORMS, "mlp.shared_expert_gate": ONE_ROW, "linear_attn.conv1d": CONV,
+    "linear_attn.in_proj_qkvz": joined(_by_key_head), "linear_attn.A_log": _RATE,
+}  # fmt: skip
 
 
 def _lfm2(hparams: HParams, config: dict[str, Any]) -> None:

@@ -14,51 +14,29 @@ from truffula.weights.gguf_hparams import HParams
 
 _SSM = {"ssm_in": "in_proj", "ssm_out": "out_proj", "ssm_conv1d": "conv1d"}
 _BAMBA_BLOCK = {
-    **LLAMA_BLOCK,
-    **{name: f"mamba.{module}" for name, module in _SSM.items()},
-    "ssm_norm": "mamba.norm",
-    "ffn_norm": "pre_ff_layernorm",
-    "ffn_gate": "feed_forward.gate_proj",
-    "ffn_up": "feed_forward.up_proj",
+    **LLAMA_BLOCK, **{name: f"mamba.{module}" for name, module in _SSM.items()}, "ssm_norm": "mamba.norm",
+    "ffn_norm": "pre_ff_layernorm", "ffn_gate": "feed_forward.gate_proj", "ffn_up": "feed_forward.up_proj",
     "ffn_down": "feed_forward.down_proj",
-}
+}  # fmt: skip
 _JAMBA_BLOCK = {
-    **_BAMBA_BLOCK,
-    "ssm_x": "mamba.x_proj",
-    "ssm_dt": "mamba.dt_proj",
-    "ssm_dt_norm": "mamba.dt_layernorm",
-    "ssm_b_norm": "mamba.b_layernorm",
-    "ssm_c_norm": "mamba.c_layernorm",
-    "ffn_gate_inp": "feed_forward.router",
-    "ffn_gate_exps": "feed_forward.experts.gate_proj",
-    "ffn_up_exps": "feed_forward.experts.up_proj",
+    **_BAMBA_BLOCK, "ssm_x": "mamba.x_proj", "ssm_dt": "mamba.dt_proj", "ssm_dt_norm": "mamba.dt_layernorm",
+    "ssm_b_norm": "mamba.b_layernorm", "ssm_c_norm": "mamba.c_layernorm", "ffn_gate_inp": "feed_forward.router",
+    "ffn_gate_exps": "feed_forward.experts.gate_proj", "ffn_up_exps": "feed_forward.experts.up_proj",
     "ffn_down_exps": "feed_forward.experts.down_proj",
-}
+}  # fmt: skip
 # The shared expert is called so only where there are others.
 _GRANITE_BLOCK = {
-    **_BAMBA_BLOCK,
-    **GRANITE_EXPERTS,
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "shared_mlp.input_linear",
-    "ffn_up": "shared_mlp.input_linear",
-    "ffn_down": "shared_mlp.output_linear",
-}
+    **_BAMBA_BLOCK, **GRANITE_EXPERTS, "ffn_norm": "post_attention_layernorm", "ffn_gate": "shared_mlp.input_linear",
+    "ffn_up": "shared_mlp.input_linear", "ffn_down": "shared_mlp.output_linear",
+}  # fmt: skip
 _NEMOTRON_BLOCK = {
-    "attn_norm": "norm",
-    **{f"attn_{name}": f"mixer.{name}_proj" for name in "qkv"},
-    "attn_output": "mixer.o_proj",
-    **{name: f"mixer.{module}" for name, module in _SSM.items()},
-    "ssm_norm": "mixer.norm",
-    "ffn_up": "mixer.up_proj",
-    "ffn_down": "mixer.down_proj",
-    "ffn_gate_inp": "mixer.gate",
-    "ffn_up_exps": "mixer.experts.up_proj",
-    "ffn_down_exps": "mixer.experts.down_proj",
-    "ffn_up_shexp": "mixer.shared_experts.up_proj",
-    "ffn_down_shexp": "mixer.shared_experts.down_proj",
-    "ffn_latent_down": "mixer.fc1_latent_proj",
+    "attn_norm": "norm", **{f"attn_{name}": f"mixer.{name}_proj" for name in "qkv"}, "attn_output": "mixer.o_proj",
+    **{name: f"mixer.{module}" for name, module in _SSM.items()}, "ssm_norm": "mixer.norm", "ffn_up": "mixer.up_proj",
+    "ffn_down": "mixer.down_proj", "ffn_gate_inp": "mixer.gate", "ffn_up_exps": "mixer.experts.up_proj",
+    "ffn_down_exps": "mixer.experts.down_proj", "ffn_up_shexp": "mixer.shared_experts.up_proj",
+    "ffn_down_shexp": "mixer.shared_experts.down_proj", "ffn_latent_down": "mixer.fc1_latent_proj",
     "ffn_latent_up": "mixer.fc2_latent_proj",
-}
+}  # fmt: skip
 
 
 def _mamba_changes(module: str) -> dict[str, Change]:

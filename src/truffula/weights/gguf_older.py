@@ -16,30 +16,18 @@ from truffula.weights.gguf_hparams import HParams
 
 _EPS = ("attention.layer_norm_epsilon", "layer_norm_epsilon")
 _GPT2_BLOCK = {
-    "attn_norm": "ln_1",
-    "attn_qkv": "attn.c_attn",
-    "attn_output": "attn.c_proj",
-    "ffn_norm": "ln_2",
-    "ffn_up": "mlp.c_fc",
-    "ffn_down": "mlp.c_proj",
-}
+    "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
+}  # fmt: skip
 _NEOX_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_qkv": "attention.query_key_value",
-    "attn_output": "attention.dense",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_up": "mlp.dense_h_to_4h",
-    "ffn_down": "mlp.dense_4h_to_h",
-}
+    "attn_norm": "input_layernorm", "attn_qkv": "attention.query_key_value", "attn_output": "attention.dense",
+    "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
+}  # fmt: skip
 _BLOOM_BLOCK = {**_NEOX_BLOCK, "attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense"}
 _MPT_BLOCK = {
-    "attn_norm": "norm_1",
-    "attn_qkv": "attn.Wqkv",
-    "attn_output": "attn.out_proj",
-    "ffn_norm": "norm_2",
-    "ffn_up": "ffn.up_proj",
-    "ffn_down": "ffn.down_proj",
-}
+    "attn_norm": "norm_1", "attn_qkv": "attn.Wqkv", "attn_output": "attn.out_proj", "ffn_norm": "norm_2",
+    "ffn_up": "ffn.up_proj", "ffn_down": "ffn.down_proj",
+}  # fmt: skip
 _TURNED = Change(shape=lambda config, shape: shape[::-1], values=lambda config, matrix: matrix.T)
 """GPT-2's matrices, which its checkpoints have as [in, out]."""
 
@@ -127,18 +115,14 @@ def _two_norms(header: GgufHeader) -> bool:
 
 
 _GPT2_TOP = {
-    "token_embd": "transformer.wte",
-    "position_embd": "transformer.wpe",
-    "output_norm": "transformer.ln_f",
+    "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
     "output": "lm_head",
-}
+}  # fmt: skip
 _NEOX_TOP = {"token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "embed_out"}
 _BLOOM_TOP = {
-    "token_embd": "transformer.word_embeddings",
-    "token_embd_norm": "transformer.word_embeddings_layernorm",
-    "output_norm": "transformer.ln_f",
-    "output": "lm_head",
-}
+    "token_embd": "transformer.word_embeddings", "token_embd_norm": "transformer.word_embeddings_layernorm",
+    "output_norm": "transformer.ln_f", "output": "lm_head",
+}  # fmt: skip
 _MPT_TOP = {"token_embd": "transformer.wte", "output_norm": "transformer.norm_f", "output": "lm_head"}
 _TURNED_ONES = {f"{_GPT2_BLOCK[name]}.weight": _TURNED for name in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")}
 _FALCON = Family(

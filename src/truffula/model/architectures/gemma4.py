@@ -39,7 +39,10 @@ EXPERT_NAMES = MoeNames(
     router="router.proj",
     router5="router.proj",
     expert_scale="router.per_expert_scale",
-    in_layouts=(ExpertLayout(("experts.gate_up_proj",), parameter="experts.gate_up_proj"),),
+    in_layouts=(
+        ExpertLayout(("experts.gate_up_proj",), parameter="experts.gate_up_proj"),
+        ExpertLayout(("experts.gate_proj.weight", "experts.up_proj.weight")),  # of some GGUF files
+    ),
     out_layouts=(ExpertLayout(("experts.down_proj",), parameter="experts.down_proj"),),
 )
 TEXT_NAMES = ModuleNames(buffers=SHARED)
