@@ -28,11 +28,11 @@ constexpr int kBlock = 32;
 // a byte are exchanged. Lines of kNF4 hold 8 inputs, the first in the lowest half-byte. After all lines of a panel: 16
 // scales per group.
 enum Format : int32_t { kF32 = 0, kBF16 = 1, kQ8_0 = 2, kQ4_0 = 3, kQ4_1 = 4, kQ5_0 = 5, kFP8_128 = 6, kFP8_32 = 7,
-                        kNF4 = 8, kF16 = 9 };
-constexpr int32_t kFormatCount = 9;   // of weights: kF16, in pairs as kBF16, is that of an adapter's A and B alone
+                        kNF4 = 8 };
+constexpr int32_t kFormatCount = 9;
 // Multiplied as integers, or as floats.
 static constexpr bool is_quantised(int32_t format) { return format > kBF16 && format <= kQ5_0; }
-static constexpr bool is_scaled(int32_t format) { return format > kQ5_0 && format != kF16; }
+static constexpr bool is_scaled(int32_t format) { return format > kQ5_0; }
 // Inputs of a group of a scaled format, of which a row's last may be shorter: a matrix has whole blocks of kBlock.
 static constexpr int64_t group_inputs(int32_t format) {
   return format == kFP8_128 ? 128 : format == kNF4 ? 64 : kBlock;
@@ -62,6 +62,9 @@ enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRel
 enum PointwiseKind : int32_t {
   kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5, kMul = 6, kPositionScale = 7, kXielu = 8
 };
+
+// float16 in pairs as kBF16 has them: a format of an adapter's A and B, but not of weights.
+constexpr int32_t kF16 = -1;
 
 // A matrix [outputs, inputs] in panels of 16 outputs; lines of 64 bytes, k ascending; lanes beyond `outputs` are zero.
 struct Packed {

@@ -33,7 +33,7 @@ struct PanelOrder {
 
 // Bytes of a panel of `inputs` lines.
 constexpr int64_t panel_bytes(int32_t format, int64_t inputs) {
-  if (format <= kBF16 || format == kF16) return 64 * (format == kF32 ? inputs : (inputs + 1) / 2);
+  if (format <= kBF16) return 64 * (format == kF32 ? inputs : (inputs + 1) / 2);
   if (is_scaled(format)) return scaled_input_bytes(format) * inputs + 64 * groups_of(format, inputs);
   const int64_t blocks = inputs / kBlock, lines = format == kQ8_0 ? 8 : format == kQ5_0 ? 5 : 4;
   return 64 * (blocks * lines + (format == kQ4_1 ? blocks : (blocks + 1) / 2));
