@@ -67,7 +67,7 @@ def test_an_adapter_of_great_rank_pays_for_its_products() -> None:
     assert left < products // 8
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("rank", [1, 2, 4, 8, 12, 16, 64])
 def test_an_adapter_takes_its_own_bytes(rank: int, dtype: str) -> None:
     """All linear modules, of widths as SmolLM2-135M has them."""

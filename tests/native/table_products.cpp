@@ -43,6 +43,14 @@ Matrix matrix_of(int32_t format, const PanelOrder& order, int64_t inputs, Number
   Matrix made{array_of(form == Form::kRows ? rows_bytes(format, inputs, order.outputs) : order.panels() * panel), {}};
   std::memset(made.bytes->bytes(), 0, made.bytes->size());
   made.packed = {made.bytes->bytes(), panel, format, static_cast<int32_t>(order.panels()), static_cast<int32_t>(inputs)};
+  if (format == kF16) {  // of finite numbers, as adapters are
+    const Array values = numbers.floats(order.outputs * inputs);
+    std::vector<uint16_t> halves;
+    for (int64_t i = 0; i < order.outputs * inputs; ++i)
+      halves.push_back(std::fabs(values->floats()[i]) < 60000.0f ? to_f16(values->floats()[i]) : uint16_t{1});
+    pack_rows({halves.data(), Stored::kFloat16, inputs}, 0, order.outputs, made.bytes->bytes(), format, 0, order, form);
+    return made;
+  }
   const Stored type = kTypes[format];
   if (format > kBF16) {
     const std::vector<uint8_t> blocks = blocks_of(type, order.outputs, inputs, numbers);
@@ -76,7 +84,9 @@ struct Adapter {
     const int32_t most = (panels - first + step - 1) / step, count = step == 2 ? most : 1 + numbers.below(most);
     h = RowArray::random(numbers, hi - lo, rank);
     const int32_t role = numbers.below(6);
-    b = matrix_of(numbers.below(2) ? kBF16 : kF32, {count * kLanes, 0}, rank, numbers, role == kOwnProduct ? Form::kWhole : Form::kColumns);
+    const int32_t kinds[] = {kF32, kBF16, kF16};
+    b = role == kOwnProduct ? matrix_of(kinds[numbers.below(2)], {count * kLanes, 0}, rank, numbers)
+                            : matrix_of(kinds[numbers.below(3)], {count * kLanes, 0}, rank, numbers, Form::kColumns);
     const int32_t lane = numbers.below(kLanes), end = (count - 1) * kLanes + 1 + numbers.below(kLanes);
     const bool scaled = role == kScales || role == kScalesAndAdds || numbers.below(2);
     const bool biased = role <= kScalesAndAdds && role != kScales && numbers.below(2);
@@ -169,7 +179,7 @@ Case shrink_case(int32_t number) {
   constexpr int32_t kInputs[] = {1, 7, 8, 33, 64, 96, 131};
   const int32_t rows = 1 + number % 11, inputs = kInputs[number % 7], outputs = (1 + number % 3) * kLanes - number % kLanes;
   const auto made = std::make_shared<Shrink>(Shrink{rows, inputs, outputs, RowArray::random(numbers, rows, inputs),
-      matrix_of(number % 2 ? kBF16 : kF32, {outputs, 0}, inputs, numbers, Form::kRows)});
+      matrix_of(number % 3 ? number % 3 == 1 ? kBF16 : kF16 : kF32, {outputs, 0}, inputs, numbers, Form::kRows)});
   return {numbers.wild, [made](const Kernels& table) {
     const int32_t panels = made->a.packed.panels;
     const RowArray h(made->rows, panels * kLanes);

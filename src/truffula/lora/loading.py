@@ -56,8 +56,8 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                # The engine handles a terminal's Ctrl-C. Not a session: Linux schedules each as a whole, so that a
-                # niceness within one has no effect on others.
+                # The engine handles a terminal's Ctrl-C. A session of its own would do, too, but Linux may share the
+                # processors out by sessions, and then niceness has no effect against the engine.
                 process_group=0,
             )
             undo.pop_all()

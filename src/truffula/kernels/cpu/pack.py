@@ -35,31 +35,37 @@ from truffula.kernels.adapters import (
     SiteTensors,
     check_place,
     copied,
+    dtype_name,
 )
 from truffula.kernels.backend import BFLOAT16
 from truffula.kernels.cpu.library import library
 from truffula.kernels.cpu.weights import as_bits
 from truffula.kernels.inputs import Array, Uint8
 
-_FORMATS = MappingProxyType({"F32": "float32", "BF16": "bfloat16"})
+_FORMATS = MappingProxyType({"F32": "float32", "BF16": "bfloat16", "F16": "float16"})
 Form = Literal["whole", "rows", "columns"]
 Piece = tuple[Array, int, Form]
 """A matrix in panels: with the lane of its first row, and its form."""
 
 
 def pack_panels(layout: AdapterLayout, sites: Sequence[SiteTensors]) -> list[PackedPart]:
-    """``sites``, checked and ascending, in panels. bfloat16 stays bfloat16, other dtypes become float32: no rounding.
+    """``sites``, checked and ascending, in panels. A, B and rows of the head keep their dtype; of other tensors only
+    bfloat16 is kept, and float16 becomes float32: no rounding.
 
     All A of one op have the same format, because an image of mixed dtypes must be summed in one order.
     """
     library()  # here for a worker that packs nothing yet: the first load then finds it imported
     found = [(s.site, check_place(layout, s.site), p) for s in sites for p in s.parts]
-    wide = {place.op for _, place, part in found if isinstance(part, LowRank) and part.a.dtype != BFLOAT16}
+    dtypes: dict[int, set[str]] = {}
+    for _, place, part in found:
+        if isinstance(part, LowRank):
+            dtypes.setdefault(place.op, set()).add(dtype_name(part.a))
     shared: dict[tuple[int, str, bool, bool], PackedTensor] = {}
     made = []
     for site, place, part in found:
         if isinstance(part, LowRank):
-            dtype, by_row = "F32" if place.op in wide else "BF16", place.kind == "embed"
+            by_row, of_op = place.kind == "embed", dtypes[place.op]
+            dtype = "F32" if len(of_op) > 1 or (by_row and of_op == {"F16"}) else next(iter(of_op))
             key = (id(part.a), dtype, by_row, place.heads is not None)
             if key not in shared:
                 pieces: list[Piece] = [(part.a, 0, "rows")]
@@ -92,10 +98,11 @@ def _tensors(part: Part, place: Place) -> Iterator[PackedTensor]:
             rows = part.values[order]
             yield copied(part.ids[order], "I32")
             by_row = place.kind == "embed"
-            yield copied(rows, _dtype(rows)) if by_row else _panels(rows.shape, _dtype(rows), [(rows, 0, "rows")])
+            yield copied(rows, _dtype(rows)) if by_row else _panels(rows.shape, dtype_name(rows), [(rows, 0, "rows")])
 
 
 def _dtype(array: Array) -> str:
+    """Of a tensor that products read as they read weights, or whose rows are gathered."""
     return "BF16" if array.dtype == BFLOAT16 else "F32"
 
 
@@ -105,7 +112,7 @@ def _of_outputs(matrix: Array, place: Place, form: Form) -> PackedTensor:
         pieces = _of_heads(matrix, *place.heads)
     else:
         pieces = [(matrix[lo:hi], lane, form) for lo, hi, lane in runs(place)]
-    return _panels(matrix.shape, _dtype(matrix), pieces)
+    return _panels(matrix.shape, _dtype(matrix) if form == "whole" else dtype_name(matrix), pieces)
 
 
 def _vector(values: Array, place: Place, *, keys: bool) -> PackedTensor:

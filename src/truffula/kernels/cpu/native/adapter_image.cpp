@@ -95,10 +95,10 @@ struct SiteParts {
   bool replaced = false;
 };
 
-// The format of a tensor by its dtype's number in DTYPES of kernels/adapters.py.
-int32_t format_of(const TensorColumns& tensor) {
-  require(tensor.dtype == 0 || tensor.dtype == 2, "adapter: panels are float32 or bfloat16");
-  return tensor.dtype == 0 ? kF32 : kBF16;
+// The format of a tensor by its dtype's number in DTYPES of kernels/adapters.py. `factor`: of A, B or rows of the head.
+int32_t format_of(const TensorColumns& tensor, bool factor) {
+  require(tensor.dtype == 0 || tensor.dtype == 2 || (factor && tensor.dtype == 1), "adapter: panels of another dtype");
+  return tensor.dtype == 0 ? kF32 : tensor.dtype == 1 ? kF16 : kBF16;
 }
 
 const uint8_t* bytes_at(const TensorColumns& tensor, int64_t expected, const ImageData& image) {
@@ -278,7 +278,7 @@ void Executable::add_low_rank(AdapterOp& op, const AdapterPlace& place, const Pa
   const int64_t rank = row.a.shape[0], inputs = gathers ? w.outputs : w.inputs, panels = panels_of(rank);
   require(rank > 0 && rank <= kMaxWidth && has_shape(row.a, {rank, inputs, 0}), "adapter: A has another width");
   require(has_shape(row.b, {place.outputs, rank, 0}), "adapter: B has another shape");
-  const int32_t format = format_of(row.a), b_format = format_of(row.b);
+  const int32_t format = format_of(row.a, !gathers), b_format = format_of(row.b, true);
   const int64_t line = gathers ? rank * (format == kF32 ? 4 : 2) : panel_bytes(format, inputs);
   const uint8_t* a = bytes_at(row.a, gathers ? inputs * line : rows_bytes(format, inputs, rank), image);
   const auto scale = static_cast<float>(row.scale);
@@ -352,7 +352,7 @@ void Executable::add_columns(AdapterOp& op, const AdapterPlace& place, const Par
   const int32_t* ids = ids_at(row.a, place.outputs, image);
   const int64_t count = row.a.shape[0], panels = panels_of(count);
   require(has_shape(row.b, {count, w.inputs, 0}), "adapter: rows have another width");
-  const int32_t format = format_of(row.b);
+  const int32_t format = format_of(row.b, true);
   const uint8_t* data = bytes_at(row.b, rows_bytes(format, w.inputs, count), image);
   const int32_t h_start = h_columns(op, panels * kLanes);
   op.shrinks.push_back({{data, panel_bytes(format, w.inputs), format, static_cast<int32_t>(panels), static_cast<int32_t>(w.inputs)},

@@ -70,6 +70,9 @@ enum PointwiseKind : int32_t {
   kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5, kMul = 6, kPositionScale = 7, kXielu = 8
 };
 
+// float16 in pairs as kBF16 has them: a format of an adapter's A and B, but not of weights.
+constexpr int32_t kF16 = -1;
+
 // A matrix [outputs, inputs] in panels of 16 outputs; lines of 64 bytes, k ascending; lanes beyond `outputs` are zero.
 struct Packed {
   const uint8_t* data;

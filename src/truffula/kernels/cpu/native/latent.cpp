@@ -225,7 +225,7 @@ void Executable::add_latent_part(AdapterOp& op, const MlaOp& at, const PartRow& 
   const auto rank = static_cast<int32_t>(std::clamp<int64_t>(row.a.shape[0], 0, kMaxWidth));
   require(rank > 0 && row.a.shape[0] == rank && row.a.shape[1] == at.rank && row.a.shape[2] == 0, "adapter: A has another width");
   require(row.b.shape[0] == outputs && row.b.shape[1] == rank && row.b.shape[2] == 0, "adapter: B has another shape");
-  const int32_t format = format_of(row.a), b_format = format_of(row.b);
+  const int32_t format = format_of(row.a, true), b_format = format_of(row.b, true);
   const auto packed = [](int64_t bytes, int32_t kind, int64_t outputs, int64_t inputs) -> Packed {
     return {nullptr, bytes, kind, static_cast<int32_t>(LatentOrder::panels_of(outputs)), static_cast<int32_t>(inputs)};
   };

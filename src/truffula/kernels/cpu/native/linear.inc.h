@@ -332,8 +332,8 @@ static void shrink_rows(const ShrinkCall* c, const uint8_t* data, LINES lines, f
           sum = fma(floats_of(data + lines.bytes * at, lines), set1(x[at]), sum);
           sum = fma(floats_of(data + lines.bytes * (at + 1), lines), set1(x[at + 1]), sum);
         } else {
-          sum = fma(odd_of(data + lines.bytes / 2 * at, lines), set1(x[at + 1]), sum);
-          sum = fma(even_of(data + lines.bytes / 2 * at, lines), set1(x[at]), sum);
+          sum = fma(odd_in<FORMAT>(data + lines.bytes / 2 * at, lines), set1(x[at + 1]), sum);
+          sum = fma(even_in<FORMAT>(data + lines.bytes / 2 * at, lines), set1(x[at]), sum);
         }
       }
     multiply<1, 1, FORMAT, false>(part[3], x, 0, data, 0, 4 * quarter, c->a.inputs, lines);
@@ -370,6 +370,7 @@ static void shrink(const ShrinkCall* c, int32_t panel_lo, int32_t panel_hi) {
     const int32_t lanes = c->outputs - kLanes * panel;
     const auto run = [&](auto lines) {
       if (c->a.format == kF32) shrink_tiles<kF32>(c, data, lines, h);
+      else if (c->a.format == kF16) shrink_tiles<kF16>(c, data, lines, h);
       else shrink_tiles<kBF16>(c, data, lines, h);
     };
     if (lanes < kLanes) run(narrow(lanes));

@@ -137,6 +137,13 @@ void drop_adapter(Native& self, int32_t slot) {
   self.images.erase(slot);
 }
 
+// Of a matrix of an adapter.
+int32_t adapter_format(const std::string& name) {
+  const int32_t format = name == "float16" ? kF16 : format_named(name);
+  if (format != kF32 && format != kBF16 && format != kF16) throw std::invalid_argument("panels are float32, bfloat16 or float16");
+  return format;
+}
+
 Form form_named(const std::string& name) {
   if (name == "whole") return Form::kWhole;
   if (name == "rows") return Form::kRows;
@@ -146,7 +153,6 @@ Form form_named(const std::string& name) {
 
 // Bytes of a matrix of an adapter in panels, whose first `outputs` lanes it takes.
 int64_t adapter_matrix_bytes(int64_t outputs, int64_t inputs, int32_t format, Form form) {
-  if (format != kF32 && format != kBF16) throw std::invalid_argument("panels are float32 or bfloat16");
   if (form == Form::kRows) return rows_bytes(format, inputs, outputs);
   return PanelOrder{outputs, 0}.panels() * (form == Form::kColumns ? column_bytes : panel_bytes)(format, inputs);
 }
@@ -156,8 +162,9 @@ void pack_panels(const AnyArray& array, const nb::ndarray<uint8_t, nb::numpy, nb
                  const std::string& format_name, int64_t lane, const std::string& form_name) {
   const Source source = source_of(array);
   const auto rows = static_cast<int64_t>(array.shape(0));
-  const int32_t format = format_named(format_name);
+  const int32_t format = adapter_format(format_name);
   const Form form = form_named(form_name);
+  if (format == kF16 && source.type != Stored::kFloat16) throw std::invalid_argument("only float16 is packed as that");
   if (lane < 0 || lane >= kLanes || (lane && form == Form::kRows) || rows > kMaxWidth || source.inputs > kMaxWidth)
     throw std::invalid_argument("a lane outside its panel, or a matrix that is too large");
   const PanelOrder order{lane + rows, 0};
@@ -351,7 +358,7 @@ void bind_sizes(nb::module_& m) {
         "outputs"_a, "inputs"_a, "format"_a, "panels"_a = true, "half"_a = 0, "Bytes of a matrix in panels, or as plain rows.");
   m.def("adapter_matrix_bytes",
         [](int64_t outputs, int64_t inputs, const std::string& format, const std::string& form) {
-          return adapter_matrix_bytes(outputs, inputs, format_named(format), form_named(form));
+          return adapter_matrix_bytes(outputs, inputs, adapter_format(format), form_named(form));
         },
         "outputs"_a, "inputs"_a, "format"_a, "form"_a, "Bytes of a matrix of an adapter, in a form that `pack_panels` takes.");
   m.def("converted_bytes",

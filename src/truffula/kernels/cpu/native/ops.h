@@ -487,7 +487,7 @@ struct ImageData {
 
 // adapter_image.cpp: the format of a tensor of an image; where its bytes are; its float32 numbers, where it has this shape.
 // Throw std::invalid_argument.
-int32_t format_of(const TensorColumns& tensor);
+int32_t format_of(const TensorColumns& tensor, bool factor = false);
 const uint8_t* bytes_at(const TensorColumns& tensor, int64_t expected, const ImageData& image);
 const float* floats_at(const TensorColumns& tensor, int64_t shape, int64_t count, const ImageData& image);
 

@@ -11,7 +11,7 @@ namespace {
 template <Stored TYPE>
 struct Reader {
   using Number = uint16_t;
-  static constexpr bool kIsPacked = TYPE == Stored::kBfloat16;  // as panels of bfloat16 hold it
+  static bool is_packed(int32_t format) { return (TYPE == Stored::kFloat16) == (format == kF16); }  // as panels hold it
   static float value(const Number* p) { return TYPE == Stored::kFloat16 ? from_f16(*p) : from_bf16(*p); }
   static uint16_t half(const Number* p) { return TYPE == Stored::kFloat16 ? to_bf16(from_f16(*p)) : *p; }
 };
@@ -19,12 +19,18 @@ struct Reader {
 template <>
 struct Reader<Stored::kFloat32> {
   using Number = float;
-  static constexpr bool kIsPacked = false;
+  static bool is_packed(int32_t) { return false; }
   static float value(const Number* p) { return *p; }
   static uint16_t half(const Number* p) { return to_bf16(*p); }
 };
 
-// Packs up to 16 rows into one panel of `width` lanes, 128 inputs at a time, so that the lines stay in the L1 cache.
+uint16_t bits_at(const void* number) {
+  uint16_t bits;
+  std::memcpy(&bits, number, sizeof bits);
+  return bits;
+}
+
+// Packs up to 16 rows into one panel of `width` lanes (in kF16, of float16 numbers), 128 inputs at a time, so that the lines stay in the L1 cache.
 template <class R>
 void pack_lanes(const typename R::Number* rows, int64_t inputs, int64_t count, uint8_t* panel, int64_t lane,
                 int32_t format, int64_t width = kLanes, Form form = Form::kWhole) {
@@ -39,17 +45,18 @@ void pack_lanes(const typename R::Number* rows, int64_t inputs, int64_t count, u
       } else {
         uint16_t* to = reinterpret_cast<uint16_t*>(panel) + 2 * (lane + i);
         int64_t k = lo;
-        if constexpr (R::kIsPacked)
+        if (R::is_packed(format))
           for (; k + 1 < hi; k += 2) std::memcpy(to + k * width, row + k, 4);
         for (; k + 1 < hi; k += 2) {
           to[k * width] = R::half(row + k);
           to[k * width + 1] = R::half(row + k + 1);
         }
         if (k == hi) continue;
+        const uint16_t last = format == kF16 ? bits_at(row + k) : R::half(row + k);
         if (form == Form::kColumns) {
-          to[k * width - lane - i] = R::half(row + k);
+          to[k * width - lane - i] = last;
         } else {
-          to[k * width] = R::half(row + k);
+          to[k * width] = last;
           to[k * width + 1] = 0;
         }
       }

@@ -42,7 +42,7 @@ constexpr int64_t panel_bytes(int32_t format, int64_t inputs) {
 
 // How a matrix lies in panels. kWhole: as weights do. An adapter's takes no more bytes than it has numbers: of kRows (A) the
 // last panel has as many lanes as rows are left; of kColumns (B, with its rank as inputs) the last of an odd number of
-// bfloat16 inputs has half a line.
+// 16-bit inputs has half a line.
 enum class Form { kWhole, kRows, kColumns };
 constexpr int64_t column_bytes(int32_t format, int64_t inputs) { return inputs * (format == kF32 ? 64 : 32); }
 constexpr int64_t rows_bytes(int32_t format, int64_t inputs, int64_t rows) { return panel_bytes(format, inputs) / kLanes * rows; }

@@ -69,12 +69,12 @@ TF_INLINE void multiply(V (&acc)[MR][NP], const float* x, int64_t stride, const 
     for (; k + 1 < k_hi; k += 2, line += lines.bytes, at.step(2)) {
       if constexpr (STREAM) prefetch_lines<NP>(line, panel_bytes, ahead);
       V w[NP];
-      for (int p = 0; p < NP; ++p) w[p] = odd_of(line + p * panel_bytes, lines);
+      for (int p = 0; p < NP; ++p) w[p] = odd_in<FORMAT>(line + p * panel_bytes, lines);
       for (int r = 0; r < MR; ++r) {
         const V b = set1(at.row(r)[1]);
         for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
       }
-      for (int p = 0; p < NP; ++p) w[p] = even_of(line + p * panel_bytes, lines);
+      for (int p = 0; p < NP; ++p) w[p] = even_in<FORMAT>(line + p * panel_bytes, lines);
       for (int r = 0; r < MR; ++r) {
         const V b = set1(*at.row(r));
         for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
@@ -83,7 +83,7 @@ TF_INLINE void multiply(V (&acc)[MR][NP], const float* x, int64_t stride, const 
     if (k < k_hi)
       for (int r = 0; r < MR; ++r)
         for (int p = 0; p < NP; ++p)
-          acc[r][p] = fma(last_of(line + p * panel_bytes, lines), set1(*at.row(r)), acc[r][p]);
+          acc[r][p] = fma(last_in<FORMAT>(line + p * panel_bytes, lines), set1(*at.row(r)), acc[r][p]);
   }
 }
 
@@ -171,8 +171,10 @@ static void product(int rows, int panels, const float* x, int64_t stride, const 
 template <Use USE>
 TF_INLINE void product_of(int32_t format, int rows, int panels, const float* x, int64_t stride, const uint8_t* panel,
                           int64_t panel_bytes, int64_t inputs, float* y, int64_t y_stride) {
-  if (format == kF32) product<kF32, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
-  else product<kBF16, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
+  if (format == kF32) return product<kF32, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
+  if constexpr (USE == kScatteredColumns || USE == kAddScatteredColumns)
+    if (format == kF16) return product<kF16, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
+  product<kBF16, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
 }
 
 #if defined(__AVX512BF16__) && !defined(TRUFFULA_TILES)

@@ -52,8 +52,8 @@ struct Narrow {
   int64_t bytes;
 };
 TF_INLINE Narrow narrow(int lanes) { return {(__mmask16)((1u << lanes) - 1), 4 * lanes}; }
-TF_INLINE __m512i bits_of(const uint8_t* line, Narrow n) { return _mm512_castps_si512(_mm512_maskz_loadu_ps(n.mask, line)); }
-TF_INLINE V floats_of(const uint8_t* line, Narrow n) { return {_mm512_maskz_loadu_ps(n.mask, line)}; }
+TF_INLINE __m512i bits_of(const uint8_t* line, Narrow n) { return _mm512_castps_si512(_mm512_maskz_loadu_ps(n.mask, (const float*)line)); }
+TF_INLINE V floats_of(const uint8_t* line, Narrow n) { return {_mm512_maskz_loadu_ps(n.mask, (const float*)line)}; }
 TF_INLINE V even_of(const uint8_t* line, Narrow n) { return {_mm512_castsi512_ps(_mm512_slli_epi32(bits_of(line, n), 16))}; }
 TF_INLINE V odd_of(const uint8_t* line, Narrow n) {
   return {_mm512_castsi512_ps(_mm512_and_si512(bits_of(line, n), _mm512_set1_epi32((int)0xffff0000u)))};
@@ -282,7 +282,7 @@ TF_INLINE V where_nan(V a, V yes, V no) {
 
 #endif
 
-// All lanes of a line. In `Columns` the last of an odd number of bfloat16 inputs has a line of its own, of half a size.
+// All lanes of a line. In `Columns` the last of an odd number of 16-bit inputs has a line of its own, of half a size.
 struct Full {
   static constexpr int64_t bytes = 64;
 };
@@ -290,9 +290,6 @@ struct Columns : Full {};
 TF_INLINE V floats_of(const uint8_t* line, Full) { return load((const float*)line); }
 TF_INLINE V even_of(const uint8_t* line, Full) { return even_of(line); }
 TF_INLINE V odd_of(const uint8_t* line, Full) { return odd_of(line); }
-TF_INLINE V last_of(const uint8_t* line, Full) { return even_of(line); }
-TF_INLINE V last_of(const uint8_t* line, Columns) { return load_bf16((const uint16_t*)line); }
-TF_INLINE V last_of(const uint8_t* line, Narrow n) { return even_of(line, n); }
 
 TF_INLINE V rounded(V a, int32_t round) { return round ? round_bf16(a) : a; }
 
