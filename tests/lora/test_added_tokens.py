@@ -16,8 +16,10 @@ from served_base import Served
 from truffula.errors import AdapterError
 from truffula.kernels.backend import Backend, QuantisedArray
 from truffula.kernels.cpu.formats import BLOCK_KINDS
+from truffula.lora.folding import fold_adapter
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.model.load import zeros_like
+from truffula.testing.adapters import write_adapter
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 from truffula.weights.gguf_quants import values_of_blocks
 from truffula.weights.quantised.packing import BY_KIND
@@ -114,3 +116,26 @@ def test_rows_for_added_tokens_are_stored_as_those_of_a_quantised_table(kind: st
     more = zeros_like(table, (3, format.size))
     assert isinstance(more, QuantisedArray) and more.kind == kind
     np.testing.assert_array_equal(more.dequantise(), np.zeros((3, format.size), np.float32))
+
+
+def test_virtual_tokens_are_behind_the_rows_for_added_ones(tmp_path: Path) -> None:
+    """They are no rows of the table, whose rows gemma scales."""
+    path = write_tiny_checkpoint(tmp_path / "model", tiny_config("gemma3_text", vocab_size=61), seed=5)
+    values = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
+    found = []
+    for more_ids in (0, 8):
+        served = Served(path, SINGLE["reference"], more_ids=more_ids)
+        width = next(site.out_features for site in served.program.sites if site.kind == "embed")
+        config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "token_dim": width}
+        folder = write_adapter(tmp_path / str(more_ids), config, {"prompt_embeddings": np.resize(values, (3, width))})
+        facts = validate_adapter(folder, served.program.sites, base=BaseFacts("b", served.weights)).facts
+        assert facts.virtual_ids == tuple(range(61 + more_ids, 64 + more_ids))
+        found.append(served.run([(served.add(folder), [*facts.virtual_ids, 5, 6, 7])])[0])
+    np.testing.assert_array_equal(found[0], found[1][:, :61])
+
+
+def test_an_adapter_with_a_vocabulary_of_its_own_is_not_folded(tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path / "model", tiny_config("llama", **BASES["llama"]), seed=5)
+    trained(tmp_path / "a", path, FEWER, [1, 2], **CASES["tables"])
+    with pytest.raises(AdapterError, match="a vocabulary of its own, of 91 tokens"):
+        fold_adapter(path, tmp_path / "a", tmp_path / "out")
