@@ -6,15 +6,19 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from kernel_backends import needs_native
 
-from truffula.kernels.adapters import InputScale, SiteTensors, make_image
+from truffula.kernels.adapters import ALIGN, COLUMNS, InputScale, SiteTensors, make_image, tensors_of
 from truffula.kernels.cpu.backend import CpuBackend
 from truffula.kernels.inputs import Capacity
-from truffula.testing.programs import decoder_program, pull_from, random_weights
+from truffula.lora.image import ImageWriter
+from truffula.testing.programs import decoder_program, pull_from, random_adapter, random_weights
 from truffula.testing.tiny import tiny_config
 
 pytestmark = needs_native
+SITE_BYTES = 8 * COLUMNS + 2 * ALIGN
+"""What an image takes at most for each site beside its tensors: a row of the table, and the alignment of A and B."""
 RANK, TOKENS = 8192, 1024  # a product of 32 MiB beside 2 MiB of adapter
 
 # In a process of its own, whose memory nothing else changes.
@@ -61,6 +65,19 @@ def test_an_adapter_of_great_rank_pays_for_its_products() -> None:
     assert taken > products // 2, "the step made no such product: this measures nothing"
     assert taken <= charged + products // 8
     assert left < products // 8
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("rank", [1, 2, 4, 8, 12, 16, 64])
+def test_an_adapter_takes_its_own_bytes(rank: int, dtype: str) -> None:
+    """All linear modules, of widths as SmolLM2-135M has them."""
+    config = tiny_config(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+    program = decoder_program(config)
+    sites = random_adapter(program, rank=rank, dtype=dtype).sites
+    tensors = {id(array): array for site in sites for part in site.parts for array in tensors_of(part)}
+    own = sum(array.nbytes for array in tensors.values())
+    image = ImageWriter("g", rank, sites, CpuBackend(threads=1).adapter_layout(program)).header
+    assert own <= image.nbytes <= 1.02 * own + SITE_BYTES * len(sites)
 
 
 def test_scaled_inputs_are_in_the_plan() -> None:

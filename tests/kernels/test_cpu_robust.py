@@ -296,7 +296,7 @@ begun = threading.Event()
 def calls():
     while True:
         begun.set()
-        _native.pack_panels(array, to, format="float32", lane=0)
+        _native.pack_panels(array, to, format="float32", lane=0, form="whole")
 threading.Thread(target=calls, daemon=True).start()
 begun.wait()
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import resource
 from pathlib import Path
 
@@ -182,6 +183,19 @@ def test_an_image_in_reserved_memory_is_the_same_file(tmp_path: Path, nbytes: in
         writer_of(low_ranks()).write(tmp_path / "first", reserve)
     assert (tmp_path / "first").read_bytes() == plain
     Reserve(tmp_path / "absent").fill(nbytes)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="this system has no unnamed files")
+@pytest.mark.parametrize("reserved", [4096, 3 << 20])
+def test_reserved_memory_becomes_the_image(tmp_path: Path, reserved: int) -> None:
+    reserve = Reserve(tmp_path)
+    reserve.fill(reserved)
+    taken = reserve.take(tmp_path / "image", 5000)
+    assert taken is not None
+    taken[1][:] = 7
+    os.close(taken[0])
+    assert (tmp_path / "image").read_bytes() == bytes([7]) * 5000
+    assert reserve.take(tmp_path / "another", 5000) is None
 
 
 def test_no_room_leaves_no_half_file(tmp_path: Path) -> None:

@@ -257,14 +257,15 @@ int32_t add_adapter(Executable& e, int64_t rank, size_t sites, Memory& image) {
   image = Memory(static_cast<size_t>(40 * place));
   std::vector<PartRow> rows;
   int64_t at = 0;
-  const auto add = [&](int64_t outputs, int64_t inputs, bool table, int64_t latent) {
+  const auto add = [&](int64_t outputs, int64_t inputs, bool table, int64_t latent, Form form) {
     const std::vector<float> values = random_floats(outputs * inputs, static_cast<uint32_t>(at) + 5);
     const PanelOrder order{outputs, 0};
-    const int64_t bytes = latent ? latent : table ? outputs * inputs * 4 : order.panels() * panel_bytes(kF32, inputs);
+    const int64_t bytes = latent ? latent : table ? outputs * inputs * 4
+                          : form == Form::kRows ? rows_bytes(kF32, inputs, outputs) : order.panels() * panel_bytes(kF32, inputs);
     if (latent)  // any numbers, in whatever order
       for (int64_t at_byte = 0; at_byte < bytes; at_byte += 64) std::memcpy(image.data() + at + at_byte, values.data(), 64);
     else if (table) std::memcpy(image.data() + at, values.data(), static_cast<size_t>(bytes));
-    else pack_rows({values.data(), Stored::kFloat32, inputs}, 0, outputs, image.data() + at, kF32, 0, order);
+    else pack_rows({values.data(), Stored::kFloat32, inputs}, 0, outputs, image.data() + at, kF32, 0, order, form);
     const TensorColumns made{0, at, bytes, {outputs, inputs, 0}};
     at += place;
     return made;
@@ -274,14 +275,14 @@ int32_t add_adapter(Executable& e, int64_t rank, size_t sites, Memory& image) {
     if (i >= sites && i + 1 < kSites.size()) continue;
     const auto& [op, first, outputs, expert, inputs] = kSites[i];
     const bool latent = i + 1 == kSites.size();
-    const int64_t a_bytes = latent ? panels(rank, inputs) + panels(inputs, rank) : 0;
-    const int64_t b_bytes = latent ? kLatent.heads * (panels(rank, kLatent.keys) + panels(kLatent.values, rank)) : 0;
-    const TensorColumns a = add(rank, inputs, i == 0, a_bytes);
+    const int64_t a_bytes = latent ? rows_bytes(kF32, inputs, rank) + panels(inputs, rank) : 0;
+    const int64_t b_bytes = latent ? kLatent.heads * (rows_bytes(kF32, kLatent.keys, rank) + panels(kLatent.values, rank)) : 0;
+    const TensorColumns a = add(rank, inputs, i == 0, a_bytes, Form::kRows);
     const auto site = static_cast<int64_t>(i);
-    rows.push_back({site, kLowRank, 0.5, a, add(outputs, rank, false, b_bytes)});
+    rows.push_back({site, kLowRank, 0.5, a, add(outputs, rank, false, b_bytes, Form::kColumns)});
     if (rank < kScaledRank) continue;  // this one has all other kinds as well
     const auto vector = [&](int64_t count, int64_t width) {
-      TensorColumns made = add(1, count, true, 0);
+      TensorColumns made = add(1, count, true, 0, Form::kWhole);
       made.shape[0] = width, made.shape[1] = 0;
       return made;
     };
@@ -291,7 +292,7 @@ int32_t add_adapter(Executable& e, int64_t rank, size_t sites, Memory& image) {
     rows.push_back({site, kBias, 1.0, vector(lanes, outputs), {}});
     if (latent || i == 0) continue;
     rows.push_back({site, kInputScale, 1.0, vector(inputs, inputs), {}});
-    if (i % 2) rows.push_back({site, kReplace, 1.0, add(outputs, inputs, false, 0), {}});
+    if (i % 2) rows.push_back({site, kReplace, 1.0, add(outputs, inputs, false, 0, Form::kWhole), {}});
   }
   std::vector<int64_t> table(rows.size() * kPartColumns);
   std::memcpy(table.data(), rows.data(), rows.size() * sizeof(PartRow));

@@ -35,14 +35,22 @@ std::vector<uint8_t> blocks_of(Stored type, int64_t outputs, int64_t inputs, Num
   return blocks;
 }
 
-Matrix matrix_of(int32_t format, const PanelOrder& order, int64_t inputs, Numbers& numbers) {
+Matrix matrix_of(int32_t format, const PanelOrder& order, int64_t inputs, Numbers& numbers, Form form = Form::kWhole) {
   static constexpr Stored kTypes[] = {Stored::kFloat32, Stored::kFloat32, Stored::kQ8_0,
                                       Stored::kQ4_0,    Stored::kQ4_1,    Stored::kQ5_0,
                                       Stored::kFP8_128, Stored::kFP8_32,  Stored::kNF4};
-  const int64_t panel = panel_bytes(format, inputs);
-  Matrix made{array_of(order.panels() * panel), {}};
+  const int64_t panel = form == Form::kColumns ? column_bytes(format, inputs) : panel_bytes(format, inputs);
+  Matrix made{array_of(form == Form::kRows ? rows_bytes(format, inputs, order.outputs) : order.panels() * panel), {}};
   std::memset(made.bytes->bytes(), 0, made.bytes->size());
   made.packed = {made.bytes->bytes(), panel, format, static_cast<int32_t>(order.panels()), static_cast<int32_t>(inputs)};
+  if (format == kF16) {  // of finite numbers, as adapters are
+    const Array values = numbers.floats(order.outputs * inputs);
+    std::vector<uint16_t> halves;
+    for (int64_t i = 0; i < order.outputs * inputs; ++i)
+      halves.push_back(std::fabs(values->floats()[i]) < 60000.0f ? to_f16(values->floats()[i]) : uint16_t{1});
+    pack_rows({halves.data(), Stored::kFloat16, inputs}, 0, order.outputs, made.bytes->bytes(), format, 0, order, form);
+    return made;
+  }
   const Stored type = kTypes[format];
   if (format > kBF16) {
     const std::vector<uint8_t> blocks = blocks_of(type, order.outputs, inputs, numbers);
@@ -52,7 +60,7 @@ Matrix matrix_of(int32_t format, const PanelOrder& order, int64_t inputs, Number
     else pack_quantised(source, 0, order.outputs, made.bytes->bytes(), format, 0, order, rounding);
   } else {
     const Array values = numbers.floats(order.outputs * inputs);
-    pack_rows({values->floats(), type, inputs}, 0, order.outputs, made.bytes->bytes(), format, 0, order);
+    pack_rows({values->floats(), type, inputs}, 0, order.outputs, made.bytes->bytes(), format, 0, order, form);
   }
   return made;
 }
@@ -65,21 +73,25 @@ struct Adapter {
   RowArray h;
   Matrix b;
   Delta delta;
-  Array column;
+  Array column, bias;
   std::vector<int32_t> ids;
   std::shared_ptr<LinearCall> own = std::make_shared<LinearCall>();
 
   Adapter(Numbers& numbers, int32_t rows, int32_t panels, bool glu)
-      : h(RowArray::random(numbers, 1, 1)), b{nullptr, {}}, delta{}, column(numbers.floats(panels * kLanes)) {
+      : h(RowArray::random(numbers, 1, 1)), b{nullptr, {}}, delta{}, column(numbers.floats(panels * kLanes)), bias(numbers.floats(panels * kLanes)) {
     const int32_t lo = numbers.below(rows), hi = lo + 1 + numbers.below(rows - lo), rank = 1 + numbers.below(40);
     const int32_t step = glu && numbers.below(2) ? 2 : 1, first = numbers.below(step == 2 ? 2 : panels);
     const int32_t most = (panels - first + step - 1) / step, count = step == 2 ? most : 1 + numbers.below(most);
     h = RowArray::random(numbers, hi - lo, rank);
-    b = matrix_of(numbers.below(2) ? kBF16 : kF32, {count * kLanes, 0}, rank, numbers);
-    const int32_t role = numbers.below(5), lane = numbers.below(kLanes), end = (count - 1) * kLanes + 1 + numbers.below(kLanes);
-    const bool scaled = role == kScales || numbers.below(2);
+    const int32_t role = numbers.below(6);
+    const int32_t kinds[] = {kF32, kBF16, kF16};
+    b = role == kOwnProduct ? matrix_of(kinds[numbers.below(2)], {count * kLanes, 0}, rank, numbers)
+                            : matrix_of(kinds[numbers.below(3)], {count * kLanes, 0}, rank, numbers, Form::kColumns);
+    const int32_t lane = numbers.below(kLanes), end = (count - 1) * kLanes + 1 + numbers.below(kLanes);
+    const bool scaled = role == kScales || role == kScalesAndAdds || numbers.below(2);
+    const bool biased = role <= kScalesAndAdds && role != kScales && numbers.below(2);
     delta = {h.memory->floats(), h.apart, b.packed, lo, hi, first, step, 0, 0, role, numbers.below(2) ? 1.0f : -0.5f,
-             role == kOwnColumns ? 0 : lane, end, scaled ? column->floats() : nullptr, nullptr, nullptr, 0};
+             role == kOwnColumns ? 0 : lane, end, scaled ? column->floats() : nullptr, biased ? bias->floats() : nullptr, nullptr, nullptr, 0};
     if (role == kOwnProduct) {
       own->x = h.rows(), own->w = b.packed, own->rows = hi - lo, own->in_blocks = 1;
       delta.own = own.get();
@@ -157,7 +169,7 @@ Case product_case(int32_t format, int32_t number) {
 }
 
 struct Shrink {
-  int32_t rows, inputs, panels;
+  int32_t rows, inputs, outputs;
   RowArray x;
   Matrix a;
 };
@@ -165,14 +177,15 @@ struct Shrink {
 Case shrink_case(int32_t number) {
   Numbers numbers{static_cast<uint32_t>(7000 + number), number % 3 == 2};
   constexpr int32_t kInputs[] = {1, 7, 8, 33, 64, 96, 131};
-  const int32_t rows = 1 + number % 11, inputs = kInputs[number % 7], panels = 1 + number % 3;
-  const auto made = std::make_shared<Shrink>(Shrink{rows, inputs, panels, RowArray::random(numbers, rows, inputs),
-      matrix_of(number % 2 ? kBF16 : kF32, {panels * kLanes - number % 5, 0}, inputs, numbers)});
+  const int32_t rows = 1 + number % 11, inputs = kInputs[number % 7], outputs = (1 + number % 3) * kLanes - number % kLanes;
+  const auto made = std::make_shared<Shrink>(Shrink{rows, inputs, outputs, RowArray::random(numbers, rows, inputs),
+      matrix_of(number % 3 ? number % 3 == 1 ? kBF16 : kF16 : kF32, {outputs, 0}, inputs, numbers, Form::kRows)});
   return {numbers.wild, [made](const Kernels& table) {
-    const RowArray h(made->rows, made->panels * kLanes);
-    const ShrinkCall call{made->x.rows(), h.rows(), made->a.packed, 0.75f, made->rows};
-    table.shrink(&call, 0, made->panels / 2);
-    table.shrink(&call, made->panels / 2, made->panels);
+    const int32_t panels = made->a.packed.panels;
+    const RowArray h(made->rows, panels * kLanes);
+    const ShrinkCall call{made->x.rows(), h.rows(), made->a.packed, 0.75f, made->rows, made->outputs};
+    table.shrink(&call, 0, panels / 2);
+    table.shrink(&call, panels / 2, panels);
     return h.taken();
   }};
 }

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -128,7 +129,7 @@ def low_rank(site: int, a: Array, b: Array, scale: float) -> SiteTensors:
 
 def tensors_of(part: Part) -> tuple[Array, ...]:
     """A part's arrays, in the order of its fields."""
-    return tuple(v for v in vars(part).values() if isinstance(v, np.ndarray))
+    return (part.a, part.b) if isinstance(part, LowRank) else tuple(vars(part).values())
 
 
 # ---- layouts: how a backend's kernels read parts
@@ -229,8 +230,7 @@ def layout_of(program: Program, storage: Storage) -> AdapterLayout:
     return AdapterLayout(storage, tuple(places))
 
 
-@dataclass(frozen=True)
-class PackedTensor:
+class PackedTensor(msgspec.Struct, frozen=True):
     """One tensor as a layout stores it: ``write`` fills ``nbytes`` zeroed bytes. An object used twice is stored once.
 
     ``shape`` is that of the unpacked tensor; the bytes may be more, and in another order.
@@ -242,8 +242,7 @@ class PackedTensor:
     write: Callable[[npt.NDArray[np.uint8]], None]
 
 
-@dataclass(frozen=True)
-class PackedPart:
+class PackedPart(msgspec.Struct, frozen=True):
     """A part with its tensors in a layout."""
 
     site: int
@@ -311,7 +310,7 @@ def check_served(place: Place, parts: Sequence[Part]) -> None:
             what = f"{part.kind} with an expert axis" if by_expert else part.kind
             raise KernelError(f"site {place.module}: no kernel serves the adapter part {what!r}.", param=what)
         _check_shapes(place, part)
-    kinds = [part.kind for part in parts if not isinstance(part, LowRank)]
+    kinds = [part.kind for part in parts if part.kind != LowRank.kind]
     for kind in kinds:
         if kinds.count(kind) > 1 or (kind == Rows.kind and {Replace.kind, InputScale.kind} & {*kinds}):
             raise KernelError(f"site {place.module}: no kernel serves {' and '.join(kinds)} together.", param=kind)
@@ -319,12 +318,13 @@ def check_served(place: Place, parts: Sequence[Part]) -> None:
 
 def _check_shapes(place: Place, part: Part) -> None:
     arrays = tensors_of(part)
-    shapes = [list(array.shape) for array in arrays]
+    shapes = [array.shape for array in arrays]
     n = shapes[0][0] if shapes[0] else 0  # the rank, or the number of ids
     wanted = _shapes(place, part, n)
     if shapes != wanted or n < 1:
         raise KernelError(
-            f"site {place.module}: {part.kind} has tensors of shape {shapes}; the site needs {wanted}.",
+            f"site {place.module}: {part.kind} has tensors of shape {[*map(list, shapes)]}; "
+            f"the site needs {[*map(list, wanted)]}.",
             param=place.module,
         )
     ids = part.ids if isinstance(part, Rows) else None
@@ -338,20 +338,20 @@ def _check_shapes(place: Place, part: Part) -> None:
             raise KernelError(f"site {place.module}: ids are not distinct or not in 0..{end - 1}.", param="ids")
 
 
-def _shapes(place: Place, part: Part, n: int) -> list[list[int]]:
+def _shapes(place: Place, part: Part, n: int) -> list[tuple[int, ...]]:
     """The shapes of a part's tensors at a place; ``n``: the rank, or the number of ids."""
     inputs, outputs, of_table = place.inputs, place.outputs, place.kind == "embed"
     match part:
         case LowRank():
-            return [[n, inputs], [outputs, n]]
+            return [(n, inputs), (outputs, n)]
         case ColumnScale() | Bias():
-            return [[outputs]]
+            return [(outputs,)]
         case InputScale():
-            return [[inputs]]
+            return [(inputs,)]
         case Replace():
-            return [[outputs] if place.kind == "norm" else [inputs, outputs] if of_table else [outputs, inputs]]
+            return [(outputs,) if place.kind == "norm" else (inputs, outputs) if of_table else (outputs, inputs)]
         case Rows():
-            return [[n], [n, outputs if of_table else inputs]]
+            return [(n,), (n, outputs if of_table else inputs)]
 
 
 def dtype_name(array: Array) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import sys
@@ -29,13 +30,19 @@ def map_file(fd: int, size: int, *, shared: bool = False) -> Uint8:
     # Python's mmap cannot choose the address: it reserves the range (read-only, which commits no memory) and ends it.
     reserved = mmap.mmap(-1, size + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)
     address = -(-np.frombuffer(reserved, np.uint8).ctypes.data // HUGE) * HUGE
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
+    libc = _libc()
     flags = _MAP_FIXED | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
     at, length, start = ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_size_t(0)
     if libc.mmap(at, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, start) != address:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return np.asarray(_Mapping(reserved, address, size))
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    return libc
 
 
 class _Mapping:
@@ -60,7 +67,7 @@ def map_new_file(fd: int, size: int) -> Uint8:
         os.pwrite(fd, b"\0", start)  # a range without any page is not made huge
     mapped = map_file(fd, size, shared=True)
     if whole:  # without huge pages (another kernel, a file on disk, fragmented memory) this changes nothing
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(whole), _MADV_COLLAPSE)
+        _libc().madvise(ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(whole), _MADV_COLLAPSE)
     os.posix_fallocate(fd, 0, size)
     return mapped
 

@@ -42,8 +42,8 @@ from truffula.lora.variants import (
 )
 from truffula.weights.finite import first_non_finite
 
-_ZERO_CHUNKS = (1 << 6, 1 << 20)
-"""Values that are compared with zero first, and from then on: the first few show that most tensors are not."""
+_ZERO_CHUNK = 1 << 16
+"""Values that are compared with zero at a time."""
 _FEW_ROWS = 8
 """A table of which fewer rows than one of so many differ from the base's is kept as these rows."""
 _SAME_SCALE = 1e-5
@@ -68,6 +68,9 @@ class Assembly:
         order = list(KINDS)
         made = []
         for site, parts in sorted(self.parts.items()):
+            if len(parts) == 1 and not isinstance(parts[0], Bias):
+                made.append(SiteTensors(site, (parts[0],)))
+                continue
             biases = [part.values.astype(np.float32) for part in parts if isinstance(part, Bias)]
             others: list[Part] = [part for part in parts if not isinstance(part, Bias)]
             if biases:
@@ -179,7 +182,6 @@ class Assembly:
 
     # ---- other methods
 
-    @np.errstate(over="ignore", invalid="ignore")  # checked afterwards
     def add_computed(self, item: Computed) -> None:
         made = list(item.make(self.tensors))
         if item.make_prefix is not None:
@@ -194,7 +196,6 @@ class Assembly:
 
     # ---- pairs
 
-    @np.errstate(over="ignore", invalid="ignore")  # checked afterwards
     def add_pair(self, pair: Pair) -> None:
         a, b = self.tensors[pair.a.name], self.tensors[pair.b.name]
         empty = pair.scale == 0 or _is_zero(b) or _is_zero(a)
@@ -365,7 +366,7 @@ def _has_effect(part: Part) -> bool:
 
 def _is_zero(array: Array) -> bool:
     """Whether every value is zero; stops at the first chunk that holds another."""
-    flat, (first, step) = array.reshape(-1), _ZERO_CHUNKS
-    if (flat[:first] != 0).any():
+    flat = array.reshape(-1)
+    if flat.size and flat.item(0) != 0:  # as of most tensors
         return False
-    return not any((flat[i : i + step] != 0).any() for i in range(first, flat.size, step))
+    return not any((flat[i : i + _ZERO_CHUNK] != 0).any() for i in range(0, flat.size, _ZERO_CHUNK))

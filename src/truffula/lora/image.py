@@ -8,6 +8,7 @@ float32.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -99,17 +100,18 @@ class ImageHeader(msgspec.Struct, frozen=True):
 
 
 class Reserve:
-    """An unnamed file of zeros in ``folder`` for the next image, which then waits for no memory: what was never used
-    takes longer to get than all else that a load does, in a virtual machine. Without such files nothing is reserved."""
+    """An unnamed file of zeros in ``folder``, mapped, for the next image, which then waits for no memory: what was
+    never used takes longer to get than all else that a load does, in a virtual machine. Without such files nothing is
+    reserved."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._fd: int | None = None
+        self._file: tuple[int, npt.NDArray[np.uint8]] | None = None
 
     def fill(self, nbytes: int) -> None:
         """Reserve ``nbytes`` for the next image, at most ``MAX_RESERVE`` and a small part of what is free."""
         nbytes = min(nbytes, MAX_RESERVE)
-        if self._fd is not None or not hasattr(os, "O_TMPFILE"):
+        if self._file is not None or not nbytes or not hasattr(os, "O_TMPFILE"):
             return
         with contextlib.suppress(OSError):  # a file system without unnamed files, or no room
             found = os.statvfs(self._folder)
@@ -117,23 +119,33 @@ class Reserve:
                 return
             fd = os.open(self._folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
             try:
-                map_new_file(fd, nbytes)
+                mapped = map_new_file(fd, nbytes)
+                mapped[:: mmap.PAGESIZE] = 0  # so that the image is written without a fault for each page
             except OSError:
                 os.close(fd)
                 raise
-            self._fd = fd
+            self._file = fd, mapped
 
-    def take(self, path: Path) -> int | None:
-        """The descriptor of the file, whose name is now ``path``; None when there is none, or not for this folder."""
-        fd, self._fd = self._fd, None
-        if fd is None:
+    def take(self, path: Path, nbytes: int) -> tuple[int, npt.NDArray[np.uint8]] | None:
+        """The descriptor of a file of ``nbytes``, whose name is now ``path``, and where it is mapped; None when there
+        is none, or not for this folder."""
+        if self._file is None:
             return None
+        (fd, mapped), self._file = self._file, None
         try:
-            os.link(f"/proc/self/fd/{fd}", path)
+            os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)  # with it, though unused, Python has the link followed
         except OSError:
             os.close(fd)
             return None
-        return fd
+        if len(mapped) >= nbytes:
+            os.ftruncate(fd, nbytes)
+            return fd, mapped[:nbytes]
+        try:
+            return fd, map_new_file(fd, nbytes)
+        except OSError:
+            os.close(fd)
+            path.unlink()
+            raise
 
 
 class ImageWriter:
@@ -162,11 +174,10 @@ class ImageWriter:
 
         Its pages are allocated first: raises the system's ``OSError`` when there is no room, after removing the file.
         """
-        fd = None if reserve is None else reserve.take(path)
-        if fd is None:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        taken = None if reserve is None else reserve.take(path, self.header.nbytes)
+        fd = taken[0] if taken else os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            mapped = map_new_file(fd, self.header.nbytes)  # kernels read all of it in each step
+            mapped = taken[1] if taken else map_new_file(fd, self.header.nbytes)  # kernels read all of it in each step
             mapped[: self._placed.table.nbytes] = self._placed.table.reshape(-1).view(np.uint8)
             data = mapped[self.header.data_start :]
             self._placed.write(data[: self._placed.data_bytes])

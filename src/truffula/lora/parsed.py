@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import SiteTensors
@@ -118,15 +119,12 @@ class ParsedAdapter:
         ranks = [pair.rank for pair in self.pairs] + [item.rank for item in self.computed]
         return max(ranks, default=0)
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor that is read."""
         infos = [*(info for pair in self.pairs for info in pair.tensors), *(saved.info for saved in self.saved)]
         infos += [info for item in self.computed for info in item.infos]
         return {info.name: info for info in infos}
-
-
-Header = tuple[tuple[str, tuple[int, ...], str, int], ...]
 
 
 class Matched:
@@ -135,16 +133,16 @@ class Matched:
 
     def __init__(self, most: int = 4096) -> None:
         self._most = most
-        self._kept: dict[tuple[bytes, Header], ParsedAdapter] = {}
+        self._kept: dict[tuple[bytes, bytes], tuple[ParsedAdapter, int]] = {}
 
-    def get(self, config: bytes, infos: Mapping[str, TensorInfo], match: Callable[[], ParsedAdapter]) -> ParsedAdapter:
-        """What ``match`` makes of an adapter with this configuration and these tensors; nothing else may decide it."""
-        key = config, tuple((info.name, info.shape, info.dtype, info.offset) for info in infos.values())
-        found = self._kept.pop(key, None) or match()
+    def get(self, key: tuple[bytes, bytes], count: int, match: Callable[[], ParsedAdapter]) -> ParsedAdapter:
+        """What ``match`` makes of an adapter of ``count`` tensors with this configuration and header of its file;
+        nothing else may decide it."""
+        found = self._kept.pop(key, None) or (match(), count)
         self._kept[key] = found
-        while sum(len(header) for _, header in self._kept) > self._most:
+        while sum(kept for _, kept in self._kept.values()) > self._most:
             del self._kept[next(iter(self._kept))]
-        return found
+        return found[0]
 
 
 class Sites:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from truffula.errors import AdapterError, ErrorInfo, TruffulaError
 from truffula.kernels.adapters import SiteTensors
 from truffula.kernels.backend import Array
@@ -90,10 +92,11 @@ def validate_adapter(
         assembly.add_saved(parsed.saved)
         if parsed.facts.invocation and assembly.parts:
             raise _acts_before(parsed)
-        for pair in parsed.pairs:
-            assembly.add_pair(pair)
-        for item in parsed.computed:
-            assembly.add_computed(item)
+        with np.errstate(over="ignore", invalid="ignore"):  # checked afterwards
+            for pair in parsed.pairs:
+                assembly.add_pair(pair)
+            for item in parsed.computed:
+                assembly.add_computed(item)
         _tie_head(parsed, assembly, sites, base)
         idle, count = assembly.without_effect, len(parsed.pairs) + len(parsed.saved) + len(parsed.computed)
         warnings = list(parsed.warnings)
@@ -145,13 +148,14 @@ def _parse(
     elif base.matched is None:
         parsed = parse_metadata(infos, config, sites, base)
     else:
-        parsed = base.matched.get(files.config_bytes, infos, lambda: parse_metadata(infos, config, sites, base))
+        key = files.config_bytes, files.tensors.header
+        parsed = base.matched.get(key, len(infos), lambda: parse_metadata(infos, config, sites, base))
     rows = parsed.facts.vocab_size
     more = extra_file_warnings(
         files.folder, config, sites=with_rows(sites, rows) if rows else sites, model=base.model,
         texts_of=None if own_texts else "" if base.weights is None else base.weights.source.path,
     )  # fmt: skip
-    return replace(parsed, warnings=[*parsed.warnings, *more])
+    return replace(parsed, warnings=[*parsed.warnings, *more]) if more else parsed
 
 
 def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[FieldRow]) -> AdapterReport:

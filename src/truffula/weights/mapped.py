@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,14 +59,25 @@ class MappedFile:
 
     def view(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """``[nbytes]`` uint8 view of the file from ``offset``. The range must lie within the file."""
+        self._check_range(offset, nbytes)
+        if nbytes == 0:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(self._mapped(), np.uint8, count=nbytes, offset=offset)
+
+    def array(self, offset: int, nbytes: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """``shape`` values of ``dtype`` in the same range: a view, or a copy where they are not aligned."""
+        self._check_range(offset, nbytes)
+        if nbytes == 0:
+            return np.empty(shape, dtype)
+        view = np.frombuffer(self._mapped(), dtype, nbytes // dtype.itemsize, offset).reshape(shape)
+        return view if offset % dtype.alignment == 0 else view.copy()
+
+    def _check_range(self, offset: int, nbytes: int) -> None:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise CheckpointError(
                 f"{self.path}: bytes {offset} to {offset + nbytes} lie outside the file of {self.size} bytes.",
                 param=str(self.path),
             )
-        if nbytes == 0:
-            return np.empty(0, np.uint8)
-        return np.frombuffer(self._mapped(), np.uint8, count=nbytes, offset=offset)
 
     def data(self) -> memoryview:
         """The whole file; it keeps the mapping alive."""

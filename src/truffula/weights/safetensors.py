@@ -45,7 +45,7 @@ _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 class SafetensorsFile:
     """One opened file: ``tensors`` by name in the order of their data, ``metadata`` the strings of ``__metadata__``,
-    ``file`` the mapped bytes.
+    ``header`` as stored, ``file`` the mapped bytes.
 
     Opening reads the header only. An invalid header raises ``CheckpointError`` naming the file and, if any, the tensor.
     ``descriptor`` as of ``MappedFile``.
@@ -55,15 +55,17 @@ class SafetensorsFile:
         self.path = path
         self.file = MappedFile(path, descriptor)
         try:
-            header, start = _read_header(path, self.file)
+            self.header = _read_header(path, self.file)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error
+        header = _parse_header(path, self.header)
         self.metadata = _check_metadata(path, header.pop("__metadata__", {}))
-        self.tensors: dict[str, TensorInfo] = _check_tensors(path, header, start, self.file.size)
+        self.tensors: dict[str, TensorInfo] = _check_tensors(path, header, 8 + len(self.header), self.file.size)
 
     def read(self, name: str) -> Array:
         """The tensor in its stored dtype: a view of the mapped file, or a copy when it is not aligned there."""
-        return as_array(self.tensors[name], self.raw(name))
+        info = self.tensors[name]
+        return self.file.array(info.offset, info.nbytes, info.shape, DTYPES[info.dtype])
 
     def raw(self, name: str) -> Array:
         """``[nbytes]`` uint8 view of the tensor's bytes in the file."""
@@ -122,8 +124,8 @@ def _error(path: Path, why: str, tensor: str | None = None) -> CheckpointError:
     return CheckpointError(where + why, param=tensor if tensor is not None else str(path), file=str(path))
 
 
-def _read_header(path: Path, file: MappedFile) -> tuple[dict[str, Any], int]:
-    """The header as a dict, and the offset of the data."""
+def _read_header(path: Path, file: MappedFile) -> bytes:
+    """The header as stored."""
     head, size = file.head(9), file.size
     if size == 0:
         raise _error(path, "the file is empty.")
@@ -140,11 +142,15 @@ def _read_header(path: Path, file: MappedFile) -> tuple[dict[str, Any], int]:
         )
     if 8 + length > size:
         raise _error(path, f"truncated: the header claims {length} bytes, but only {size - 8} follow.")
+    return file.head(8 + length)[8:]
+
+
+def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        header = parse_json(file.head(8 + length)[8:])
+        header: dict[str, Any] = parse_json(raw)
     except (ValueError, RecursionError) as error:
         raise _error(path, f"its header is not valid JSON: {error}.") from error
-    return header, 8 + length
+    return header
 
 
 def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:

@@ -50,6 +50,28 @@ struct Runs {
   }
 };
 
+// Joins what scales a site's product, and what is added to it, to its first product with B: one pass over its columns
+// instead of three.
+void join_expands(std::vector<AdapterExpand>& expands) {
+  const auto same = [](const AdapterExpand& a, const AdapterExpand& b) {
+    return a.first == b.first && a.step == b.step && a.lane == b.lane && a.end == b.end;
+  };
+  std::vector<bool> joined(expands.size());
+  for (size_t i = 0; i < expands.size(); ++i) {
+    AdapterExpand& product = expands[i];
+    if (product.role != kAdds || product.h_start == kAbsent) continue;
+    for (size_t j = 0; j < expands.size(); ++j) {
+      const AdapterExpand& other = expands[j];
+      if (i == j || joined[j] || !same(product, other)) continue;
+      if (other.role == kScales && product.role == kAdds) product.role = kScalesAndAdds, joined[j] = true;
+      else if (other.role == kAdds && other.h_start == kAbsent && !product.bias)
+        product.bias = reinterpret_cast<const float*>(other.b.data), joined[j] = true;
+    }
+  }
+  size_t next = 0;
+  std::erase_if(expands, [&](const AdapterExpand&) { return joined[next++]; });
+}
+
 // Adds an expand for each run of a site. `b` is a matrix in consecutive panels, `column` likewise; either may be null.
 void add_expands(AdapterOp& op, const Runs& runs, int32_t role, Packed b, const float* column, int32_t h_start, int32_t converted = kAbsent) {
   for (int32_t i = 0; i < runs.count; ++i) {
@@ -73,10 +95,10 @@ struct SiteParts {
   bool replaced = false;
 };
 
-// The format of a tensor by its dtype's number in DTYPES of kernels/adapters.py.
-int32_t format_of(const TensorColumns& tensor) {
-  require(tensor.dtype == 0 || tensor.dtype == 2, "adapter: panels are float32 or bfloat16");
-  return tensor.dtype == 0 ? kF32 : kBF16;
+// The format of a tensor by its dtype's number in DTYPES of kernels/adapters.py. `factor`: of A, B or rows of the head.
+int32_t format_of(const TensorColumns& tensor, bool factor) {
+  require(tensor.dtype == 0 || tensor.dtype == 2 || (factor && tensor.dtype == 1), "adapter: panels of another dtype");
+  return tensor.dtype == 0 ? kF32 : tensor.dtype == 1 ? kF16 : kBF16;
 }
 
 const uint8_t* bytes_at(const TensorColumns& tensor, int64_t expected, const ImageData& image) {
@@ -151,6 +173,7 @@ std::unique_ptr<Adapter> Executable::make_adapter(const int64_t* table, int64_t 
   for (const auto& [site, found] : sites)
     if (found.scaled != kAbsent && !found.replaced) multiply_scaled(*made, places_[static_cast<size_t>(site)], found);
   for (AdapterOp& op : made->ops) {
+    join_expands(op.expands);
     // What scales or replaces a product comes before what is added to it.
     std::stable_sort(op.expands.begin(), op.expands.end(), [](const auto& a, const auto& b) { return a.role != kAdds && b.role == kAdds; });
     for (const AdapterExpand& expand : op.expands) op.disjoint &= expand.role < kOwnProduct || !expand.column;
@@ -243,7 +266,7 @@ void Executable::add_part(Adapter& adapter, const PartRow& row, const ImageData&
         site.column = values;
         return add_expands(op, runs, kScales, {nullptr, 0, kF32, 0, 1}, values, kAbsent);
       }
-      return add_expands(op, runs, kAdds, {reinterpret_cast<const uint8_t*>(values), panel_bytes(kF32, 1), kF32, 0, 1}, nullptr, kAbsent);
+      return add_expands(op, runs, kAdds, {reinterpret_cast<const uint8_t*>(values), column_bytes(kF32, 1), kF32, 0, 1}, nullptr, kAbsent);
     }
   }
 }
@@ -255,9 +278,9 @@ void Executable::add_low_rank(AdapterOp& op, const AdapterPlace& place, const Pa
   const int64_t rank = row.a.shape[0], inputs = gathers ? w.outputs : w.inputs, panels = panels_of(rank);
   require(rank > 0 && rank <= kMaxWidth && has_shape(row.a, {rank, inputs, 0}), "adapter: A has another width");
   require(has_shape(row.b, {place.outputs, rank, 0}), "adapter: B has another shape");
-  const int32_t format = format_of(row.a), b_format = format_of(row.b);
+  const int32_t format = format_of(row.a, !gathers), b_format = format_of(row.b, true);
   const int64_t line = gathers ? rank * (format == kF32 ? 4 : 2) : panel_bytes(format, inputs);
-  const uint8_t* a = bytes_at(row.a, (gathers ? inputs : panels) * line, image);
+  const uint8_t* a = bytes_at(row.a, gathers ? inputs * line : rows_bytes(format, inputs, rank), image);
   const auto scale = static_cast<float>(row.scale);
   // Slices of a fused module share one A: x A^T is computed once.
   auto shrink = std::find_if(op.shrinks.begin(), op.shrinks.end(), [&](const AdapterShrink& s) {
@@ -270,8 +293,9 @@ void Executable::add_low_rank(AdapterOp& op, const AdapterPlace& place, const Pa
     shrink = op.shrinks.end() - 1;
   }
   const Runs runs(place, gathers ? 0 : w.order.half);
-  const uint8_t* b = bytes_at(row.b, runs.panels * panel_bytes(b_format, rank), image);
-  add_expands(op, runs, kAdds, {b, panel_bytes(b_format, rank), b_format, 0, static_cast<int32_t>(rank)}, site.column, shrink->h_start);
+  const int64_t b_panel = column_bytes(b_format, rank);
+  const uint8_t* b = bytes_at(row.b, runs.panels * b_panel, image);
+  add_expands(op, runs, kAdds, {b, b_panel, b_format, 0, static_cast<int32_t>(rank)}, site.column, shrink->h_start);
 }
 
 // A matrix instead of the base's.
@@ -328,8 +352,8 @@ void Executable::add_columns(AdapterOp& op, const AdapterPlace& place, const Par
   const int32_t* ids = ids_at(row.a, place.outputs, image);
   const int64_t count = row.a.shape[0], panels = panels_of(count);
   require(has_shape(row.b, {count, w.inputs, 0}), "adapter: rows have another width");
-  const int32_t format = format_of(row.b);
-  const uint8_t* data = bytes_at(row.b, panels * panel_bytes(format, w.inputs), image);
+  const int32_t format = format_of(row.b, true);
+  const uint8_t* data = bytes_at(row.b, rows_bytes(format, w.inputs, count), image);
   const int32_t h_start = h_columns(op, panels * kLanes);
   op.shrinks.push_back({{data, panel_bytes(format, w.inputs), format, static_cast<int32_t>(panels), static_cast<int32_t>(w.inputs)},
                         1.0f, h_start, static_cast<int32_t>(count)});

@@ -110,7 +110,7 @@ void Executable::run_shrink_task(const Stage& stage, int32_t number) {
 void Executable::shrink(const AdapterOp& op, const Rows& x, float* h, float weight, int32_t count, int32_t format) const {
   const int64_t stride = op.h_width;
   for (const AdapterShrink& part : op.shrinks) {
-    const ShrinkCall call{x, {h + part.h_start, stride}, part.a, part.scale * weight, count};
+    const ShrinkCall call{x, {h + part.h_start, stride}, part.a, part.scale * weight, count, part.rank};
     kernels_->shrink(&call, 0, part.a.panels);
   }
   for (const AdapterInput& part : op.inputs) {
@@ -159,7 +159,7 @@ void Executable::append_deltas(const AdapterOp& op, const float& weight, const f
     made.b = expand.b;
     made.lo = lo, made.hi = hi, made.first = expand.first - panel_lo, made.step = expand.step;
     made.role = expand.role, made.weight = weight, made.lane = expand.lane, made.end = expand.end;
-    made.column = expand.column, made.ids = expand.ids, made.num_ids = expand.num_ids;
+    made.column = expand.column, made.bias = expand.bias, made.ids = expand.ids, made.num_ids = expand.num_ids;
     if (expand.role == kOwnProduct) {
       const LinearCall own = own_product(op, expand, h, lo, hi, base);
       if (joins(state, made, own)) continue;

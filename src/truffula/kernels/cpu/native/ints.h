@@ -62,6 +62,10 @@ TF_INLINE V dot_pairs(V sums, I w, I x) { return {_mm512_dpbf16_ps(sums.v, (__m5
 #endif
 TF_INLINE V floats_of(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 TF_INLINE V load_half(const uint8_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+TF_INLINE I line_at(const uint8_t* line, Narrow n) { return {bits_of(line, n)}; }
+// The float16 numbers in the lower, or upper, halves of 32-bit lanes.
+TF_INLINE V lower_halves(I a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))}; }
+TF_INLINE V upper_halves(I a) { return lower_halves(I{_mm512_srli_epi32(a.v, 16)}); }
 // 32 integers of -127 .. 127 as bytes; their sum.
 TF_INLINE int32_t to_bytes(V a, V b, uint8_t* to) {
   const __m512i first = _mm512_cvtps_epi32(a.v), second = _mm512_cvtps_epi32(b.v);
@@ -126,6 +130,15 @@ TF_INLINE V floats_of(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_p
 TF_INLINE V load_half(const uint8_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
 }
+TF_INLINE I line_at(const uint8_t* line, Narrow n) { return {half_line(line, 0, n), half_line(line, 1, n)}; }
+// The float16 numbers in the lower, or upper, halves of 32-bit lanes.
+TF_INLINE __m256 lower_halves(__m256i a) {
+  const __m128i pick = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i picked = _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(pick));
+  return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(picked, 8)));
+}
+TF_INLINE V lower_halves(I a) { return {lower_halves(a.lo), lower_halves(a.hi)}; }
+TF_INLINE V upper_halves(I a) { return lower_halves(I{_mm256_srli_epi32(a.lo, 16), _mm256_srli_epi32(a.hi, 16)}); }
 TF_INLINE void store_line(uint8_t* p, I a) {
   _mm256_storeu_si256((__m256i*)p, a.lo);
   _mm256_storeu_si256((__m256i*)(p + 32), a.hi);
@@ -195,6 +208,21 @@ TF_INLINE V load_half(const uint8_t* p) {
   }
   return load(x);
 }
+TF_INLINE I line_at(const uint8_t* line, Narrow n) {
+  I a = all32(0);
+  memcpy(&a, line, (size_t)n.bytes);
+  return a;
+}
+// The float16 numbers in the lower, or upper, halves of 32-bit lanes.
+TF_INLINE V halves_of(I a, int shift) {
+  uint32_t bits[kLanes];
+  float x[kLanes];
+  memcpy(bits, &a, sizeof bits);
+  for (int i = 0; i < kLanes; ++i) x[i] = half_to_float((uint16_t)(bits[i] >> shift));
+  return load(x);
+}
+TF_INLINE V lower_halves(I a) { return halves_of(a, 0); }
+TF_INLINE V upper_halves(I a) { return halves_of(a, 16); }
 TF_INLINE void store_line(uint8_t* p, I a) { memcpy(p, &a, sizeof a); }
 TF_INLINE V even_of(I pairs) { return map([&](int i) { return (Quad)((BitQuad)pairs.q[i] << 16); }); }
 TF_INLINE V odd_of(I pairs) { return map([&](int i) { return (Quad)((BitQuad)pairs.q[i] & 0xffff0000u); }); }
@@ -211,6 +239,30 @@ constexpr int kQuantRows = 2;
 constexpr int kQuantTwo = 0;
 
 #endif
+
+TF_INLINE I line_at(const uint8_t* line, Full) { return line_at(line); }
+
+// The even, odd and last inputs in a line of pairs, in bfloat16 or float16.
+template <int FORMAT, class LINES>
+TF_INLINE V even_in(const uint8_t* line, LINES lines) {
+  if constexpr (FORMAT == kF16) return lower_halves(line_at(line, lines));
+  else return even_of(line, lines);
+}
+template <int FORMAT, class LINES>
+TF_INLINE V odd_in(const uint8_t* line, LINES lines) {
+  if constexpr (FORMAT == kF16) return upper_halves(line_at(line, lines));
+  else return odd_of(line, lines);
+}
+template <int FORMAT, class LINES>
+TF_INLINE V last_in(const uint8_t* line, LINES lines) {
+  if constexpr (FORMAT == kF16) return lower_halves(line_at(line, lines));
+  else return even_of(line, lines);
+}
+template <int FORMAT>
+TF_INLINE V last_in(const uint8_t* line, Columns) {
+  if constexpr (FORMAT == kF16) return load_half(line);
+  else return load_bf16((const uint16_t*)line);
+}
 
 #if !defined(__AVX512F__)
 // 32 integers of -127 .. 127 as bytes; their sum.

@@ -28,11 +28,11 @@ constexpr int kBlock = 32;
 // a byte are exchanged. Lines of kNF4 hold 8 inputs, the first in the lowest half-byte. After all lines of a panel: 16
 // scales per group.
 enum Format : int32_t { kF32 = 0, kBF16 = 1, kQ8_0 = 2, kQ4_0 = 3, kQ4_1 = 4, kQ5_0 = 5, kFP8_128 = 6, kFP8_32 = 7,
-                        kNF4 = 8 };
-constexpr int32_t kFormatCount = 9;
+                        kNF4 = 8, kF16 = 9 };
+constexpr int32_t kFormatCount = 9;   // of weights: kF16, in pairs as kBF16, is that of an adapter's A and B alone
 // Multiplied as integers, or as floats.
 static constexpr bool is_quantised(int32_t format) { return format > kBF16 && format <= kQ5_0; }
-static constexpr bool is_scaled(int32_t format) { return format > kQ5_0; }
+static constexpr bool is_scaled(int32_t format) { return format > kQ5_0 && format != kF16; }
 // Inputs of a group of a scaled format, of which a row's last may be shorter: a matrix has whole blocks of kBlock.
 static constexpr int64_t group_inputs(int32_t format) {
   return format == kFP8_128 ? 128 : format == kNF4 ? 64 : kBlock;
@@ -79,13 +79,13 @@ struct Rows {
 };
 
 // What a delta does to the base product p in its lanes (kernels/adapters.py has the sum of all; c is `column`, or 1):
-// kAdds: + c (h B^T). kScales: + weight (c - 1) p. The others put a product q of their own in place of p:
+// kAdds: + c (h B^T) + weight bias. kScales: + weight (c - 1) p. kScalesAndAdds: both. The others put a product q of their own in place of p:
 // + weight c (q - p). kOwnProduct: q is that of `own`, whose panels are those of `b`. kOwnValues: q is h. kOwnColumns: q
 // is h / weight, for single columns alone, which `ids` names in ascending order.
-enum DeltaRole : int32_t { kAdds = 0, kScales = 1, kOwnProduct = 2, kOwnValues = 3, kOwnColumns = 4 };
+enum DeltaRole : int32_t { kAdds = 0, kScales = 1, kScalesAndAdds = 2, kOwnProduct = 3, kOwnValues = 4, kOwnColumns = 5 };
 
 // What an adapter does to rows lo .. hi of a product and, with its panel i, to panel first + i * step: in the lanes
-// lane .. end of these panels. `h` is [hi - lo, inputs of b] and has the segment's weight. `max_hi` is the largest hi up
+// lane .. end of these panels. `b` is in the form kColumns (pack.h). `h` is [hi - lo, inputs of b] and has the segment's weight. `max_hi` is the largest hi up
 // to this delta of a list, `min_lo` the smallest lo from this one on: both ascend, so the deltas of given rows are found
 // by bisection.
 struct Delta {
@@ -97,7 +97,7 @@ struct Delta {
   int32_t role;
   float weight;
   int32_t lane, end;
-  const float* column;   // per lane of b's panels; may be null
+  const float *column, *bias;   // per lane of b's panels; may be null
   const struct LinearCall* own;
   const int32_t* ids;
   int32_t num_ids;
@@ -143,12 +143,12 @@ struct QuantiseCall {
   int32_t format, inputs;
 };
 
-// h[rows, 16 x a.panels] = scale * (x A^T).
+// h[rows, 16 x a.panels] = scale * (x A^T). A has `outputs` rows, and its last panel has no more lanes than it has rows there.
 struct ShrinkCall {
   Rows x, h;
   Packed a;
   float scale;
-  int32_t rows;
+  int32_t rows, outputs;
 };
 
 struct NormCall {

@@ -147,10 +147,10 @@ const std::vector<Delta>& Executable::head_deltas(size_t index, int32_t head, bo
     const int64_t stride = active.op->h_width, lanes = LatentOrder::panels_of(op.dim_v) * kLanes;
     const auto add = [&](int32_t role, const float* h, int64_t h_stride, const Packed& b, const float* column) -> Delta& {
       return state.deltas.emplace_back(Delta{h, h_stride, b, active.lo, active.hi, 0, 1, 0, 0, role, active.weight, 0,
-                                             values ? op.dim_v : op.rank, column, nullptr, nullptr, 0});
+                                             values ? op.dim_v : op.rank, column, nullptr, nullptr, nullptr, 0});
     };
     const float* column = values && of.values ? of.values + head * lanes : nullptr;
-    const Packed vector{nullptr, panel_bytes(kF32, 1), kF32, static_cast<int32_t>(lanes / kLanes), 1};
+    const Packed vector{nullptr, column_bytes(kF32, 1), kF32, static_cast<int32_t>(lanes / kLanes), 1};
     if (column) add(kScales, nullptr, 0, vector, column);
     if (!values && of.keys) {
       LinearCall& own = state.own.emplace_back();
@@ -197,9 +197,9 @@ void Executable::shrink_heads(const MlaOp& op, const ActiveAdapter& active, int3
   for (const AdapterLatent& part : active.op->latents)
     for (int32_t head = 0; head < op.heads; ++head) {
       Packed a = values ? part.value_a : part.key_b;
-      if (!values) a.data += static_cast<int64_t>(head) * a.panels * a.panel_bytes;
+      if (!values) a.data += head * rows_bytes(a.format, a.inputs, part.rank);
       float* to = h + part.h_start + static_cast<int64_t>(head) * part.value_a.panels * kLanes;
-      const ShrinkCall call{{x.data + head * head_width, x.stride}, {to, stride}, a, part.scale * active.weight, count};
+      const ShrinkCall call{{x.data + head * head_width, x.stride}, {to, stride}, a, part.scale * active.weight, count, part.rank};
       kernels_->shrink(&call, 0, a.panels);
     }
 }
@@ -225,27 +225,28 @@ void Executable::add_latent_part(AdapterOp& op, const MlaOp& at, const PartRow& 
   const auto rank = static_cast<int32_t>(std::clamp<int64_t>(row.a.shape[0], 0, kMaxWidth));
   require(rank > 0 && row.a.shape[0] == rank && row.a.shape[1] == at.rank && row.a.shape[2] == 0, "adapter: A has another width");
   require(row.b.shape[0] == outputs && row.b.shape[1] == rank && row.b.shape[2] == 0, "adapter: B has another shape");
-  const int32_t format = format_of(row.a), b_format = format_of(row.b);
-  const auto packed = [](const uint8_t* from, int32_t kind, int64_t outputs, int64_t inputs) -> Packed {
-    return {from, panel_bytes(kind, inputs), kind, static_cast<int32_t>(LatentOrder::panels_of(outputs)), static_cast<int32_t>(inputs)};
+  const int32_t format = format_of(row.a, true), b_format = format_of(row.b, true);
+  const auto packed = [](int64_t bytes, int32_t kind, int64_t outputs, int64_t inputs) -> Packed {
+    return {nullptr, bytes, kind, static_cast<int32_t>(LatentOrder::panels_of(outputs)), static_cast<int32_t>(inputs)};
   };
-  const auto size = [](const Packed& of) { return of.panels * of.panel_bytes; };
   AdapterLatent part{};
   part.scale = static_cast<float>(row.scale);
   part.h_start = static_cast<int32_t>(op.h_width);
-  part.value_a = packed(nullptr, format, rank, at.rank);
-  part.key_a = packed(nullptr, format, at.rank, rank);
-  part.key_b = packed(nullptr, b_format, rank, at.nope);
-  part.value_b = packed(nullptr, b_format, at.dim_v, rank);
+  part.rank = rank;
+  part.value_a = packed(panel_bytes(format, at.rank), format, rank, at.rank);
+  part.key_a = packed(column_bytes(format, rank), format, at.rank, rank);
+  part.key_b = packed(panel_bytes(b_format, at.nope), b_format, rank, at.nope);
+  part.value_b = packed(column_bytes(b_format, rank), b_format, at.dim_v, rank);
   const int64_t width = static_cast<int64_t>(at.heads) * part.value_a.panels * kLanes;
   require(op.h_width + width <= kMaxWidth, "adapter: its ranks are too large");
   op.h_width += width;
-  const uint8_t* a = bytes_at(row.a, size(part.value_a) + size(part.key_a), image);
-  const uint8_t* b = bytes_at(row.b, at.heads * (size(part.key_b) + size(part.value_b)), image);
+  const int64_t of_a = rows_bytes(format, at.rank, rank), of_keys = at.heads * rows_bytes(b_format, at.nope, rank);
+  const uint8_t* a = bytes_at(row.a, of_a + part.key_a.panels * part.key_a.panel_bytes, image);
+  const uint8_t* b = bytes_at(row.b, of_keys + at.heads * part.value_b.panels * part.value_b.panel_bytes, image);
   part.value_a.data = a;
-  part.key_a.data = a + size(part.value_a);
+  part.key_a.data = a + of_a;
   part.key_b.data = b;
-  part.value_b.data = b + at.heads * size(part.key_b);
+  part.value_b.data = b + of_keys;
   op.latents.push_back(part);
 }
 

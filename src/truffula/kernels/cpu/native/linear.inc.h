@@ -141,8 +141,9 @@ static void scale_base(DeltaSpan span, int r, int rows, int first, int panels, f
     }
     for (int p = 0; p < part.panels; ++p) {
       const V weight = set1(delta->weight), column = weight * column_of(delta, part.panel + p);
-      const V less = delta->role == kScales ? weight * lanes_of(delta, part.panel + p) : column;
-      const V more = delta->role == kScales ? column : zero();
+      const bool scales = delta->role == kScales || delta->role == kScalesAndAdds;
+      const V less = scales ? weight * lanes_of(delta, part.panel + p) : column;
+      const V more = scales ? column : zero();
       for (int row = 0; row < part.rows; ++row) {
         float* factor = to + (row * kUnitPanels + part.at + p) * kLanes;
         store(factor, load(factor) - less + more);
@@ -171,6 +172,45 @@ static bool replaced(DeltaSpan span, int r, int rows, int first, int panels) {
   return next == r + rows;
 }
 
+// What the base product in a delta's panel is multiplied by where the delta scales it.
+TF_INLINE V scale_of(const Delta* delta, int panel) {
+  const V weight = set1(delta->weight);
+  return fma(weight, column_of(delta, panel), set1(1.0f) - weight * lanes_of(delta, panel));
+}
+
+// Prefetches what the next tile reads of a vector.
+TF_INLINE void prefetch_next(const float* vector, const DeltaPart* part, const Delta* delta) {
+  if (vector && part->panel + part->panels < delta->b.panels)
+    prefetch((const uint8_t*)(vector + kLanes * (part->panel + part->panels)), 4 * kLanes * part->panels);
+}
+
+// Adds h B^T to y in a part of a tile, with all that its delta has beside.
+static void add_product(const Delta* delta, const DeltaPart* part, int scales, const float* h, float* y, int64_t y_stride) {
+  const int64_t bytes = delta->b.panel_bytes;
+  const uint8_t* panel = delta->b.data + part->panel * bytes;
+  if (part->panel + part->panels < delta->b.panels) prefetch(panel + part->panels * bytes, part->panels * bytes);
+  prefetch_next(delta->column, part, delta);
+  prefetch_next(delta->bias, part, delta);
+  alignas(64) float made[kBlockRows * kUnitPanels * kLanes];
+  const int64_t stride = kUnitPanels * kLanes;
+  if (delta->column)
+    product_of<kScatteredColumns>(delta->b.format, part->rows, part->panels, h, delta->h_stride, panel, bytes, delta->b.inputs, made, stride);
+  else
+    product_of<kAddScatteredColumns>(delta->b.format, part->rows, part->panels, h, delta->h_stride, panel, bytes, delta->b.inputs, y, y_stride);
+  if (!delta->column && !delta->bias) return;
+  for (int p = 0; p < part->panels; ++p) {
+    const V factor = scales ? scale_of(delta, part->panel + p) : set1(1.0f), column = column_of(delta, part->panel + p);
+    const V bias = delta->bias ? load(delta->bias + kLanes * (part->panel + p)) : zero();
+    for (int row = 0; row < part->rows; ++row) {
+      float* value = y + row * y_stride + kLanes * p;
+      V sum = load(value);
+      if (delta->column) sum = fma(column, load(made + row * stride + kLanes * p), sum * factor);
+      if (delta->bias) sum = fma(bias, set1(delta->weight), sum);
+      store(value, sum);
+    }
+  }
+}
+
 // Applies deltas to y, which holds the base product of rows r .. r + rows and panels first .. first + panels.
 // `disjoint`: no row has two that scale or replace it, so that each does that by itself, without a tile of factors.
 static void apply_deltas(DeltaSpan span, int32_t disjoint, int r, int rows, int first, int panels, float* y, int64_t y_stride) {
@@ -181,12 +221,14 @@ static void apply_deltas(DeltaSpan span, int32_t disjoint, int r, int rows, int 
     if ((delta->role == kScales && !disjoint) || !part_of(delta, r, rows, first, panels, &part)) continue;
     float* to = y + (part.row - r) * y_stride + kLanes * part.at;
     const float* h = delta->h + (part.row - delta->lo) * delta->h_stride;
+    if (delta->role == kAdds || delta->role == kScalesAndAdds) {
+      add_product(delta, &part, delta->role == kScalesAndAdds && disjoint, h, to, y_stride);
+      continue;
+    }
     if (delta->role == kScales) {
-      if (part.panel + part.panels < delta->b.panels)  // what the next tile reads of it
-        prefetch((const uint8_t*)(delta->column + kLanes * (part.panel + part.panels)), 4 * kLanes * part.panels);
+      prefetch_next(delta->column, &part, delta);
       for (int p = 0; p < part.panels; ++p) {
-        const V weight = set1(delta->weight), left = set1(1.0f) - weight * lanes_of(delta, part.panel + p);
-        const V factor = fma(weight, column_of(delta, part.panel + p), left);
+        const V factor = scale_of(delta, part.panel + p);
         for (int row = 0; row < part.rows; ++row) {
           float* value = to + row * y_stride + kLanes * p;
           store(value, load(value) * factor);
@@ -205,31 +247,17 @@ static void apply_deltas(DeltaSpan span, int32_t disjoint, int r, int rows, int 
       });
       continue;
     }
-    const int64_t bytes = delta->b.panel_bytes;
     const float* from = made;
     int64_t stride = kUnitPanels * kLanes;
-    float weight = delta->weight;
-    if (delta->role == kAdds) {
-      const uint8_t* panel = delta->b.data + part.panel * bytes;
-      if (part.panel + part.panels < delta->b.panels) prefetch(panel + part.panels * bytes, part.panels * bytes);
-      if (!delta->column) {
-        product_of<kAddScattered>(delta->b.format, part.rows, part.panels, h, delta->h_stride, panel, bytes,
-                                  delta->b.inputs, to, y_stride);
-        continue;
-      }
-      memset(made, 0, (size_t)part.rows * (size_t)stride * sizeof(float));
-      product_of<kAddScattered>(delta->b.format, part.rows, part.panels, h, delta->h_stride, panel, bytes,
-                                delta->b.inputs, made, stride);
-      weight = 1.0f;
-    } else if (delta->role == kOwnProduct) {
-      const uint8_t* panel = delta->b.data + part.panel * bytes;
+    if (delta->role == kOwnProduct) {
+      const uint8_t* panel = delta->b.data + part.panel * delta->b.panel_bytes;
       multiply_rows(delta->own, part.row - delta->lo, part.rows, part.panels, panel, made, stride);
     } else {
       from = h + kLanes * part.panel, stride = delta->h_stride;
     }
     for (int p = 0; p < part.panels; ++p) {
-      const V by = set1(weight) * column_of(delta, part.panel + p);
-      const V left = disjoint && delta->role != kAdds ? set1(1.0f) - by : set1(1.0f);
+      const V by = set1(delta->weight) * column_of(delta, part.panel + p);
+      const V left = disjoint ? set1(1.0f) - by : set1(1.0f);
       for (int row = 0; row < part.rows; ++row) {
         float* value = to + row * y_stride + kLanes * p;
         store(value, fma(by, load(from + row * stride + kLanes * p), load(value) * left));
@@ -288,48 +316,36 @@ static void linear(const LinearCall* c, int32_t unit_lo, int32_t unit_hi) {
 
 // Each row is summed in four quarters of k, (0 + 1) + (2 + 3): for a single row one chain of dependent sums would be
 // slow, and every row must be summed in the same order.
-template <int FORMAT>
-static void shrink_rows(const ShrinkCall* c, int32_t panel, int32_t row_lo, int32_t row_hi) {
-  const uint8_t* data = c->a.data + panel * c->a.panel_bytes;
-  const int64_t quarter = c->a.inputs / 8 * 2;  // even: no pair is split
+template <int FORMAT, class LINES>
+static void shrink_rows(const ShrinkCall* c, const uint8_t* data, LINES lines, float* h, int32_t row_lo, int32_t row_hi) {
+  const int64_t quarter = c->a.inputs / 8 * 2;  // even: no pair is split; the last quarter is the longest
   const V scale = set1(c->scale);
   for (int32_t r = row_lo; r < row_hi; ++r) {
     const float* x = c->x.data + r * c->x.stride;
     V part[4][1][1];
     for (int q = 0; q < 4; ++q) part[q][0][0] = zero();
-    if constexpr (FORMAT == kF32) {
-      const int64_t common = c->a.inputs - 3 * quarter < quarter ? c->a.inputs - 3 * quarter : quarter;
-      int64_t k = 0;
-      for (; k < common; ++k)
-        for (int q = 0; q < 4; ++q)
-          part[q][0][0] = fma(load((const float*)(data + 64 * (k + q * quarter))), set1(x[k + q * quarter]), part[q][0][0]);
-      for (int q = 0; q < 3; ++q)
-        multiply<1, 1, FORMAT, false>(part[q], x, 0, data, 0, q * quarter + k, (q + 1) * quarter);
-      multiply<1, 1, FORMAT, false>(part[3], x, 0, data, 0, 3 * quarter + k, c->a.inputs);
-    } else {
-      const int64_t last = c->a.inputs - 3 * quarter;
-      const int64_t common = (last < quarter ? last : quarter) / 2 * 2;
-      int64_t k = 0;
-      for (; k < common; k += 2)
-        for (int q = 0; q < 4; ++q) {
-          const int64_t at = k + q * quarter;
-          part[q][0][0] = fma(odd_of(data + 32 * at), set1(x[at + 1]), part[q][0][0]);
-          part[q][0][0] = fma(even_of(data + 32 * at), set1(x[at]), part[q][0][0]);
+    for (int64_t k = 0; k < quarter; k += 2)
+      for (int q = 0; q < 4; ++q) {
+        const int64_t at = k + q * quarter;
+        V& sum = part[q][0][0];
+        if constexpr (FORMAT == kF32) {
+          sum = fma(floats_of(data + lines.bytes * at, lines), set1(x[at]), sum);
+          sum = fma(floats_of(data + lines.bytes * (at + 1), lines), set1(x[at + 1]), sum);
+        } else {
+          sum = fma(odd_in<FORMAT>(data + lines.bytes / 2 * at, lines), set1(x[at + 1]), sum);
+          sum = fma(even_in<FORMAT>(data + lines.bytes / 2 * at, lines), set1(x[at]), sum);
         }
-      for (int q = 0; q < 3; ++q)
-        multiply<1, 1, FORMAT, false>(part[q], x, 0, data, 0, q * quarter + k, (q + 1) * quarter);
-      multiply<1, 1, FORMAT, false>(part[3], x, 0, data, 0, 3 * quarter + k, c->a.inputs);
-    }
+      }
+    multiply<1, 1, FORMAT, false>(part[3], x, 0, data, 0, 4 * quarter, c->a.inputs, lines);
     const V sum = (part[0][0][0] + part[1][0][0]) + (part[2][0][0] + part[3][0][0]);
-    store(c->h.data + r * c->h.stride + (int64_t)kLanes * panel, sum * scale);
+    store(h + r * c->h.stride, sum * scale);
   }
 }
 
 // Four rows share the loads of A. Quarter by quarter, so that the sums are those of a single row.
-template <int FORMAT>
-static void shrink_tiles(const ShrinkCall* c, int32_t panel) {
+template <int FORMAT, class LINES>
+static void shrink_tiles(const ShrinkCall* c, const uint8_t* data, LINES lines, float* h) {
   constexpr int MR = 4;
-  const uint8_t* data = c->a.data + panel * c->a.panel_bytes;
   const int64_t quarter = c->a.inputs / 8 * 2;
   const V scale = set1(c->scale);
   int32_t r = 0;
@@ -339,19 +355,26 @@ static void shrink_tiles(const ShrinkCall* c, int32_t panel) {
     for (int q = 0; q < 4; ++q) {
       for (int i = 0; i < MR; ++i) sum[q][i][0] = zero();
       multiply<MR, 1, FORMAT, true>(sum[q], x, c->x.stride, data, 0, q * quarter, q < 3 ? (q + 1) * quarter : c->a.inputs,
-                                     PrefetchDistance{2048, 0});
+                                    lines, PrefetchDistance{2048, 0});
     }
     for (int i = 0; i < MR; ++i)
-      store(c->h.data + (r + i) * c->h.stride + (int64_t)kLanes * panel,
-            ((sum[0][i][0] + sum[1][i][0]) + (sum[2][i][0] + sum[3][i][0])) * scale);
+      store(h + (r + i) * c->h.stride, ((sum[0][i][0] + sum[1][i][0]) + (sum[2][i][0] + sum[3][i][0])) * scale);
   }
-  if (r < c->rows) shrink_rows<FORMAT>(c, panel, r, c->rows);
+  if (r < c->rows) shrink_rows<FORMAT>(c, data, lines, h, r, c->rows);
 }
 
 static void shrink(const ShrinkCall* c, int32_t panel_lo, int32_t panel_hi) {
   for (int32_t panel = panel_lo; panel < panel_hi; ++panel) {
-    if (c->a.format == kF32) shrink_tiles<kF32>(c, panel);
-    else shrink_tiles<kBF16>(c, panel);
+    const uint8_t* data = c->a.data + panel * c->a.panel_bytes;
+    float* h = c->h.data + (int64_t)kLanes * panel;
+    const int32_t lanes = c->outputs - kLanes * panel;
+    const auto run = [&](auto lines) {
+      if (c->a.format == kF32) shrink_tiles<kF32>(c, data, lines, h);
+      else if (c->a.format == kF16) shrink_tiles<kF16>(c, data, lines, h);
+      else shrink_tiles<kBF16>(c, data, lines, h);
+    };
+    if (lanes < kLanes) run(narrow(lanes));
+    else run(Full{});
   }
 }
 

@@ -137,21 +137,42 @@ void drop_adapter(Native& self, int32_t slot) {
   self.images.erase(slot);
 }
 
+// Of a matrix of an adapter.
+int32_t adapter_format(const std::string& name) {
+  const int32_t format = name == "float16" ? kF16 : format_named(name);
+  if (format != kF32 && format != kBF16 && format != kF16) throw std::invalid_argument("panels are float32, bfloat16 or float16");
+  return format;
+}
+
+Form form_named(const std::string& name) {
+  if (name == "whole") return Form::kWhole;
+  if (name == "rows") return Form::kRows;
+  if (name == "columns") return Form::kColumns;
+  throw std::invalid_argument("form is " + name + ": one of whole, rows, columns");
+}
+
+// Bytes of a matrix of an adapter in panels, whose first `outputs` lanes it takes.
+int64_t adapter_matrix_bytes(int64_t outputs, int64_t inputs, int32_t format, Form form) {
+  if (form == Form::kRows) return rows_bytes(format, inputs, outputs);
+  return PanelOrder{outputs, 0}.panels() * (form == Form::kColumns ? column_bytes : panel_bytes)(format, inputs);
+}
+
 // Packs a matrix [rows, inputs] into panels of `format`, its first row in lane `lane`, over zeroed uint8 of that size.
 void pack_panels(const AnyArray& array, const nb::ndarray<uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>& to,
-                 const std::string& format_name, int64_t lane) {
+                 const std::string& format_name, int64_t lane, const std::string& form_name) {
   const Source source = source_of(array);
   const auto rows = static_cast<int64_t>(array.shape(0));
-  const int32_t format = format_named(format_name);
-  if (format != kF32 && format != kBF16) throw std::invalid_argument("panels are float32 or bfloat16");
-  if (lane < 0 || lane >= kLanes || rows > kMaxWidth || source.inputs > kMaxWidth)
+  const int32_t format = adapter_format(format_name);
+  const Form form = form_named(form_name);
+  if (format == kF16 && source.type != Stored::kFloat16) throw std::invalid_argument("only float16 is packed as that");
+  if (lane < 0 || lane >= kLanes || (lane && form == Form::kRows) || rows > kMaxWidth || source.inputs > kMaxWidth)
     throw std::invalid_argument("a lane outside its panel, or a matrix that is too large");
   const PanelOrder order{lane + rows, 0};
-  if (static_cast<int64_t>(to.size()) != order.panels() * panel_bytes(format, source.inputs))
+  if (static_cast<int64_t>(to.size()) != adapter_matrix_bytes(lane + rows, source.inputs, format, form))
     throw std::invalid_argument("panels of another size");
   const InFlightCall call;
   const nb::gil_scoped_release release;
-  pack_rows(source, 0, rows, to.data(), format, lane, order);
+  pack_rows(source, 0, rows, to.data(), format, lane, order, form);
 }
 
 Out<float> logits(Native& self, size_t vocab) {
@@ -335,6 +356,11 @@ void bind_sizes(nb::module_& m) {
           return matrix_bytes(format_named(format), inputs, panels, {outputs, half});
         },
         "outputs"_a, "inputs"_a, "format"_a, "panels"_a = true, "half"_a = 0, "Bytes of a matrix in panels, or as plain rows.");
+  m.def("adapter_matrix_bytes",
+        [](int64_t outputs, int64_t inputs, const std::string& format, const std::string& form) {
+          return adapter_matrix_bytes(outputs, inputs, adapter_format(format), form_named(form));
+        },
+        "outputs"_a, "inputs"_a, "format"_a, "form"_a, "Bytes of a matrix of an adapter, in a form that `pack_panels` takes.");
   m.def("converted_bytes",
         [](const std::string& isa, int32_t rows, int64_t inputs, const std::string& format) -> int64_t {
           const int32_t number = format_named(format);
@@ -395,7 +421,7 @@ NB_MODULE(_native, m) {
   m.doc() = "The CPU backend: a program's ops on packed weights, run by a team of threads.";
   m.def("op_fields", op_fields, "Names of the fields of each op that `add` takes, with the words of those that are words.");
   m.def("table_names", table_names, "Instruction sets this machine can run, the best first.");
-  m.def("pack_panels", pack_panels, "array"_a, "to"_a.noconvert(), "format"_a, "lane"_a,
+  m.def("pack_panels", pack_panels, "array"_a, "to"_a.noconvert(), "format"_a, "lane"_a, "form"_a,
         "A matrix in panels of 16 rows, as adapters are read: what the loading worker calls.");
   nb::class_<Native> executable(m, "Executable");
   executable.def(nb::init<const std::string&, int, const nb::object&, const std::string&, int32_t, bool>(), "isa"_a, "threads"_a,

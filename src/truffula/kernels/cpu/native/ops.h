@@ -422,7 +422,7 @@ struct AdapterExpand {
   Packed b{};
   int32_t role = kAdds, first = 0, step = 1, lane = 0, end = 0;
   int32_t h_start = kAbsent, converted = kAbsent;
-  const float* column = nullptr;
+  const float *column = nullptr, *bias = nullptr;
   const int32_t* ids = nullptr;
   int32_t num_ids = 0;
 };
@@ -433,7 +433,7 @@ struct AdapterExpand {
 struct AdapterLatent {
   Packed key_b, key_a, value_a, value_b;
   float scale;
-  int32_t h_start;
+  int32_t h_start, rank;
 };
 
 // Likewise c of the rows of all heads' keys [heads, keys], with which queries are multiplied into h, and in panels of
@@ -487,7 +487,7 @@ struct ImageData {
 
 // adapter_image.cpp: the format of a tensor of an image; where its bytes are; its float32 numbers, where it has this shape.
 // Throw std::invalid_argument.
-int32_t format_of(const TensorColumns& tensor);
+int32_t format_of(const TensorColumns& tensor, bool factor = false);
 const uint8_t* bytes_at(const TensorColumns& tensor, int64_t expected, const ImageData& image);
 const float* floats_at(const TensorColumns& tensor, int64_t shape, int64_t count, const ImageData& image);
 

@@ -33,11 +33,18 @@ struct PanelOrder {
 
 // Bytes of a panel of `inputs` lines.
 constexpr int64_t panel_bytes(int32_t format, int64_t inputs) {
-  if (format <= kBF16) return 64 * (format == kF32 ? inputs : (inputs + 1) / 2);
+  if (format <= kBF16 || format == kF16) return 64 * (format == kF32 ? inputs : (inputs + 1) / 2);
   if (is_scaled(format)) return scaled_input_bytes(format) * inputs + 64 * groups_of(format, inputs);
   const int64_t blocks = inputs / kBlock, lines = format == kQ8_0 ? 8 : format == kQ5_0 ? 5 : 4;
   return 64 * (blocks * lines + (format == kQ4_1 ? blocks : (blocks + 1) / 2));
 }
+
+// How a matrix lies in panels. kWhole: as weights do. An adapter's takes no more bytes than it has numbers: of kRows (A) the
+// last panel has as many lanes as rows are left; of kColumns (B, with its rank as inputs) the last of an odd number of
+// 16-bit inputs has half a line.
+enum class Form { kWhole, kRows, kColumns };
+constexpr int64_t column_bytes(int32_t format, int64_t inputs) { return inputs * (format == kF32 ? 64 : 32); }
+constexpr int64_t rows_bytes(int32_t format, int64_t inputs, int64_t rows) { return panel_bytes(format, inputs) / kLanes * rows; }
 
 // A matrix that turns latents into keys and values of heads: per head `keys` rows, then `values` rows. Products with
 // keys are taken along their rows, so the panels of a head's keys hold the transposed matrix [inputs, keys]; those of
@@ -83,7 +90,7 @@ constexpr int64_t stored_block_inputs(Stored type) {
 // Packs rows row_lo .. row_hi of `source` as outputs first + row_lo .. of the panels at `to`. Other lanes are not
 // written.
 void pack_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
-               const PanelOrder& order);
+               const PanelOrder& order, Form form = Form::kWhole);
 
 // `pack_rows` into the panels of a latent matrix.
 void pack_latent(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,

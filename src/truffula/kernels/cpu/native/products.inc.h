@@ -49,32 +49,32 @@ struct RowsAt {
 
 // acc += rows of x times lines k_lo .. k_hi of NP panels. The odd input of a pair is added first, as VDPBF16PS does.
 // STREAM: panels are adjacent in memory, so lines `ahead` are prefetched.
-template <int MR, int NP, int FORMAT, bool STREAM>
+template <int MR, int NP, int FORMAT, bool STREAM, class LINES>
 TF_INLINE void multiply(V (&acc)[MR][NP], const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
-                        int64_t k_lo, int64_t k_hi, PrefetchDistance ahead = {}) {
+                        int64_t k_lo, int64_t k_hi, LINES lines, PrefetchDistance ahead = {}) {
   RowsAt<MR, float> at(x + k_lo, stride);
   if constexpr (FORMAT == kF32) {
     for (int64_t k = k_lo; k < k_hi; ++k, at.step(1)) {
-      if constexpr (STREAM) prefetch_lines<NP>(panel + 64 * k, panel_bytes, ahead);
+      if constexpr (STREAM) prefetch_lines<NP>(panel + lines.bytes * k, panel_bytes, ahead);
       V w[NP];
-      for (int p = 0; p < NP; ++p) w[p] = load((const float*)(panel + p * panel_bytes + 64 * k));
+      for (int p = 0; p < NP; ++p) w[p] = floats_of(panel + p * panel_bytes + lines.bytes * k, lines);
       for (int r = 0; r < MR; ++r) {
         const V b = set1(*at.row(r));
         for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
       }
     }
   } else {
-    const uint8_t* line = panel + 32 * k_lo;  // k_lo is even
+    const uint8_t* line = panel + lines.bytes / 2 * k_lo;  // k_lo is even
     int64_t k = k_lo;
-    for (; k + 1 < k_hi; k += 2, line += 64, at.step(2)) {
+    for (; k + 1 < k_hi; k += 2, line += lines.bytes, at.step(2)) {
       if constexpr (STREAM) prefetch_lines<NP>(line, panel_bytes, ahead);
       V w[NP];
-      for (int p = 0; p < NP; ++p) w[p] = odd_of(line + p * panel_bytes);
+      for (int p = 0; p < NP; ++p) w[p] = odd_in<FORMAT>(line + p * panel_bytes, lines);
       for (int r = 0; r < MR; ++r) {
         const V b = set1(at.row(r)[1]);
         for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
       }
-      for (int p = 0; p < NP; ++p) w[p] = even_of(line + p * panel_bytes);
+      for (int p = 0; p < NP; ++p) w[p] = even_in<FORMAT>(line + p * panel_bytes, lines);
       for (int r = 0; r < MR; ++r) {
         const V b = set1(*at.row(r));
         for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
@@ -83,13 +83,13 @@ TF_INLINE void multiply(V (&acc)[MR][NP], const float* x, int64_t stride, const 
     if (k < k_hi)
       for (int r = 0; r < MR; ++r)
         for (int p = 0; p < NP; ++p)
-          acc[r][p] = fma(even_of(line + p * panel_bytes), set1(*at.row(r)), acc[r][p]);
+          acc[r][p] = fma(last_in<FORMAT>(line + p * panel_bytes, lines), set1(*at.row(r)), acc[r][p]);
   }
 }
 
 // How a product reads its matrix and writes its result. Weights are streamed, with sums in one chain or in blocks. Keys
-// and adapters are scattered in memory; adapters add to the values that are there.
-enum Use : int { kStream, kStreamBlocks, kScattered, kAddScattered };
+// and adapters are scattered in memory; the panels of adapters are `Columns`, and add to the values that are there or not.
+enum Use : int { kStream, kStreamBlocks, kScattered, kScatteredColumns, kAddScatteredColumns };
 
 // y[r, 16 p ...] = x[r] W^T, block by block. y holds the sum of the earlier blocks, as a tile fills the registers.
 template <int MR, int NP, int FORMAT>
@@ -101,7 +101,7 @@ TF_INLINE void tile_in_blocks(const float* x, int64_t stride, const uint8_t* pan
     for (int r = 0; r < MR; ++r)
       for (int p = 0; p < NP; ++p) acc[r][p] = zero();
     const int64_t end = k + kSumInputs < inputs ? k + kSumInputs : inputs;
-    multiply<MR, NP, FORMAT, true>(acc, x, stride, panel, panel_bytes, k, end, ahead);
+    multiply<MR, NP, FORMAT, true>(acc, x, stride, panel, panel_bytes, k, end, Full{}, ahead);
     for (int r = 0; r < MR; ++r)
       for (int p = 0; p < NP; ++p) {
         float* sum = y + r * y_stride + kLanes * p;
@@ -119,8 +119,10 @@ static void tile(const float* x, int64_t stride, const uint8_t* panel, int64_t p
     return tile_in_blocks<MR, NP, FORMAT>(x, stride, panel, panel_bytes, inputs, y, y_stride, ahead);
   V acc[MR][NP];
   for (int r = 0; r < MR; ++r)
-    for (int p = 0; p < NP; ++p) acc[r][p] = USE == kAddScattered ? load(y + r * y_stride + kLanes * p) : zero();
-  multiply<MR, NP, FORMAT, USE == kStream>(acc, x, stride, panel, panel_bytes, 0, inputs, ahead);
+    for (int p = 0; p < NP; ++p) acc[r][p] = USE == kAddScatteredColumns ? load(y + r * y_stride + kLanes * p) : zero();
+  if constexpr (USE == kScatteredColumns || USE == kAddScatteredColumns)
+    multiply<MR, NP, FORMAT, false>(acc, x, stride, panel, panel_bytes, 0, inputs, Columns{});
+  else multiply<MR, NP, FORMAT, USE == kStream>(acc, x, stride, panel, panel_bytes, 0, inputs, Full{}, ahead);
   for (int r = 0; r < MR; ++r)
     for (int p = 0; p < NP; ++p) store(y + r * y_stride + kLanes * p, acc[r][p]);
 }
@@ -169,8 +171,10 @@ static void product(int rows, int panels, const float* x, int64_t stride, const 
 template <Use USE>
 TF_INLINE void product_of(int32_t format, int rows, int panels, const float* x, int64_t stride, const uint8_t* panel,
                           int64_t panel_bytes, int64_t inputs, float* y, int64_t y_stride) {
-  if (format == kF32) product<kF32, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
-  else product<kBF16, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
+  if (format == kF32) return product<kF32, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
+  if constexpr (USE == kScatteredColumns || USE == kAddScatteredColumns)
+    if (format == kF16) return product<kF16, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
+  product<kBF16, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
 }
 
 #if defined(__AVX512BF16__) && !defined(TRUFFULA_TILES)

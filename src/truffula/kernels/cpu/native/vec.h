@@ -46,6 +46,18 @@ TF_INLINE V even_of(const uint8_t* line) {
 TF_INLINE V odd_of(const uint8_t* line) {
   return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(line), _mm512_set1_epi32((int)0xffff0000u)))};
 }
+// The first lanes of a line, which alone are stored; zeros in the others.
+struct Narrow {
+  __mmask16 mask;
+  int64_t bytes;
+};
+TF_INLINE Narrow narrow(int lanes) { return {(__mmask16)((1u << lanes) - 1), 4 * lanes}; }
+TF_INLINE __m512i bits_of(const uint8_t* line, Narrow n) { return _mm512_castps_si512(_mm512_maskz_loadu_ps(n.mask, (const float*)line)); }
+TF_INLINE V floats_of(const uint8_t* line, Narrow n) { return {_mm512_maskz_loadu_ps(n.mask, (const float*)line)}; }
+TF_INLINE V even_of(const uint8_t* line, Narrow n) { return {_mm512_castsi512_ps(_mm512_slli_epi32(bits_of(line, n), 16))}; }
+TF_INLINE V odd_of(const uint8_t* line, Narrow n) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(bits_of(line, n), _mm512_set1_epi32((int)0xffff0000u)))};
+}
 TF_INLINE V load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
@@ -115,6 +127,26 @@ TF_INLINE V even_of(const uint8_t* line) {
 TF_INLINE V odd_of(const uint8_t* line) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(half_line(line, 0), 16), 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(half_line(line, 1), 16), 16))};
+}
+// The first lanes of a line, which alone are stored; zeros in the others.
+struct Narrow {
+  __m256i lo, hi;
+  int64_t bytes;
+};
+TF_INLINE Narrow narrow(int lanes) { return {first(lanes), first(lanes - 8), 4 * lanes}; }
+TF_INLINE __m256i half_line(const uint8_t* line, int half, Narrow n) {
+  return _mm256_maskload_epi32((const int*)(line + 32 * half), half ? n.hi : n.lo);
+}
+TF_INLINE V floats_of(const uint8_t* line, Narrow n) {
+  return {_mm256_castsi256_ps(half_line(line, 0, n)), _mm256_castsi256_ps(half_line(line, 1, n))};
+}
+TF_INLINE V even_of(const uint8_t* line, Narrow n) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(half_line(line, 0, n), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(half_line(line, 1, n), 16))};
+}
+TF_INLINE V odd_of(const uint8_t* line, Narrow n) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(half_line(line, 0, n), 16), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(half_line(line, 1, n), 16), 16))};
 }
 TF_INLINE __m256 widen(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -199,6 +231,24 @@ TF_INLINE V even_of(const uint8_t* line) { return map([&](int i) { return (Quad)
 TF_INLINE V odd_of(const uint8_t* line) {
   return map([&](int i) { return (Quad)(bits_at(line + 16 * i) & 0xffff0000u); });
 }
+// The first lanes of a line, which alone are stored; zeros in the others.
+struct Narrow {
+  int64_t bytes;
+};
+TF_INLINE Narrow narrow(int lanes) { return {4 * lanes}; }
+TF_INLINE V floats_of(const uint8_t* line, Narrow n) {
+  V a = zero();
+  memcpy(&a, line, (size_t)n.bytes);
+  return a;
+}
+TF_INLINE V even_of(const uint8_t* line, Narrow n) {
+  const V a = floats_of(line, n);
+  return even_of((const uint8_t*)&a);
+}
+TF_INLINE V odd_of(const uint8_t* line, Narrow n) {
+  const V a = floats_of(line, n);
+  return odd_of((const uint8_t*)&a);
+}
 TF_INLINE V load_bf16(const uint16_t* p) {
   return map([&](int i) {
     const BitQuad b = {p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]};
@@ -231,6 +281,15 @@ TF_INLINE V where_nan(V a, V yes, V no) {
 }
 
 #endif
+
+// All lanes of a line. In `Columns` the last of an odd number of 16-bit inputs has a line of its own, of half a size.
+struct Full {
+  static constexpr int64_t bytes = 64;
+};
+struct Columns : Full {};
+TF_INLINE V floats_of(const uint8_t* line, Full) { return load((const float*)line); }
+TF_INLINE V even_of(const uint8_t* line, Full) { return even_of(line); }
+TF_INLINE V odd_of(const uint8_t* line, Full) { return odd_of(line); }
 
 TF_INLINE V rounded(V a, int32_t round) { return round ? round_bf16(a) : a; }
 
