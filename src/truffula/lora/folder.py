@@ -27,7 +27,8 @@ _HASH_CHUNK = 16 << 20
 
 
 class AdapterTensors:
-    """``tensors`` by name, of one file or of all shards, and the ``header`` of all as stored; read as ``SafetensorsFile`` reads them.
+    """``tensors`` by name, of one file or of all shards, and the ``header`` of all as stored. Read as
+    ``SafetensorsFile`` reads them.
 
     Raises ``CheckpointError`` for a damaged file, ``AdapterError`` for shards that hold a tensor twice, or that
     ``index`` (None: there is none) does not describe.
