@@ -225,8 +225,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     what the tokenizer adds (BOS) to a text prompt and nothing to a rendered chat. ``truncate`` n keeps the last n
     prompt tokens. ``echo`` returns the prompt's text on the first delta of each choice, ``return_prompt_tokens`` its
     token pieces as well (``params.prompt_logprobs`` implies that).
-    ``prepared`` is the prompt where a text worker has made it (``service/prompts.py``), in place of ``prompt`` and of
-    what ``messages`` hold. ``queue_timeout_s`` and ``deadline_s`` count from acceptance. ``request_id`` is the client's
+    ``prepared`` is the prompt where a text worker has made it (``service/prompts.py``), with the texts of the base or
+    of an adapter (``prepared_with``), in place of ``prompt`` and of what ``messages`` hold.
+    ``queue_timeout_s`` and ``deadline_s`` count from acceptance. ``request_id`` is the client's
     word, for logs; it need not be unique. ``salt`` separates tenants in the prefix cache.
     ``tenant`` and ``weight``: as in ``EngineRequest``.
     """
@@ -255,6 +256,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     return_prompt_tokens: bool = False
     truncate: int | None = None
     prepared: bytes | None = None
+    prepared_with: TextSource | None = None
     salt: str = ""
     tenant: str = ""
     weight: float = 1.0

@@ -11,13 +11,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from kernel_backends import SINGLE, on_the_best
+from served import OPTIONS, write_model
 from served_base import Served
+from tiny_tokenizers import byte_level_json
+from tokenizers import Tokenizer as Library
 
-from truffula.errors import AdapterError
+from truffula import LLM, SamplingParams
+from truffula.errors import AdapterError, InvalidRequest
 from truffula.kernels.backend import Backend, QuantisedArray
 from truffula.kernels.cpu.formats import BLOCK_KINDS
+from truffula.lora.folding import fold_adapter
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.model.load import zeros_like
+from truffula.testing.adapters import write_adapter
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 from truffula.weights.gguf_quants import values_of_blocks
 from truffula.weights.quantised.packing import BY_KIND
@@ -28,6 +34,7 @@ BASES: dict[str, dict[str, Any]] = {
     "qwen2": {"vocab_size": 96, "tie_word_embeddings": True},
 }
 FEWER, MORE = 91, 101
+REST = [("llama", FEWER), ("qwen2", MORE)]
 CASES: dict[str, dict[str, Any]] = {
     "tables": {"target_modules": ["q_proj"]},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
@@ -57,8 +64,10 @@ def trained(folder: Path, base: Path, rows: int, ids: list[int], **settings: Any
 
 
 @on_the_best
-@pytest.mark.parametrize("model_type", BASES)
-@pytest.mark.parametrize("rows", [FEWER, MORE])
+@pytest.mark.parametrize(
+    ("model_type", "rows"),
+    [("llama", MORE), ("qwen2", FEWER), *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)],
+)
 def test_resized_tables_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend, rows: int) -> None:
     """``resize_token_embeddings(len(tokenizer))`` takes padding from a base, and adds rows to one without."""
     path = write_tiny_checkpoint(tmp_path / "model", tiny_config(model_type, **BASES[model_type]), seed=5)
@@ -114,3 +123,71 @@ def test_rows_for_added_tokens_are_stored_as_those_of_a_quantised_table(kind: st
     more = zeros_like(table, (3, format.size))
     assert isinstance(more, QuantisedArray) and more.kind == kind
     np.testing.assert_array_equal(more.dequantise(), np.zeros((3, format.size), np.float32))
+
+
+def test_virtual_tokens_are_behind_the_rows_for_added_ones(tmp_path: Path) -> None:
+    """They are no rows of the table, whose rows gemma scales."""
+    path = write_tiny_checkpoint(tmp_path / "model", tiny_config("gemma3_text", vocab_size=61), seed=5)
+    values = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
+    found = []
+    for more_ids in (0, 8):
+        served = Served(path, SINGLE["reference"], more_ids=more_ids)
+        width = next(site.out_features for site in served.program.sites if site.kind == "embed")
+        config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "token_dim": width}
+        folder = write_adapter(tmp_path / str(more_ids), config, {"prompt_embeddings": np.resize(values, (3, width))})
+        facts = validate_adapter(folder, served.program.sites, base=BaseFacts("b", served.weights)).facts
+        assert facts.virtual_ids == tuple(range(61 + more_ids, 64 + more_ids))
+        found.append(served.run([(served.add(folder), [*facts.virtual_ids, 5, 6, 7])])[0])
+    np.testing.assert_array_equal(found[0], found[1][:, :61])
+
+
+def test_an_adapter_with_a_vocabulary_of_its_own_is_not_folded(tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path / "model", tiny_config("llama", **BASES["llama"]), seed=5)
+    trained(tmp_path / "a", path, FEWER, [1, 2], **CASES["tables"])
+    with pytest.raises(AdapterError, match="a vocabulary of its own, of 91 tokens"):
+        fold_adapter(path, tmp_path / "a", tmp_path / "out")
+
+
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_tokens_that_were_added_in_training_are_read_and_written(tmp_path: Path, tied: bool) -> None:
+    """From text to text, beside the base, against the resized model with peft."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base_tokens = Library.from_buffer(byte_level_json())
+    size = base_tokens.get_vocab_size()
+    model = write_model(tmp_path / "model", vocab_size=size, tie_word_embeddings=tied)
+    base_tokens.add_tokens(["<SKU-7>", "<SKU-8>"])
+    torch.manual_seed(3)
+    resized = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    resized.resize_token_embeddings(size + 2, mean_resizing=False)
+    with torch.no_grad():
+        resized.get_input_embeddings().weight[size:] *= 30
+        resized.get_output_embeddings().weight[size:] *= 30
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    made = get_peft_model(resized, settings).eval()
+    folder = tmp_path / "adapter"
+    made.save_pretrained(folder, save_embedding_layers=True)
+    base_tokens.save(str(folder / "tokenizer.json"))
+    text = "buy <SKU-7> now"
+    ids = base_tokens.encode(text).ids
+    assert size in ids
+    with LLM(model, {"skus": folder}, adapter_tokens=2, **OPTIONS) as llm:
+        asked = SamplingParams(max_tokens=12, logprobs=4, temperature=0.0, ignore_eos=True)
+        (mine,), (base,) = (llm.generate(text, asked, adapters=name) for name in ("skus", None))
+        (again,) = llm.generate([size + 1, 5], SamplingParams(max_tokens=1), adapters="skus")
+        with pytest.raises(InvalidRequest, match=f"{size + 1}"):
+            llm.generate([size + 1, 5], SamplingParams(max_tokens=1))
+        with pytest.raises(InvalidRequest, match=f"{size + 2}"):
+            llm.generate([size + 2, 5], SamplingParams(max_tokens=1), adapters="skus")
+    assert again.token_ids and max(base.token_ids) < size
+    with torch.no_grad():
+        theirs = made.generate(input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        scores = torch.log_softmax(made(theirs).logits[0], -1).numpy()
+    tokens = theirs[0, len(ids) :].tolist()
+    assert mine.token_ids == tokens and mine.text == base_tokens.decode(tokens, skip_special_tokens=False)
+    assert {size, size + 1} & {*tokens}, "no added token was drawn"
+    for at, tops in enumerate(mine.logprobs):
+        for token, logprob in tops.items():
+            assert logprob == pytest.approx(scores[len(ids) - 1 + at, token], abs=1e-3)

@@ -125,7 +125,7 @@ def test_many_errors_are_one(live):
 def test_a_template_that_is_not_plain_is_rendered_as_by_the_library(tmp_path):
     with serving(with_template(tmp_path / "model", NOT_PLAIN)) as live:
         core = live.service.texts.core
-        assert not core.templates.is_plain(NOT_PLAIN)
+        assert not core.base.templates.is_plain(NOT_PLAIN)
         expected = ChatTemplates({"default": NOT_PLAIN}, {}).render(
             GenerateRequest(messages=messages_from_openai(TALK))
         )

@@ -243,10 +243,11 @@ class GrammarCompiler:
         self._threads: ThreadPoolExecutor | None = None
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Set the tokens that grammars of this vocabulary are compiled for. Of a key only the first call counts; the
-        oldest of adapters are dropped."""
+        """Set the tokens that grammars of this vocabulary are compiled for. Of a key only the first call counts;
+        adapters' that were set longest ago are dropped."""
         size = self._vocab_size
-        if vocabulary.key in self._vocabularies:
+        if (known := self._vocabularies.get(vocabulary.key)) is not None:
+            self._vocabularies[vocabulary.key] = self._vocabularies.pop(vocabulary.key, known)
             return
         eos_ids = frozenset(i for i in {*vocabulary.end_ids, *self._config_eos_ids} if 0 <= i < size)
         tokens = vocabulary.tokens[:size] + [b""] * (size - len(vocabulary.tokens))

@@ -120,6 +120,7 @@ class ProcessClient:
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         with self._lock:
+            self._vocabularies.pop(vocabulary.key, None)
             self._vocabularies[vocabulary.key] = vocabulary
             while len(self._vocabularies) > MAX_VOCABULARIES:
                 del self._vocabularies[next(key for key in self._vocabularies if key)]

@@ -184,7 +184,8 @@ class WaitingQueues:
         lease = sequence.virtual_lease
         try:
             own = max((one.facts.vocab_size for one in sequence.acting_leases.values()), default=0)
-            check_vocabulary(sequence.request, own or self._limits.base_ids)
+            if own or self._limits.more_ids:
+                check_vocabulary(sequence.request, own or self._limits.base_ids)
             if own:
                 sequence.take_vocabulary(own)
             if lease is None:

@@ -68,7 +68,7 @@ class Assembly:
         order = list(KINDS)
         made = []
         for site, parts in sorted(self.parts.items()):
-            if len(parts) == 1 and not isinstance(parts[0], Bias):
+            if len(parts) == 1 and site not in self.tables and not isinstance(parts[0], Bias):
                 made.append(SiteTensors(site, (parts[0],)))
                 continue
             biases = [part.values.astype(np.float32) for part in parts if isinstance(part, Bias)]

@@ -27,7 +27,8 @@ _HASH_CHUNK = 16 << 20
 
 
 class AdapterTensors:
-    """``tensors`` by name, of one file or of all shards; read as ``SafetensorsFile`` reads them.
+    """``tensors`` by name, of one file or of all shards, and the ``header`` of all as stored. Read as
+    ``SafetensorsFile`` reads them.
 
     Raises ``CheckpointError`` for a damaged file, ``AdapterError`` for shards that hold a tensor twice, or that
     ``index`` (None: there is none) does not describe.
@@ -35,6 +36,7 @@ class AdapterTensors:
 
     def __init__(self, files: Iterable[SafetensorsFile], index: bytes | None) -> None:
         self._files = list(files)
+        self.header = b"".join(file.header for file in self._files)
         self._of: dict[str, SafetensorsFile] = {}
         for file in self._files:
             if twice := self._of.keys() & file.tensors.keys():

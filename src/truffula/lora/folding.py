@@ -103,6 +103,11 @@ def _check_foldable(found: PeftAdapter) -> None:
             "The adapter acts from its invocation tokens on (alora_invocation_tokens), which weights cannot express.",
             param="alora_invocation_tokens",
         )
+    if found.facts.vocab_size:
+        raise AdapterError(
+            f"The adapter has a vocabulary of its own, of {found.facts.vocab_size} tokens. Fold it with the model "
+            "that it was trained on, resized: PEFT's merge_and_unload.", param="vocab_size",
+        )  # fmt: skip
     if found.facts.virtual_ids:
         raise AdapterError(
             "The adapter puts virtual tokens before the prompt, which weights cannot express.", param="peft_type"

@@ -128,7 +128,10 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
         made = await addressed(request, made, body.address(), used)
         if job is not None and (texts := await state.service.texts.of(made[0].adapter, client_of(request))).source:
             _, _, again = await _read_in_worker(request, job._replace(texts=texts.source))
-            made = [replace(one, prepared=other.prepared) for one, other in zip(made, again, strict=True)]
+            own = [one.prepared for one in again]
+            made = [
+                replace(one, prepared=prompt, prepared_with=texts.source) for one, prompt in zip(made, own, strict=True)
+            ]
     finally:
         note_ignored(request, [name for name in unknown if name not in used])
     return Read(body, made, characters, at)

@@ -85,6 +85,8 @@ class PromptMaker:
     async def prompt(self, request: GenerateRequest, texts: TextSet) -> Prompt:
         """The request's prompt. Raises as ``make_prompt``, and ``Overloaded``."""
         if request.prepared is not None:
+            if request.prepared_with != texts.source:
+                raise InvalidRequest("The prompt was made for an adapter with another tokenizer.", param="prompt")
             return unpack_prompt(request.prepared)
         size = chars_of(request)
         own = texts.source is not None

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from truffula.errors import InvalidRequest, TruffulaError
+from truffula.errors import AdapterLoadError, InvalidRequest, TruffulaError
 from truffula.service.answers import AnswerFormats
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.ends import EndTokens
 from truffula.text.own_texts import Base, Examined, examined, find_source, load_own
-from truffula.text.tokenizer import Tokenizer
+from truffula.text.tokenizer import Tokenizer, digest_of
 from truffula.types import AdapterRef, GenerateRequest, TextSource
 from truffula.weights.text_files import ModelTexts
 from truffula.weights.texts import read_texts
@@ -63,9 +63,9 @@ class TextSets:
     def known(self, adapter: AdapterRef | None) -> TextSet | None:
         """The text set of a request for ``adapter``; None where its files must be read first. Raises as ``find``."""
         sets = []
-        for ref in _folders(adapter):
+        for ref in _parts(adapter):
             with self._lock:
-                digest = self._known.get(_state(ref))
+                digest = self._known.get(_state(ref)) if ref.kind == "local" else ""
             found = None if digest is None else self.made(digest)
             if found is None:
                 return None
@@ -78,7 +78,9 @@ class TextSets:
         Raises ``AdapterError`` for files that cannot be used, ``AdapterLoadError`` for those that cannot be read.
         """
         missing = []
-        for ref in _folders(adapter):
+        for ref in _parts(adapter):
+            if ref.kind != "local":
+                continue
             source = find_source(ref.locator, ref.root, self._digest)
             digest = "" if source is None else source.digest
             with self._lock:
@@ -96,7 +98,7 @@ class TextSets:
         with self._lock:
             until, error = self._refused.get(digest, (0.0, None))
             if error is not None and self._clock() < until:
-                raise error
+                raise TruffulaError.from_info(error.info())
             if (found := self._made.get(digest)) is not None:
                 self._made.move_to_end(digest)
             return found
@@ -106,6 +108,8 @@ class TextSets:
         core = self._core
         base = core.base
         texts = ModelTexts({}, {}) if self._path is None else read_texts(self._path)
+        if digest_of(texts.tokenizer) != self._digest:
+            raise AdapterLoadError("The base's tokenizer was replaced; restart to read that of an adapter beside it.")
         tokenizer = None
         if found is None or not found.same_tokenizer:
             tokenizer = load_own(source, texts)
@@ -149,11 +153,11 @@ class TextSets:
         return first
 
 
-def _folders(adapter: AdapterRef | None) -> list[AdapterRef]:
-    """The adapters of a request whose files are folders of this machine."""
+def _parts(adapter: AdapterRef | None) -> list[AdapterRef]:
+    """The adapters of a request that have files."""
     if adapter is None:
         return []
-    return [ref for part in adapter.parts for ref in _folders(part.ref)] or [adapter] * (adapter.kind == "local")
+    return [ref for part in adapter.parts for ref in _parts(part.ref)] or [adapter]
 
 
 def _state(ref: AdapterRef) -> tuple[str, str, str]:

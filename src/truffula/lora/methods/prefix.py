@@ -46,6 +46,7 @@ def _parse(source: Metadata) -> ParsedAdapter:
         return np.ascontiguousarray(values.transpose(1, 2, 0, 3))
 
     first = next((site.in_features for site in source.sites if site.kind == "embed"), 1 << 30)
+    first += source.base.more_ids
     facts = AdapterFacts(virtual_ids=tuple(range(first, first + count)), kv_ops=tuple(layer.op for layer in layers))
     computed = [Computed("the prefix of keys and values", (info,), lambda _: (), make_prefix=make)]
     return ParsedAdapter(own_settings(), computed=computed, facts=facts)

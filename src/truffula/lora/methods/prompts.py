@@ -50,7 +50,8 @@ def _parse(source: Metadata) -> ParsedAdapter:
             param="num_virtual_tokens" if count < 1 else "token_dim",
         )
     check_shape(info, (count, site.out_features), source.base)
-    ids = range(site.in_features, site.in_features + count)
+    first = site.in_features + source.base.more_ids
+    ids = range(first, first + count)
 
     def make(tensors: Tensors) -> Iterable[SiteTensors]:
         values = as_float32(tensors[KEY]) * np.float32(site.virtual_scale or 1.0)
