@@ -95,10 +95,10 @@ class TransformersBackend:
         self._fill(model, program, served, pull)
         if described.serial:
             executable = SerialExecutable(described, model, program, capacity, device)
-            probe_serial(executable, served)
+            probe_serial(executable)
             return executable
         packed = PagedExecutable(described, model, program, capacity, device, served)
-        probe_paged(packed, served)
+        probe_paged(packed)
         return packed
 
     def _fill(self, model: Any, program: Program, dtype: torch.dtype, pull: PullWeight) -> None:
