@@ -73,8 +73,9 @@ class Sampler:
         top_logprobs = np.full((count, width), -np.inf, np.float32)
         others = [(r, row) for r, row in enumerate(rows) if not row.plain]
         choices = [row.sampling.choice for _, row in others]
-        draws = uniform([row.sampling.seed for _, row in others], choices, [row.draw for _, row in others])
-        for (r, row), drawn in zip(others, draws.tolist(), strict=True):
+        seeds, numbers = [row.sampling.seed for _, row in others], [row.draw for _, row in others]
+        draws = uniform(seeds, choices, numbers).tolist() if others else []
+        for (r, row), drawn in zip(others, draws, strict=True):
             if not finite[r]:
                 continue
             raw = logits[r].astype(np.float64)

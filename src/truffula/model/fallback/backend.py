@@ -95,14 +95,18 @@ class TransformersBackend:
         self._fill(model, program, served, pull)
         if described.serial:
             executable = SerialExecutable(described, model, program, capacity, device)
-            probe_serial(executable, served)
+            probe_serial(executable)
             return executable
         packed = PagedExecutable(described, model, program, capacity, device, served)
-        probe_paged(packed, served)
+        probe_paged(packed)
         return packed
 
     def _fill(self, model: Any, program: Program, dtype: torch.dtype, pull: PullWeight) -> None:
-        """Give ``model`` its weights: views of the files where dtype and form are those of the model."""
+        """Give ``model`` its weights: views of the files where dtype and form are those of the model.
+
+        They keep ``requires_grad``, although passes run in inference mode: with it ``torch.matmul`` makes one product
+        of an input with any strides, without it one product per row, which takes a hundred times as long.
+        """
         described = self._described
         stored = {}
         for decl in program.weights:
@@ -115,5 +119,3 @@ class TransformersBackend:
         head = model.get_output_embeddings()
         if tied and head.weight is not model.get_input_embeddings().weight:
             head.weight = model.get_input_embeddings().weight
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)

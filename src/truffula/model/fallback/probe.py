@@ -21,24 +21,24 @@ from truffula.model.fallback.serial import SerialExecutable
 from truffula.model.plan import PackingFails
 
 _LEAST_LIMIT, _ROUNDINGS = 2e-3, 3.0
-"""Of all model types of transformers, with random weights in bfloat16, harmless differences were at most 1.9 times
-those that one more rounding of each module's output makes (where another expert was chosen; 0.8 times otherwise), and
-mistakes at least 5 times. In float32: 2e-5, and 1 and more."""
+"""See ``_limit``. Of all model types of transformers, with random weights in bfloat16, harmless differences were at
+most 1.9 times those of such a change (where another expert was chosen; 0.8 times otherwise), and mistakes at least 5
+times. In float32: 2e-5, and 1 and more."""
 _LENGTHS = (9, 6)
 _SITES = 12
 
 
-def probe_paged(executable: PagedExecutable, dtype: torch.dtype) -> None:
+def probe_paged(executable: PagedExecutable) -> None:
     """Compare two packed sequences with each alone.
 
     Raises:
         PackingFails: Log-probabilities differ, or the adapter does not change its own rows, or changes others.
     """
-    if problem := _problem(executable, dtype):
+    if problem := _problem(executable):
         raise PackingFails(problem)
 
 
-def probe_serial(executable: SerialExecutable, dtype: torch.dtype) -> None:
+def probe_serial(executable: SerialExecutable) -> None:
     """Compare a sequence that continues the model's cache with one pass over it; set ``whole_chunks`` and ``stacks``.
 
     Raises:
@@ -46,7 +46,7 @@ def probe_serial(executable: SerialExecutable, dtype: torch.dtype) -> None:
     """
     text = _texts(executable, executable.capacity.max_tokens)[0]
     alone = _alone(executable, text)
-    limit = _limit(executable, text, alone, dtype)
+    limit = _limit(executable, text, alone)
     differs = []
     for whole in (True, False):
         executable.whole_chunks = whole
@@ -61,7 +61,7 @@ def probe_serial(executable: SerialExecutable, dtype: torch.dtype) -> None:
             failure = ""
         if differs[-1] <= limit:
             executable.stacks = executable.described.trace.cache_widths[0] == 0
-            executable.stacks = executable.stacks and not _problem(executable, dtype)
+            executable.stacks = executable.stacks and not _problem(executable)
             return
     raise UnsupportedModel(
         f"config.json: {executable.described.class_name} of transformers does not continue its own cache: tokens one "
@@ -71,11 +71,11 @@ def probe_serial(executable: SerialExecutable, dtype: torch.dtype) -> None:
     )
 
 
-def _problem(executable: PagedExecutable | SerialExecutable, dtype: torch.dtype) -> str:
+def _problem(executable: PagedExecutable | SerialExecutable) -> str:
     """What goes wrong when sequences are computed together, without an adapter and with one on the first; or empty."""
     texts = _texts(executable, min(executable.capacity.max_tokens, executable.capacity.block_size))
     own = [_alone(executable, text) for text in texts]
-    limit = _limit(executable, texts[0], own[0], dtype)
+    limit = _limit(executable, texts[0], own[0])
     try:
         plain, mixed = _together(executable, texts), None
         if image := _adapter(executable):
@@ -96,8 +96,9 @@ def _problem(executable: PagedExecutable | SerialExecutable, dtype: torch.dtype)
     return ""
 
 
-def _limit(executable: TransformersExecutable, text: list[int], alone: Array, dtype: torch.dtype) -> float:
-    """Of differences of log-probabilities: what one more rounding of each module's output makes, several times."""
+def _limit(executable: TransformersExecutable, text: list[int], alone: Array) -> float:
+    """Of differences of log-probabilities: several times what follows from changing the output of each module by one
+    unit in the last place of its dtype."""
     signs = torch.Generator().manual_seed(0)
 
     def rounded(module: nn.Module, args: Any, output: Any) -> Any:

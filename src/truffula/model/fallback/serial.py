@@ -162,10 +162,10 @@ class SerialExecutable(TransformersExecutable):
             logits, out = self.forward(tokens[:, lo:hi], kept - lo, use_cache=True, **past)
             stack = _Stack(out[cache.name], tuple(slots))
             found.append(logits)
-        for sequence, seen in zip(sequences, before, strict=True):
-            sequence.stack, sequence.computed = stack, seen + count
-        logits = torch.cat(found, 1).cpu().numpy()
-        return np.asarray(logits[rows // count, np.searchsorted(wanted, rows % count)])
+        for sequence, start in zip(sequences, before, strict=True):
+            sequence.stack, sequence.computed = stack, start + count
+        scores = torch.cat(found, 1).cpu().numpy()
+        return np.asarray(scores[rows // count, np.searchsorted(wanted, rows % count)])
 
     def _stacked(self, slots: tuple[int, ...]) -> _Stack | None:
         """The stack of these sequences, or None when they are new. Those that stay behind in a former one leave it."""
