@@ -1,5 +1,5 @@
-"""Every kernel of a step of a large model compiles for GPUs, within what a multiprocessor has, and multiplies with tensor
-cores. Needs no GPU: triton brings the assembler."""
+"""Every kernel of a step of a large model compiles for GPUs, within what a multiprocessor has, and multiplies with
+tensor cores. Needs no GPU: triton brings the assembler."""
 
 from __future__ import annotations
 

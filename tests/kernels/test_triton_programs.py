@@ -1,9 +1,10 @@
-"""Whole programs on the triton backend under the interpreter: the torch backend's logits, and bits that a row's company,
-the cut of its prompt and the number of rows do not change."""
+"""Whole programs on the triton backend under the interpreter: the torch backend's logits, and bits that a row's
+company, the cut of its prompt and the number of rows do not change."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from truffula.kernels.program import Norm, Program, Rope
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.triton import check
 from truffula.kernels.triton.check import wrong_kernels
+from truffula.testing.parity import verify_model
 from truffula.testing.programs import (
     Part,
     attach,
@@ -25,7 +27,7 @@ from truffula.testing.programs import (
     random_adapter,
     random_weights,
 )
-from truffula.testing.tiny import tiny_config
+from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 
 pytestmark = needs_triton
 CAPACITY = Capacity(
@@ -110,6 +112,14 @@ def test_a_rows_bits_depend_on_its_sequence_alone(name: str, dtype: str) -> None
     cuts = [[Part(IDS[lo:hi], lo, (12, 14, 16), 2)] for lo, hi in ((0, 9), (9, 29), (29, 44))]
     last = [Part((1,), 9, (4,), None), Part(IDS[44:], 44, (12, 14, 16), 2)]
     assert np.array_equal(logits(executable, *cuts, sorted(last, key=lambda part: part.slot is None))[0], alone[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_answers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path, tiny_config(name, num_hidden_layers=2))
+    report = verify_model(tmp_path, prompts=[IDS[:11]], backend=interpreted(), new_tokens=3)
+    assert report.ok, report
 
 
 @pytest.mark.slow

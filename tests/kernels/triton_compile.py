@@ -79,7 +79,7 @@ class CompilingDevice:
             )  # fmt: skip
             made = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
             print(json.dumps({"kernel": kernel.__name__, "capability": self.capability, **facts(made), **options,
-                              "constants": {k: v for k, v in constants.items()}}), flush=True)  # fmt: skip
+                              "constants": dict(constants)}), flush=True)  # fmt: skip
 
 
 def facts(made: Any) -> dict[str, Any]:

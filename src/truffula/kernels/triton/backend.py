@@ -28,7 +28,7 @@ class TritonBackend(ReferenceBackend):
     """Triton kernels on ``device``, and torch there for ops without a kernel."""
 
     name = "triton"
-    dtypes = ("bfloat16", "float16", "float32")
+    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
 
     def __init__(self, device: Device) -> None:
         self._where = device

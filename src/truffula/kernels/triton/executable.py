@@ -112,11 +112,10 @@ class TritonExecutable(ReferenceExecutable):
         if self.where.tried:
             return
         wrong = wrong_kernels(self)
-        for index, why in wrong.items():
+        for index in wrong:
             self.launches[index] = None
-        for (kind, why), count in Counter(
-            (type(self.program.ops[i]).__name__, why) for i, why in wrong.items()
-        ).items():
+        kinds = Counter((type(self.program.ops[index]).__name__, why) for index, why in wrong.items())
+        for (kind, why), count in kinds.items():
             log.warning("%s: torch computes %d ops %s instead of a kernel: %s", self._device, count, kind, why)
 
     def run(self) -> None:

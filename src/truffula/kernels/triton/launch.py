@@ -52,7 +52,8 @@ class StepState:
 
 
 class Launcher:
-    """Makes the launches. ``buffer`` gives all rows of a buffer's columns, ``there`` are a step's arrays on the device."""
+    """Makes the launches. ``buffer`` gives all rows of a buffer's columns; ``there`` are the step's arrays on the
+    device."""
 
     def __init__(
         self,
