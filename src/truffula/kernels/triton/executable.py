@@ -13,8 +13,8 @@ from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterLayout
 from truffula.kernels.arena import plan_arena, written_by
 from truffula.kernels.inputs import Array, Capacity, StepInputs
-from truffula.kernels.program import Attention, Op, Program, Ref
-from truffula.kernels.reference.executable import Buffers, ReferenceExecutable, Step
+from truffula.kernels.program import Attention, Embed, Op, Program, Ref
+from truffula.kernels.reference.executable import Buffers, ReferenceExecutable, Step, check_ids
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.triton.adapters import DeviceAdapters
 from truffula.kernels.triton.check import wrong_kernels
@@ -160,7 +160,8 @@ class TritonExecutable(ReferenceExecutable):
             _fill(memory.host[f"weights_{letter}"], i.seg_weight[made.entries])
             state.planes = max(state.planes, int(made.pieces[:, 3].max(initial=0)))
         state.adapted = state.planes > 0
-        state.width = self.resident.width(i.seg[: i.G, 2].tolist())
+        # A multiple of 16, as all strides of workspaces: a kernel is compiled for those that are, and for others again.
+        state.width = -(-self.resident.width(i.seg[: i.G, 2].tolist()) // 16) * 16
         for key, cut in self._cuts.items():
             window, chunked, _ = key
             lists, name = attention_lists(i, window, chunked, cut), attention_name(key)
@@ -178,6 +179,9 @@ class TritonExecutable(ReferenceExecutable):
             return
         out, value = written_by(op), None
         segments = self.resident.by_torch(step.op, self.inputs) if self.inputs.G else []
+        if isinstance(op, Embed) and not segments:  # with adapters torch's own check knows their tokens
+            given = self.inputs.token_ids if op.source == "token" else self.inputs.position + op.offset
+            check_ids(given[: self.inputs.T], self.program.weights[op.table].shape[0], (step.op, 0), ())
         if segments:
             step.segments = self._adapters.segments(self.inputs, self.inputs.seg[:, :2])
             step.segments_r = self._adapters.segments(self.inputs, self.inputs.seg_r)
