@@ -124,16 +124,20 @@ class DeviceAdapters(AdapterSlots):
         """Columns of h: the most of any of ``slots``."""
         return max((self._resident[slot].width for slot in slots), default=0)
 
-    def by_torch(self, op: int, inputs: StepInputs) -> list[int]:
-        """The segments of a step whose adapter acts at ``op`` with parts that no kernel serves. Then the parts of all
-        adapters of the step at that op are made usable for torch: they may act on the same rows."""
-        slots = inputs.seg[: inputs.G, 2].tolist()
-        found = [index for index, slot in enumerate(slots) if op in self._resident[slot].by_torch]
-        for slot in slots if found else ():
+    def by_torch(self, inputs: StepInputs) -> dict[int, list[int]]:
+        """Of each op, the segments of a step whose adapter acts there with parts that no kernel serves."""
+        found: dict[int, list[int]] = {}
+        for index, slot in enumerate(inputs.seg[: inputs.G, 2].tolist()):
+            for op in self._resident[slot].by_torch:
+                found.setdefault(op, []).append(index)
+        return found
+
+    def all_by_torch(self, op: int, inputs: StepInputs) -> None:
+        """Make the parts of all adapters of a step at ``op`` usable for torch: they may act on the same rows."""
+        for slot in inputs.seg[: inputs.G, 2].tolist():
             made = self._slots[slot]
             if op in self._resident[slot].sites and not any(key[0] == op for key in made):
                 self._slots[slot] = {**made, **self._in_torch(self._resident[slot], {op})}
-        return found
 
     def serve_by_torch(self, slot: int) -> None:
         """Make all parts of an adapter usable for torch, beside their descriptors."""

@@ -40,8 +40,11 @@ class Device(Protocol):
         """uint8 memory of the host from which ``upload`` is fast."""
 
     def upload(self, to: Tensor, source: Tensor) -> None:
-        """Copy staged memory to the device, before what is launched later. It may be read until a later launch has
-        ended."""
+        """Copy staged memory to the device, before what is launched later. It may be read until ``settle``, or until
+        the result of a later launch is known."""
+
+    def settle(self) -> None:
+        """Wait until all that was begun has ended."""
 
 
 class HostDevice:
@@ -65,6 +68,9 @@ class HostDevice:
 
     def upload(self, to: Tensor, source: Tensor) -> None:
         to.copy_(source)
+
+    def settle(self) -> None:
+        """It has."""
 
 
 class CudaDevice:
@@ -92,6 +98,9 @@ class CudaDevice:
 
     def upload(self, to: Tensor, source: Tensor) -> None:
         to.copy_(source, non_blocking=True)
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
 
 
 def lost(device: torch.device, error: BaseException) -> DeviceLost:

@@ -101,6 +101,7 @@ class TritonExecutable(ReferenceExecutable):
         for name in _INPUTS:
             setattr(self.inputs, name, self._step_memory.host[name])
         self._state = StepState(self.inputs)
+        self._by_torch: dict[int, list[int]] = {}
         launcher = Launcher(
             program, weights, self._planes, capacity.block_size, device, tiles, self.fixed.whole,
             self._step_memory.there, self.resident.first, self._state,
@@ -120,10 +121,17 @@ class TritonExecutable(ReferenceExecutable):
 
     def run(self) -> None:
         try:
-            super().run()
+            self._run()
         except Exception as error:
             if self.has_failed(error):
                 raise lost(self._device, error) from error
+            raise
+
+    def _run(self) -> None:
+        try:
+            super().run()
+        except Exception:
+            self.where.settle()  # what was uploaded may be written again
             raise
 
     def has_failed(self, error: Exception) -> bool:
@@ -147,6 +155,7 @@ class TritonExecutable(ReferenceExecutable):
         check_places(self.inputs, self._capacity, self._reads)
         step, i, state, memory = super()._step(), self.inputs, self._state, self._step_memory
         self.fixed.begin(i)
+        self._by_torch = self.resident.by_torch(i)
         counts = memory.host["counts"]
         counts[:2] = i.T, i.R
         state.planes = 0
@@ -178,11 +187,12 @@ class TritonExecutable(ReferenceExecutable):
             super()._compute(op, step)
             return
         out, value = written_by(op), None
-        segments = self.resident.by_torch(step.op, self.inputs) if self.inputs.G else []
+        segments = self._by_torch.get(step.op, [])
         if isinstance(op, Embed) and not segments:  # with adapters torch's own check knows their tokens
             given = self.inputs.token_ids if op.source == "token" else self.inputs.position + op.offset
             check_ids(given[: self.inputs.T], self.program.weights[op.table].shape[0], (step.op, 0), ())
         if segments:
+            self.resident.all_by_torch(step.op, self.inputs)
             step.segments = self._adapters.segments(self.inputs, self.inputs.seg[:, :2])
             step.segments_r = self._adapters.segments(self.inputs, self.inputs.seg_r)
             value = self._value(op, step)
