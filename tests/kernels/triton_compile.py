@@ -55,7 +55,7 @@ class CompilingDevice:
     def upload(self, to: torch.Tensor, source: torch.Tensor) -> None:
         to.copy_(source)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Nothing runs."""
 
     def launch(self, kernel: Any, *args: Any, **constants: Any) -> None:

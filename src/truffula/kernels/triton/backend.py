@@ -82,8 +82,8 @@ class TritonBackend(ReferenceBackend):
         except torch.OutOfMemoryError as error:
             free = self.free_memory()
             raise InsufficientMemory(
-                f"{self.device} has no memory for the model: {format_size(free.nbytes)} are left. Others may use it, too: "
-                "lower --memory, --max-running or --max-model-len.",
+                f"{self.device} has no memory for the model: {format_size(free.nbytes)} are left. Others may use it "
+                "as well: lower --memory, --max-running or --max-model-len.",
                 param="memory",
                 free_bytes=free.nbytes,
             ) from error

@@ -131,7 +131,7 @@ class TritonExecutable(ReferenceExecutable):
         try:
             super().run()
         except Exception:
-            self.where.settle()  # what was uploaded may be written again
+            self.where.synchronize()  # what was uploaded may be written again
             raise
 
     def has_failed(self, error: Exception) -> bool:

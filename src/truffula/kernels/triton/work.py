@@ -88,7 +88,7 @@ def row_lists(rows: int, spans: Sequence[tuple[int, int]]) -> Lists:
 
 @dataclass(frozen=True)
 class AttentionLists:
-    """``items`` [n, 5] of ``attend`` and ``merges`` [m, 3]; ``partial_rows``: of its workspace."""
+    """``items`` [n, 5] of ``attention`` and ``merges`` [m, 3]; ``partial_rows``: of its workspace."""
 
     items: Int32
     merges: Int32
