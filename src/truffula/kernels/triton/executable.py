@@ -81,13 +81,8 @@ class TritonExecutable(ReferenceExecutable):
     ) -> None:  # fmt: skip
         at = device.torch_device
         super().__init__(program, layout, dtype, weights, capacity, at, debug=debug)
-        self.program, self.capacity, self.dtype, self.planes, self.where = (
-            program,
-            capacity,
-            dtype,
-            self._planes,
-            device,
-        )
+        self.program, self.capacity, self.dtype = program, capacity, dtype
+        self.planes, self.where = self._planes, device
         self.fixed = FixedBuffers(program, dtype, capacity, at, reuse=not debug)
         self._buffers = self.fixed
         self.resident = DeviceAdapters(program, layout, at)
@@ -182,20 +177,19 @@ class TritonExecutable(ReferenceExecutable):
         return step
 
     def _compute(self, op: Op, step: Step) -> None:
-        launch = self.launches[step.op]
-        if launch is None:
-            super()._compute(op, step)
-            return
-        out, value = written_by(op), None
-        segments = self._by_torch.get(step.op, [])
-        if isinstance(op, Embed) and not segments:  # with adapters torch's own check knows their tokens
-            given = self.inputs.token_ids if op.source == "token" else self.inputs.position + op.offset
-            check_ids(given[: self.inputs.T], self.program.weights[op.table].shape[0], (step.op, 0), ())
-        if segments:
+        launch, segments = self.launches[step.op], self._by_torch.get(step.op, [])
+        if segments or (launch is None and self.inputs.G and step.op in self.resident.first):
             self.resident.all_by_torch(step.op, self.inputs)
             step.segments = self._adapters.segments(self.inputs, self.inputs.seg[:, :2])
             step.segments_r = self._adapters.segments(self.inputs, self.inputs.seg_r)
-            value = self._value(op, step)
+        if launch is None:
+            super()._compute(op, step)
+            return
+        out = written_by(op)
+        if isinstance(op, Embed) and not segments:  # with adapters torch's own check knows their tokens
+            given = self.inputs.token_ids if op.source == "token" else self.inputs.position + op.offset
+            check_ids(given[: self.inputs.T], self.program.weights[op.table].shape[0], (step.op, 0), ())
+        value = self._value(op, step) if segments else None
         launch()
         if value is not None:
             at_rows = self.inputs.seg_r if self._program.buffers[out.buffer].rows == "R" else self.inputs.seg
