@@ -11,7 +11,10 @@ from invariants import check_blocks
 from truffula.engine.blocks import BlockPool
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.kv_layout import KvLayout
+from truffula.engine.memory import KV_SHARE, plan_memory
 from truffula.engine.prefix import BlockKeys
+from truffula.errors import InsufficientMemory
+from truffula.kernels.backend import MemoryLimit, MemoryPlan
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import KvGroup
 from truffula.kernels.reference import ReferenceBackend
@@ -69,3 +72,35 @@ def test_gemma_3_holds_a_quarter_at_32k_tokens(sizes, prefix_cache, record_prope
     ratio = peak_bytes(grouped, prefix_cache) / peak_bytes(together, prefix_cache)
     record_property("ratio", ratio)
     assert ratio <= 0.25
+
+
+def at_load(pool, **changes):
+    """The division where KV takes its memory at load, with so many bytes beside what is fixed."""
+    plan = MemoryPlan(
+        1000, 20, 10, kv_block_bytes=(100, 50), state_bytes=changes.pop("state_bytes", 0), kv_at_load=True
+    )
+    states = 2 if plan.state_bytes else 0
+    layout = KvLayout(16, 64, (None, 64), plan.kv_block_bytes, state_rows=states, state_bytes=plan.state_bytes)
+    given = {"model_len": 4096, "asked_len": None, "max_running": 3, **changes}
+    return plan, plan_memory(plan, MemoryLimit(plan.fixed_bytes + pool, "--memory"), layout, **given)
+
+
+def test_kv_that_takes_its_memory_at_load_leaves_a_share_for_adapters():
+    """Every block id costs memory in each group, whether a window frees blocks or not."""
+    for pool, state in ((10**6, 0), (60_000, 0), (10**6, 400), (100_000, 400)):
+        plan, found = at_load(pool, state_bytes=state)
+        taken = (found.num_blocks - 1) * 150 + max(0, found.num_states - 1) * state
+        assert taken <= KV_SHARE * pool
+        assert found.fixed_bytes == plan.fixed_bytes + taken and found.pool_bytes == pool - taken
+        assert (found.num_blocks - 1) * 16 >= found.max_model_len
+    _, roomy = at_load(10**6)
+    assert (roomy.num_blocks, roomy.max_model_len, roomy.kv_tokens) == (1 + 3 * 256, 4096, 3 * 4096)
+
+
+def test_without_room_for_one_sequence_at_load_the_error_has_the_numbers():
+    with pytest.raises(InsufficientMemory, match="Ways out: raise --memory") as caught:
+        at_load(1000)
+    assert caught.value.data["needed_bytes"] > caught.value.data["limit_bytes"]
+    with pytest.raises(InsufficientMemory):
+        at_load(38_000, asked_len=4096)
+    assert at_load(43_000, asked_len=4096)[1].max_model_len == 4096

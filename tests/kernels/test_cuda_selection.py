@@ -20,9 +20,9 @@ FINE = CudaFacts("2.13.0+cu130", "13.0", "3.7.0", gpus=(H200, V100))
         (CudaFacts("2.13.0", "13.0", "3.7.0", "Found no NVIDIA driver on your system"), "cuda", ConfigError,
          "finds no GPU: Found no NVIDIA driver on your system. Or use --device cpu."),
         (CudaFacts("2.13.0", "13.0", "3.7.0"), "cuda", ConfigError, "finds no GPU: the system has none"),
-        (CudaFacts("2.13.0", "13.0", "", gpus=(H200,)), "cuda", MissingDependency, "need triton, which is not installed"),
-        (FINE, "cuda:2", ConfigError, "there are cuda:0 (NVIDIA H200), cuda:1 (Tesla V100)"),
-        (FINE, "cuda:one", ConfigError, "there are cuda:0 (NVIDIA H200)"),
+        (CudaFacts("2.13.0", "13.0", "", gpus=(H200,)), "cuda", MissingDependency, "need triton, which is not"),
+        (FINE, "cuda:2", ConfigError, "this machine has cuda:0 (NVIDIA H200), cuda:1 (Tesla V100)"),
+        (FINE, "cuda:one", ConfigError, "this machine has cuda:0 (NVIDIA H200)"),
         (FINE, "cuda:1", ConfigError, "a Tesla V100 of compute capability 7.0; the kernels need 8.0 (Ampere) or newer"),
     ],
 )  # fmt: skip

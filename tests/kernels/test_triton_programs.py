@@ -1,9 +1,10 @@
-"""Whole programs on the triton backend under the interpreter: the torch backend's logits, and bits that a row's company,
-the cut of its prompt and the number of rows do not change."""
+"""Whole programs on the triton backend under the interpreter: the torch backend's logits, and bits that a row's
+company, the cut of its prompt and the number of rows do not change."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from kernel_backends import interpreted, needs_triton
 
 from truffula.errors import DeviceLost, KernelError
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.program import Norm, Program, Rope
+from truffula.kernels.program import Linear, Norm, Program, Rope
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.triton import check
 from truffula.kernels.triton.check import wrong_kernels
+from truffula.testing.parity import verify_model
 from truffula.testing.programs import (
     Part,
     attach,
@@ -25,7 +27,7 @@ from truffula.testing.programs import (
     random_adapter,
     random_weights,
 )
-from truffula.testing.tiny import tiny_config
+from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 
 pytestmark = needs_triton
 CAPACITY = Capacity(
@@ -34,7 +36,7 @@ CAPACITY = Capacity(
 MODELS = {
     "llama": tiny_config("llama", num_hidden_layers=1),
     "gemma3": tiny_config("gemma3_text", num_hidden_layers=2),
-    "gpt_oss": tiny_config("gpt_oss", num_hidden_layers=2),
+    "gemma2": tiny_config("gemma2", num_hidden_layers=2),
     "qwen3_moe": tiny_config("qwen3_moe", num_hidden_layers=1),
     "deepseek_v3": tiny_config("deepseek_v3", num_hidden_layers=2),
 }
@@ -113,11 +115,19 @@ def test_a_rows_bits_depend_on_its_sequence_alone(name: str, dtype: str) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_answers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path, tiny_config(name, num_hidden_layers=2))
+    report = verify_model(tmp_path, prompts=[IDS[:11]], backend=interpreted(), new_tokens=3)
+    assert report.ok, report
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_splits_in_one_item_and_apart_have_equal_bits(dtype: str, shared: bool) -> None:
     """One long decode has its splits apart; beside enough other sequences one item has all."""
-    program = decoder_program({**MODELS["gpt_oss"], "num_hidden_layers": 1})
+    program = decoder_program(MODELS["llama"])
     executable = load(interpreted(), program, dtype)
     others = [Part((n,), 0, (20 + n,), None) for n in range(7)] if shared else []
     prompt, last = Part(IDS * 2, 0, (1, 2, 3, 4, 5, 6), 1), Part((3,), 90, (1, 2, 3, 4, 5, 6), 1)
@@ -147,7 +157,7 @@ def test_a_device_that_fails_is_lost_and_other_errors_are_the_steps(monkeypatch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_kernel_that_is_wrong_on_a_device_is_found_and_replaced_by_torch(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,16 +170,20 @@ def test_a_kernel_that_is_wrong_on_a_device_is_found_and_replaced_by_torch(
     for index in norms:
         launch, out = executable.launches[index], executable.fixed.whole(program.ops[index].out)
         executable.launches[index] = lambda launch=launch, out=out: (launch(), out.mul_(1.01))
+    products = [index for index, op in enumerate(program.ops) if isinstance(op, Linear)][:2]
+    for index in products:  # whose adapters torch then computes, too
+        executable.launches[index] = fail_to_compile
     rotations = [index for index, op in enumerate(program.ops) if isinstance(op, Rope)]
     for index in rotations:
         executable.launches[index] = fail_to_compile
     monkeypatch.setattr(executable.where, "tried", False, raising=False)
     executable.prepare()
-    assert [index for index in norms + rotations if executable.launches[index] is not None] == []
+    assert [index for index in norms + products + rotations if executable.launches[index] is not None] == []
     assert "ops Norm instead of a kernel: the result differs" in caplog.text
     assert "ops Rope instead of a kernel: ValueError: too many registers" in caplog.text
     exact = load(ReferenceBackend(), program, "float32")
-    assert distance(logits(executable, STEPS[0]), logits(exact, STEPS[0])) < 1e-4
+    for parts in STEPS:
+        assert distance(logits(executable, parts), logits(exact, parts)) < 1e-4
 
 
 def fail_to_compile() -> None:

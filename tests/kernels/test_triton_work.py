@@ -64,7 +64,7 @@ def test_each_query_meets_each_of_its_keys_once(lengths, window, queries, enough
     splits: dict[int, list[int]] = {}
     parts: dict[int, list[tuple[int, int]]] = {}
     for n, q0, s0, count, part in lists.items.tolist():
-        start, rows, end = inputs.q_start[n], inputs.q_start[n + 1] - inputs.q_start[n], inputs.kv_len[n]
+        start, rows = inputs.q_start[n], inputs.q_start[n + 1] - inputs.q_start[n]
         assert part < 0 or count == 1
         for row in range(q0, min(q0 + queries, rows)):
             splits.setdefault(int(start + row), []).extend(range(s0, s0 + count))

@@ -39,6 +39,7 @@ class CompilingDevice:
 
     torch_device = torch.device("meta")
     programs = 132
+    tried = True
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -53,6 +54,9 @@ class CompilingDevice:
 
     def upload(self, to: torch.Tensor, source: torch.Tensor) -> None:
         to.copy_(source)
+
+    def synchronize(self) -> None:
+        """Nothing runs."""
 
     def launch(self, kernel: Any, *args: Any, **constants: Any) -> None:
         signature, attributes = {}, {}
@@ -79,7 +83,7 @@ class CompilingDevice:
             )  # fmt: skip
             made = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
             print(json.dumps({"kernel": kernel.__name__, "capability": self.capability, **facts(made), **options,
-                              "constants": {k: v for k, v in constants.items()}}), flush=True)  # fmt: skip
+                              "constants": dict(constants)}), flush=True)  # fmt: skip
 
 
 def facts(made: Any) -> dict[str, Any]:

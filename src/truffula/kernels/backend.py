@@ -1,4 +1,4 @@
-"""The protocol of backends. ``reference`` (torch) is the specification; ``cpu`` (C++) implements the same protocol."""
+"""The protocol of backends: ``reference`` (torch) is the specification, ``cpu`` and ``triton`` (CUDA) follow it."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ class ReferenceExecutable(SynchronousExecutable):
         table, acting = self._weights[op.table].whole, step.acting()
         i = self.inputs
         given = i.token_ids[: i.T] if op.source == "token" else i.position[: i.T] + op.offset
-        _check_ids(given, len(table), (step.op, 0), acting)
+        check_ids(given, len(table), (step.op, 0), acting)
         rows = table.index_select(0, ids.clamp(max=len(table) - 1))
         virtual = ids >= len(table)
         if acting:
@@ -413,7 +413,7 @@ class ReferenceExecutable(SynchronousExecutable):
         return y
 
 
-def _check_ids(ids: Array, rows: int, op: tuple[int, int], segments: Sequence[Segment]) -> None:
+def check_ids(ids: Array, rows: int, op: tuple[int, int], segments: Sequence[Segment]) -> None:
     """Raise ``KernelError`` unless a table of ``rows`` has every id, or the adapter of a segment of its row does."""
     missing = (ids < 0) | (ids >= rows)
     if not missing.any():

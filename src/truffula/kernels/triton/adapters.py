@@ -18,11 +18,13 @@ from truffula.kernels.adapters import (
     Bias,
     ColumnScale,
     LowRank,
+    Rows,
     SiteTensors,
     check_place,
     check_served,
     dtype_name,
     require_served,
+    tensors_of,
 )
 from truffula.kernels.inputs import Array, StepInputs
 from truffula.kernels.program import Linear, Logits, Program, SiteSlice
@@ -73,19 +75,21 @@ class DeviceAdapters(AdapterSlots):
         self._resident: dict[int, _Resident] = {}
 
     def bytes_of(self, image: AdapterImage) -> int:
-        return image.data.size + 8 * WORDS * self._descriptors
+        """The copy on the device, the descriptors, and what torch converts to float32 or sorts."""
+        sites, by_torch = self._places(image)
+        parts = [part for op in by_torch for tensors in sites[op] for part in tensors.parts]
+        made = sum(
+            4 * array.size
+            for part in parts
+            for array in tensors_of(part)
+            if isinstance(part, Rows) or dtype_name(array) != "F32"
+        )
+        return image.data.size + 8 * WORDS * self._descriptors + made
 
     @torch.inference_mode()
     def add(self, image: AdapterImage) -> int:
         require_served(image, self._layout)
-        sites: dict[int, list[SiteTensors]] = {}
-        for tensors in image.sites():
-            place = check_place(self._layout, tensors.site)
-            check_served(place, tensors.parts)
-            sites.setdefault(place.op, []).append(tensors)
-        by_torch = frozenset(
-            op for op, each in sites.items() if op not in self._slices or not all(map(_in_kernels, each))
-        )
+        sites, by_torch = self._places(image)
         data = torch.from_numpy(image.data).to(self._device)
         table, width = self._describe(image, data.data_ptr(), sites, by_torch)
         descriptors = torch.from_numpy(table).to(self._device)
@@ -93,6 +97,16 @@ class DeviceAdapters(AdapterSlots):
         slot = next(number for number in range(len(self._slots) + 1) if number not in self._slots)
         self._resident[slot], self._slots[slot] = resident, self._in_torch(resident, by_torch)
         return slot
+
+    def _places(self, image: AdapterImage) -> tuple[dict[int, list[SiteTensors]], frozenset[int]]:
+        """The sites of each op, and the ops that kernels do not serve them at."""
+        sites: dict[int, list[SiteTensors]] = {}
+        for tensors in image.sites():
+            place = check_place(self._layout, tensors.site)
+            check_served(place, tensors.parts)
+            sites.setdefault(place.op, []).append(tensors)
+        by_torch = (op for op, each in sites.items() if op not in self._slices or not all(map(_in_kernels, each)))
+        return sites, frozenset(by_torch)
 
     def drop(self, slot: int) -> None:
         super().drop(slot)
@@ -110,16 +124,20 @@ class DeviceAdapters(AdapterSlots):
         """Columns of h: the most of any of ``slots``."""
         return max((self._resident[slot].width for slot in slots), default=0)
 
-    def by_torch(self, op: int, inputs: StepInputs) -> list[int]:
-        """The segments of a step whose adapter acts at ``op`` with parts that no kernel serves. Then the parts of all
-        adapters of the step at that op are made usable for torch: they may act on the same rows."""
-        slots = inputs.seg[: inputs.G, 2].tolist()
-        found = [index for index, slot in enumerate(slots) if op in self._resident[slot].by_torch]
-        for slot in slots if found else ():
+    def by_torch(self, inputs: StepInputs) -> dict[int, list[int]]:
+        """Of each op, the segments of a step whose adapter acts there with parts that no kernel serves."""
+        found: dict[int, list[int]] = {}
+        for index, slot in enumerate(inputs.seg[: inputs.G, 2].tolist()):
+            for op in self._resident[slot].by_torch:
+                found.setdefault(op, []).append(index)
+        return found
+
+    def all_by_torch(self, op: int, inputs: StepInputs) -> None:
+        """Make the parts of all adapters of a step at ``op`` usable for torch: they may act on the same rows."""
+        for slot in inputs.seg[: inputs.G, 2].tolist():
             made = self._slots[slot]
             if op in self._resident[slot].sites and not any(key[0] == op for key in made):
                 self._slots[slot] = {**made, **self._in_torch(self._resident[slot], {op})}
-        return found
 
     def serve_by_torch(self, slot: int) -> None:
         """Make all parts of an adapter usable for torch, beside their descriptors."""

@@ -1,8 +1,8 @@
 """Attention over paged keys and values.
 
-Keys are taken in splits of SPLIT positions. A split's sums begin anew; then they are added in order of the splits, in
-registers (``attend`` with all splits in one item) or in memory (one split an item, then ``merge``): with equal bits. So
-the bits of a row depend on its position alone, not on how a step cuts the prompt, nor on other rows.
+Keys are taken in splits of SPLIT positions. A split's sums begin anew; then they are added in order of the splits: in
+registers (``attention`` with all splits in one item) or in memory (one split an item, then ``merge``), with equal bits.
+So the bits of a row depend on its position alone, not on how a step cuts the prompt, nor on other rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _with_sink(top, den, acc, sink):
 
 
 @triton.jit
-def attend(q, k, v, tables, q_start, kv_len, items, count, partial, tops, dens, sinks, slopes, out, scale, softcap,
+def attention(q, k, v, tables, q_start, kv_len, items, count, partial, tops, dens, sinks, slopes, out, scale, softcap,
            stride_q, stride_out, stride_tables,
            HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BDK: tl.constexpr,
            BDV: tl.constexpr, S: tl.constexpr, SPLIT: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,

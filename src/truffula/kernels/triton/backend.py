@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 import torch
 
+from truffula.errors import InsufficientMemory
 from truffula.kernels.adapters import AdapterLayout, layout_of
 from truffula.kernels.backend import MemoryLimit, MemoryPlan, PullWeight
 from truffula.kernels.inputs import Capacity
@@ -20,6 +21,7 @@ from truffula.kernels.triton.executable import TritonExecutable
 from truffula.kernels.triton.served import ops_without_kernels
 from truffula.kernels.triton.tiles import Tiles, gpu_tiles, host_tiles
 from truffula.kernels.validate import validate
+from truffula.option import format_size
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ class TritonBackend(ReferenceBackend):
     """Triton kernels on ``device``, and torch there for ops without a kernel."""
 
     name = "triton"
-    dtypes = ("bfloat16", "float16", "float32")
+    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
 
     def __init__(self, device: Device) -> None:
         self._where = device
@@ -71,13 +73,20 @@ class TritonBackend(ReferenceBackend):
         validate(program)
         if slow := ops_without_kernels(program):
             log.warning("%s computes ops that have no kernel yet with torch, which is slower: %s", self.device, slow)
-        served = self._served(dtype)
-        with torch.inference_mode():
-            weights = [_whole(weight) for weight in load_weights(program, served, pull, self._device)]
-            layout = self.adapter_layout(program)
-            return TritonExecutable(
-                program, layout, served, weights, capacity, self._where, self._tiles(dtype), debug=debug
-            )
+        served, layout = self._served(dtype), self.adapter_layout(program)
+        try:
+            with torch.inference_mode():
+                weights = [_whole(weight) for weight in load_weights(program, served, pull, self._device)]
+                tiles = self._tiles(dtype)
+                return TritonExecutable(program, layout, served, weights, capacity, self._where, tiles, debug=debug)
+        except torch.OutOfMemoryError as error:
+            free = self.free_memory()
+            raise InsufficientMemory(
+                f"{self.device} has no memory for the model: {format_size(free.nbytes)} are left. Others may use it "
+                "as well: lower --memory, --max-running or --max-model-len.",
+                param="memory",
+                free_bytes=free.nbytes,
+            ) from error
 
     def _tiles(self, dtype: str) -> Tiles:
         if not isinstance(self._where, CudaDevice):

@@ -4,6 +4,7 @@ been tried, one that is wrong must not answer."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Of the norm of the difference, relative to the result's."""
-ROWS, KEYS = (3, 300), 600
-"""Rows of a step, and keys before them: few and many, as far as there is room."""
+ROWS, KEYS = (3, 100, 300), 600
+"""Rows of a step, and keys before them, as far as there is room: each way to cut a product is taken."""
 RANK = 9
 
 
@@ -39,8 +40,9 @@ def wrong_kernels(executable: TritonExecutable) -> dict[int, str]:
     slot = executable.adapter(make_image(executable.layout, _adapter(executable.program, first), generation="check"))
     executable.resident.serve_by_torch(slot)
     found: dict[int, str] = {}
-    for rows in ROWS:
+    for rows, adapted in itertools.product(ROWS, (True, False)):
         _fill(executable, rows, slot)
+        executable.inputs.G = int(adapted)
         step = executable.begin_step()
         for same in kinds.values():
             step.op = same[0]
@@ -70,7 +72,7 @@ def _difference(executable: TritonExecutable, op: Op, step: Any) -> str:
     try:
         launch()
         distance = float((buffers.get(out).float() - wanted).norm() / wanted.norm().clamp(min=1e-9))
-    except Exception as error:  # noqa: BLE001  (whatever a compiler raises: torch computes the op then)
+    except Exception as error:  # whatever a compiler raises: torch computes the op then
         if executable.has_failed(error):
             raise DeviceLost(f"the device failed in a kernel of {type(op).__name__}: {error}") from error
         return f"{type(error).__name__}: {error}"

@@ -40,8 +40,11 @@ class Device(Protocol):
         """uint8 memory of the host from which ``upload`` is fast."""
 
     def upload(self, to: Tensor, source: Tensor) -> None:
-        """Copy staged memory to the device, before what is launched later. It may be read until a later launch has
-        ended."""
+        """Copy staged memory to the device, before what is launched later. It may be read until ``synchronize``, or
+        until the result of a later launch is known."""
+
+    def synchronize(self) -> None:
+        """Wait until all that was begun has ended."""
 
 
 class HostDevice:
@@ -65,6 +68,9 @@ class HostDevice:
 
     def upload(self, to: Tensor, source: Tensor) -> None:
         to.copy_(source)
+
+    def synchronize(self) -> None:
+        """It has."""
 
 
 class CudaDevice:
@@ -93,6 +99,9 @@ class CudaDevice:
     def upload(self, to: Tensor, source: Tensor) -> None:
         to.copy_(source, non_blocking=True)
 
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
 
 def lost(device: torch.device, error: BaseException) -> DeviceLost:
     """The error of a device that has stopped computing."""
@@ -108,7 +117,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class CudaFacts:
-    """What there is for the CUDA backend: versions (empty: not there), the driver's error, and the GPUs."""
+    """The facts that the CUDA backend needs: versions (empty: not installed), the driver's error, and the GPUs."""
 
     torch: str
     cuda: str
@@ -162,7 +171,7 @@ def why_unusable(facts: CudaFacts, device: str) -> TruffulaError | None:
     index = int(number) if number.isdecimal() else 0
     if name != "cuda" or (number and not number.isdecimal()) or index >= len(facts.gpus):
         have = ", ".join(f"cuda:{at} ({gpu.name})" for at, gpu in enumerate(facts.gpus))
-        return ConfigError(f"device is {device!r}; there are {have}.", param="device")
+        return ConfigError(f"device is {device!r}; this machine has {have}.", param="device")
     gpu = facts.gpus[index]
     if gpu.capability < LEAST_CAPABILITY:
         have, least = (".".join(map(str, version)) for version in (gpu.capability, LEAST_CAPABILITY))

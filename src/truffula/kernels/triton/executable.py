@@ -13,8 +13,8 @@ from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterLayout
 from truffula.kernels.arena import plan_arena, written_by
 from truffula.kernels.inputs import Array, Capacity, StepInputs
-from truffula.kernels.program import Attention, Op, Program, Ref
-from truffula.kernels.reference.executable import Buffers, ReferenceExecutable, Step
+from truffula.kernels.program import Attention, Embed, Op, Program, Ref
+from truffula.kernels.reference.executable import Buffers, ReferenceExecutable, Step, check_ids
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.triton.adapters import DeviceAdapters
 from truffula.kernels.triton.check import wrong_kernels
@@ -81,13 +81,8 @@ class TritonExecutable(ReferenceExecutable):
     ) -> None:  # fmt: skip
         at = device.torch_device
         super().__init__(program, layout, dtype, weights, capacity, at, debug=debug)
-        self.program, self.capacity, self.dtype, self.planes, self.where = (
-            program,
-            capacity,
-            dtype,
-            self._planes,
-            device,
-        )
+        self.program, self.capacity, self.dtype = program, capacity, dtype
+        self.planes, self.where = self._planes, device
         self.fixed = FixedBuffers(program, dtype, capacity, at, reuse=not debug)
         self._buffers = self.fixed
         self.resident = DeviceAdapters(program, layout, at)
@@ -101,6 +96,7 @@ class TritonExecutable(ReferenceExecutable):
         for name in _INPUTS:
             setattr(self.inputs, name, self._step_memory.host[name])
         self._state = StepState(self.inputs)
+        self._by_torch: dict[int, list[int]] = {}
         launcher = Launcher(
             program, weights, self._planes, capacity.block_size, device, tiles, self.fixed.whole,
             self._step_memory.there, self.resident.first, self._state,
@@ -112,19 +108,25 @@ class TritonExecutable(ReferenceExecutable):
         if self.where.tried:
             return
         wrong = wrong_kernels(self)
-        for index, why in wrong.items():
+        for index in wrong:
             self.launches[index] = None
-        for (kind, why), count in Counter(
-            (type(self.program.ops[i]).__name__, why) for i, why in wrong.items()
-        ).items():
+        kinds = Counter((type(self.program.ops[index]).__name__, why) for index, why in wrong.items())
+        for (kind, why), count in kinds.items():
             log.warning("%s: torch computes %d ops %s instead of a kernel: %s", self._device, count, kind, why)
 
     def run(self) -> None:
         try:
-            super().run()
+            self._run()
         except Exception as error:
             if self.has_failed(error):
                 raise lost(self._device, error) from error
+            raise
+
+    def _run(self) -> None:
+        try:
+            super().run()
+        except Exception:
+            self.where.synchronize()  # what was uploaded may be written again
             raise
 
     def has_failed(self, error: Exception) -> bool:
@@ -148,6 +150,7 @@ class TritonExecutable(ReferenceExecutable):
         check_places(self.inputs, self._capacity, self._reads)
         step, i, state, memory = super()._step(), self.inputs, self._state, self._step_memory
         self.fixed.begin(i)
+        self._by_torch = self.resident.by_torch(i)
         counts = memory.host["counts"]
         counts[:2] = i.T, i.R
         state.planes = 0
@@ -161,7 +164,8 @@ class TritonExecutable(ReferenceExecutable):
             _fill(memory.host[f"weights_{letter}"], i.seg_weight[made.entries])
             state.planes = max(state.planes, int(made.pieces[:, 3].max(initial=0)))
         state.adapted = state.planes > 0
-        state.width = self.resident.width(i.seg[: i.G, 2].tolist())
+        # A multiple of 16, as all strides of workspaces: a kernel is compiled for those that are, and for others again.
+        state.width = -(-self.resident.width(i.seg[: i.G, 2].tolist()) // 16) * 16
         for key, cut in self._cuts.items():
             window, chunked, _ = key
             lists, name = attention_lists(i, window, chunked, cut), attention_name(key)
@@ -173,16 +177,19 @@ class TritonExecutable(ReferenceExecutable):
         return step
 
     def _compute(self, op: Op, step: Step) -> None:
-        launch = self.launches[step.op]
+        launch, segments = self.launches[step.op], self._by_torch.get(step.op, [])
+        if segments or (launch is None and self.inputs.G and step.op in self.resident.first):
+            self.resident.all_by_torch(step.op, self.inputs)
+            step.segments = self._adapters.segments(self.inputs, self.inputs.seg[:, :2])
+            step.segments_r = self._adapters.segments(self.inputs, self.inputs.seg_r)
         if launch is None:
             super()._compute(op, step)
             return
-        out, value = written_by(op), None
-        segments = self.resident.by_torch(step.op, self.inputs) if self.inputs.G else []
-        if segments:
-            step.segments = self._adapters.segments(self.inputs, self.inputs.seg[:, :2])
-            step.segments_r = self._adapters.segments(self.inputs, self.inputs.seg_r)
-            value = self._value(op, step)
+        out = written_by(op)
+        if isinstance(op, Embed) and not segments:  # with adapters torch's own check knows their tokens
+            given = self.inputs.token_ids if op.source == "token" else self.inputs.position + op.offset
+            check_ids(given[: self.inputs.T], self.program.weights[op.table].shape[0], (step.op, 0), ())
+        value = self._value(op, step) if segments else None
         launch()
         if value is not None:
             at_rows = self.inputs.seg_r if self._program.buffers[out.buffer].rows == "R" else self.inputs.seg

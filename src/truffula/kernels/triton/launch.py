@@ -52,7 +52,8 @@ class StepState:
 
 
 class Launcher:
-    """Makes the launches. ``buffer`` gives all rows of a buffer's columns, ``there`` are a step's arrays on the device."""
+    """Makes the launches. ``buffer`` gives all rows of a buffer's columns; ``there`` are the step's arrays on the
+    device."""
 
     def __init__(
         self,
@@ -261,7 +262,7 @@ class Launcher:
                 [max(1, rows) * op.dim_v, max(1, rows), len(space) - max(1, rows) * (op.dim_v + 1)]
             )
             self._launch(
-                attention_kernels.attend, q, *kv, tables, there["q_start"], there["kv_len"], there[f"items_{name}"],
+                attention_kernels.attention, q, *kv, tables, there["q_start"], there["kv_len"], there[f"items_{name}"],
                 there[f"counts_{name}"], partial_, tops, dens, sinks, slopes, out, op.scale, op.softcap or 1.0,
                 stride_q, stride_out, tables.stride(0), HEADS=op.heads, KV_HEADS=op.kv_heads, DK=op.dim_k, DV=op.dim_v,
                 BDK=power_of_two(op.dim_k), BDV=dims, S=self._block_size, SPLIT=cut.split, BQ=cut.queries,

@@ -74,7 +74,7 @@ def _shrink(x, h, shrinks, entries, item, e0, stride_x, stride_h, plane_h, part_
             tl.store(to + m[:, None] * stride_h + c[None, :], total, mask=m_ok[:, None] & c_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["e0"])
 def product(x, w, ws, h, counts, shrinks, entries, e0, stride_x, stride_ws, part_ws, stride_h, plane_h, part_h,
             OF_R: tl.constexpr, O: tl.constexpr, I: tl.constexpr, NS: tl.constexpr, SPLIT: tl.constexpr,
             CHUNK: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -181,7 +181,7 @@ def _sum(ws, m, ok, c, stride_ws, part_ws, PARTS: tl.constexpr, BM: tl.constexpr
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["e0"])
 def finish(ws, h, counts, pieces, entries, weights, bounds, e0, bias, residual, out, stride_ws, part_ws, stride_h,
            plane_h, part_h, stride_res, stride_out, clip, scale, glu_limit, glu_offset, softcap,
            OF_R: tl.constexpr, O: tl.constexpr, NS: tl.constexpr, PARTS: tl.constexpr, GLU: tl.constexpr,

@@ -73,9 +73,11 @@ def row_lists(rows: int, spans: Sequence[tuple[int, int]]) -> Lists:
     pieces: list[tuple[int, int, int, int]] = []
     shrinks: list[tuple[int, int, int, int]] = []
     entries: list[int] = []
-    for lo, hi in pairwise(edges):
-        acting = [index for index, (begin, end) in enumerate(spans) if begin <= lo and hi <= end]
-        first = len(entries)
+    begins, ends = np.array(spans, np.int64).reshape(-1, 2).T
+    cuts = np.array(edges, np.int64)
+    inside = (begins <= cuts[:-1, None]) & (cuts[1:, None] <= ends)
+    for (lo, hi), row in zip(pairwise(edges), inside, strict=True):
+        acting, first = np.flatnonzero(row).tolist(), len(entries)
         entries += acting
         for at in range(lo, hi, PIECE_ROWS):
             end = min(at + PIECE_ROWS, hi)
@@ -86,7 +88,7 @@ def row_lists(rows: int, spans: Sequence[tuple[int, int]]) -> Lists:
 
 @dataclass(frozen=True)
 class AttentionLists:
-    """``items`` [n, 5] of ``attend`` and ``merges`` [m, 3]; ``partial_rows``: of its workspace."""
+    """``items`` [n, 5] of ``attention`` and ``merges`` [m, 3]; ``partial_rows``: of its workspace."""
 
     items: Int32
     merges: Int32
