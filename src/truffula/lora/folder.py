@@ -57,11 +57,6 @@ class AdapterTensors:
                 param=INDEX,
             )  # fmt: skip
 
-    @property
-    def header(self) -> bytes:
-        """The headers of all files as stored."""
-        return b"".join(file.header for file in self._files)
-
     def read(self, name: str) -> Array:
         return self._of[name].read(name)
 
