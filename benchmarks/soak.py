@@ -1,8 +1,9 @@
 """A server under many adapters for a long time: every answer is compared with the same adapter's alone.
 
     python benchmarks/soak.py                       # ten minutes: 1,000 adapters, memory for 50, 32 clients
-    python benchmarks/soak.py --seconds 60 --json soak.json --markdown soak.md
+    python benchmarks/soak.py --seconds 60 --json soak.json --markdown soak.md --plot soak.svg
     python benchmarks/soak.py --smoke               # a few seconds
+    python benchmarks/soak.py --write               # the report to benchmarks/README.md, the chart beside it
 
 The base is a tiny random model, and each adapter answers its prompt differently; what it answers is computed before by
 an ``LLM`` that serves one request at a time. Names are drawn by Zipf's law. Adapters come from a folder and from an
@@ -24,6 +25,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -37,8 +39,11 @@ import psutil
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from chart import lines
 from truffula import LLM, SamplingParams
 from truffula.bench.server import Server, end_children_on_sigterm, free_port
+from truffula.cli.doctor import cpu_name
+from truffula.kernels.host import usable_cpus
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
 
@@ -47,6 +52,11 @@ RANKS = (2, 4, 8)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 RELEASED = ("truffula_sequences_running", "truffula_sequences_waiting", "truffula_kv_blocks_used")
 """What is 0 after the last request."""
+OUTCOMES = ("answered", "refused", "source failed", "left", "replaced", "unloaded", "wrong")
+LOADED = ("adapter_loads", "adapter_load_failures_total", "adapter_evictions_total")
+HERE = Path(__file__).resolve().parent
+PROCESSES = {"server": "truffula serve", "engine": "truffula.engine", "loading workers": "truffula.lora", "others": "?"}
+BEGIN, END = "<!-- soak.py --write: begin -->\n", "<!-- end -->\n"
 COUNTED = ("truffula_adapters_resident", "truffula_adapter_evictions_total", "truffula_adapter_load_failures_total")
 KINDS = {"local": 0.6, "replaced": 0.1, "url": 0.2, "slow": 0.04, "flaky": 0.04, "damaged": 0.02}
 """Shares of the adapters. ``slow``: a second for each file; ``flaky``: downloads are cut off, or answered with 503."""
@@ -73,9 +83,14 @@ class Report:
     waits: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    memory: list[float] = field(default_factory=list)  # MiB, PSS of the server and its processes
+    processes: list[dict[str, float]] = field(default_factory=list)  # MiB (PSS) by process, over time
     facts: dict[str, Any] = field(default_factory=dict)
     output: str = ""  # what the server logged
+
+    @property
+    def memory(self) -> list[float]:
+        """MiB of all processes over time."""
+        return [sum(one.values()) for one in self.processes]
 
     def fail(self, text: str) -> None:
         if len(self.wrong) < 50:
@@ -178,6 +193,8 @@ class Soak:
                 name, _, value = line.rpartition(" ")
                 if name in (*RELEASED, *COUNTED):
                     self._report.facts[name.removeprefix("truffula_")] = int(float(value))
+                elif name.startswith("truffula_adapter_loads_total{"):
+                    self._report.facts["adapter_loads"] = self._report.facts.get("adapter_loads", 0) + int(float(value))
 
     def _going(self) -> bool:
         return time.monotonic() < self._end
@@ -255,20 +272,22 @@ class Soak:
 
     async def _measure(self, pid: int) -> None:
         while self._going():
-            self._report.memory.append(await asyncio.to_thread(pss, pid))
+            self._report.processes.append(await asyncio.to_thread(pss, pid))
             await asyncio.sleep(max(0.5, self._args.seconds / 60))
 
 
-def pss(pid: int) -> float:
-    """MiB of a process and its descendants."""
-    total = 0
+def pss(pid: int) -> dict[str, float]:
+    """MiB of a server's processes, by what they do."""
+    found = dict.fromkeys(PROCESSES, 0.0)
     process = psutil.Process(pid)
     for one in (process, *process.children(recursive=True)):
         try:
-            total += one.memory_full_info().pss
+            command = " ".join(one.cmdline())
+            role = next((role for role, word in PROCESSES.items() if word in command), "others")
+            found[role] += one.memory_full_info().pss / 2**20
         except psutil.Error:
             continue  # it has ended
-    return total / 2**20
+    return found
 
 
 def staging_folders(pid: int) -> set[Path]:
@@ -342,11 +361,31 @@ def judge(report: Report, args: argparse.Namespace) -> None:
         report.fail("nothing was answered")
 
 
+def described(report: Report, args: argparse.Namespace) -> str:
+    """The report in Markdown: what was done, what became of it, waits by kind of adapter, what is left."""
+    got, facts, memory = report.outcomes, report.facts, report.memory
+    counts = ", ".join(f"{what} {got[what]:,}" for what in OUTCOMES)
+    loads = ", ".join(f"{name.removeprefix('adapter_').replace('_', ' ')} {facts[name]:,}" for name in LOADED)
+    verdict = "None was wrong" if not report.wrong else f"{len(report.wrong)} faults: {'; '.join(report.wrong)}"
+    load = f"{facts['adapters']:,} adapters, memory for {args.resident}, {args.clients} clients, {args.seconds:g} s"
+    faults = ", ".join(f"{what} {count:,}" for what, count in facts["source_faults"].items()) or "none"
+    above = (
+        f"{load}, on {cpu_name()[0]}, {usable_cpus()} cores. {verdict}. Requests and changes: {counts}. Of the engine: "
+        f"{loads}. Faults of the sources: {faults}."
+    )
+    below = (
+        f"Memory (PSS of all processes, MiB): {memory[0]:.0f} at first, {max(memory):.0f} at most, {memory[-1]:.0f} at "
+        f"the end. Left behind: {facts['staged_files']} staged files, {facts['scratch_left']} unfinished downloads; "
+        f"the disk cache is {facts['cache_bytes'] / facts['cache_limit']:.0%} full."
+    )
+    return "\n".join([textwrap.fill(above, 100), "", *table(report), "", textwrap.fill(below, 100)])
+
+
 def table(report: Report) -> Iterator[str]:
     yield "| adapters | requests | p50 ms | p99 ms | longest ms |\n|---|---|---|---|---|"
     for kind, waits in sorted(report.waits.items()):
         ordered = sorted(waits)
-        at = [statistics.median(ordered), ordered[int(0.99 * (len(ordered) - 1))], ordered[-1]]
+        at = [statistics.median(ordered), ordered[-(-99 * len(ordered) // 100) - 1], ordered[-1]]
         yield f"| {kind} | {len(waits):,} | {' | '.join(f'{1000 * one:.0f}' for one in at)} |"
 
 
@@ -360,6 +399,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path, help="draw the memory over time as SVG")
+    parser.add_argument("--write", action="store_true", help="put the report and the chart into benchmarks/")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.smoke:
@@ -372,23 +413,31 @@ def main() -> int:
         shutil.rmtree(root, ignore_errors=True)
         print(report.output, file=sys.stderr)
     judge(report, args)
-    rows = "\n".join(table(report))
-    print(f"{rows}\n\n{dict(report.outcomes)}\n{report.facts}")
-    print(
-        f"memory (MiB): {report.memory[0]:.0f} at first, {max(report.memory):.0f} at most, {report.memory[-1]:.0f} last"
-    )
+    text = described(report, args)
+    print(f"{text}\n\n{dict(report.outcomes)}\n{report.facts}")
     if args.markdown is not None:
-        args.markdown.write_text(rows + "\n")
+        args.markdown.write_text(text + "\n")
+    if args.plot is not None or args.write:
+        below = f"MiB (PSS); {report.facts['adapters']:,} adapters, memory for {args.resident}, {args.clients} clients"
+        series = [("all", report.memory), *((one, [each[one] for each in report.processes]) for one in PROCESSES)]
+        machine = f"{cpu_name()[0]}, {usable_cpus()} cores"
+        chart = lines("Memory in the soak test", below, series[:4], f"{args.seconds:g} s", machine)
+        (args.plot or HERE / "soak.svg").write_text(chart)
+    if args.write:
+        page = (HERE / "README.md").read_text()
+        before, _, rest = page.partition(BEGIN)
+        shown = f"{text}\n\n![Memory over time](soak.svg)\n"
+        (HERE / "README.md").write_text(f"{before}{BEGIN}{shown}{END}{rest.partition(END)[2]}")
     if args.json is not None:
         result = {
             "outcomes": report.outcomes,
             "facts": report.facts,
-            "memory_mib": report.memory,
+            "memory_mib": report.processes,
             "wrong": report.wrong,
         }
         args.json.write_text(json.dumps(result | {"waits_s": report.waits}, indent=1))
-    for text in report.wrong:
-        print(f"WRONG: {text}", file=sys.stderr)
+    for fault in report.wrong:
+        print(f"WRONG: {fault}", file=sys.stderr)
     return 1 if report.wrong else 0
 
 

@@ -181,6 +181,18 @@ class ServerConfig:
         metavar="FOLDER",
         must_be="folder",
     )
+    default_adapter: str | None = _option(
+        None,
+        "Adapters",
+        "adapter, or alias, that answers requests which name neither an adapter nor the base; WEIGHT is 1 by default",
+        metavar="NAME[:WEIGHT]",
+    )
+    default_adapter_mode: str = _option(
+        "replace",
+        "Adapters",
+        "what an adapter that a request names does to the default one: replaces it, or is added to it",
+        choices=("replace", "add"),
+    )
     api_keys: tuple[str, ...] = _option((), "Common", "API key that requests must send", metavar="KEY", secret=True)
     served_model_name: str | None = _option(
         None, "Common", "name of the base model in the API", metavar="NAME", unset="as given"
@@ -345,12 +357,30 @@ class ServerConfig:
     transport: str = _option("process", ENGINE_PROCESS, "where the engine runs", choices=("process", "inline"))
 
     @property
+    def default(self) -> tuple[str, float] | None:
+        """The default adapter and its weight. A number after the last colon is the weight."""
+        if self.default_adapter is None:
+            return None
+        name, _, weight = self.default_adapter.rpartition(":")
+        try:
+            return (name, float(weight)) if name else (weight, 1.0)
+        except ValueError:
+            return self.default_adapter, 1.0
+
+    @property
     def keyed(self) -> bool:
         """Whether requests need an API key."""
         return bool(self.api_keys) or self.api_keys_file is not None
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.default is None and self.default_adapter_mode != "replace":
+            raise ConfigError("default_adapter_mode needs default_adapter.", param="default_adapter_mode")
+        if self.default is not None and not 0 < abs(self.default[1]) <= 1000:
+            raise ConfigError(
+                f"default_adapter is {self.default_adapter!r}; its weight must be from -1000 to 1000, and not 0.",
+                param="default_adapter",
+            )
         if self.keyed:
             return
         if self.adapter_admin and not is_loopback(self.host):

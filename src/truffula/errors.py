@@ -138,6 +138,18 @@ class AdapterLoadError(TruffulaError):
     code = "adapter_load_failed"
 
 
+class AdapterExists(InvalidRequest):
+    """An adapter is registered under this name already."""
+
+    code = "adapter_exists"
+
+
+class GenerationMismatch(TruffulaError):
+    """An adapter's generation is not the expected one; ``present`` is what it is."""
+
+    code = "generation_mismatch"
+
+
 class InsufficientMemory(TruffulaError):
     code = "insufficient_memory"
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,12 +13,23 @@ import msgspec
 from truffula.config import ENGINE_PROCESS, EngineConfig, options_of
 from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
-from truffula.items import Constraint, Message, Tool, ToolChoice
+from truffula.items import Constraint, Tool, ToolChoice
 from truffula.lora.compose import compose, merge
+from truffula.lora.registry import split_content
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
 from truffula.service.core import Service
-from truffula.service.openai_items import messages_from_openai, tool_choice_from_openai, tools_from_openai
+from truffula.service.inputs import (
+    Messages,
+    Prompt,
+    as_list,
+    constraint_of,
+    ids_of,
+    is_ids,
+    prompt_fields,
+    spread,
+    with_items,
+)
 from truffula.service.outputs import ChoiceOutput, RequestOutput, request_output
 from truffula.service.progress import ProgressBar
 from truffula.service.sync import SyncService
@@ -38,9 +47,7 @@ from truffula.types import (
     WeightedAdapter,
 )
 
-Prompt = str | Sequence[int]
 Adapter = str | Path | AdapterRef | Mapping[str, float] | None
-Messages = Sequence[Mapping[str, Any] | Message]
 
 __all__ = ["LLM", "Adapters", "ChoiceOutput", "RequestOutput"]
 
@@ -48,9 +55,11 @@ __all__ = ["LLM", "Adapters", "ChoiceOutput", "RequestOutput"]
 class Adapters:
     """``llm.adapters``: load, unload and list adapters. Adapters are also loaded when first used."""
 
-    def __init__(self, service: SyncService, directory: AdapterDirectory) -> None:
+    def __init__(self, service: SyncService, directory: AdapterDirectory, default: Adapter, base: str) -> None:
         self._service = service
         self._directory = directory
+        self._default = default
+        self._bases = (base, service.core.info.model)
 
     def load(self, name: str, source: str | Path | None = None) -> AdapterState:
         """Load the adapter ``name`` and wait until it is ready. ``source``: a folder, a Hub id or a URL, unless
@@ -77,24 +86,17 @@ class Adapters:
 
     def resolve(self, adapter: Adapter) -> AdapterRef | None:
         """The reference of a known name, a folder or a Hub id; without restrictions, unlike in a server. Of a mapping
-        of these to weights, the weighted sum.
+        of these to weights, the weighted sum; of None the default adapter, if there is one. None is the base.
 
         Raises ``AdapterNotFound``, and ``InvalidRequest`` for a weight out of range.
         """
-        if adapter is None or isinstance(adapter, AdapterRef):
-            return adapter
+        adapter = self._default if adapter is None else adapter
         if isinstance(adapter, Mapping):
             return compose(self._weighted(adapter))
-        name, names = str(adapter), self.names()
-        try:
-            return self._directory.resolve(name) if name in names else self._directory.locate(name, adapter)
-        except ConfigError as error:
-            known = ", ".join(names) or "none"
-            raise AdapterNotFound(
-                f"There is no adapter {name!r} (configured: {known}). {error.message}",
-                param="adapters",
-                adapter=name,
-            ) from error
+        if adapter is None or isinstance(adapter, AdapterRef):
+            return adapter
+        is_base = self._default is not None and str(adapter) in self._bases
+        return None if is_base else _resolve(self._directory, adapter)
 
     def merge(
         self, weights: Mapping[str, float], strategy: MergeStrategy, *, density: float, sign: MergeSign = "total"
@@ -126,12 +128,27 @@ class Adapters:
         return self._service.adapters(AdapterCommand(action="list"))
 
 
+def _resolve(directory: AdapterDirectory, adapter: str | Path) -> AdapterRef:
+    """``adapter`` by a known name, or where it is. Raises ``AdapterNotFound``."""
+    name, names = str(adapter), directory.names()
+    try:
+        known = directory.resolve(name) if split_content(name)[0] in names else None
+        return directory.locate(name, adapter) if known is None else known
+    except ConfigError as error:
+        raise AdapterNotFound(
+            f"There is no adapter {name!r} (configured: {', '.join(names) or 'none'}). {error.message}",
+            param="adapters",
+            adapter=name,
+        ) from error
+
+
 class LLM:
     """A base model and its adapters. The constructor returns when the model is loaded.
 
     Args:
         model: A folder, a ``.gguf`` file, an alias, or a Hub id.
         adapters: Name → folder, Hub id or URL. They are loaded when first used.
+        default_adapter: What acts where a call names no adapter; then the base is named by ``model``.
         device, dtype: Compute device and dtype; ``auto`` selects the faster of float32 and bfloat16.
         transport: Where the engine runs: in the calling thread (``inline``), or in a process of its own (``process``).
         chat_template: Jinja source that replaces the model's template.
@@ -147,6 +164,7 @@ class LLM:
         model: str | Path,
         adapters: Mapping[str, str | Path] | None = None,
         *,
+        default_adapter: Adapter = None,
         device: str = "cpu",
         dtype: str = "auto",
         transport: Transport = "inline",
@@ -168,16 +186,19 @@ class LLM:
         directory = AdapterDirectory()
         for name, source in (adapters or {}).items():
             directory.add(directory.locate(name, source))  # report an error before the model is loaded
+        if default_adapter is not None and not isinstance(default_adapter, AdapterRef):
+            for one in default_adapter if isinstance(default_adapter, Mapping) else (default_adapter,):
+                _resolve(directory, one)
         client = connect(config, transport, progress)
         try:
             templates = None if chat_template is None else {"default": chat_template}
             self._service = SyncService(client, Service(client.info, templates=templates))
-            if adapters:
+            if adapters or default_adapter is not None:
                 self._service.adapters(AdapterCommand(action="prepare"))
         except BaseException:
             client.close()
             raise
-        self.adapters = Adapters(self._service, directory)
+        self.adapters = Adapters(self._service, directory, default_adapter, config.model)
 
     @property
     def info(self) -> EngineInfo:
@@ -211,7 +232,7 @@ class LLM:
         Args:
             prompts: One text, one list of token ids, or a list of these.
             params: One for all, or one per prompt.
-            adapters: A name, a folder or Hub id, None for the base, or several with weights
+            adapters: A name, a folder or Hub id, None for the default adapter or the base, or several with weights
             (``{"pirate": 0.7, "formal": -0.3}``); or a list of these, one per prompt.
             constraint: What every completion must match: a JSON Schema, or a ``Constraint``.
             errors: ``return`` returns a request's ``TruffulaError`` in its place; ``raise`` raises the first error and
@@ -221,9 +242,9 @@ class LLM:
 
         Returns: One ``RequestOutput`` per prompt, in order; a list also for a single prompt.
         """
-        listed = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else _listed(prompts, "prompts")
-        prepared = [prompt if isinstance(prompt, str) else _ids(prompt, i) for i, prompt in enumerate(listed)]
-        shared = {"constraint": _constraint(constraint)}
+        listed = [prompts] if isinstance(prompts, str) or is_ids(prompts) else as_list(prompts, "prompts")
+        prepared = [prompt if isinstance(prompt, str) else ids_of(prompt, i) for i, prompt in enumerate(listed)]
+        shared = {"constraint": constraint_of(constraint)}
         return self._run([{"prompt": prompt, **shared} for prompt in prepared], params, adapters, errors, progress)
 
     def chat(
@@ -255,10 +276,10 @@ class LLM:
 
         The other arguments are as in ``generate``. Tool calls and reasoning are no part of the output's ``text``.
         """
-        listed = _listed(messages, "messages")
+        listed = as_list(messages, "messages")
         talks = listed if listed and all(isinstance(item, list | tuple) for item in listed) else [listed]
         shared: dict[str, Any] = {
-            "constraint": _constraint(constraint),
+            "constraint": constraint_of(constraint),
             "tools": tools,
             "tool_choice": tool_choice,
             "parse_output": True,
@@ -284,7 +305,7 @@ class LLM:
 
         ``request``: further fields of ``truffula.types.GenerateRequest``.
         """
-        requests = self._requests([{**_given(prompt), **request}], params, adapter)
+        requests = self._requests([{**prompt_fields(prompt), **request}], params, adapter)
         return (delta for _, delta in self._stream(requests))
 
     def stream_each(
@@ -295,7 +316,7 @@ class LLM:
         adapters: Adapter | Sequence[Adapter] = None,
     ) -> Iterator[tuple[int, TextDelta]]:
         """The deltas of several completions in one batch, as (index of the prompt, delta)."""
-        given = [_given(prompt) for prompt in _listed(prompts, "prompts")]
+        given = [prompt_fields(prompt) for prompt in as_list(prompts, "prompts")]
         return self._stream(self._requests(given, params, adapters))
 
     def close(self) -> None:
@@ -344,13 +365,13 @@ class LLM:
         adapters: Adapter | Sequence[Adapter],
     ) -> list[GenerateRequest]:
         count = len(given)
-        every_params = _spread(params if params is not None else SamplingParams(), SamplingParams, count, "params")
-        every_adapter = _spread(adapters, str | Path | AdapterRef | Mapping | None, count, "adapters")
+        every_params = spread(params if params is not None else SamplingParams(), SamplingParams, count, "params")
+        every_adapter = spread(adapters, str | Path | AdapterRef | Mapping | None, count, "adapters")
         refs = [self.adapters.resolve(adapter) for adapter in every_adapter]
         try:
             return [
                 msgspec.convert(
-                    {**_as_items(one), "params": p, "adapter": ref, "return_prompt_tokens": True}, GenerateRequest
+                    {**with_items(one), "params": p, "adapter": ref, "return_prompt_tokens": True}, GenerateRequest
                 )
                 for one, p, ref in zip(given, every_params, refs, strict=True)
             ]
@@ -366,80 +387,3 @@ def _refuse_process_options(names: Iterable[str]) -> None:
                 f"{option.field} has no effect on an engine in this process; leave it out, or use transport='process'.",
                 param=option.field,
             )
-
-
-def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
-    """One value for each of ``count`` prompts: ``value`` repeated, or its items."""
-    if isinstance(value, single):
-        return [value] * count
-    items = _listed(value, name)
-    if len(items) != count:
-        raise InvalidRequest(f"{name} has {len(items)} item{'s' * (len(items) != 1)} for {count} prompts.", param=name)
-    for item in items:
-        if not isinstance(item, single):
-            raise InvalidRequest(f"{name} has an item of type {type(item).__name__}.", param=name)
-    return items
-
-
-def _constraint(given: Constraint | Mapping[str, Any] | None) -> Constraint | None:
-    if given is None or isinstance(given, Constraint):
-        return given
-    if not isinstance(given, Mapping):
-        raise InvalidRequest(
-            f"constraint is of type {type(given).__name__}; give a JSON Schema as a dict, or a "
-            "truffula.Constraint of another kind.",
-            param="constraint",
-        )
-    try:
-        return Constraint(kind="json_schema", value=json.dumps(given), param="constraint")
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"constraint is not a JSON Schema: {error}.", param="constraint") from error
-
-
-def _given(prompt: Prompt | Messages) -> dict[str, Any]:
-    """A prompt of any form as fields of a ``GenerateRequest``."""
-    if isinstance(prompt, str):
-        return {"prompt": prompt}
-    listed = _listed(prompt, "prompt")
-    chat = listed and all(isinstance(item, Mapping | Message) for item in listed)
-    return {"messages": listed} if chat else {"prompt": _ids(listed, 0)}
-
-
-def _as_items(request: dict[str, Any]) -> dict[str, Any]:
-    """``request`` with the messages and tools of OpenAI's form as items; those that are items stay as they are."""
-    found = dict(request)
-    if request.get("messages") is not None:
-        found["messages"] = messages_from_openai(request["messages"])
-    if request.get("tools") is not None:
-        found["tools"] = tools_from_openai(request["tools"])
-    choice = found.pop("tool_choice", None)
-    if not isinstance(choice, ToolChoice):
-        choice = tool_choice_from_openai(choice, found.get("tools"))
-    return {**found, "tool_choice": choice}
-
-
-def _listed(value: Any, name: str) -> list[Any]:
-    """The items of ``value``: a list, a tuple, a numpy array."""
-    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
-        raise InvalidRequest(f"{name} has type {type(value).__name__}; expected a list.", param=name)
-    return list(value)
-
-
-def _is_ids(prompts: Any) -> bool:
-    """Whether ``prompts`` is one prompt of token ids instead of a list of prompts."""
-    listed = _listed(prompts, "prompts")
-    return bool(listed) and not isinstance(listed[0], str) and not hasattr(listed[0], "__len__")
-
-
-def _ids(prompt: Any, at: int) -> list[int]:
-    """Any sequence of integers (numpy's too) as a list of ints."""
-    if isinstance(prompt, Mapping | bytes) or not hasattr(prompt, "__iter__"):
-        raise InvalidRequest(
-            f"prompts[{at}] has type {type(prompt).__name__}; expected text or a list of token ids.", param="prompts"
-        )
-    try:
-        return [operator.index(token_id) for token_id in prompt]
-    except TypeError as error:
-        raise InvalidRequest(
-            f"prompts[{at}] contains an item that is not a token id: {error}", param="prompts"
-        ) from error

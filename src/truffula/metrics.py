@@ -69,8 +69,9 @@ _ENGINE_SERIES: tuple[tuple[str, str, str], ...] = (
 class RequestRecord:
     """One HTTP request: filled while it is served, then logged as one line and counted.
 
-    ``adapter`` stays None for the base model. With ``own_right`` a client's credential opened it, and it is counted
-    without its name. ``generates`` marks the routes that produce tokens.
+    ``adapter`` stays None for the base model; ``generation`` is that of the bytes that answered. With ``own_right`` a
+    client's credential opened it, and it is counted without its name. ``generates`` marks the routes that produce
+    tokens.
     """
 
     request_id: str
@@ -79,6 +80,7 @@ class RequestRecord:
     route: str = ""
     generates: bool = False
     adapter: str | None = None
+    generation: str = ""
     own_right: bool = False
     status: int = 0
     finish: str | None = None

@@ -50,6 +50,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     generation), never the name. ``root``: what contains ``locator`` (a parent folder, or a pattern of URLs); neither a
     link nor a redirect may lead outside of it when the files are read. "" when the operator configured the adapter's
     folder itself. ``untrained``: its tensors may all be zero, as those of a trainer's first version are.
+    ``wanted``: the generation that it must have, or the first digits of it; "" for the present one.
     ``credential``: the client's own, by which the source is read instead of the operator's.
 
     ``composed``: ``parts`` act together, each by its weight; the engine loads them one by one. ``merged``: a loading
@@ -63,6 +64,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str = ""
     root: str = ""
     untrained: bool = False
+    wanted: str = ""
     credential: Credential | None = None
     parts: tuple[WeightedAdapter, ...] = ()
     merge: MergeMethod | None = None
@@ -188,7 +190,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     ``logprobs`` and ``top_logprobs`` have one entry per token when requested, else are empty; a top list holds
     ``(id, logprob)`` best first and does not repeat the chosen id unless it is among the k best. ``prompt_logprobs``
     comes once, with the first event: one entry per prompt token, the first None, else ``(logprob, top list)``.
-    ``vector`` comes with the final event of a model whose output is a vector per sequence.
+    ``vector`` comes with the final event of a model whose output is a vector per sequence. ``generations`` of its
+    adapters, joined by +, come with ``times``.
     On ``stop`` by a stop id or EOS the id is the last of ``token_ids`` and is ``stop_reason``. On ``error``, ``error``
     is the error.
     """
@@ -205,6 +208,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     times: RequestTimes | None = None
+    generations: str = ""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -155,7 +155,7 @@ def test_refusals_keep_the_servers_code_and_words(admin: Live, folders: dict[str
     for args, code, words in (
         (("load", "x", "/nope"), "model_not_found", "'/nope' does not contain an adapter"),
         (("load", "tiny/llama", pirate), "invalid_request", "means the base model"),
-        (("load", "named", pirate), "invalid_request", "already registered"),
+        (("load", "named", pirate), "adapter_exists", "already registered"),
         (("load", "x@latest", pirate), "invalid_request", "not NAME@VERSION"),
         (("unload", "nope"), "model_not_found", "'nope'"),
         (("show", "nope"), "model_not_found", "'nope'"),

@@ -55,6 +55,7 @@ def test_options_exist(name: str) -> None:
         "--rows",
         "--steps",
         "--prefill",
+        "--plot",
     }
     text = (DOCS / name).read_text(encoding="utf-8")
     named = {flag for code in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"(?<!\S)--[a-z][a-z-]+", code)}

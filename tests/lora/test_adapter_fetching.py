@@ -330,6 +330,27 @@ def test_an_entry_that_is_read_is_not_evicted(tmp_path: Path) -> None:
     assert cache.nbytes() <= 10
 
 
+def test_unfinished_downloads_count_with_their_full_size(tmp_path: Path, source: Source) -> None:
+    loads = Loads(tmp_path / "sized", source)
+    loads(loads.put())
+    size = loads.cache.nbytes()
+    loads = Loads(tmp_path, source, adapter_cache_bytes=3 * size)
+    kept = [loads(loads.put(f"a{seed}", seed), fingerprint="1").commit for seed in range(2)]
+    entries = tmp_path / "cache" / "entries"
+    os.utime(entries / kept[0], (1, 1))
+    with loads.cache.scratch() as scratch:  # of another process: a byte of what it will have
+        with (scratch.folder / "adapter_model.safetensors").open("wb") as file:
+            file.truncate(2 * size)
+            file.write(b"x")
+        others = DiskCache(tmp_path / "cache", 3 * size)
+        others.make_room()
+        assert not (entries / kept[0]).exists() and (entries / kept[1]).exists()
+        with (scratch.folder / "adapter_model.safetensors").open("r+b") as file:
+            file.truncate(4 * size)
+        others.make_room()
+        assert (entries / kept[1]).exists(), "what is larger than the cache displaces nothing"
+
+
 KILLED = """
 import sys
 from pathlib import Path

@@ -12,9 +12,9 @@ from msgspec.structs import replace
 from pool_rig import Rig, cached, rig
 
 from truffula.errors import AdapterLoadError, InsufficientMemory, KernelError, ShuttingDown
-from truffula.lora.pool import MAX_NAMES, RETRY_POLL_S, ROOM_TIMEOUT_S
+from truffula.lora.pool import MAX_NAMES, RETRY_POLL_S, ROOM_TIMEOUT_S, AdapterStatus
 from truffula.testing.adapters import write_tiny_adapter
-from truffula.types import AdapterRef
+from truffula.types import AdapterRef, Credential
 
 
 def size_of(folder: Path, r: Rig, ref_rank: int = 4) -> int:
@@ -497,3 +497,30 @@ def test_the_commit_of_a_load_is_logged_and_reported(tmp_path: Path, caplog: pyt
         (state,) = made.pool.states()
         assert state.commit == commit
         assert f"org/a@{commit}" in caplog.text
+
+
+def test_a_generation_is_found_while_it_is_held_and_only_for_its_own_source(tmp_path: Path) -> None:
+    """Also one that is retired, while a sequence has a lease; another source's never is."""
+    with rig(tmp_path) as it:
+        a, b = it.write("a"), it.write("b", seed=1)
+        old, other = it.loaded(a), it.loaded(b)
+        lease = it.pool.retain(old)
+        new = it.loaded(it.write("a", seed=2))
+        now = it.ref("a", "2/4")
+        for wanted, found in ((old, old), (old[:12], old), (new, new)):
+            assert it.lookup(replace(now, wanted=wanted)) == AdapterStatus("ready", found)
+            assert it.pool.is_loaded(replace(now, wanted=wanted))
+        for ref, wanted, present in ((now, other, new), (b, old, other), (now, "0" * 12, new)):
+            status = it.lookup(replace(ref, wanted=wanted))
+            assert status.status == "failed" and status.error is not None
+            assert status.error.code == "generation_mismatch" and status.error.data["present"] == present
+        proven = replace(now, kind="http", credential=Credential("id", "token"), wanted=old)
+        assert it.lookup(proven).status == "loading", "a client's right is proven before anything is served"
+        it.pool.release(lease)
+        assert it.lookup(replace(now, wanted=old)).status == "failed"
+        back = it.write("a")
+        again = replace(back, fingerprint="again", wanted=old)
+        assert it.lookup(again).status == "loading" and it.loaded(again) == old
+        assert it.lookup(replace(again, wanted=new)).status == "failed"
+        refused = it.load(again).error
+        assert refused is not None and refused.code == "invalid_request"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from truffula.errors import AdapterError, AdapterLoadError
 from truffula.kernels.adapters import AdapterLayout, Place, make_image
 from truffula.kernels.backend import Backend
 from truffula.lora.image import map_image
-from truffula.lora.loading import IDLE_WORKER_S, ORIGIN_DOWNLOADS, LoadingWorker
+from truffula.lora.loading import IDLE_WORKER_S, MAX_DOWNLOADS, ORIGIN_DOWNLOADS, LoadingWorker
 from truffula.lora.loads import AdapterLoads
 from truffula.lora.peft import Matched
 from truffula.lora.sources import AdapterDirectory
@@ -288,6 +289,30 @@ def test_a_slow_source_delays_neither_local_adapters_nor_other_sources(make: Mak
         assert len(loader.pids()) <= ORIGIN_DOWNLOADS + 2
         slow.go.set()
         assert set(collect(loader, 6)) == waiting
+
+
+def test_hung_sources_leave_a_download_to_every_other(make: Make, tmp_path: Path) -> None:
+    """Two that hang have taken all shared workers; a third source, and a fourth, are still read."""
+    loader = make(max_workers=1, adapter_cache=str(tmp_path / "cache"))
+    with ExitStack() as stack:
+        servers = [stack.enter_context(source_server()) for _ in range(4)]
+        folder = write_tiny_adapter(tmp_path / "a", llama_sites())
+        directory = AdapterDirectory(allow_source=tuple(f"{one.url}/*" for one in servers))
+        waiting = set()
+        for hung in servers[:2]:
+            named = [directory.resolve(hung.put(f"a{n}", folder)) for n in range(ORIGIN_DOWNLOADS + 1)]
+            hung.hangs.update(f"/a{n}/adapter_config.json" for n in range(len(named)))
+            waiting |= {loader.start(one) for one in named if one is not None}
+        assert len(loader.pids()) == MAX_DOWNLOADS
+        for other in servers[2:]:
+            ref = directory.resolve(other.put("a", folder))
+            assert ref is not None
+            quick = loader.start(ref)
+            assert set(collect(loader, 1)) == {quick}
+        assert len(loader.pids()) == MAX_DOWNLOADS + 1, "one worker for both, after each other"
+        for hung in servers[:2]:
+            hung.go.set()
+        assert set(collect(loader, len(waiting))) == waiting
 
 
 def test_computing_for_too_long_ends_the_worker(make: Make, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def test_registering_one_and_many(served: Live, folders: dict[str, Path]) -> Non
     (row,) = ok(served.post("/v1/adapters", again))["data"]
     assert (row["id"], show(served, "n0")["generation"]) == ("n0@2", row["generation"])
     assert show(served, "n0")["pinned"] and show(served, "n0")["versions"][0]["version"] is None
-    assert_canonical_error(served.post("/v1/adapters", again), 400, "already registered")
+    assert_canonical_error(served.post("/v1/adapters", again), 409, "already registered")
     again["adapters"][0]["source"] = str(folders["2"])
     (new,) = ok(served.post("/v1/adapters", {**again, "replace": True}))["data"]
     assert new["generation"] != row["generation"]
@@ -151,12 +152,12 @@ def test_what_cannot_be_an_alias_or_a_version(served: Live, folders: dict[str, P
         ({"name": "a", "version": "latest", "source": str(folders["0"])}, "not NAME@VERSION"),
         ({"name": "a", "version": "", "source": str(folders["0"])}, "not NAME@VERSION"),
         ({"name": MODEL, "source": str(folders["0"])}, "means the base model"),
-        ({"name": "one", "source": str(folders["0"])}, "already registered"),
-        ({"name": "named", "source": str(folders["0"])}, "already registered"),
-        ({"name": "prod", "source": str(folders["0"])}, "already registered"),
         ({"name": "a", "source": "not a source"}, "neither an existing folder nor a Hub id"),
     ):
         assert_canonical_error(served.post("/v1/adapters", {"adapters": [row]}), 400, words)
+    for taken in ("one", "named", "prod"):
+        row = {"name": taken, "source": str(folders["0"])}
+        assert_canonical_error(served.post("/v1/adapters", {"adapters": [row]}), 409, "already registered")
     missing = {"adapters": [{"name": "a", "source": "/nowhere"}, {"name": "b", "source": str(folders["0"])}]}
     assert_canonical_error(served.post("/v1/adapters", missing), 404, "'/nowhere'")
     assert_canonical_error(served.client.delete("/v1/adapters/one"), 400, "target of the alias 'prod'")
@@ -539,3 +540,85 @@ def test_zeros_are_refused_by_name(served: Live, folders: dict[str, Path], tmp_p
     save_file({name: 0 * one for name, one in tensors.items()}, zero / "adapter_model.safetensors")
     rows = {"adapters": [{"name": "zero", "source": str(zero)}], "load": True}
     assert_canonical_error(served.post("/v1/adapters", rows), 400, "changes nothing")
+
+
+def test_a_request_for_one_generation_gets_it_or_learns_what_is_there(
+    served: Live, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["0"], tmp_path / "mine")
+    register(served, ("mine@7", folder), ("also", folders["1"]), load=True)
+    old, other = show(served, "mine@7")["generation"], show(served, "also")["generation"]
+    answer = text(served, "mine@7")
+    for name in (f"mine@7@sha:{old}", f"mine@sha:{old[:12]}", f"mine@latest@sha:{old}", f"{MODEL}:mine@sha:{old}"):
+        assert text(served, name) == answer
+    ok(served.client.put("/v1/adapter_aliases/prod", json={"target": "mine@7"}))
+    assert text(served, f"prod@sha:{old}") == answer
+
+    def refused(name: str, status: int, words: str, **more) -> dict:
+        return assert_canonical_error(
+            served.post("/v1/completions", {"model": name, "prompt": "a", **more}), status, words
+        )
+
+    assert refused(f"mine@sha:{other}", 409, old)["code"] == "generation_mismatch", "another adapter's is not its own"
+    refused(f"nope@sha:{old}", 404, "no model or adapter")
+    refused(f"{MODEL}@sha:{old}", 404, "no model or adapter")
+    refused("mine@sha:12", 400, "NAME@sha:GENERATION")
+    refused(f"mine@sha:{old.upper()}", 400, "lower case")
+    sum_of = {"ids": [f"mine@sha:{old}", "also"], "weights": [1, 0]}
+    body = {"prompt": "Hello", "max_tokens": 12, "temperature": 0}
+    assert ok(served.post("/v1/completions", body | {"merged_adapters": sum_of}))["choices"][0]["text"] == answer[0]
+    ties = {"ids": [f"mine@sha:{old}", "also"], "merge_strategy": "ties", "density": 0.5}
+    assert_canonical_error(served.post("/v1/completions", body | {"merged_adapters": ties}), 400, "leave @sha: out")
+    ok(served.client.put("/v1/adapter_aliases/two", json={"targets": {"mine@7": 1, "also": 1}}))
+    refused(f"two@sha:{old}", 400, "alias of several")
+    for target in (f"mine@sha:{old}", f"mine@7@sha:{old}"):
+        aliased = served.client.put("/v1/adapter_aliases/x", json={"target": target})
+        assert_canonical_error(aliased, 400, "one generation")
+        assert_canonical_error(act(served, target, "pin"), 400, "names a generation")
+    # It is loaded if the files still are that generation, and served while it is in memory.
+    ok(act(served, "mine@7", "unload"))
+    assert text(served, f"mine@sha:{old}") == answer
+    replace_files(folder, folders["2"])
+    assert text(served, f"mine@sha:{old}") == answer
+    changed = text(served, "mine@7")
+    new = show(served, "mine@7")["generation"]
+    both = {"merged_adapters": {"ids": ["mine", "also"]}, "prompt": "a", "max_tokens": 2}
+    for fields, generation in (({}, new), (both, "+".join(sorted((new, other)))), ({"model": MODEL}, None)):
+        for stream in (False, True):
+            asked = {"model": MODEL if fields else "mine", "prompt": "a", "max_tokens": 2, "stream": stream, **fields}
+            response = served.post("/v1/completions", asked)
+            assert response.status_code == 200 and response.headers.get("x-truffula-generation") == generation
+    assert changed != answer and text(served, f"mine@sha:{new}") == changed
+    refused(f"mine@sha:{old}", 409, f"is generation {new} now")
+    replace_files(folder, folders["0"])
+    assert text(served, f"mine@sha:{old}") == answer
+
+
+def test_of_two_that_register_a_name_one_wins(served: Live, folders: dict[str, Path]) -> None:
+    """Also where both load it first: what requests get is what was registered."""
+    for name, path, first, second, status in (
+        (
+            "r",
+            "/v1/adapters",
+            *({"adapters": [{"name": "r", "source": str(folders[n])}], "load": True} for n in "01"),
+            409,
+        ),
+        ("q", "/v1/load_lora_adapter", *({"lora_name": "q", "lora_path": str(folders[n])} for n in "01"), 400),
+    ):
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(lambda body, path=path: served.post(path, body), (first, second)))
+        statuses = [one.status_code for one in found]
+        assert sorted(statuses) == [200, status]
+        winner = folders[str(statuses.index(200))]
+        assert show(served, name)["source"] == str(winner)
+        register(served, (f"as-{name}", winner))
+        assert text(served, name)[0] == text(served, f"as-{name}")[0]
+
+
+def test_an_alias_and_the_end_of_its_target_exclude_each_other(served: Live, folders: dict[str, Path]) -> None:
+    for number in range(10):
+        register(served, (f"t{number}", folders["0"]))
+        with ThreadPoolExecutor(2) as threads:
+            put = threads.submit(served.client.put, f"/v1/adapter_aliases/a{number}", json={"target": f"t{number}"})
+            deleted = threads.submit(served.client.delete, f"/v1/adapters/t{number}")
+        assert sorted([put.result().status_code, deleted.result().status_code]) == [200, 400]

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import gc
+import http.client
 import json
 import resource
 import signal
@@ -13,7 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from live_server import ok, serving, until
+from live_server import MODEL, ok, serving, until
 
 from truffula.config import ServerConfig
 from truffula.server.connections import AcceptErrors, most_connections
@@ -142,3 +144,35 @@ def test_with_few_descriptors_200_half_heads_stop_nobody(model_folder, tmp_path)
             process.kill()
     assert "--max-open-requests" in said.read_text()
     assert said.stat().st_size < 20_000, said.read_text()[-2000:]
+
+
+def test_a_request_leaves_nothing_for_the_garbage_collector(live):
+    """Whole, streamed, refused, and left by its client. In a server a collection of all objects is rare."""
+    address, path = live.url.removeprefix("http://"), "/v1/completions"
+    body = {"model": MODEL, "prompt": "Hello", "max_tokens": 4, "temperature": 0}
+
+    def ask(more, leave):
+        with contextlib.closing(http.client.HTTPConnection(address, timeout=60)) as connection:
+            connection.request("POST", path, json.dumps(body | more), {"content-type": "application/json"})
+            with contextlib.closing(connection.getresponse()) as response:
+                response.read(10 if leave else None)
+
+    requests = [({}, False), ({"stream": True}, False), ({"model": "none"}, False)]
+    requests.append(({"stream": True, "max_tokens": 40}, True))
+    for more, leave in requests:
+        ask(more, leave)
+    until(lambda: live.service.active == 0)
+    gc.collect()
+    gc.freeze()  # what the other tests hold
+    gc.disable()
+    try:
+        for more, leave in requests:
+            gc.collect()
+            for _ in range(5):
+                ask(more, leave)
+            until(lambda: live.service.active == 0)
+            time.sleep(0.1)  # the tasks of the last one end
+            assert gc.collect() < 15, f"cycles are left by {more}"  # each left 20 to 50 objects
+    finally:
+        gc.unfreeze()
+        gc.enable()

@@ -18,7 +18,10 @@ def every_error(root=TruffulaError):
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/messages", "/api/chat"])
 def test_every_code_has_a_row_and_renders(cls, path):
     assert cls.code in TABLE, f"{cls.__name__} has no row in server/errors.py"
-    response = render(errors.TruffulaError.from_info(ErrorInfo(code=cls.code, message="What happened.", param="field")), dialect_of(path))
+    response = render(
+        errors.TruffulaError.from_info(ErrorInfo(code=cls.code, message="What happened.", param="field")),
+        dialect_of(path),
+    )
     assert 400 <= response.status_code < 600
     assert response.headers["content-type"] == "application/json"
     assert b"What happened." in response.body

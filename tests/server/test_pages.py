@@ -15,6 +15,7 @@ from live_server import MODEL, events, ok, serving
 from truffula.server import app
 from truffula.server.openapi import field_help
 
+ANTHROPIC = {"anthropic-version": "2023-06-01"}
 BROWSER = {"accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
 BOTH = pytest.mark.parametrize("path", ["/", "/docs"])
 
@@ -139,6 +140,37 @@ def test_the_document_is_an_openapi_document_that_others_read(live):
     assert len(set(ids)) == len(ids)
     for reference in re.findall(r'"\$ref":"#/components/schemas/(\w+)"', json.dumps(document, separators=(",", ":"))):
         assert reference in document["components"]["schemas"]
+
+
+def test_the_parameters_of_queries_are_those_that_routes_read(live):
+    """What the document allows is taken, another value is refused by the parameter's name, and there are no others."""
+    document = ok(live.client.get("/openapi.json"))
+    response = ok(live.post("/v1/responses", {"input": "Hello", "max_output_tokens": 1}))["id"]
+
+    def ask(method, path, name, value):
+        headers = ANTHROPIC if "models" in path else {}
+        return live.client.request(method, path.format(response_id=response), params={name: value}, headers=headers)
+
+    found = [
+        (method.upper(), path, one["name"], one["schema"], one["description"])
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+        for one in operation.get("parameters", ())
+        if one["in"] == "query"
+    ]
+    for method, path, name, schema, description in found:
+        assert description.endswith(".")
+        for value in schema.get("enum", [schema.get("default")] * ("default" in schema)):
+            streams = (name, value) == ("stream", "true")  # it was not streamed
+            assert ask(method, path, name, value).status_code == (400 if streams else 200), (path, name, value)
+        typed = "enum" in schema or schema["type"] == "integer"
+        if typed and name not in ("format", "starting_after"):  # others than json are the text; needs stream
+            refused = ask(method, path, name, "other")
+            assert refused.status_code in (400, 422) and name in refused.text, refused.text
+    names = {name for _, path, name, *_ in found if path == "/v1/adapters"}
+    told = ask("GET", "/v1/adapters", "x", "1").json()["error"]["message"]
+    assert set(re.findall(r"\w+", told.partition("use ")[2])) == names
+    assert len(found) > 12
 
 
 def test_every_field_is_described():

@@ -151,3 +151,18 @@ def test_nothing_of_a_token_is_logged(live, source, caplog):
     metrics = live.client.get("/metrics").text
     for secret in ("token-a", "t0ken"):
         assert secret not in caplog.text and secret not in metrics
+
+
+def test_a_token_has_no_effect_on_what_an_alias_of_the_operators_names(model_folder, source, tmp_path):
+    """The operator named the source, so it is read by the operator's right, whatever the client sends."""
+    source.files |= {path.replace("/a/", "/free/"): body for path, body in source.files.items() if "/a/" in path}
+    mine, free = f"{source.url}/a/one", f"{source.url}/free/one"
+    options = {"allow_sources": (f"{source.url}/*",), "allow_client_credentials": True, "adapter_admin": True}
+    with serving(model_folder, adapter_cache_dir=str(tmp_path), **options) as live:
+        for name, target in (("closed", mine), ("open", free)):
+            ok(live.client.put(f"/v1/adapter_aliases/{name}", json={"target": target}))
+        assert asked(live, "closed", "token-a").status_code == 404 and ok(asked(live, mine, "token-a"))
+        assert asked(live, "closed", "token-a").status_code == 404
+        response = asked(live, "open", "token-a")
+        assert ok(response) and response.headers["x-truffula-ignored"] == "api_token"
+        assert "x-truffula-ignored" not in asked(live, mine, "token-a").headers

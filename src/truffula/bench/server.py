@@ -144,13 +144,15 @@ def engine_flags(config: EngineConfig) -> list[str]:
     return flags
 
 
-def truffula_server(config: EngineConfig, adapter_dir: Path | str | None = None, port: int | None = None) -> Server:
-    """``truffula serve`` as a child process, on ``port`` or a free one. It logs warnings only."""
+def truffula_server(
+    config: EngineConfig, adapter_dir: Path | str | None = None, port: int | None = None, more: Sequence[str] = ()
+) -> Server:
+    """``truffula serve`` as a child process, on ``port`` or a free one, with ``more`` flags. It logs warnings only."""
     port = port or free_port()
     argv = [sys.executable, "-m", "truffula", "serve", config.model, "--port", str(port), "--log-level", "warning"]
     if adapter_dir is not None:
         argv += ["--adapter-dir", str(adapter_dir)]
-    return Server("truffula", [*argv, *engine_flags(config)], f"http://127.0.0.1:{port}")
+    return Server("truffula", [*argv, *engine_flags(config), *more], f"http://127.0.0.1:{port}")
 
 
 def plan_of(config: EngineConfig) -> ModelPlan:

@@ -1,14 +1,18 @@
-"""``truffula bench serve`` and ``truffula bench step``."""
+"""``truffula bench``: ``serve``, ``adapters`` and ``step``."""
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from truffula.bench.adapters import SCENARIOS, TINY, Bench, Row, Sizes
+from truffula.bench.chart import Bars, bars
 from truffula.bench.load import MIXES, Limits, Load, arrivals, run_load, used
 from truffula.bench.server import end_children_on_sigterm, plan_of, random_adapters, truffula_server
 from truffula.bench.step import SMOLLM2, StepBench, measure, read_rate
@@ -183,6 +187,54 @@ def _print_open(row: dict[str, Any], limits: Limits) -> None:
         out().print(f"the load generator kept up: requests left {late['p99']:.1f} ms late (p99)")
     else:
         warn(f"the load generator did not keep up: requests left {late['p99']:.1f} ms late (p99); the rate was lower")
+
+
+def run_bench_adapters(
+    config: EngineConfig,
+    names: Sequence[str],
+    repeats: int,
+    files: Sequence[str],
+    written: tuple[Path | None, Path | None],
+    *,
+    tiny: bool,
+    as_json: bool,
+) -> None:
+    """``written``: the file of the table and the folder of the charts."""
+    if unknown := sorted(set(names) - SCENARIOS.keys()):
+        raise ConfigError(f"The scenario {unknown[0]!r} is not one of {', '.join(SCENARIOS)}.", param="scenario")
+    end_children_on_sigterm()
+    logging.getLogger("truffula").setLevel(logging.ERROR)  # of each adapter: that it is for another base
+    found: dict[str, list[Row]] = {}
+    for name in names or SCENARIOS:
+        note(f"{name} ...")
+        with tempfile.TemporaryDirectory(prefix="truffula-bench-") as folder:
+            bench = Bench(config, Path(folder), TINY if tiny else Sizes(repeats), files)
+            found[name] = list(SCENARIOS[name](bench))
+    rows, (markdown, plot), source = [row for each in found.values() for row in each], written, _machine()
+    if markdown is not None:
+        cells = [(*row.shown[:-1], row.sides + ("" if row.met else "; **missed**")) for row in rows]
+        lines = [f"| {' | '.join(row)} |" for row in (("what", "figure", "goal", "measured"), ("---",) * 4, *cells)]
+        markdown.write_text("\n".join(lines) + "\n")
+    if plot is not None:
+        plot.mkdir(parents=True, exist_ok=True)
+        for name, each in found.items():
+            groups = [_bars_of(row) for row in each]
+            title, below = f"Adapters: {name}", f"{config.model}; each figure to its goal (dashed); grey: missed"
+            (plot / f"{name}.svg").write_text(bars(title, below, groups, source))
+    if as_json:
+        shown = [asdict(row) | {"scenario": name, "met": row.met} for name, each in found.items() for row in each]
+        out().print_json(data={"model": config.model, "machine": source, "rows": shown})
+        return
+    printed = table("", ">figure", ">goal", "measured", title=f"{config.model}: median of {1 if tiny else repeats}")
+    for row in rows:
+        printed.add_row(*row.shown, style=None if row.met else "yellow")
+    out().print(printed)
+    out().print(source, style="dim")
+
+
+def _bars_of(row: Row) -> Bars:
+    what, figure, goal, _ = row.shown
+    return Bars(f"{what} ({goal})", [(figure, row.value / row.goal)], frozenset({figure} if row.met else ()), 1.0)
 
 
 def run_bench_step(bench: StepBench, options: dict[str, Any], *, tiny: bool, as_json: bool) -> None:

@@ -346,6 +346,7 @@ class Sequence:
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             times=times,
+            generations="" if times is None else "+".join(one.generation for one in self.adapters),
         )
 
     def reset(self, num_computed: int) -> None:

@@ -42,6 +42,12 @@ def merge(parts: Sequence[WeightedAdapter], method: MergeMethod, param: str = "a
     """
     for part in parts:
         check_weight(part.weight, param)
+        if part.ref.wanted:
+            raise InvalidRequest(
+                f"{param} merges {part.ref.name!r} in one generation (@sha:), which a merge_strategy cannot; leave "
+                "@sha: out, or merge_strategy, as a sum takes any generation.",
+                param=param,
+            )
     _check_count(len(parts), param)
     ordered = tuple(sorted(parts, key=lambda part: (_identity(part.ref), part.weight)))
     return _of_parts("merged", ordered, method)
@@ -78,6 +84,6 @@ def _of_parts(kind: str, parts: tuple[WeightedAdapter, ...], method: MergeMethod
 
 
 def _identity(ref: AdapterRef) -> str:
-    """Where ``ref`` is read from, and by what right, whatever its name and its present state."""
+    """Where ``ref`` is read from, by what right, and in which generation if it names one, whatever its name is."""
     right = () if ref.credential is None else (ref.credential.id,)
-    return " ".join(repr(one) for one in (ref.kind, ref.locator, ref.revision, ref.root, *right) if one)
+    return " ".join(repr(one) for one in (ref.kind, ref.locator, ref.revision, ref.root, ref.wanted, *right) if one)

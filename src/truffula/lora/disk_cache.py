@@ -6,7 +6,8 @@
 
 An entry appears by one rename, complete. A reader holds a shared lock of the entry's folder (``flock``), and an entry
 is evicted under an exclusive one, least recently used first: time of use is the folder's mtime. Changes of the cache
-are made one at a time, under the lock of the cache's folder. The bytes counted are those of the entries' files.
+are made one at a time, under the lock of the cache's folder. The bytes counted are those of the entries' files and of
+unfinished downloads, whose files have their full size from the start where it is known.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class DiskCache:
             target = self._entries / entry
             self._entries.mkdir(exist_ok=True, mode=0o700)
             if not target.is_dir():
-                self._make_room(nbytes)
+                self._make_room()
                 folder.rename(target)
                 fcntl.flock(scratch.fd, fcntl.LOCK_SH)  # from here on others may read it
                 folder = target
@@ -173,12 +174,20 @@ class DiskCache:
     def _listed(self) -> list[Path]:
         return list(self._entries.iterdir()) if self._entries.is_dir() else []
 
-    def _make_room(self, nbytes: int) -> None:
-        """Evict entries until ``nbytes`` more fit. One that is being read stays, so the limit may be exceeded by it."""
+    def make_room(self) -> None:
+        """Evict entries until the rest fits beside the unfinished downloads."""
+        with self._locked():
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """``make_room``. An entry that is being read stays, and downloads are not ended, so both may exceed the limit;
+        a download that will not be kept, as it is larger than the limit, does not count.
+        """
         sized = sorted((path.stat().st_mtime_ns, _nbytes(path), path) for path in self._listed())
-        used = sum(size for _, size, _ in sized)
+        unfinished = map(_nbytes, self._scratch.iterdir())
+        used = sum(size for _, size, _ in sized) + sum(size for size in unfinished if size <= self._limit)
         for _, size, path in sized:
-            if used + nbytes <= self._limit:
+            if used <= self._limit:
                 return
             used -= size if self._evict(path) else 0
 

@@ -80,6 +80,7 @@ class Generation:
     facts: AdapterFacts = NO_FACTS
     prefix: KvPrefix | None = None
     sources: set[AdapterSource] = field(default_factory=set)  # that have these bytes now; none: it is retired
+    known: set[AdapterSource] = field(default_factory=set)  # that have or had them
     names: list[str] = field(default_factory=list)  # by which a retired one was last known
     private: bool = False  # whether these names are
     slot: int | None = None
@@ -143,6 +144,7 @@ class Generations:
         self._entries: dict[str, Generation] = {}
         self._by_account: dict[Account, dict[str, Generation]] = defaultdict(dict)  # least recently used first
         self._bytes: Counter[Account] = Counter()
+        self._of_source: dict[AdapterSource, list[Generation]] = {}  # that have or had its bytes
         self._dropped: dict[str, None] = {}  # ids of used ones, the last dropped last: as many as are mapped
         self.pins: dict[AdapterSource, set[str]] = {}  # names that keep the generation of a source resident
         self._stamp = 0.0
@@ -162,6 +164,17 @@ class Generations:
 
     def __iter__(self) -> Iterator[Generation]:
         return iter(list(self._entries.values()))
+
+    def of_source(self, source: AdapterSource) -> list[Generation]:
+        """Those that were read from ``source``, retired ones too."""
+        return self._of_source.get(source, [])
+
+    def attach(self, entry: Generation, source: AdapterSource) -> None:
+        """Record that ``source`` has the bytes of ``entry`` now."""
+        entry.sources.add(source)
+        if source not in entry.known:
+            entry.known.add(source)
+            self._of_source.setdefault(source, []).append(entry)
 
     # Residency
 
@@ -232,6 +245,10 @@ class Generations:
         self.evict(entry)
         self._count(entry, None)
         del self._entries[entry.id]
+        for source in entry.known:
+            self._of_source[source].remove(entry)
+            if not self._of_source[source]:
+                del self._of_source[source]
         if entry.uses:
             self._dropped.pop(entry.id, None)
             self._dropped[entry.id] = None
@@ -337,7 +354,10 @@ class Generations:
             stamps = [entry.used_at for entry in self._by_account[account].values()]
             assert stamps == sorted(stamps), f"{account} is out of order"
         assert self._budget.used(OWNER) == self.resident_bytes
+        known = {(source, entry.id) for entry in entries for source in entry.known}
+        assert known == {(source, one.id) for source, held in self._of_source.items() for one in held}
         for entry in entries:
+            assert entry.sources <= entry.known
             assert entry.pinned == (not entry.sources.isdisjoint(self.pins)), "a wrong pin"
             assert entry.leases >= entry.resident_leases >= 0, "a lease was released twice"
             assert not entry.resident_leases or entry.resident, "a resident lease without a slot"

@@ -4,8 +4,9 @@
 
 A worker does one load at a time. Workers are started when they are needed: up to ``max_workers`` for local adapters,
 and up to ``MAX_DOWNLOADS`` for others, of which one origin (a host, a bucket, the Hub) has at most
-``ORIGIN_DOWNLOADS``. So a slow source delays neither local adapters nor other sources. When a worker dies, hangs or
-computes for too long, only its own load fails; queued loads go to another worker.
+``ORIGIN_DOWNLOADS``; beyond them each origin still has one, up to ``MOST_DOWNLOADS`` in all. So slow sources delay
+neither local adapters nor other sources. When a worker dies, hangs or computes for too long, only its own load fails;
+queued loads go to another worker.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NICE = 5
 """Added to the niceness of the workers: three that compute take a third of two cores from a busy engine."""
 IDLE_WORKER_S = 60.0
 STARTUP_S = 60.0
-MAX_DOWNLOADS, ORIGIN_DOWNLOADS = 8, 4
+MAX_DOWNLOADS, ORIGIN_DOWNLOADS, MOST_DOWNLOADS = 8, 4, 16
 _STDERR_BYTES = 4096
 
 
@@ -329,7 +330,9 @@ class LoadingWorker:
         origin = origin_of(ref)
         if origin == "local":
             return loading[origin] < self._max_workers
-        return loading[origin] < ORIGIN_DOWNLOADS and loading.total() - loading["local"] < MAX_DOWNLOADS
+        downloads = loading.total() - loading["local"]
+        share = ORIGIN_DOWNLOADS if downloads < MAX_DOWNLOADS else 1
+        return loading[origin] < share and downloads < MOST_DOWNLOADS
 
     def _start_worker(self) -> _Worker:
         if self._staging is None:

@@ -32,7 +32,8 @@ def source_of(ref: AdapterRef) -> AdapterSource:
 
 
 def source_state(ref: AdapterRef) -> SourceState:
-    return source_of(ref), ref.fingerprint
+    """With ``wanted``, requests for one generation have a state of their own."""
+    return source_of(ref), ref.fingerprint + (f"@{ref.wanted}" if ref.wanted else "")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from truffula.errors import AdapterLoadError, AdapterNotFound, InsufficientMemory, ShuttingDown, TruffulaError
+from msgspec.structs import replace
+
+from truffula.errors import (
+    AdapterLoadError,
+    AdapterNotFound,
+    ErrorInfo,
+    GenerationMismatch,
+    InsufficientMemory,
+    InvalidRequest,
+    ShuttingDown,
+    TruffulaError,
+)
 from truffula.kernels.backend import Executable
 from truffula.lora.generations import NO_SLOT, OWNER, Budget, Generation, Generations
 from truffula.lora.generations import AdapterLease as AdapterLease
@@ -103,8 +114,31 @@ class AdapterPool:
     def lookup(self, ref: AdapterRef, now: float) -> AdapterStatus:
         """The status of ``ref`` now; begins a load if there is none. Never waits, never raises.
 
+        One that is ``wanted`` in a generation is ready in that one while it is mapped for its source, retired or not,
+        or if it is what the source has now; else it has failed. A client's right is proven first.
         A caller that keeps the ``generation`` of a ready one must retain or acquire it before the next poll.
         """
+        if not ref.wanted:
+            return self._present(ref, now)
+        held = self._held(ref)
+        if held is None or ref.credential is not None:
+            present = replace(ref, wanted="")
+            status, held = self._present(present, now), self._held(ref)
+            if status.generation is None:
+                return status
+            if held is None:
+                checked = source_state(present) not in self.loads
+                return AdapterStatus("failed", error=_other(ref, status)) if checked else AdapterStatus("loading")
+        self._generations.touch(held, now)
+        return AdapterStatus("ready", held.id)
+
+    def _held(self, ref: AdapterRef) -> Generation | None:
+        """The generation that ``ref`` is wanted in, of its source; None when it is not mapped."""
+        held = self._generations.of_source(source_of(ref))
+        return next((one for one in held if one.id.startswith(ref.wanted)), None)
+
+    def _present(self, ref: AdapterRef, now: float) -> AdapterStatus:
+        """``lookup`` of what the source has now."""
         state = source_state(ref)
         loaded = self._loaded(state)
         if loaded is None:
@@ -122,8 +156,11 @@ class AdapterPool:
         return AdapterStatus("ready", loaded.generation.id)
 
     def is_loaded(self, ref: AdapterRef) -> bool:
-        """Whether ``lookup`` would answer ready."""
-        return (self._loaded(source_state(ref)) or self._checked_meanwhile(ref)) is not None
+        """Whether ``lookup`` would begin no load."""
+        if ref.wanted and ref.credential is None and self._held(ref) is not None:
+            return True
+        present = replace(ref, wanted="")
+        return (self._loaded(source_state(present)) or self._checked_meanwhile(present)) is not None
 
     def retain(self, generation: str) -> AdapterLease:
         """A lease that keeps a loaded generation available, though not resident."""
@@ -252,9 +289,13 @@ class AdapterPool:
         are done immediately; ``AdapterNotFound`` is their error when there is nothing to unload.
         """
         ref = command.ref
-        if command.action == "load" and ref is not None:
-            return self._load(ref, command.pinned, now)
         done: Future[list[AdapterState]] = Future()
+        if command.action == "load" and ref is not None:
+            if not ref.wanted:
+                return self._load(ref, command.pinned, now)
+            text = f"{ref.name!r} is loaded as its source has it; a request may name a generation."
+            done.set_exception(InvalidRequest(text, param="adapter"))
+            return done
         if command.action == "prepare":
             self.loads.loader.prepare()
             done.set_result([])
@@ -444,7 +485,7 @@ class AdapterPool:
         loaded = self._sources.setdefault(source, _LoadedSource(entry, ref.private))
         loaded.add(fingerprint)
         loaded.names.add(ref.name)
-        entry.sources.add(source)
+        self._generations.attach(entry, source)
         entry.commit = commit or entry.commit
         self._recount(source)
 
@@ -502,3 +543,12 @@ class AdapterPool:
             assert all(self._sources[source].generation is entry for source in entry.sources)
             assert entry.sources or entry.leases or not entry.resident, "an unreachable generation"
         assert set(self._sources) == {source for entry in self._generations for source in entry.sources}
+
+
+def _other(ref: AdapterRef, status: AdapterStatus) -> ErrorInfo:
+    """The error of ``ref``, which is wanted in another generation than the source has."""
+    return GenerationMismatch(
+        f"Adapter {ref.name!r} is asked for as generation {ref.wanted}, and is generation {status.generation} now.",
+        param="model",
+        present=status.generation or "",
+    ).info()

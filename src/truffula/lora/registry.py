@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from truffula.errors import ConfigError, ErrorInfo, InvalidRequest, TruffulaError
+from truffula.errors import AdapterExists, ConfigError, ErrorInfo, InvalidRequest, TruffulaError
 from truffula.types import AdapterRef
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ LATEST = "latest"
 MAX_TARGETS = 64
 FORMAT = 1
 """Of the file's tables."""
+CONTENT = "@sha:"
+"""Between a name and the generation that the adapter must have."""
+_CONTENT = re.compile(r"[0-9a-f]{12,64}")
 _VERSION = re.compile(r"[A-Za-z0-9][\w.+-]{0,127}", re.ASCII)
 _TABLES = """
 CREATE TABLE IF NOT EXISTS adapters (
@@ -96,6 +99,20 @@ def split_name(name: str) -> tuple[str, str]:
             param="name",
         )
     return base, version
+
+
+def split_content(name: str) -> tuple[str, str]:
+    """Name and generation ("": any) of NAME@sha:GENERATION, of which at least 12 digits must be given. Raises
+    ``InvalidRequest``.
+    """
+    base, mark, generation = name.partition(CONTENT)
+    if mark and not (base and _CONTENT.fullmatch(generation)):
+        raise InvalidRequest(
+            f"{name[:80]!r} is not NAME@sha:GENERATION: a generation is given by the first 12 to 64 of its hexadecimal "
+            "digits, in lower case.",
+            param="model",
+        )
+    return base, generation
 
 
 class AdapterRegistry:
@@ -192,14 +209,14 @@ class AdapterRegistry:
 
     def add(self, refs: Iterable[AdapterRef], *, replace: bool = True) -> None:
         """Register adapters under their names, all of them or none. One of the same name and version is replaced, or,
-        without ``replace``, an ``InvalidRequest``.
+        without ``replace``, raises ``AdapterExists``.
         """
         now = time.time()
         rows = [(*split_name(ref.name), Registered(ref, now)) for ref in refs]
         with self._lock:
             taken = next((one.ref.name for n, v, one in rows if v in self.versions(n)), None)
             if taken is not None and not replace:
-                raise InvalidRequest(f"{taken[:80]!r} is already registered.", param="name")
+                raise AdapterExists(f"{taken[:80]!r} is already registered.", param="name")
             self._write(_ADD, ((n, v, msgspec.json.encode(one.ref), one.created) for n, v, one in rows))
             for name, version, one in rows:
                 self._set(name, version, one)

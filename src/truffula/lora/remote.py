@@ -177,12 +177,17 @@ class _Source:
             name: stamp for name, stamp in extra.items() if stamp is not None and (stamp.size or 0) <= MAX_BYTES
         }
         for name, stamp in wanted.items():
-            done = 0
             with (scratch.folder / name).open("wb") as file:
+                file.truncate(stamp.size or 0)
+        self.cache.make_room()
+        for name, stamp in wanted.items():
+            done = 0
+            with (scratch.folder / name).open("r+b") as file:
                 for chunk in store.read(name, stamp):
                     done += len(chunk)
                     self._check_size(name, done)
                     file.write(chunk)
+                file.truncate()
             if stamp.size is not None and done != stamp.size:
                 raise SourceError("network", f"it sent {done} of the {stamp.size} bytes of {name}; try again")
 

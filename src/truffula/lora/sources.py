@@ -36,7 +36,7 @@ from truffula.lora.foreign import close_path, describe_file, describe_folder, me
 from truffula.lora.locations import URL_KINDS, Location, allows, is_url, parse_location, parse_pattern, url_of
 from truffula.lora.method_fields import check_config
 from truffula.lora.paths import CONFIG, TENSORS, fingerprint
-from truffula.lora.registry import AdapterRegistry
+from truffula.lora.registry import CONTENT, AdapterRegistry, split_content
 from truffula.types import AdapterRef, Credential
 
 SOURCES = ("local", "hub", *URL_KINDS)
@@ -61,7 +61,7 @@ def reserved(name: str, base_names: Collection[str]) -> bool:
 
 
 def _printable(name: str) -> bool:
-    return 0 < len(name) <= MAX_NAME_CHARS and name.isprintable()
+    return 0 < len(name) <= MAX_NAME_CHARS and name.isprintable() and CONTENT not in name
 
 
 def _is_folder_name(name: str) -> bool:
@@ -171,7 +171,8 @@ class AdapterDirectory:
         base_names: Collection[str] = (),
         token: str | None = None,
     ) -> AdapterRef | None:
-        """The adapter called ``name``; None when the name means the base (None, empty, or one of ``base_names``).
+        """The adapter called ``name``; None when the name means the base (None, empty, or one of ``base_names``). Of
+        NAME@sha:GENERATION the adapter ``wanted`` in that generation.
 
         ``token``: the client's own for the source of the adapter. It has no effect on what the operator named.
 
@@ -185,7 +186,9 @@ class AdapterDirectory:
             raise InvalidRequest(
                 f"adapter_source {source[:40]!r} is not one of {', '.join(SOURCES)}.", param="adapter_source"
             )
+        name, wanted = split_content(name)
         ref = self._find(name, source, token)
+        ref = _replace(ref, wanted=wanted) if wanted else ref
         renewed = self._renewed.get((ref.kind, ref.locator, ref.revision))
         return ref if renewed is None else _replace(ref, fingerprint=f"{ref.fingerprint}+{renewed}")
 
@@ -423,7 +426,8 @@ def _parse_source(name: str, source: Path | str) -> AdapterRef:
     """The adapter of an operator's ``name=source``."""
     if not _printable(name):
         raise ConfigError(
-            f"{name[:80]!r} is not a valid adapter name: names have 1 to {MAX_NAME_CHARS} printable characters.",
+            f"{name[:80]!r} is not a valid adapter name: names have 1 to {MAX_NAME_CHARS} printable characters, "
+            f"without {CONTENT}.",
             param="adapters",
         )
     if is_url(name):

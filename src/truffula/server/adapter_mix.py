@@ -20,6 +20,8 @@ from truffula.types import MAX_ADAPTERS, AdapterRef, MergeMethod, WeightedAdapte
 BASE_ADAPTER = "__base_model__"
 """LoRAX's name of the base as an adapter. It cannot be merged."""
 
+LEAST = 0.1
+"""The least weight and density of keys that may not use the base: below, the answers are nearly the base's."""
 _M = TypeVar("_M", bound=BaseModel)
 _Name = Annotated[str, Field(min_length=1)]
 _Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
@@ -87,6 +89,18 @@ class _Scaled(BaseModel):
     def factor(self) -> float:
         given = self.weight if self.scale is None else self.scale
         return 1.0 if given is None else given
+
+
+def require_effect(adapter: AdapterRef, named: tuple[str, str | AdapterMix]) -> None:
+    """Raise ``InvalidRequest`` where weights or a density leave little of ``adapter``, for a key without the base."""
+    place, mix = named
+    given = [] if isinstance(mix, str) else [*mix.weights, 1.0 if mix.method is None else mix.method.density]
+    if any(one < LEAST for one in given) or any(abs(part.weight) < LEAST for part in adapter.acting):
+        raise InvalidRequest(
+            f"{place} has a weight or a density below {LEAST:g}; this API key may not use the base model, and such "
+            "answers are nearly the base's.",
+            param=place,
+        )
 
 
 def merged_adapters(place: str, value: Any) -> AdapterMix:

@@ -11,17 +11,24 @@ import os
 from collections.abc import Collection, Sequence
 from typing import Annotated
 
+from msgspec.structs import replace
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
+from truffula.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    ConfigError,
+    GenerationMismatch,
+    InvalidRequest,
+    TruffulaError,
+)
 from truffula.lora.registry import MAX_TARGETS, Alias, split_name
 from truffula.lora.sources import MAX_NAME_CHARS, reserved
 from truffula.server.adapter_listing import known, shown, visible
 from truffula.server.auth import access_of
 from truffula.server.body import Body, decode_object, note_ignored, raw_body, read_body, validate
-from truffula.server.errors import GenerationMismatch
 from truffula.server.keys import EVERYTHING
 from truffula.server.replies import json_reply
 from truffula.server.state import ServerState, state_of
@@ -114,7 +121,7 @@ async def reload(state: ServerState, ref: AdapterRef, new: AdapterRef | None, ex
     Running requests keep what they have; a load that fails changes nothing. Raises ``GenerationMismatch`` unless the
     present generation is ``expected`` (None: any).
     """
-    async with state.reloading(ref.name):
+    async with state.changing([ref.name]):
         if expected is not None and (present := await _generation(state, ref)) != expected:
             raise GenerationMismatch(
                 f"expected_generation is {expected[:80]!r}, and the generation of {ref.name!r} is "
@@ -158,11 +165,13 @@ async def forget(state: ServerState, name: str) -> list[AdapterRef]:
     Raises ``InvalidRequest`` while an alias leads to it.
     """
     registry = state.directory.registry
-    if registry.find(name) is not None and (aliases := registry.aliases_of(name)):
-        raise InvalidRequest(
-            f"{name[:80]!r} is a target of the alias {aliases[0]!r}; change or delete the alias first.", param="model"
-        )
-    removed = await state.service.look_up(registry.remove, name)
+    async with state.naming:
+        if registry.find(name) is not None and (aliases := registry.aliases_of(name)):
+            raise InvalidRequest(
+                f"{name[:80]!r} is a target of the alias {aliases[0]!r}; change or delete the alias first.",
+                param="model",
+            )
+        removed = await state.service.look_up(registry.remove, name)
     for ref in removed:
         await unload(state, ref)
     return removed
@@ -178,6 +187,8 @@ async def prepare_adapters(state: ServerState) -> None:
             await state.service.adapters(AdapterCommand(action="prepare"))
         except TruffulaError as error:
             log.warning("no loading worker is started now (%s): %s", error.code, error.message)
+    if config.default is not None:
+        await _prepare_default(state, config.default[0])
     for name in state.directory.registry.pins():
         try:
             # Not an alias of the same name: pins are of adapters.
@@ -185,6 +196,18 @@ async def prepare_adapters(state: ServerState) -> None:
                 await load(state, ref, pinned=True)
         except TruffulaError as error:
             log.warning("the pinned adapter %r is not loaded (%s): %s", name, error.code, error.message)
+
+
+async def _prepare_default(state: ServerState, name: str) -> None:
+    """Load the default adapter, of an alias each target, so that the first request waits for no load."""
+    alias = state.directory.registry.alias(name)
+    for target in [name] if alias is None else alias.targets:
+        try:
+            if (ref := await state.service.look_up(state.service.core.resolve_adapter, target)) is not None:
+                await load(state, replace(ref, wanted=""))
+        except TruffulaError as error:
+            why = error.data.get("reason", error.message)
+            log.warning("--default-adapter: %r cannot be loaded now (%s): %s", target, error.code, why)
 
 
 async def exact(state: ServerState, name: str) -> AdapterRef:
@@ -197,6 +220,9 @@ async def exact(state: ServerState, name: str) -> AdapterRef:
     ref = await state.adapter(name)
     if ref is None:
         raise AdapterNotFound(f"{name[:80]!r} is the base model, not an adapter.", param="model")
+    if ref.wanted:
+        text = f"{name[:80]!r} names a generation, which requests may; name the adapter here."
+        raise InvalidRequest(text, param="model")
     return ref
 
 
@@ -215,16 +241,17 @@ async def register(request: Request) -> Response:
     def find() -> list[AdapterRef]:
         for name in names:
             if not body.replace and is_taken(state, name):
-                raise InvalidRequest(
+                raise AdapterExists(
                     f"{name[:80]!r} is already registered; send replace: true, or another version.", param="adapters"
                 )
         return [locate_new(state, one.full_name, one.source) for one in body.adapters]
 
-    refs = await state.service.look_up(find)
-    wanted = [ref for ref, one in zip(refs, body.adapters, strict=True) if body.load or one.pinned]
-    pinned = {one.full_name for one in body.adapters if one.pinned}
-    loaded = await _load_all(state, wanted, pinned)
-    await state.service.look_up(lambda: state.directory.registry.add(refs, replace=bool(body.replace)))
+    async with state.changing(names):  # of two that register a name, the second finds it taken
+        refs = await state.service.look_up(find)
+        wanted = [ref for ref, one in zip(refs, body.adapters, strict=True) if body.load or one.pinned]
+        pinned = {one.full_name for one in body.adapters if one.pinned}
+        loaded = await _load_all(state, wanted, pinned)
+        await state.service.look_up(lambda: state.directory.registry.add(refs, replace=bool(body.replace)))
     generations = {ref.name: generation for ref, generation in zip(wanted, loaded, strict=True)}
     rows = [{"id": name, "object": "adapter", "generation": generations.get(name)} for name in names]
     return json_reply({"object": "list", "data": rows})
@@ -340,10 +367,11 @@ async def set_alias(request: Request) -> Response:
         raise InvalidRequest(text, param="targets")
     if body.shadow is None and body.shadow_percent is not None:
         raise InvalidRequest("shadow_percent needs shadow.", param="shadow_percent")
-    await state.service.look_up(_require_adapters, state, [*targets, *([body.shadow] if body.shadow else [])])
     percent = 100.0 if body.shadow_percent is None else body.shadow_percent
     alias = Alias(name=name, targets=targets, shadow=body.shadow, shadow_percent=percent)
-    await state.service.look_up(state.directory.registry.set_alias, alias)
+    async with state.naming:
+        await state.service.look_up(_require_adapters, state, [*targets, *([body.shadow] if body.shadow else [])])
+        await state.service.look_up(state.directory.registry.set_alias, alias)
     return json_reply(_alias_row(alias))
 
 
@@ -351,8 +379,9 @@ def _require_adapters(state: ServerState, targets: Sequence[str]) -> None:
     """Raise ``InvalidRequest`` for a target that is no adapter."""
     for target in targets:
         try:
-            if state.service.core.resolve_adapter(target) is None:
-                raise InvalidRequest(f"{target[:80]!r} is the base model, not an adapter.", param="targets")
+            if (ref := state.service.core.resolve_adapter(target)) is None or ref.wanted:
+                what = "the base model" if ref is None else "one generation of an adapter"
+                raise InvalidRequest(f"{target[:80]!r} is {what}, not an adapter.", param="targets")
         except AdapterNotFound as error:
             is_alias = state.directory.registry.alias(target) is not None
             hint = (

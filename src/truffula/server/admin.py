@@ -16,7 +16,7 @@ from truffula.server.adapters import forget, is_taken, load, locate_new, reload,
 from truffula.server.body import Body, read_body
 from truffula.server.replies import json_reply
 from truffula.server.state import ServerState, record_of, state_of
-from truffula.types import AdapterCommand
+from truffula.types import AdapterCommand, AdapterRef
 
 
 class LoadBody(Body):
@@ -44,6 +44,14 @@ async def load_adapter(request: Request) -> Response:
 
 
 async def _load(state: ServerState, body: LoadBody, *, pinned: bool = False) -> None:
+    async with state.changing([body.lora_name]):
+        ref = await _load_free(state, body, pinned=pinned)
+    if ref is not None and (present := await state.adapter(body.lora_name)) is not None:
+        await reload(state, replace(present, name=body.lora_name), ref, body.expected_generation)
+
+
+async def _load_free(state: ServerState, body: LoadBody, *, pinned: bool) -> AdapterRef | None:
+    """Load and register an adapter; or return the one that is to be compared with the present one first."""
     name = body.lora_name
     taken = await state.service.look_up(is_taken, state, name)
     fields = ("lora_name", "lora_path")
@@ -53,11 +61,11 @@ async def _load(state: ServerState, body: LoadBody, *, pinned: bool = False) -> 
     if body.expected_generation is not None and not taken:
         raise InvalidRequest(f"expected_generation: there is no adapter {name!r}.", param="expected_generation")
     ref = replace(ref, untrained=True)  # a trainer loads the first version of its policy before the first step
-    if body.expected_generation is not None and (present := await state.adapter(name)) is not None:
-        await reload(state, replace(present, name=name), ref, body.expected_generation)
-        return
+    if body.expected_generation is not None:
+        return ref
     await load(state, ref, pinned=pinned)
     await state.service.look_up(state.directory.add, ref)
+    return None
 
 
 async def unload_adapter(request: Request) -> Response:

@@ -27,6 +27,7 @@ EXPOSED_HEADERS = (
     "x-model-id",
     "x-adapter-id",
     "x-truffula-adapter",
+    "x-truffula-generation",
     "retry-after",
 )
 

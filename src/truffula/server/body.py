@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
@@ -93,7 +94,8 @@ class Address(NamedTuple):
     """What a body says of its adapter and its sender.
 
     ``models`` are its values of ``model``, ``adapters`` the other fields that name an adapter, each with its place.
-    ``token`` is the client's own credential for the adapter's source.
+    ``token`` is the client's own credential for the adapter's source. ``user`` is the field that says for whom the
+    request is made, and the id in it.
     """
 
     models: list[str | None]
@@ -102,6 +104,7 @@ class Address(NamedTuple):
     salt: str | None
     request_id: str | None = None
     token: str | None = None
+    user: tuple[str, str] | None = None
 
     def __repr__(self) -> str:
         return f"Address({self.models}, {self.adapters})"
@@ -123,6 +126,8 @@ class GeneratingBody(Body):
     refuses_foreign: ClassVar[bool] = True
     repeated: ClassVar[tuple[str, ...]] = ()
     """Fields that the reply repeats."""
+    user_fields: ClassVar[Mapping[str, str]] = MappingProxyType({"safety_identifier": "", "user": ""})
+    """The fields that may say for whom a request is made; of an object the name in it that does."""
 
     @abstractmethod
     def requests(
@@ -135,6 +140,16 @@ class GeneratingBody(Body):
 
     @abstractmethod
     def address(self) -> Address: ...
+
+    @property
+    def end_user(self) -> tuple[str, str] | None:
+        """The field that says for whom the request is made, and the id in it."""
+        for field, inner in self.user_fields.items():
+            value = (self.model_extra or {}).get(field)
+            value = value.get(inner) if inner and isinstance(value, dict) else value
+            if isinstance(value, str) and value:
+                return field, value
+        return None
 
     @property
     def wanted(self) -> list[str]:

@@ -90,6 +90,7 @@ class Connections:
             try:
                 await app(scope, receive, send)
             finally:
+                scope["extensions"] = {}  # refers to the scope: only a collection would free both
                 one.calls -= 1
                 # The next request may have begun already: when the answer is sent, its task has not ended.
                 if not one.calls and one in self._open:

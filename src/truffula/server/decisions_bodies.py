@@ -70,7 +70,8 @@ class DecisionsBody(GeneratingBody):
     adapter_source: str | None = None
 
     def address(self) -> Address:
-        return Address([self.model], adapters_named(self.items(), "", "model"), self.adapter_source, self.cache_salt)
+        named = adapters_named(self.items(), "", "model")
+        return Address([self.model], named, self.adapter_source, self.cache_salt, user=self.end_user)
 
     def field_of(self, name: str) -> str:
         return "" if name == "template_kwargs.enable_thinking" else super().field_of(name)  # set for every model

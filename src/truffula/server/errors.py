@@ -73,12 +73,6 @@ class NoPreviousResponse(TruffulaError):
     code = "previous_response_not_found"
 
 
-class GenerationMismatch(TruffulaError):
-    """An adapter's generation is not the expected one; ``present`` is what it is."""
-
-    code = "generation_mismatch"
-
-
 class NoEmbeddings(TruffulaError):
     code = "embedding_failure"
 
@@ -155,6 +149,7 @@ TABLE: Mapping[str, ErrorRow] = MappingProxyType(
         "adapter_not_found": ErrorRow(424, "generation", _RUN, 404, _BAD, "model_not_found"),
         "adapter_invalid": ErrorRow(424, "generation", _RUN, 400, _BAD, "adapter_invalid"),
         "adapter_load_failed": ErrorRow(424, "generation", _RUN, 503, _SERVER, "adapter_load_failed"),
+        "adapter_exists": ErrorRow(409, "conflict", "", 409, _BAD, "adapter_exists"),
         "generation_mismatch": ErrorRow(409, "conflict", "", 409, _BAD, "generation_mismatch"),
         "insufficient_memory": ErrorRow(424, "generation", _RUN, 400, _BAD, "insufficient_memory"),
         "overloaded": ErrorRow(429, "overloaded", _FULL, 429, "rate_limit_error", "overloaded"),

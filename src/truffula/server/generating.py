@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Protocol, TypeVar
@@ -54,8 +54,9 @@ class _Watch:
         self._observer: Observer | None = None  # of the adapter, once it answers
         self._last: dict[tuple[int, int], tuple[float, int]] = {}  # of each choice, when it came and the tokens so far
 
-    def arrived(self, prompt: int, deltas: Sequence[TextDelta]) -> None:
+    def arrived(self, prompt: int, generations: Iterable[str], deltas: Sequence[TextDelta]) -> None:
         now, record = time.monotonic(), self._record
+        record.generation = record.generation or ", ".join(generations)
         for delta in deltas:
             key, count = (prompt, delta.choice), len(delta.tokens)
             before, seen = self._last.get(key, (None, 0))
@@ -100,7 +101,7 @@ async def run(
         if (shadow := getattr(request.state, "shadow", None)) is not None:
             state.shadows.begin(shadow, requests)
         for i, one in enumerate(streams):
-            one.on_arrival, one.wake_after = partial(watch.arrived, i), wake_after
+            one.on_arrival, one.wake_after = partial(watch.arrived, i, one.state.generations), wake_after
             one.sink = None if sink is None else partial(sink, i)
             record.prompt_tokens += one.state.prompt_tokens
         note_left_out(request, dict.fromkeys(name for one in streams for name in one.state.ignored))

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -63,6 +63,8 @@ class ContextManagement(Body):
 class ConversationBody(GeneratingBody):
     """Fields that both routes share."""
 
+    user_fields: ClassVar[Mapping[str, str]] = MappingProxyType({"metadata": "user_id"})
+
     model: str | None = None
     messages: Objects
     system: str | Objects | None = None
@@ -76,7 +78,7 @@ class ConversationBody(GeneratingBody):
     thread: dict[str, Any] | None = None
 
     def address(self) -> Address:
-        return Address([self.model], adapters_named(self, "", "model"), None, None)
+        return Address([self.model], adapters_named(self, "", "model"), None, None, user=self.end_user)
 
     def field_of(self, name: str) -> str:
         if name == "reasoning_effort":

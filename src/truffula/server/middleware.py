@@ -99,6 +99,8 @@ class RequestPipeline:
                     extra.append((b"request-id", record.request_id.encode()))
                 if record.adapter and record.status < 400:  # it answered
                     extra.append((b"x-truffula-adapter", safe_header(record.adapter).encode("latin-1")))
+                    if record.generation:
+                        extra.append((b"x-truffula-generation", record.generation.encode()))
                 if record.ignored:
                     extra.append((b"x-truffula-ignored", record.ignored.encode("latin-1", "replace")))
                 if varies:

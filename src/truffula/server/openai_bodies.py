@@ -119,7 +119,7 @@ class OpenAIBody(OpenAIConstraints, GeneratingBody):
     def address(self) -> Address:
         named = adapters_named(self.items(), "", "model")
         sender = self.request_id or self.rid
-        return Address([self.model], named, self.adapter_source, self.cache_salt, sender, self.api_token)
+        return Address([self.model], named, self.adapter_source, self.cache_salt, sender, self.api_token, self.end_user)
 
     def check(self) -> None:
         """Raises ``InvalidRequest`` for fields that contradict each other."""

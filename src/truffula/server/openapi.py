@@ -33,11 +33,11 @@ class RouteSpec:
 
 def document_of(rows: Sequence[RouteSpec], *, keyed: bool) -> dict[str, Any]:
     """OpenAPI 3.1: a path per route, the bodies' schemas. ``keyed``: requests carry an API key."""
-    descriptions = field_help()
+    descriptions, queries = field_help(), query_help()
     paths: dict[str, Any] = {}
     schemas: dict[str, Any] = {}
     for row in rows:
-        paths.setdefault(row.path.replace(":path}", "}"), {})[row.method.lower()] = _operation(row)
+        paths.setdefault(row.path.replace(":path}", "}"), {})[row.method.lower()] = _operation(row, queries)
         if row.body is not None:
             made = row.body.model_json_schema(ref_template="#/components/schemas/{model}")
             if row.body.route_fields is not None:
@@ -69,10 +69,20 @@ _ABOUT = (
 
 def field_help() -> Mapping[str, str]:
     """What each field of a request means; ``field_help.toml`` is read when the document is made, not at a start."""
+    return {name: text for name, text in _help().items() if isinstance(text, str)}
+
+
+def query_help() -> Mapping[str, Mapping[str, dict[str, Any]]]:
+    """By method and path the parameters of the query, each with its JSON Schema."""
+    found: Mapping[str, Mapping[str, dict[str, Any]]] = _help()["query"]
+    return found
+
+
+def _help() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name("field_help.toml").read_text(encoding="utf-8"))
 
 
-def _operation(row: RouteSpec) -> dict[str, Any]:
+def _operation(row: RouteSpec, queries: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, Any]:
     text = inspect.cleandoc(row.handler.__doc__ or "").replace("``", "`")
     made: dict[str, Any] = {
         "tags": [row.tag],
@@ -85,8 +95,9 @@ def _operation(row: RouteSpec) -> dict[str, Any]:
         if row.example is not None:
             content["example"] = dict(row.example)
         made["requestBody"] = {"required": True, "content": {"application/json": content}}
-    if names := re.findall(r"{(\w+)", row.path):
-        made["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
-    return made
+    in_path = [(name, {"type": "string"}) for name in re.findall(r"{(\w+)", row.path)]
+    parameters = [{"name": name, "in": "path", "required": True, "schema": schema} for name, schema in in_path]
+    for name, schema in queries.get(f"{row.method} {row.path}", {}).items():
+        shown = {key: value for key, value in schema.items() if key != "description"}
+        parameters.append({"name": name, "in": "query", "schema": shown, "description": schema["description"]})
+    return made | ({"parameters": parameters} if parameters else {})

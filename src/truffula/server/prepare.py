@@ -18,6 +18,8 @@ from msgspec.structs import replace
 from starlette.requests import Request
 
 from truffula.errors import InvalidRequest, TruffulaError
+from truffula.lora.sources import BASE_WORDS
+from truffula.server.adapter_mix import BASE_ADAPTER, require_effect
 from truffula.server.auth import access_of, client_of, prefix_salt
 from truffula.server.body import (
     Address,
@@ -121,11 +123,9 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
         unknown, characters = head.unknown, head.characters
     request.state.body = body
     at = time.monotonic()
-    used: tuple[str, ...] = ()
+    used: set[str] = set()
     try:
-        made = await addressed(request, made, body.address())
-        if made[0].adapter is not None and made[0].adapter.rights:
-            used = ("api_token", "parameters.api_token")
+        made = await addressed(request, made, body.address(), used)
         if job is not None and (texts := await state.service.texts.of(made[0].adapter, client_of(request))).source:
             _, _, again = await _read_in_worker(request, job._replace(texts=texts.source))
             own = [one.prepared for one in again]
@@ -147,45 +147,68 @@ async def _read_in_worker(request: Request, job: BodyJob) -> tuple[_Head, Genera
     return head, body, [replace(head.request, prepared=one) for one in prompts]
 
 
-async def addressed(request: Request, made: Sequence[GenerateRequest], address: Address) -> list[GenerateRequest]:
-    """``made`` with adapter, request id and salt, which are recorded for the log and the metrics too.
+async def addressed(
+    request: Request, made: Sequence[GenerateRequest], address: Address, used: set[str]
+) -> list[GenerateRequest]:
+    """``made`` with adapter, request id and salt, which are recorded for the log and the metrics too. Adds to ``used``
+    the fields that only some requests have a use for, where this one has.
 
     Raises as ``answering``.
     """
     state, record, access = state_of(request), record_of(request), access_of(request)
     if address.request_id is not None:
         record.request_id = request_id(address.request_id)
-    caller = Caller(access, request.headers.get(SPLIT_KEY) or record.request_id, address.token)
-    adapter = await answering(address, state, caller)
-    named = (name for _, name in address.adapters if isinstance(name, str))
-    request.state.shadow = await state.shadow((*address.models, *named), caller.key)
+    field, user = address.user or ("", "")
+    header = request.headers.get(SPLIT_KEY)
+    caller = Caller(access, header or user or record.request_id, address.token)
+    adapter, names = await answering(address, state, caller)
+    request.state.shadow = await state.shadow(names, caller.key)
+    if not header and any(state.chooses(name) for name in names):
+        used.add(field)
     record.adapter = None if adapter is None else adapter.label
     record.max_tokens = made[0].params.max_tokens
     salt = prefix_salt(request, address.salt, state.config.salt_by_api_key)
     if adapter is not None and (rights := adapter.rights):
         salt = f"{','.join(rights)}:{salt}"  # a right is a tenant: none sees what another has cached
         record.own_right = True
+        used |= {"api_token", "parameters.api_token"}
     whose = {"salt": salt, "tenant": access.tenant or "", "weight": access.weight}
     return [replace(one, adapter=adapter, request_id=record.request_id, **whose) for one in made]
 
 
-async def answering(address: Address, state: ServerState, caller: Caller) -> AdapterRef | None:
-    """The adapter that a body names; None is the base.
+async def answering(address: Address, state: ServerState, caller: Caller) -> tuple[AdapterRef | None, list[str]]:
+    """The adapter that answers a body, None for the base, and the names by which it was found.
 
-    An adapter may be named beside a ``model`` that is the base's or the adapter's own name. Raises ``InvalidRequest``
-    where two fields name different adapters, ``AdapterNotFound`` for a name that this server does not serve.
+    An adapter may be named beside a ``model`` that is the base's or the adapter's own name. The server's default
+    adapter acts where nothing is named, or is added to what is named, unless the base is named. Raises
+    ``InvalidRequest`` where two fields name different adapters, ``AdapterNotFound`` for a name that this server does
+    not serve.
     """
+    adapter, names = await _named(address, state, caller)
+    plain = any(state.means_base(name) for name in names)
+    if state.config.default is not None and not plain and (not names or state.config.default_adapter_mode == "add"):
+        place = address.adapters[0][0] if address.adapters else "model"
+        adapter = await state.with_default(adapter, place, caller)
+        names = [*names, state.config.default[0]]
+    if adapter is None:
+        await state.adapter(None, None, caller)  # the right to the base
+    elif not caller.access.base and address.adapters:
+        require_effect(adapter, address.adapters[0])
+    return adapter, names
+
+
+async def _named(address: Address, state: ServerState, caller: Caller) -> tuple[AdapterRef | None, list[str]]:
+    """The adapter that a body names, and the names; without any, or with the base's, it is None."""
     found: AdapterRef | None = None
-    beside = caller  # beside an adapter, a model that is the base's name asks for no answer of the base
-    if address.adapters and not caller.access.base:
-        beside = dataclasses.replace(caller, access=dataclasses.replace(caller.access, base=True))
+    beside = dataclasses.replace(caller, access=dataclasses.replace(caller.access, base=True))
     for model in address.models:
         ref = await state.named_model(model, address.source, beside)
         if found is not None and ref is not None and ref.name != found.name:
             raise InvalidRequest("model is given twice, for different adapters; give one of them.", param="model")
         found = found or ref
+    names = [model for model in address.models if model and (model == state.model_id or model not in BASE_WORDS)]
     if not address.adapters:
-        return found
+        return found, names
     first, named = address.adapters[0]
     for place, other in address.adapters[1:]:
         if other != named:
@@ -194,12 +217,15 @@ async def answering(address: Address, state: ServerState, caller: Caller) -> Ada
     def find(name: str) -> Awaitable[AdapterRef | None]:
         return state.adapter(name, address.source, caller)
 
-    adapter = await (find(named) if isinstance(named, str) else named.resolve(first, find))
-    if adapter is None:  # weights that are 0 leave the base
-        await state.adapter(None, None, caller)
+    if isinstance(named, str):
+        adapter = None if named == BASE_ADAPTER else await find(named)
+        names.append(state.model_id if adapter is None else named)
+    else:
+        adapter = await named.resolve(first, find)
+        names.append("")  # a sum: no alias is followed that has a shadow
     if found is not None and (adapter is None or adapter.name != found.name):
         raise InvalidRequest(f"model names one adapter and {first} another; give one of them.", param=first)
-    return adapter
+    return adapter, names
 
 
 def read_value(kind: str, value: dict[str, Any], limits: RequestLimits) -> GeneratingBody:
@@ -273,6 +299,6 @@ def _light(value: Mapping[str, Any], model: type[GeneratingBody] | type[Paramete
             light[name] = _LEFT_OUT[name]
         elif name == "parameters" and isinstance(item, dict):
             light[name] = _light(item, Parameters)
-        elif name in known or is_adapter_field(name):
+        elif name in known or is_adapter_field(name) or name in getattr(model, "user_fields", ()):
             light[name] = item
     return light

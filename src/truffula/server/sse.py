@@ -139,6 +139,7 @@ class EventStream(Response):
         self._frames = frames
         self._keep_alive_s = keep_alive_s
         self._keep_alive = keep_alive
+        self._sent_at = 0.0
         self.raw_headers = [(k.encode(), v.encode("latin-1")) for k, v in (*STREAM_HEADERS, *(headers or {}).items())]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,22 +153,11 @@ class EventStream(Response):
     async def _send_all(self, send: Send, connection: ClientConnection) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        loop = asyncio.get_running_loop()
-        last = time.monotonic()
-        timer: asyncio.TimerHandle
-
-        def keep_alive() -> None:
-            nonlocal last, timer
-            last = max(last, connection.written_at)
-            if time.monotonic() - last >= self._keep_alive_s:
-                last = time.monotonic()
-                connection.write(self._keep_alive)  # one that is slow has bytes to read
-            timer = loop.call_later(max(0.01, last + self._keep_alive_s - time.monotonic()), keep_alive)
-
-        timer = loop.call_later(self._keep_alive_s, keep_alive)
+        self._sent_at = time.monotonic()
+        self._timer = asyncio.get_running_loop().call_later(self._keep_alive_s, self._stay_alive, connection)
         try:
             async for chunk in self._frames:
-                last = time.monotonic()
+                self._sent_at = time.monotonic()
                 if not chunk:
                     continue  # a chunk without bytes would be the end
                 if not connection.write(chunk):
@@ -175,5 +165,16 @@ class EventStream(Response):
         except OSError as error:  # what a server of ASGI spec 2.4 raises when the client is gone
             raise ClientGone from error
         finally:
-            timer.cancel()
+            self._timer.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _stay_alive(self, connection: ClientConnection) -> None:
+        """Send ``keep_alive`` if nothing else was sent for so long, and look again when that may be so. A method, as a
+        function that names itself is freed by a collection only.
+        """
+        self._sent_at = max(self._sent_at, connection.written_at)
+        if time.monotonic() - self._sent_at >= self._keep_alive_s:
+            self._sent_at = time.monotonic()
+            connection.write(self._keep_alive)  # one that is slow has bytes to read
+        delay = max(0.01, self._sent_at + self._keep_alive_s - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay, self._stay_alive, connection)

@@ -76,6 +76,7 @@ class RequestState:
         self.prompt_tokens = prompt_tokens
         self._choices = dict(zip((r.request_id for r in engine_requests), choices, strict=True))
         self.open_ids = set(self._choices)
+        self.generations: dict[str, None] = {}  # of its adapters: what answers
         self._aborts: list[str] = []
         # best_of: nothing is known to be shown before all have ended.
         self._waiting: dict[str, list[TextDelta]] | None = {} if (request.params.best_of or 1) > 1 else None
@@ -110,6 +111,8 @@ class RequestState:
     def _push(self, event: TokenEvent) -> list[TextDelta]:
         engine_id = event.request_id
         choice = self._choices[engine_id]
+        if event.generations:
+            self.generations[event.generations] = None
         if event.error is not None and event.error.code == GrammarError.code:
             event = msgspec.structs.replace(event, error=self._of_constraint(event.error))
         delta = choice.push(event)
