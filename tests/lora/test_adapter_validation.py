@@ -264,7 +264,7 @@ CORRUPT: list[tuple[str, Callable[[Tensors], None], str]] = [
         "embed",
     ),
     ("a copied table", put("base_model.model.lm_head.weight", np.ones((97, D), np.float32)), "save_embedding_layers"),
-    ("a base layer's copy", put("base_model.model.lm_head.base_layer.weight", ONES), "save_embedding_layers"),
+    ("a base layer's copy", put("base_model.model.lm_head.base_layer.weight", ONES), "lm_head.base_layer"),
     (
         "a pair on the head, half of it under an embedding's name",
         lambda made: made.update(

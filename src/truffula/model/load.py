@@ -37,6 +37,7 @@ from truffula.model.spec import ModelSpec
 from truffula.types import Progress
 from truffula.weights.checkpoint import Checkpoint, TensorInfo
 from truffula.weights.finite import first_non_finite
+from truffula.weights.quantised.packing import BY_KIND
 
 
 def plan_model(
@@ -191,9 +192,11 @@ class WeightReader:
 
 
 def zeros_like(part: Part, shape: tuple[int, ...]) -> Part:
-    """Zeros as ``part`` is stored: of blocks those whose scales are zero."""
+    """Zeros as ``part`` is stored."""
     if isinstance(part, QuantisedArray):
         blocks = np.zeros((shape[0], *part.blocks.shape[1:]), part.blocks.dtype)
+        start = np.frombuffer(BY_KIND[part.kind].zeros, np.uint8)
+        blocks[..., : start.size] = start
         return QuantisedArray(part.kind, blocks, shape, part.unpack)
     return np.zeros(shape, part.dtype)
 

@@ -33,6 +33,7 @@ _CHUNK_VALUES = 1 << 16
 class BlockFormat:
     """One storage type: ``size`` values take ``nbytes`` bytes. ``dtype`` of unquantised types, ``unpack`` of quantised
     ones. ``scales``: the number of float16 at the start of a block of 32 that backends may take as it is; else 0.
+    ``zeros``: the first bytes of a block of zeros, whose others are 0.
     """
 
     name: str
@@ -41,6 +42,7 @@ class BlockFormat:
     dtype: np.dtype[Any] | None = None
     unpack: Callable[[Blocks, Values], None] | None = None
     scales: int = 0
+    zeros: bytes = b""
 
 
 def dequantize(format: BlockFormat, data: Blocks, shape: tuple[int, ...]) -> Array:

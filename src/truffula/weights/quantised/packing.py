@@ -188,7 +188,7 @@ NF4_NUMBERS = np.array(
 )
 """The values of bitsandbytes' codes, which its files repeat; the native kernels know no others."""
 NF4 = BlockFormat("NF4", 64, 36, unpack=_unpack_nf4)
-FP4 = BlockFormat("FP4_16", 64, 44, unpack=_unpack_fp4)
+FP4 = BlockFormat("FP4_16", 64, 44, unpack=_unpack_fp4, zeros=np.ones(2, np.float32).tobytes())
 BY_KIND: Mapping[str, BlockFormat] = MappingProxyType({**BY_NAME, **FLOAT8, NF4.name: NF4, FP4.name: FP4})
 """Formats of blocks by the names that backends know."""
 
