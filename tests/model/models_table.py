@@ -15,10 +15,10 @@ from truffula.testing.programs import decoder_program
 from truffula.testing.tiny import tiny_config
 from truffula.weights.gguf_names import FAMILIES
 
-# Files of mistral and mixtral are of the architecture llama.
 # With those that llama.cpp writes as files of another type.
 _GGUF = {family.model_type for family in FAMILIES.values()} | {
-    "bamba", "mistral", "mixtral", "olmo3", "deepseek_v2", "glm4_moe_lite", "granitemoeshared", "kimi_k2", "youtu",
+    "bamba", "deepseek_v2", "gemma4_unified_text", "glm4_moe_lite", "granitemoeshared", "kimi_k2", "mistral", "mixtral",
+    "olmo3", "youtu",
 }  # fmt: skip
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_dense_cases import CASES
 from gguf_models import FAMILIES, write_tiny_gguf
+from gguf_pairs import Case, write_pair
 from gguf_writer import write_gguf
 
 from truffula.errors import UnsupportedModel
@@ -52,6 +54,20 @@ def test_what_transformers_drops_of_the_metadata_is_compared_too(
         assert not told
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if number in (2, 22) else [pytest.mark.slow], id=case.name)
+        for number, case in enumerate(CASES)
+        if case.architecture != "muse-glimmer"  # transformers does not build its text part alone
+    ],
+)
+def test_families_that_transformers_does_not_read_from_files(tmp_path: Path, case: Case) -> None:
+    """transformers computes them with the values that truffula reads."""
+    report = verify(write_pair(tmp_path, case)[1])
+    assert report.ok, report.first_divergence
+
+
 def test_a_table_of_rope_factors_is_compared_too(tmp_path: Path) -> None:
     tiny = write_tiny_gguf(tmp_path / "tiny.gguf", "llama", rope__freq_base=500000.0, width=64)
     turns = 500000.0 ** (-np.arange(32) / 32) / (2 * np.pi)
@@ -68,3 +84,9 @@ def test_an_architecture_that_transformers_takes_for_another_is_refused(tmp_path
         UnsupportedModel, match="is a mistral model by its metadata, and transformers loads it as llama"
     ):
         verify(write_tiny_gguf(tmp_path / "m.gguf", "llama", attention__sliding_window=64).path)
+
+
+def test_the_text_part_of_a_multimodal_model_is_refused(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.architecture == "muse-glimmer")
+    with pytest.raises(UnsupportedModel, match="text part of a muse_glimmer model"):
+        verify(write_pair(tmp_path, case)[1])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from truffula.errors import MissingDependency, UnsupportedModel
+from truffula.errors import MissingDependency, UnsupportedModel, some
 from truffula.kernels.installation import CPU_TORCH, installation
 from truffula.kernels.program import Probe
 from truffula.lora.image import AdapterFacts
@@ -33,6 +33,10 @@ def require_packages(*, adapter: bool, gguf: bool = False) -> None:
             f"Install them: {installation().pip_install('train')} ({CPU_TORCH}).",
             param=missing[0],
         )
+
+
+# Architectures whose GGUF files transformers' loader reads as they are.
+_READ = frozenset({"gemma2", "gemma3", "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe"})
 
 
 class Oracle:
@@ -71,8 +75,12 @@ class Oracle:
                     param=str(path),
                 )
             source |= {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        config = AutoConfig.from_pretrained(**source)
-        self.notes = _complete(config, path) if path.suffix == ".gguf" else ()
+        config = _own_config(path) if path.suffix == ".gguf" else None
+        by_values = config is not None
+        if config is None:
+            config = AutoConfig.from_pretrained(**source)
+            by_values = getattr(config, "quantization_config", None) is not None
+        self.notes = _complete(config, path) if path.suffix == ".gguf" and not by_values else ()
         config.tie_word_embeddings = tied
         factors = _take_factors(config)
         causal = type(config) in AutoModelForCausalLM._model_mapping
@@ -82,19 +90,27 @@ class Oracle:
             # Some older classes compute attention in their own modules, where nothing can be recorded.
             implementation = "sdpa" if kind._supports_sdpa else "eager"
         loader: Any = auto
-        if getattr(config, "quantization_config", None) is not None:
-            del config.quantization_config
+        if by_values:
+            if getattr(config, "quantization_config", None) is not None:
+                del config.quantization_config
             source = {"pretrained_model_name_or_path": None, "state_dict": _values(path)}
             with torch.device("meta"):
                 loader = type(auto.from_config(config))
             self.notes = ("transformers computes with the weights that truffula dequantised.",)
-        model = loader.from_pretrained(
+        model, loading = loader.from_pretrained(
             **source,
+            output_loading_info=True,
             config=config,
             attn_implementation=implementation,
             experts_implementation="eager",
             dtype=getattr(torch, dtype),
         )
+        if by_values and path.suffix == ".gguf" and (lacking := sorted(loading["missing_keys"])):
+            raise UnsupportedModel(
+                f"{path} cannot be compared: transformers names "
+                f"{some(lacking, 3)} of {config.model_type} otherwise than truffula does in GGUF files.",
+                param=str(path),
+            )
         model.set_attn_implementation(_ATTENTION)  # some classes do not take it from the argument above
         if factors:
             model.model.rotary_emb.inv_freq /= torch.tensor(factors)
@@ -199,6 +215,24 @@ class Oracle:
         found |= {probe: self._seen[key] for probe, key in attention.items()}
         own = slice(self._virtual, None)
         return logits[own].float().numpy(), {probe: value[own] for probe, value in found.items()}
+
+
+def _own_config(path: Path) -> Any:
+    """The config that truffula reads from a GGUF file, in transformers' class; None where transformers' loader reads
+    the file. It reads some others in part, or wrongly (Falcon's grouped queries)."""
+    from transformers import AutoConfig
+
+    if open_parts(path)[0].header.metadata.get("general.architecture") in _READ:
+        return None
+    with contextlib.closing(GgufCheckpoint(path)) as checkpoint:
+        read = checkpoint.config
+    if "text_config" in read:
+        why = f"{path} holds the text part of a {read['model_type']} model, which transformers does not build alone"
+        raise UnsupportedModel(f"{why}; it cannot be compared.", param=str(path))
+    config = AutoConfig.for_model(**read)
+    if (config.pad_token_id or 0) >= config.vocab_size:
+        config.pad_token_id = None  # the class's default
+    return config
 
 
 def _complete(config: Any, path: Path) -> tuple[str, ...]:

@@ -144,8 +144,8 @@ def _exaone4(hparams: HParams, config: dict[str, Any]) -> None:
     """With a window, layers without it are not rotated."""
     implied_head_dim(hparams, config)
     config["sliding_window"] = hparams.optional("attention.sliding_window") or None
-    if config["sliding_window"]:
-        config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every=4)
+    layers, window = config["num_hidden_layers"], config["sliding_window"]
+    config["layer_types"] = layer_types(hparams, layers, every=4) if window else ["full_attention"] * layers
 
 
 def _ernie(hparams: HParams, config: dict[str, Any]) -> None:
@@ -156,8 +156,9 @@ def _xielu(hparams: HParams, config: Config) -> dict[str, Array]:
     """The numbers of each layer's activation, which are tensors of a checkpoint and metadata of a file."""
     layers, made = config["num_hidden_layers"], {}
     for name in ("alpha_n", "alpha_p", "beta", "eps"):
+        shape = (1,) if name.startswith("alpha") else ()
         for layer, number in enumerate(hparams.numbers(f"xielu.{name}", layers)):
-            made[f"model.layers.{layer}.mlp.act_fn.{name}"] = np.full(1, number, np.float32)
+            made[f"model.layers.{layer}.mlp.act_fn.{name}"] = np.full(shape, number, np.float32)
     return made
 
 
@@ -198,7 +199,7 @@ FAMILIES: Mapping[str, Family] = {
                        eps=("attention.layer_norm_epsilon", "norm_eps"), changes=less_one(LLAMA_BLOCK)),
     "exaone4": Family("exaone4", "Exaone4ForCausalLM", _OLMO2_BLOCK, _exaone4),
     "ernie4_5": Family("ernie4_5", "Ernie4_5ForCausalLM", LLAMA_BLOCK, _ernie),
-    "hunyuan-dense": Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", _HUNYUAN_BLOCK, llama_like),
+    "hunyuan-dense": Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", _HUNYUAN_BLOCK, attention_bias),
     "arcee": Family("arcee", "ArceeForCausalLM", LLAMA_BLOCK, llama_like, changes=INTERLEAVED),
     "apertus": Family("apertus", "ApertusForCausalLM", _APERTUS_BLOCK, llama_like, made=_xielu),
     "olmo": Family("olmo", "OlmoForCausalLM", BLOCK, _olmo, changes=INTERLEAVED, eps=LAYER_NORM),

@@ -58,7 +58,7 @@ _OF_YARN = ("original_context_length", "yarn_beta_fast", "yarn_beta_slow")
 class HParams:
     """The hyperparameters under the prefix of the file's architecture. Keys are given without the prefix.
 
-    ``tables`` are the values of the file's ``TABLES``; whoever reads one removes it.
+    ``tables`` are the values of the file's ``TABLES``; each is removed when it is read.
     """
 
     architecture: str
