@@ -90,7 +90,12 @@ with `--exact`, and on the reference backend, all weights are held by their valu
 _GGUF = """
 ## GGUF
 
-Files of [these model types](models.md), in one file or split. The values have the bits of gguf-py's `dequantize`.
+Files of [these model types](models.md), in one file or split. The values have the bits of gguf-py's `dequantize`. The
+`kv_b_proj` of latent attention, which llama.cpp's converter divides and transposes, is kept as values.
+
+Some settings have no key in the format. They are taken from llama.cpp's code or from the published model: Llama 4's
+chunks of 8,192 tokens, the factor of Trinity's embeddings, how Mistral 4's queries grow beyond the original length, and
+the groups of experts of DeepSeek V2 and V3 in files of 2025 and before.
 
 | type | kept |
 |---|---|"""

@@ -58,6 +58,24 @@ def test_older_files_have_the_whole_of_kv_b(tmp_path: Path) -> None:
     np.testing.assert_array_equal(logits(file), logits(plain))
 
 
+@pytest.mark.parametrize(
+    ("name", "experts", "groups"),
+    [
+        ("DeepSeek V3", 256, (8, 4)),
+        ("DeepSeek V2", 160, (8, 3)),
+        ("DeepSeek V3", 384, (1, 1)),
+        ("DeepSeek V2", 64, (1, 1)),
+    ],
+)
+def test_older_files_have_no_groups_of_experts(
+    tmp_path: Path, name: str, experts: int, groups: tuple[int, int]
+) -> None:
+    keys = {"expert_count": experts, "expert_group_count": None, "expert_group_used_count": None}
+    case = replace(CASES[name], metadata={**CASES[name].metadata, **keys})
+    config = open_checkpoint(write_gguf(tmp_path / "m.gguf", keys_of(case), stored_of(case))).config
+    assert (config["n_group"], config["topk_group"]) == groups
+
+
 @pytest.mark.parametrize("name", ["DeepSeek V3", "GLM-5", "K-EXAONE", "Command (MoE)"])
 def test_predictors_and_indexers_are_left_out(tmp_path: Path, name: str) -> None:
     case = CASES[name]

@@ -21,6 +21,7 @@ from truffula.weights.gguf_families import (
     SHARED_EXPERT,
     Family,
     attention_bias,
+    biased,
     chosen_experts,
     expert_count,
     granite,
@@ -37,31 +38,20 @@ def _shared_block(module: str) -> dict[str, str]:
     return {f"ffn_{name}_shexp": f"{module}.{name}_proj" for name in ("gate", "up", "down")}
 
 
-_QWEN2_MOE_BLOCK = {
-    **LLAMA_BLOCK,
-    **EXPERTS_BLOCK,
-    **SHARED_EXPERT,
-}
+_QWEN2_MOE_BLOCK = {**LLAMA_BLOCK, **EXPERTS_BLOCK, **SHARED_EXPERT}
 _QWEN3_MOE_BLOCK = {**QWEN3_BLOCK, **EXPERTS_BLOCK}
 # Mixtral's files are of the architecture llama.
 _MIXTRAL_BLOCK = {
-    **LLAMA_BLOCK,
-    "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.w1",
-    "ffn_up_exps": "block_sparse_moe.experts.w3",
-    "ffn_down_exps": "block_sparse_moe.experts.w2",
+    **LLAMA_BLOCK, "ffn_gate_inp": "block_sparse_moe.gate", "ffn_gate_exps": "block_sparse_moe.experts.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.w3", "ffn_down_exps": "block_sparse_moe.experts.w2",
     "ffn_gate_up_exps": "block_sparse_moe.experts.gate_up_proj",
-}
+}  # fmt: skip
 _DBRX_BLOCK = {
-    "attn_norm": "norm_attn_norm.norm_1",
-    "attn_qkv": "norm_attn_norm.attn.Wqkv",
-    "attn_output": "norm_attn_norm.attn.out_proj",
-    "attn_output_norm": "norm_attn_norm.norm_2",
-    "ffn_gate_inp": "ffn.router.layer",
-    "ffn_gate_exps": "ffn.experts.w1",
-    "ffn_up_exps": "ffn.experts.v1",
+    "attn_norm": "norm_attn_norm.norm_1", "attn_qkv": "norm_attn_norm.attn.Wqkv",
+    "attn_output": "norm_attn_norm.attn.out_proj", "attn_output_norm": "norm_attn_norm.norm_2",
+    "ffn_gate_inp": "ffn.router.layer", "ffn_gate_exps": "ffn.experts.w1", "ffn_up_exps": "ffn.experts.v1",
     "ffn_down_exps": "ffn.experts.w2",
-}
+}  # fmt: skip
 _DBRX_KEYS = {
     "max_position_embeddings": "max_seq_len", "intermediate_size": None, "head_dim": None, "num_key_value_heads": None,
     "layer_norm_eps": None,
@@ -69,11 +59,7 @@ _DBRX_KEYS = {
 _MINIMAX_BLOCK = {**_MIXTRAL_BLOCK, **HEAD_NORMS_BLOCK}
 _GRANITE_MOE_BLOCK = {**LLAMA_BLOCK, **GRANITE_EXPERTS}
 DEEPSEEK_EXPERTS = {**EXPERTS_BLOCK, **_shared_block("mlp.shared_experts")}
-_GLM4_MOE_BLOCK = {
-    **HEAD_NORMS_BLOCK,
-    **DEEPSEEK_EXPERTS,
-    "post_attention_norm": "post_attention_layernorm",
-}
+_GLM4_MOE_BLOCK = {**HEAD_NORMS_BLOCK, **DEEPSEEK_EXPERTS, "post_attention_norm": "post_attention_layernorm"}
 _DOTS_BLOCK = {**QWEN3_BLOCK, **DEEPSEEK_EXPERTS}
 _LLAMA4_BLOCK = {
     **{name: module.replace("mlp.", "feed_forward.") for name, module in {**LLAMA_BLOCK, **EXPERTS_BLOCK}.items()},
@@ -82,29 +68,18 @@ _LLAMA4_BLOCK = {
 }
 _ERNIE_BLOCK = {**LLAMA_BLOCK, **DEEPSEEK_EXPERTS}
 _HUNYUAN_BLOCK = {
-    **LLAMA_BLOCK,
-    **EXPERTS_BLOCK,
-    **_shared_block("mlp.shared_mlp"),
-    "ffn_gate_inp": "mlp.gate.wg",
-    "attn_q_norm": "self_attn.query_layernorm",
-    "attn_k_norm": "self_attn.key_layernorm",
-}
+    **LLAMA_BLOCK, **EXPERTS_BLOCK, **_shared_block("mlp.shared_mlp"), "ffn_gate_inp": "mlp.gate.wg",
+    "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm",
+}  # fmt: skip
 _AFMOE_BLOCK = {
-    **HEAD_NORMS_BLOCK,
-    **DEEPSEEK_EXPERTS,
-    "ffn_gate_inp": "mlp.router.gate",
-    "attn_gate": "self_attn.gate_proj",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_mlp_layernorm",
+    **HEAD_NORMS_BLOCK, **DEEPSEEK_EXPERTS, "ffn_gate_inp": "mlp.router.gate", "attn_gate": "self_attn.gate_proj",
+    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_mlp_layernorm",
     "post_ffw_norm": "post_mlp_layernorm",
-}
+}  # fmt: skip
 _COHERE_BLOCK = {**BLOCK, **DEEPSEEK_EXPERTS}
 _LAGUNA_BLOCK = {
-    **QWEN3_BLOCK,
-    **EXPERTS_BLOCK,
-    **_shared_block("mlp.shared_expert"),
-    "attn_gate": "self_attn.g_proj",
-}
+    **QWEN3_BLOCK, **EXPERTS_BLOCK, **_shared_block("mlp.shared_expert"), "attn_gate": "self_attn.g_proj",
+}  # fmt: skip
 _GPT_OSS_BLOCK = {**POST_NORM_BLOCK, **EXPERTS_BLOCK, "ffn_gate_inp": "mlp.router"}
 _ABSENT = dict.fromkeys(("n_group", "topk_group", "norm_topk_prob"))
 _NUMBERS = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
@@ -137,7 +112,7 @@ def _qwen3_moe(hparams: HParams, config: dict[str, Any]) -> None:
     config["num_experts_per_tok"] = hparams.count("expert_used_count")
     config["moe_intermediate_size"] = hparams.count("expert_feed_forward_length")
     config["norm_topk_prob"] = True
-    if "blk.0.attn_q.bias" in hparams.header.tensors and config["model_type"] == "qwen3_moe":
+    if biased(hparams) and config["model_type"] == "qwen3_moe":
         config["attention_bias"] = True
 
 
@@ -210,8 +185,8 @@ def _glm4_moe(hparams: HParams, config: dict[str, Any]) -> None:
     score(hparams, (SIGMOID,), SIGMOID)
     without_predictors(hparams, config)
     partly_rotated(hparams, config)
-    config["attention_bias"] = "blk.0.attn_q.bias" in hparams.header.tensors
-    config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in hparams.header.tensors
+    config["attention_bias"] = biased(hparams)
+    config["use_qk_norm"] = hparams.has("attn_q_norm.weight")
     routed(hparams, config)
 
 
@@ -284,7 +259,7 @@ def _ernie4_5_moe(hparams: HParams, config: dict[str, Any]) -> None:
     routed(hparams, config)
     _unscaled(hparams, config)
     config |= {
-        "use_bias": "blk.0.attn_q.bias" in hparams.header.tensors,
+        "use_bias": biased(hparams),
         "moe_layer_interval": hparams.count("interleave_moe_layer_step"),
         "moe_layer_end_index": -1,
     }
@@ -372,7 +347,7 @@ def _gpt_oss(hparams: HParams, config: dict[str, Any]) -> None:
     config["num_local_experts"] = expert_count(hparams)
     config["num_experts_per_tok"] = hparams.count("expert_used_count")
     config["intermediate_size"] = hparams.count("expert_feed_forward_length", config["intermediate_size"])
-    config["attention_bias"] = "blk.0.attn_q.bias" in hparams.header.tensors
+    config["attention_bias"] = biased(hparams)
     if config["rope_parameters"]["rope_type"] == "yarn":
         config["rope_parameters"]["truncate"] = False
 

@@ -22,25 +22,21 @@ from truffula.weights.gguf_experts import (
 from truffula.weights.gguf_families import LLAMA_BLOCK, Family
 from truffula.weights.gguf_hparams import HParams
 
+# Older files have kv_b whole; that of others is made of k_b and v_b.
 _LATENT_BLOCK = {
-    **{name: module for name, module in LLAMA_BLOCK.items() if name not in ("attn_k", "attn_v")},
-    "attn_q_a": "self_attn.q_a_proj",
-    "attn_q_a_norm": "self_attn.q_a_layernorm",
-    "attn_q_b": "self_attn.q_b_proj",
-    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
-    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-    "attn_kv_b": "self_attn.kv_b_proj",  # of older files; of others, made of the next two
-    "attn_k_b": "self_attn.kv_b_proj",
-    "attn_v_b": "self_attn.kv_b_proj",
+    **LLAMA_BLOCK,
+    "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm", "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa", "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj", "attn_k_b": "self_attn.kv_b_proj", "attn_v_b": "self_attn.kv_b_proj",
     **DEEPSEEK_EXPERTS,
-}
+}  # fmt: skip
 _SPARSE_BLOCK = {
-    **_LATENT_BLOCK,
-    "indexer.attn_k": "self_attn.indexer.wk",
-    "indexer.attn_q_b": "self_attn.indexer.wq_b",
-    "indexer.k_norm": "self_attn.indexer.k_norm",
-    "indexer.proj": "self_attn.indexer.weights_proj",
-}
+    **_LATENT_BLOCK, "indexer.attn_k": "self_attn.indexer.wk", "indexer.attn_q_b": "self_attn.indexer.wq_b",
+    "indexer.k_norm": "self_attn.indexer.k_norm", "indexer.proj": "self_attn.indexer.weights_proj",
+}  # fmt: skip
+
+# The groups of experts of DeepSeek V2 and V3, by score and number of experts: older files don't give them.
+_GROUPS = {(SOFTMAX, 160): (8, 3), (SIGMOID, 256): (8, 4)}
 
 
 def _latent(hparams: HParams, config: dict[str, Any]) -> None:
@@ -62,15 +58,14 @@ def _latent(hparams: HParams, config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{hparams.name(key)} is {nope + rope}, of which {rope} columns are rotated.", param=hparams.name(key)
         )
-    queries = "blk.0.attn_q_a.weight" in hparams.header.tensors
     config |= {
         "num_key_value_heads": heads,
-        "q_lora_rank": hparams.count("attention.q_lora_rank") if queries else None,
+        "q_lora_rank": hparams.count("attention.q_lora_rank") if hparams.has("attn_q_a.weight") else None,
         "kv_lora_rank": hparams.count(rank),
         "qk_nope_head_dim": nope,
         "qk_rope_head_dim": rope,
         "v_head_dim": hparams.count(value),
-        "attention_bias": "blk.0.attn_kv_a_mqa.bias" in hparams.header.tensors,
+        "attention_bias": hparams.has("attn_kv_a_mqa.bias"),
     }
     hparams.get("attention.q_lora_rank")  # some converters write it for models without
     del config["head_dim"]
@@ -102,8 +97,9 @@ def _deepseek2(hparams: HParams, config: dict[str, Any]) -> None:
         _latent_yarn(hparams, config)
         return
     routed(hparams, config)
-    corrected = any(name.endswith("exp_probs_b.bias") for name in hparams.header.tensors)
-    made = score(hparams, (SOFTMAX, SIGMOID), SIGMOID if corrected else SOFTMAX)
+    made = score(hparams, (SOFTMAX, SIGMOID), SIGMOID if hparams.has("exp_probs_b.bias") else SOFTMAX)
+    if hparams.get("expert_group_count") is None:
+        config["n_group"], config["topk_group"] = _GROUPS.get((made, config["n_routed_experts"]), (1, 1))
     if made == SOFTMAX and config["norm_topk_prob"]:
         _mistral4(hparams, config)
         return
