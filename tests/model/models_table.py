@@ -18,7 +18,7 @@ from truffula.weights.gguf_names import FAMILIES
 # With those that llama.cpp writes as files of another type.
 _GGUF = {family.model_type for family in FAMILIES.values()} | {
     "bamba", "deepseek_v2", "gemma4_unified_text", "glm4_moe_lite", "granitemoeshared", "kimi_k2", "mistral", "mixtral",
-    "olmo3", "youtu",
+    "muse_glimmer_text", "olmo3", "youtu",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from gguf_pairs import Case, write_pair
 from gguf_writer import write_gguf
 
 from truffula.errors import UnsupportedModel
+from truffula.model.load import plan_model
+from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.parity import VerifyReport, verify_model
+from truffula.weights.open import open_checkpoint
 
 PROMPT = [[7, 31, 12, 55, 40, 9, 23, 18, 50, 4, 36, 27]]  # longer than the sliding windows
 LINEAR = {"rope__scaling__factor": 4.0}
@@ -65,6 +69,28 @@ def test_what_transformers_drops_of_the_metadata_is_compared_too(
 def test_families_that_transformers_does_not_read_from_files(tmp_path: Path, case: Case) -> None:
     """transformers computes them with the values that truffula reads."""
     report = verify(write_pair(tmp_path, case)[1])
+    assert report.ok, report.first_divergence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [
+        ("gemma4", ["q_proj", "gate_proj", "per_layer_projection"]),
+        ("gptneox", ["query_key_value", "dense_h_to_4h"]),
+        ("gpt2", ["c_attn", "c_fc"]),
+        ("stablelm", ["q_proj", "down_proj"]),
+        ("falcon", ["query_key_value", "dense"]),
+    ],
+)
+def test_adapters_have_the_names_of_transformers(tmp_path: Path, architecture: str, targets: list[str]) -> None:
+    """On blocks, too, whose rows are put in order."""
+    case = next(case for case in CASES if case.architecture == architecture)
+    _, file = write_pair(tmp_path, case, blocks=True)
+    with closing(open_checkpoint(file)) as checkpoint:
+        sites = plan_model(checkpoint).program.sites
+    adapter = write_tiny_adapter(tmp_path / "adapter", sites, targets=targets, alpha=16)
+    report = verify_model(file, adapter=adapter, prompts=PROMPT, new_tokens=4)
     assert report.ok, report.first_divergence
 
 
