@@ -252,6 +252,7 @@ class Launcher:
         writes = [self._write(ref, plane, op.group) for ref, plane in zip((op.k, op.v), kv, strict=True) if ref]
         group, exact = op.heads // op.kv_heads, "ieee" if kv[0].dtype == torch.float32 else "tf32x3"
         dims = power_of_two(op.dim_v)
+        warps = 8 if dims > 128 or self._device.tensor_core_rows < 64 else 4  # as registers hold its sums
 
         def launch() -> None:
             for write in writes:
@@ -269,7 +270,7 @@ class Launcher:
                 BM=power_of_two(cut.queries * group), BN=tiles.keys, WINDOW=op.window or 0, CHUNKED=op.chunked,
                 SOFTCAP=op.softcap is not None, SINKS=op.sinks is not None,
                 ALIBI=0 if not op.alibi else 2 if op.alibi_rounded else 1, PRECISION=exact,
-                num_warps=8 if dims > 128 else 4, num_stages=2,
+                num_warps=warps, num_stages=2,
             )  # fmt: skip
             if rows:
                 self._launch(
