@@ -89,15 +89,15 @@ struct Rows {
 };
 
 // What a delta does to the base product p in its lanes (kernels/adapters.py has the sum of all; c is `column`, or 1):
-// kAdds: + c (h B^T) + weight bias. kScales: + weight (c - 1) p. kScalesAndAdds: both. The others put a product q of their own in place of p:
-// + weight c (q - p). kOwnProduct: q is that of `own`, whose panels are those of `b`. kOwnValues: q is h. kOwnColumns: q
-// is h / weight, for single columns alone, which `ids` names in ascending order.
+// kAdds: + c (h B^T) + weight bias. kScales: + weight (c - 1) p. kScalesAndAdds: both. The others put a product q of their
+// own in place of p: + weight c (q - p). kOwnProduct: q is that of `own`, whose panels are those of `b`. kOwnValues: q is
+// h. kOwnColumns: q is h / weight, for single columns alone, which `ids` names in ascending order.
 enum DeltaRole : int32_t { kAdds = 0, kScales = 1, kScalesAndAdds = 2, kOwnProduct = 3, kOwnValues = 4, kOwnColumns = 5 };
 
 // What an adapter does to rows lo .. hi of a product and, with its panel i, to panel first + i * step: in the lanes
-// lane .. end of these panels. `b` is in the form kColumns (pack.h). `h` is [hi - lo, inputs of b] and has the segment's weight. `max_hi` is the largest hi up
-// to this delta of a list, `min_lo` the smallest lo from this one on: both ascend, so the deltas of given rows are found
-// by bisection.
+// lane .. end of these panels. `b` is in the form kColumns (pack.h). `h` is [hi - lo, inputs of b] and has the segment's
+// weight. `max_hi` is the largest hi up to this delta of a list, `min_lo` the smallest lo from this one on: both ascend,
+// so the deltas of given rows are found by bisection.
 struct Delta {
   const float* h;
   int64_t h_stride;
@@ -153,7 +153,7 @@ struct QuantiseCall {
   int32_t format, inputs;
 };
 
-// h[rows, 16 x a.panels] = scale * (x A^T). A has `outputs` rows, and its last panel has no more lanes than it has rows there.
+// h[rows, 16 x a.panels] = scale * (x A^T). A has `outputs` rows, and its last panel has no more lanes than are left.
 struct ShrinkCall {
   Rows x, h;
   Packed a;
