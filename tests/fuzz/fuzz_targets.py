@@ -39,7 +39,7 @@ from truffula.testing.programs import Part, decoder_program, fill_step
 from truffula.testing.tiny import tiny_config, tiny_tensors
 from truffula.text.tokenizer import load_tokenizer
 from truffula.weights.finite import first_non_finite
-from truffula.weights.gguf_quants import FORMATS
+from truffula.weights.gguf.quants import FORMATS
 from truffula.weights.open import open_checkpoint
 from truffula.weights.safetensors import DTYPES, SafetensorsFile
 from truffula.weights.texts import read_texts

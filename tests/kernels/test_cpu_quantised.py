@@ -22,7 +22,7 @@ from truffula.kernels.program import Embed, Epilogue, Linear, ModuleSlice, Site,
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.select import Precision, select_backend
 from truffula.testing.programs import AdapterTensors
-from truffula.weights.gguf_quants import values_of_blocks
+from truffula.weights.gguf.quants import values_of_blocks
 from truffula.weights.quantised.bits import unpack_e2m1
 from truffula.weights.quantised.packing import BY_KIND, FLOAT8, NF4_NUMBERS, pack_fp4
 

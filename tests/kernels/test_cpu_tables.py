@@ -16,7 +16,7 @@ from truffula.kernels.backend import QuantisedArray
 from truffula.kernels.cpu import CpuBackend
 from truffula.kernels.program import Linear
 from truffula.testing.programs import as_dtype
-from truffula.weights.gguf_quants import values_of_blocks
+from truffula.weights.gguf.quants import values_of_blocks
 from truffula.weights.quantised.packing import BY_KIND
 
 pytestmark = needs_native

@@ -25,7 +25,7 @@ from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.model.load import zeros_like
 from truffula.testing.adapters import write_adapter
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
-from truffula.weights.gguf_quants import values_of_blocks
+from truffula.weights.gguf.quants import values_of_blocks
 from truffula.weights.quantised.packing import BY_KIND
 
 TOLERANCE = 1e-4

@@ -13,7 +13,7 @@ from truffula.model.read import read_config
 from truffula.model.spec import ModelSpec
 from truffula.testing.programs import decoder_program
 from truffula.testing.tiny import tiny_config
-from truffula.weights.gguf_names import FAMILIES
+from truffula.weights.gguf.names import FAMILIES
 
 # With those that llama.cpp writes as files of another type.
 _GGUF = {family.model_type for family in FAMILIES.values()} | {

@@ -21,7 +21,7 @@ from tokenizers import decoders
 from truffula.errors import CheckpointError, InvalidRequest
 from truffula.text.detokenizer import byte_alphabet, is_utf8
 from truffula.text.tokenizer import Tokenizer, check_text, load_tokenizer
-from truffula.weights.gguf_tokenizer import read_tokenizer
+from truffula.weights.gguf.tokenizer import read_tokenizer
 
 NESTED = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
 PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}

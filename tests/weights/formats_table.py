@@ -11,7 +11,7 @@ from quantised_files import LINEAR, NAMES, Fixture, as_model, gpt_oss_model, wri
 
 from truffula.kernels.cpu.formats import BLOCK_KINDS
 from truffula.weights.checkpoint import Checkpoint
-from truffula.weights.gguf_quants import FORMATS
+from truffula.weights.gguf.quants import FORMATS
 from truffula.weights.open import open_checkpoint
 
 # The package whose values a method's have the bits of.

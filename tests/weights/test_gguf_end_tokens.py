@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
 from truffula.text.tokenizer import load_tokenizer
-from truffula.weights.gguf_tokenizer import generation_config, read_tokenizer
-from truffula.weights.gguf_vocabulary import Vocabulary
+from truffula.weights.gguf.tokenizer import generation_config, read_tokenizer
+from truffula.weights.gguf.vocabulary import Vocabulary
 from truffula.weights.text_files import ModelTexts
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -21,7 +21,7 @@ from gguf_pairs import VOCAB, Case, Tensors, interleaved, logits, stacked, write
 
 from truffula.errors import UnsupportedModel
 from truffula.model.load import plan_model
-from truffula.weights.gguf_names import FAMILIES
+from truffula.weights.gguf.names import FAMILIES
 from truffula.weights.open import open_checkpoint
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4}

@@ -32,9 +32,9 @@ from truffula.errors import CheckpointError, TruffulaError, UnsupportedModel
 from truffula.kernels.mapped import release_pages
 from truffula.model.load import plan_model
 from truffula.model.read import read_config
-from truffula.weights.gguf import GgufCheckpoint
-from truffula.weights.gguf_header import OTHER_TYPES
-from truffula.weights.gguf_quants import FORMATS, dequantize
+from truffula.weights.gguf.checkpoint import GgufCheckpoint
+from truffula.weights.gguf.header import OTHER_TYPES
+from truffula.weights.gguf.quants import FORMATS, dequantize
 from truffula.weights.open import open_checkpoint
 from truffula.weights.texts import read_texts
 

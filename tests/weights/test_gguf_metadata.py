@@ -20,10 +20,10 @@ from transformers.models.llama import LlamaConfig
 from truffula import LLM, SamplingParams
 from truffula.errors import CheckpointError, TruffulaError, UnsupportedModel
 from truffula.model.load import plan_model
-from truffula.weights.gguf import GgufCheckpoint
-from truffula.weights.gguf_header import Metadata, read_header
-from truffula.weights.gguf_tokenizer import generation_config, read_tokenizer
-from truffula.weights.gguf_vocabulary import unread_keys
+from truffula.weights.gguf.checkpoint import GgufCheckpoint
+from truffula.weights.gguf.header import Metadata, read_header
+from truffula.weights.gguf.tokenizer import generation_config, read_tokenizer
+from truffula.weights.gguf.vocabulary import unread_keys
 from truffula.weights.texts import read_texts
 
 THETA, WIDTH, CONTEXT = 50000.0, 16, 512

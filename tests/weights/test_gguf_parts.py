@@ -14,7 +14,7 @@ from truffula import LLM, SamplingParams
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.kernels.mapped import release_pages
 from truffula.testing.oracle import Oracle
-from truffula.weights.gguf import GgufCheckpoint
+from truffula.weights.gguf.checkpoint import GgufCheckpoint
 from truffula.weights.texts import read_texts
 from truffula.weights.watch import stamps_of
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 
-from truffula.weights.gguf_tokenizer import read_tokenizer, recover_merges
+from truffula.weights.gguf.tokenizer import read_tokenizer, recover_merges
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. It's 12 o'clock; they'll say 1234567 times: don't!",

@@ -10,8 +10,8 @@ from gguf_writer import write_gguf
 from test_gguf_end_tokens import ALPHABET, CONTROL, NORMAL, metadata
 from tokenizers import Tokenizer
 
-from truffula.weights.gguf_tokenizer import read_tokenizer
-from truffula.weights.gguf_vocabulary import unread_keys
+from truffula.weights.gguf.tokenizer import read_tokenizer
+from truffula.weights.gguf.vocabulary import unread_keys
 from truffula.weights.text_files import ModelTexts
 from truffula.weights.texts import read_texts
 

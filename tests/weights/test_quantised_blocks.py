@@ -23,7 +23,7 @@ from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.select import Precision, select_backend
 from truffula.model.load import WeightReader, plan_model
 from truffula.testing.programs import Part, fill_step
-from truffula.weights.gguf_quants import FORMATS
+from truffula.weights.gguf.quants import FORMATS
 from truffula.weights.open import open_checkpoint
 
 KINDS = {"Q8_0": 8, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7}

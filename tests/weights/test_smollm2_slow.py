@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from truffula.weights.finite import first_non_finite
-from truffula.weights.gguf import GgufCheckpoint
+from truffula.weights.gguf.checkpoint import GgufCheckpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.sources import resolve_source
 from truffula.weights.texts import read_texts

@@ -16,7 +16,7 @@ from truffula.errors import MissingDependency, UnsupportedModel, some
 from truffula.kernels.installation import CPU_TORCH, installation
 from truffula.kernels.program import Probe
 from truffula.lora.image import AdapterFacts
-from truffula.weights.gguf import GgufCheckpoint, open_parts
+from truffula.weights.gguf.checkpoint import GgufCheckpoint, open_parts
 from truffula.weights.open import open_checkpoint
 
 Float32 = npt.NDArray[np.float32]

@@ -21,7 +21,7 @@ from truffula.model.names import WeightNames
 from truffula.model.read import read_config
 from truffula.testing.files import Array as Array
 from truffula.testing.files import as_dtype as as_dtype
-from truffula.weights.gguf_quants import dequantize
+from truffula.weights.gguf.quants import dequantize
 from truffula.weights.quantised.packing import BY_KIND, FLOAT8
 from truffula.weights.tying import Tie, TyingDecision
 

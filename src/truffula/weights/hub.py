@@ -18,7 +18,7 @@ from typing import Any
 
 from truffula.errors import ModelNotFound, TruffulaError
 from truffula.types import Progress
-from truffula.weights.gguf_header import PartName
+from truffula.weights.gguf.header import PartName
 from truffula.weights.text_files import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 from truffula.errors import CheckpointError, ModelNotFound
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.folder import FolderCheckpoint
-from truffula.weights.gguf import GgufCheckpoint
+from truffula.weights.gguf.checkpoint import GgufCheckpoint
 from truffula.weights.quantised.checkpoint import QuantisedCheckpoint
 from truffula.weights.quantised.config import read_scheme, with_side_config
 from truffula.weights.quantised.logical import FLOATS

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from truffula.environment import expanded
 from truffula.errors import ModelNotFound, did_you_mean, nearest
 from truffula.types import Progress
-from truffula.weights.gguf_header import PartName
+from truffula.weights.gguf.header import PartName
 from truffula.weights.hub import download_model, is_hub_name
 from truffula.weights.packages import ALIASES, cached_package, fetch_package, package_cache
 

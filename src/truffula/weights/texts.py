@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from truffula.errors import CheckpointError
-from truffula.weights import gguf_tokenizer, text_files
-from truffula.weights.gguf_header import GgufHeader, name_file_in_errors, read_header
+from truffula.weights import text_files
+from truffula.weights.gguf.header import GgufHeader, name_file_in_errors, read_header
+from truffula.weights.gguf.tokenizer import read_tokenizer
 from truffula.weights.text_files import ModelTexts
 
 
@@ -27,7 +28,7 @@ def read_texts(path: Path) -> ModelTexts:
         raise CheckpointError(f"{path} cannot be read: {error}.", param=str(path)) from error
     header = read_header(path, memoryview(mapped))
     with name_file_in_errors(path):
-        found = gguf_tokenizer.read_tokenizer(header.metadata)
+        found = read_tokenizer(header.metadata)
     return replace(found, warnings=(*found.warnings, *_short_vocabulary(header)))
 
 

@@ -9,7 +9,7 @@ from truffula.errors import CheckpointError
 from truffula.kernels.backend import ComputedArray, QuantisedArray
 from truffula.kernels.mapped import release_pages
 from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
-from truffula.weights.gguf_quants import values_of_blocks
+from truffula.weights.gguf.quants import values_of_blocks
 from truffula.weights.quantised.logical import FLOATS, Logical, Parts, Scheme
 from truffula.weights.quantised.packing import BY_KIND
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from truffula.weights.checkpoint import Array
 from truffula.weights.finite import first_non_finite
-from truffula.weights.gguf_quants import BY_NAME, BlockFormat
+from truffula.weights.gguf.quants import BY_NAME, BlockFormat
 from truffula.weights.quantised.bits import affine, table, unpack_e2m1
 from truffula.weights.quantised.logical import Logical
 

@@ -8,8 +8,8 @@ from decimal import Decimal
 from typing import Any
 
 from truffula.errors import CheckpointError
-from truffula.weights.gguf_changes import ABSORBED
-from truffula.weights.gguf_experts import (
+from truffula.weights.gguf.changes import ABSORBED
+from truffula.weights.gguf.experts import (
     CORRECTION,
     DEEPSEEK_EXPERTS,
     SIGMOID,
@@ -19,8 +19,8 @@ from truffula.weights.gguf_experts import (
     with_key,
     without_predictors,
 )
-from truffula.weights.gguf_families import LLAMA_BLOCK, Family
-from truffula.weights.gguf_hparams import HParams
+from truffula.weights.gguf.families import LLAMA_BLOCK, Family
+from truffula.weights.gguf.hparams import HParams
 
 # Older files have kv_b whole; that of others is made of k_b and v_b.
 _LATENT_BLOCK = {

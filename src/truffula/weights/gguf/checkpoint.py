@@ -16,12 +16,12 @@ import numpy as np
 from truffula.errors import CheckpointError, some
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
-from truffula.weights.gguf_changes import Change, Config, Order
-from truffula.weights.gguf_header import GgufHeader, GgufTensor, PartName, name_file_in_errors, read_header
-from truffula.weights.gguf_hparams import TABLES, HParams, check_unread_keys
-from truffula.weights.gguf_names import change_of, family_of, rename, to_config
-from truffula.weights.gguf_quants import BY_NAME, FORMATS, dequantize, values_of_blocks
-from truffula.weights.gguf_tokenizer import generation_config
+from truffula.weights.gguf.changes import Change, Config, Order
+from truffula.weights.gguf.header import GgufHeader, GgufTensor, PartName, name_file_in_errors, read_header
+from truffula.weights.gguf.hparams import TABLES, HParams, check_unread_keys
+from truffula.weights.gguf.names import change_of, family_of, rename, to_config
+from truffula.weights.gguf.quants import BY_NAME, FORMATS, dequantize, values_of_blocks
+from truffula.weights.gguf.tokenizer import generation_config
 from truffula.weights.mapped import MappedFile
 
 # A file that was cut into byte ranges: some publishers do this to stay below the Hub's limit of 50 GB per file.
@@ -33,7 +33,7 @@ _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,8})\.", re.ASCII)
 class GgufCheckpoint(Checkpoint):
     """A GGUF model, in one file or in parts; ``path`` is the first.
 
-    ``read`` reverses the changes of llama.cpp's converter (``gguf_changes``). Unquantised tensors without such changes
+    ``read`` reverses the changes of llama.cpp's converter (``changes``). Unquantised tensors without such changes
     are views of the mapped file; all others are new arrays, in float32 where the file is quantised.
     """
 

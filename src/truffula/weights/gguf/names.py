@@ -1,6 +1,6 @@
 """A GGUF file's metadata as a config.json, and its tensor names as those of a Hugging Face checkpoint.
 
-``gguf_hparams.check_unread_keys`` then checks every key that was not read. Sources: llama.cpp's converters, whose
+``hparams.check_unread_keys`` then checks every key that was not read. Sources: llama.cpp's converters, whose
 changes to tensors are reversed here, and its loader.
 """
 
@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights import gguf_dense, gguf_experts, gguf_gemma, gguf_hybrids, gguf_latent, gguf_mamba, gguf_older
-from truffula.weights.gguf_changes import PLAIN, Change
-from truffula.weights.gguf_families import Family
-from truffula.weights.gguf_header import GgufHeader
-from truffula.weights.gguf_hparams import ROPE_FREQS, HParams, rope_parameters
+from truffula.weights.gguf import dense, experts, gemma, hybrids, latent, mamba, older
+from truffula.weights.gguf.changes import PLAIN, Change
+from truffula.weights.gguf.families import Family
+from truffula.weights.gguf.header import GgufHeader
+from truffula.weights.gguf.hparams import ROPE_FREQS, HParams, rope_parameters
 
 FAMILIES: Mapping[str, Family] = {
-    **gguf_dense.FAMILIES,
-    **gguf_gemma.FAMILIES,
-    **gguf_older.FAMILIES,
-    **gguf_experts.FAMILIES,
-    **gguf_latent.FAMILIES,
-    **gguf_hybrids.FAMILIES,
-    **gguf_mamba.FAMILIES,
+    **dense.FAMILIES,
+    **gemma.FAMILIES,
+    **older.FAMILIES,
+    **experts.FAMILIES,
+    **latent.FAMILIES,
+    **hybrids.FAMILIES,
+    **mamba.FAMILIES,
 }
 # Other kinds of GGUF files, by ``general.type``.
 _OTHER_KINDS = {

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights.gguf_changes import INTERLEAVED, ONE_ROW, STACKED
-from truffula.weights.gguf_families import (
+from truffula.weights.gguf.changes import INTERLEAVED, ONE_ROW, STACKED
+from truffula.weights.gguf.families import (
     BLOCK,
     EXPERTS_BLOCK,
     GRANITE_EXPERTS,
@@ -30,8 +30,8 @@ from truffula.weights.gguf_families import (
     llama_like,
     partly_rotated,
 )
-from truffula.weights.gguf_header import GgufHeader
-from truffula.weights.gguf_hparams import TABLES, HParams
+from truffula.weights.gguf.header import GgufHeader
+from truffula.weights.gguf.hparams import TABLES, HParams
 
 
 def _shared_block(module: str) -> dict[str, str]:

@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from truffula.weights import gguf_codebooks
 from truffula.weights.checkpoint import Array
-from truffula.weights.gguf_header import SIZES
+from truffula.weights.gguf import codebooks
+from truffula.weights.gguf.header import SIZES
 
 Blocks = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]
@@ -248,15 +248,15 @@ FORMATS: Mapping[int, BlockFormat] = {
     14: BlockFormat(*SIZES[14], unpack=_q6_k),
     10: BlockFormat(*SIZES[10], unpack=_q2_k),
     11: BlockFormat(*SIZES[11], unpack=_q3_k),
-    16: BlockFormat(*SIZES[16], unpack=gguf_codebooks.iq2_xxs),
-    17: BlockFormat(*SIZES[17], unpack=gguf_codebooks.iq2_xs),
-    18: BlockFormat(*SIZES[18], unpack=gguf_codebooks.iq3_xxs),
-    19: BlockFormat(*SIZES[19], unpack=gguf_codebooks.iq1_s),
+    16: BlockFormat(*SIZES[16], unpack=codebooks.iq2_xxs),
+    17: BlockFormat(*SIZES[17], unpack=codebooks.iq2_xs),
+    18: BlockFormat(*SIZES[18], unpack=codebooks.iq3_xxs),
+    19: BlockFormat(*SIZES[19], unpack=codebooks.iq1_s),
     20: BlockFormat(*SIZES[20], unpack=_iq4_nl),
-    21: BlockFormat(*SIZES[21], unpack=gguf_codebooks.iq3_s),
-    22: BlockFormat(*SIZES[22], unpack=gguf_codebooks.iq2_s),
+    21: BlockFormat(*SIZES[21], unpack=codebooks.iq3_s),
+    22: BlockFormat(*SIZES[22], unpack=codebooks.iq2_s),
     23: BlockFormat(*SIZES[23], unpack=_iq4_xs),
-    29: BlockFormat(*SIZES[29], unpack=gguf_codebooks.iq1_m),
+    29: BlockFormat(*SIZES[29], unpack=codebooks.iq1_m),
     34: BlockFormat(*SIZES[34], unpack=_tq1_0),
     35: BlockFormat(*SIZES[35], unpack=_tq2_0),
     39: BlockFormat(*SIZES[39], unpack=_mxfp4),

@@ -8,9 +8,9 @@ from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights.checkpoint import Array
-from truffula.weights.gguf_changes import Change, Config
-from truffula.weights.gguf_header import GgufHeader
-from truffula.weights.gguf_hparams import HParams
+from truffula.weights.gguf.changes import Change, Config
+from truffula.weights.gguf.header import GgufHeader
+from truffula.weights.gguf.hparams import HParams
 
 BLOCK = {
     "attn_norm": "input_layernorm",

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from truffula.errors import CheckpointError, UnsupportedModel, some
-from truffula.weights.gguf_header import GgufHeader
+from truffula.weights.gguf.header import GgufHeader
 
 # Known keys without effect on results. A pattern that ends in "." covers all keys under it. The keys of the
-# tokenizer are reported where it is read: ``gguf_vocabulary.unread_keys``.
+# tokenizer are reported where it is read: ``vocabulary.unread_keys``.
 _INERT = re.compile(r"general\.(?!sampling\.)|split\.|quantize\.|tokenizer\.")
 # Under the architecture's prefix: without effect on results.
 _INERT_HERE = frozenset({"rope.scaling.finetuned", "tensor_data_layout", "vocab_size"})

@@ -9,9 +9,9 @@ import numpy as np
 
 from truffula.errors import UnsupportedModel
 from truffula.weights.checkpoint import Array
-from truffula.weights.gguf_changes import INTERLEAVED, Config, less_one
-from truffula.weights.gguf_experts import MIXTRAL
-from truffula.weights.gguf_families import (
+from truffula.weights.gguf.changes import INTERLEAVED, Config, less_one
+from truffula.weights.gguf.experts import MIXTRAL
+from truffula.weights.gguf.families import (
     BLOCK,
     HEAD_NORMS_BLOCK,
     LAYER_NORM,
@@ -28,7 +28,7 @@ from truffula.weights.gguf_families import (
     llama_like,
     partly_rotated,
 )
-from truffula.weights.gguf_hparams import HParams
+from truffula.weights.gguf.hparams import HParams
 
 _PHI2_BLOCK = {**BLOCK, "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"}
 # Gate and up are one tensor.

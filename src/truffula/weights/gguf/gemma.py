@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights.gguf_changes import INTERLEAVED, LESS_ONE, less_one
-from truffula.weights.gguf_families import (
+from truffula.weights.gguf.changes import INTERLEAVED, LESS_ONE, less_one
+from truffula.weights.gguf.families import (
     BLOCK,
     LLAMA_BLOCK,
     TOP,
@@ -19,7 +19,7 @@ from truffula.weights.gguf_families import (
     expert_count,
     layer_types,
 )
-from truffula.weights.gguf_hparams import ROPE_FREQS, HParams
+from truffula.weights.gguf.hparams import ROPE_FREQS, HParams
 
 _GEMMA2_BLOCK = {
     **BLOCK, "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",

@@ -1,7 +1,7 @@
 """Dequantises the formats of GGUF whose blocks name vectors of a codebook: IQ1, IQ2, IQ3.
 
-``gguf_codebooks.npz`` holds the codebooks of ggml (of the package ``gguf``, ``quants.py``), int8 ``[vectors, 8 or 4]``.
-Each function fills ``[N, 256]`` float32 from ``[N, bytes]`` uint8 blocks, as in ``gguf_quants``.
+``codebooks.npz`` holds the codebooks of ggml (of the package ``gguf``, ``quants.py``), int8 ``[vectors, 8 or 4]``.
+Each function fills ``[N, 256]`` float32 from ``[N, bytes]`` uint8 blocks, as in ``quants``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DELTA = np.float32(0.125)
 
 @cache
 def _codebook(name: str) -> Values:
-    with resources.files("truffula.weights").joinpath("gguf_codebooks.npz").open("rb") as file, np.load(file) as books:
+    with resources.files("truffula.weights.gguf").joinpath("codebooks.npz").open("rb") as file, np.load(file) as books:
         return np.asarray(books[name], np.float32)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from truffula.types import EndToken
-from truffula.weights.gguf_vocabulary import (
+from truffula.weights.gguf.vocabulary import (
     NORMAL,
     PREFIX,
     TEMPLATE,

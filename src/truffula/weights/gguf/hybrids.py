@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from truffula.errors import CheckpointError
-from truffula.weights.gguf_changes import (
+from truffula.weights.gguf.changes import (
     ABSORBED,
     CONV,
     LESS_ONE,
@@ -23,8 +23,8 @@ from truffula.weights.gguf_changes import (
     less_one,
     log_of_minus,
 )  # fmt: skip
-from truffula.weights.gguf_experts import SIGMOID, routed, score, without_predictors
-from truffula.weights.gguf_families import (
+from truffula.weights.gguf.experts import SIGMOID, routed, score, without_predictors
+from truffula.weights.gguf.families import (
     EXPERTS_BLOCK,
     HEAD_NORMS_BLOCK,
     LLAMA_BLOCK,
@@ -33,7 +33,7 @@ from truffula.weights.gguf_families import (
     implied_head_dim,
     partly_rotated,
 )
-from truffula.weights.gguf_hparams import HParams
+from truffula.weights.gguf.hparams import HParams
 
 _LFM2_BLOCK = {
     "attn_norm": "operator_norm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",

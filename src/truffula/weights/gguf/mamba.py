@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from truffula.errors import UnsupportedModel
-from truffula.weights.gguf_changes import CONV, INTERLEAVED, STACKED, Change, flat, log_of_minus
-from truffula.weights.gguf_experts import SIGMOID, routed, score, without_predictors
-from truffula.weights.gguf_families import GRANITE_EXPERTS, LLAMA_BLOCK, Family, granite, implied_head_dim
-from truffula.weights.gguf_header import GgufHeader
-from truffula.weights.gguf_hparams import HParams
+from truffula.weights.gguf.changes import CONV, INTERLEAVED, STACKED, Change, flat, log_of_minus
+from truffula.weights.gguf.experts import SIGMOID, routed, score, without_predictors
+from truffula.weights.gguf.families import GRANITE_EXPERTS, LLAMA_BLOCK, Family, granite, implied_head_dim
+from truffula.weights.gguf.header import GgufHeader
+from truffula.weights.gguf.hparams import HParams
 
 _SSM = {"ssm_in": "in_proj", "ssm_out": "out_proj", "ssm_conv1d": "conv1d"}
 _BAMBA_BLOCK = {

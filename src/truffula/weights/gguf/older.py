@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights.gguf_changes import Change, Config, Order, grouped
-from truffula.weights.gguf_families import Family, biased, partly_rotated
-from truffula.weights.gguf_header import GgufHeader
-from truffula.weights.gguf_hparams import HParams
+from truffula.weights.gguf.changes import Change, Config, Order, grouped
+from truffula.weights.gguf.families import Family, biased, partly_rotated
+from truffula.weights.gguf.header import GgufHeader
+from truffula.weights.gguf.hparams import HParams
 
 _EPS = ("attention.layer_norm_epsilon", "layer_norm_epsilon")
 _GPT2_BLOCK = {
