@@ -181,7 +181,7 @@ CASES = [
          {"head_dim": 8, "max_position_embeddings": 262144,
           "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 1e4}},
          {"rope.freq_base": 1e4 * 50 ** (8 / 6), "rope.scaling.type": "none", "rope.scaling.factor": 1.0,
-          ORIGINAL: 262144}),
+          ORIGINAL: 262144, "expert_count": 1, "expert_used_count": 1}),
     Case("arcee", "arcee", {"mlp_bias": True}, {"vocab_size": VOCAB, "rope.dimension_count": 8}, (interleaved,)),
     Case("apertus", "apertus", {},
          {"rope.dimension_count": 10, **XIELU}, (without_xielu,)),

@@ -211,6 +211,8 @@ EVERY = [
          (gate_and_up, interleaved, *MAMBA2)),
     Case("granitehybrid", "granitemoehybrid", {**NO_ROPE, "num_local_experts": 5, "num_experts_per_tok": 2},
          GRANITE_KEYS, (gate_and_up, stacked, interleaved, *MAMBA2)),
+    Case("granitehybrid", "granitemoehybrid", {"position_embedding_type": "rope"},
+         {**GRANITE_KEYS, "rope.scaling.finetuned": True}, (gate_and_up, interleaved, *MAMBA2)),
     Case("granitehybrid", "bamba", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                                                         "partial_rotary_factor": 0.5}},
          {**NO_WIDTH, **ssm(8, 2, 10), KV: [0, 2, 0], "rope.dimension_count": 4, "rope.scaling.finetuned": True},

@@ -101,6 +101,7 @@ WRONG: list[tuple[Case, dict[str, Any], type[TruffulaError], str]] = [
     (of("apertus"), {" xielu.beta": [1.0, 2.0]}, CheckpointError, "xielu.beta"),
     (of("apertus"), {" xielu.beta": None}, CheckpointError, "xielu.beta is None"),
     (of("apertus"), {" xielu.eps": [1.0, 2.0, float("inf")]}, CheckpointError, "xielu.eps"),
+    (of("hunyuan-dense"), {"expert_count": 8}, UnsupportedModel, "expert_count is 8; it must be 1"),
     (of("olmo"), {"attention.layer_norm_epsilon": 1e-6}, UnsupportedModel, "layer_norm_epsilon is 1e-06"),
     (of("gpt2"), {"attention.head_count": 5}, UnsupportedModel, "head_count is 5"),
     (of("gpt2"), {"rope.scaling.factor": 2.0}, UnsupportedModel, "no rotary embedding"),

@@ -15,7 +15,7 @@ import gguf_hybrid_cases
 import numpy as np
 import pytest
 from gguf_expert_cases import CASES as EXPERTS
-from gguf_hybrid_cases import FALCON
+from gguf_hybrid_cases import FALCON, ssm
 from gguf_models import FAMILIES as USUAL
 from gguf_pairs import VOCAB, Case, Tensors, interleaved, logits, stacked, write_pair
 
@@ -65,11 +65,17 @@ GLM4_MOE = Case(
     (stacked, corrected),
 )  # fmt: skip
 OLMO3 = Case("olmo2", "olmo3", {"sliding_window": 7, "num_hidden_layers": 4}, {"attention.sliding_window": 7})
+# With the keys of a Granite 4 model whose layers all have attention.
+GRANITE = Case(
+    "granite", "granite", {"tie_word_embeddings": True},
+    {**SCALES, **ssm(4, 1, 12), "rope.dimension_count": 8, "rope.scaling.finetuned": True, "expert_count": 0,
+     "attention.head_count_kv": [2] * 3, "expert_shared_feed_forward_length": 56}, (interleaved,),
+)  # fmt: skip
 CASES = [
     Case("smollm3", "smollm3",
          {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1], "tie_word_embeddings": False},
          {"rope.dimension_count": 8}, (interleaved,)),
-    Case("granite", "granite", {"tie_word_embeddings": True}, {**SCALES, "rope.dimension_count": 8}, (interleaved,)),
+    GRANITE,
     Case("granitemoe", "granitemoe",
          {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.3},
          SCALES, (stacked, interleaved)),
@@ -114,6 +120,26 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     plan = plan_model(open_checkpoint(file))
     assert len(plan.spec.layers) == 3 and len(plan.unused) == 3
     np.testing.assert_array_equal(logits(file), logits(plain))
+
+
+@pytest.mark.parametrize(
+    ("case", "changed", "words"),
+    [
+        (GRANITE, {"rope.scaling.finetuned": False}, r"granite\.rope\.scaling\.finetuned is False; it must be True"),
+        (GRANITE, {"expert_shared_feed_forward_length": 40}, r"shared_feed_forward_length is 40; it must be 56"),
+    ],
+)
+def test_a_granite_model_of_another_kind_is_refused(
+    tmp_path: Path, case: Case, changed: dict[str, Any], words: str
+) -> None:
+    _, file = write_pair(tmp_path, replace(case, metadata={**case.metadata, **changed}))
+    with pytest.raises(UnsupportedModel, match=words):
+        open_checkpoint(file)
+
+
+def test_olmo2_without_a_window(tmp_path: Path) -> None:
+    _, file = write_pair(tmp_path, Case("olmo2", "olmo2", metadata={"attention.sliding_window": 0}))
+    assert open_checkpoint(file).config["model_type"] == "olmo2"
 
 
 def test_a_scaled_olmo3_is_refused(tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.errors import UnsupportedModel
 from truffula.weights.gguf.changes import INTERLEAVED, ONE_ROW, STACKED
 from truffula.weights.gguf.families import (
     BLOCK,
+    CORRECTION,
+    DEEPSEEK_EXPERTS,
     EXPERTS_BLOCK,
     GRANITE_EXPERTS,
     HEAD_NORMS_BLOCK,
@@ -19,38 +21,39 @@ from truffula.weights.gguf.families import (
     QWEN3_BLOCK,
     RMS_NORM,
     SHARED_EXPERT,
+    SIGMOID,
+    SOFTMAX,
     Family,
     attention_bias,
     biased,
     chosen_experts,
     expert_count,
+    experts,
+    experts_block,
     granite,
     implied_head_dim,
-    layer_types,
     llama_like,
+    optional_window,
     partly_rotated,
+    routed,
+    score,
+    shared_block,
+    windows,
+    with_key,
+    without_predictors,
 )
-from truffula.weights.gguf.header import GgufHeader
 from truffula.weights.gguf.hparams import TABLES, HParams
-
-
-def _shared_block(module: str) -> dict[str, str]:
-    return {f"ffn_{name}_shexp": f"{module}.{name}_proj" for name in ("gate", "up", "down")}
-
 
 _QWEN2_MOE_BLOCK = {**LLAMA_BLOCK, **EXPERTS_BLOCK, **SHARED_EXPERT}
 _QWEN3_MOE_BLOCK = {**QWEN3_BLOCK, **EXPERTS_BLOCK}
-# Mixtral's files are of the architecture llama.
 _MIXTRAL_BLOCK = {
-    **LLAMA_BLOCK, "ffn_gate_inp": "block_sparse_moe.gate", "ffn_gate_exps": "block_sparse_moe.experts.w1",
-    "ffn_up_exps": "block_sparse_moe.experts.w3", "ffn_down_exps": "block_sparse_moe.experts.w2",
-    "ffn_gate_up_exps": "block_sparse_moe.experts.gate_up_proj",
+    **LLAMA_BLOCK, "ffn_gate_inp": "block_sparse_moe.gate",
+    **experts_block("block_sparse_moe.experts", "w1", "w2", "w3"),
 }  # fmt: skip
 _DBRX_BLOCK = {
     "attn_norm": "norm_attn_norm.norm_1", "attn_qkv": "norm_attn_norm.attn.Wqkv",
     "attn_output": "norm_attn_norm.attn.out_proj", "attn_output_norm": "norm_attn_norm.norm_2",
-    "ffn_gate_inp": "ffn.router.layer", "ffn_gate_exps": "ffn.experts.w1", "ffn_up_exps": "ffn.experts.v1",
-    "ffn_down_exps": "ffn.experts.w2",
+    "ffn_gate_inp": "ffn.router.layer", **experts_block("ffn.experts", "w1", "w2", "v1"),
 }  # fmt: skip
 _DBRX_KEYS = {
     "max_position_embeddings": "max_seq_len", "intermediate_size": None, "head_dim": None, "num_key_value_heads": None,
@@ -58,17 +61,15 @@ _DBRX_KEYS = {
 }  # fmt: skip
 _MINIMAX_BLOCK = {**_MIXTRAL_BLOCK, **HEAD_NORMS_BLOCK}
 _GRANITE_MOE_BLOCK = {**LLAMA_BLOCK, **GRANITE_EXPERTS}
-DEEPSEEK_EXPERTS = {**EXPERTS_BLOCK, **_shared_block("mlp.shared_experts")}
 _GLM4_MOE_BLOCK = {**HEAD_NORMS_BLOCK, **DEEPSEEK_EXPERTS, "post_attention_norm": "post_attention_layernorm"}
 _DOTS_BLOCK = {**QWEN3_BLOCK, **DEEPSEEK_EXPERTS}
 _LLAMA4_BLOCK = {
     **{name: module.replace("mlp.", "feed_forward.") for name, module in {**LLAMA_BLOCK, **EXPERTS_BLOCK}.items()},
-    **_shared_block("feed_forward.shared_expert"),
-    "ffn_gate_inp": "feed_forward.router",
-}
+    **shared_block("feed_forward.shared_expert"), "ffn_gate_inp": "feed_forward.router",
+}  # fmt: skip
 _ERNIE_BLOCK = {**LLAMA_BLOCK, **DEEPSEEK_EXPERTS}
 _HUNYUAN_BLOCK = {
-    **LLAMA_BLOCK, **EXPERTS_BLOCK, **_shared_block("mlp.shared_mlp"), "ffn_gate_inp": "mlp.gate.wg",
+    **LLAMA_BLOCK, **EXPERTS_BLOCK, **shared_block("mlp.shared_mlp"), "ffn_gate_inp": "mlp.gate.wg",
     "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm",
 }  # fmt: skip
 _AFMOE_BLOCK = {
@@ -78,7 +79,7 @@ _AFMOE_BLOCK = {
 }  # fmt: skip
 _COHERE_BLOCK = {**BLOCK, **DEEPSEEK_EXPERTS}
 _LAGUNA_BLOCK = {
-    **QWEN3_BLOCK, **EXPERTS_BLOCK, **_shared_block("mlp.shared_expert"), "attn_gate": "self_attn.g_proj",
+    **QWEN3_BLOCK, **EXPERTS_BLOCK, **shared_block("mlp.shared_expert"), "attn_gate": "self_attn.g_proj",
 }  # fmt: skip
 _GPT_OSS_BLOCK = {**POST_NORM_BLOCK, **EXPERTS_BLOCK, "ffn_gate_inp": "mlp.router"}
 _ABSENT = dict.fromkeys(("n_group", "topk_group", "norm_topk_prob"))
@@ -95,8 +96,6 @@ _LAGUNA_KEYS = {
     **_NUMBERS, **_ABSENT, "n_shared_experts": None, "first_k_dense_replace": None,
     "routed_scaling_factor": "moe_routed_scaling_factor",
 }  # fmt: skip
-CORRECTION = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
-SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
 
 
 def _qwen2_moe(hparams: HParams, config: dict[str, Any]) -> None:
@@ -108,10 +107,8 @@ def _qwen2_moe(hparams: HParams, config: dict[str, Any]) -> None:
 
 def _qwen3_moe(hparams: HParams, config: dict[str, Any]) -> None:
     """llama.cpp divides the weights of the chosen experts by their sum: the format has no key for it here."""
-    config["num_experts"] = expert_count(hparams)
-    config["num_experts_per_tok"] = hparams.count("expert_used_count")
-    config["moe_intermediate_size"] = hparams.count("expert_feed_forward_length")
-    config["norm_topk_prob"] = True
+    experts(hparams, config)
+    config |= {"num_experts": expert_count(hparams), "norm_topk_prob": True}
     if biased(hparams) and config["model_type"] == "qwen3_moe":
         config["attention_bias"] = True
 
@@ -132,37 +129,6 @@ def _olmoe(hparams: HParams, config: dict[str, Any]) -> None:
     config["norm_topk_prob"] = False
 
 
-def score(hparams: HParams, allowed: tuple[int, ...], default: int = 0) -> int:
-    """``expert_gating_func``: how the router makes scores, ``SOFTMAX`` or ``SIGMOID``. 0 means none is given."""
-    found = hparams.get("expert_gating_func") or default
-    hparams.only("expert_gating_func", found, *allowed)
-    return int(found)
-
-
-def without_predictors(hparams: HParams, config: dict[str, Any]) -> None:
-    """The last layers of a file may predict further tokens: they are left out."""
-    predicting, name = hparams.optional("nextn_predict_layers"), hparams.name("nextn_predict_layers")
-    if predicting >= config["num_hidden_layers"]:
-        raise CheckpointError(f"{name} is {predicting}, of {config['num_hidden_layers']} layers.", param=name)
-    config["num_hidden_layers"] -= predicting
-    config["num_nextn_predict_layers"] = 0
-
-
-def routed(hparams: HParams, config: dict[str, Any]) -> None:
-    """The experts, under DeepSeek's keys."""
-    config |= {
-        "first_k_dense_replace": hparams.optional("leading_dense_block_count"),
-        "n_routed_experts": hparams.count("expert_count"),
-        "num_experts_per_tok": hparams.count("expert_used_count"),
-        "n_shared_experts": hparams.optional("expert_shared_count"),
-        "moe_intermediate_size": hparams.count("expert_feed_forward_length"),
-        "n_group": hparams.count("expert_group_count", 1),
-        "topk_group": hparams.count("expert_group_used_count", 1),
-        "norm_topk_prob": bool(hparams.get("expert_weights_norm", False)),
-        "routed_scaling_factor": hparams.real("expert_weights_scale", 1.0) or 1.0,  # 0: the weights are not scaled
-    }
-
-
 def _unscaled(hparams: HParams, config: dict[str, Any]) -> None:
     """Refuse what the class does not know: groups of experts, a factor of their weights."""
     hparams.only("expert_group_count", config["n_group"], 1)
@@ -174,11 +140,6 @@ def _without_groups(hparams: HParams, config: dict[str, Any]) -> None:
     routed(hparams, config)
     hparams.only("expert_group_count", config["n_group"], 1)
     hparams.only("expert_weights_norm", config["norm_topk_prob"], True)
-
-
-def _windows(hparams: HParams, config: dict[str, Any]) -> None:
-    config["sliding_window"] = hparams.count("attention.sliding_window")
-    config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every=4)
 
 
 def _glm4_moe(hparams: HParams, config: dict[str, Any]) -> None:
@@ -208,14 +169,11 @@ def _phimoe(hparams: HParams, config: dict[str, Any]) -> None:
     """The sparse mixer's jitter is transformers' default, as in the published model."""
     chosen_experts(hparams, config)
     attention_bias(hparams, config)
-    config["sliding_window"] = hparams.optional("attention.sliding_window") or None
+    optional_window(hparams, config)
     config["lm_head_bias"] = "output.bias" in hparams.header.tensors
     if config["rope_parameters"]["rope_type"] == "longrope":
-        raise UnsupportedModel(
-            f"{TABLES[1]}: the format has no keys for short_mscale and long_mscale, which phimoe's longrope needs. "
-            "Serve the model from safetensors.",
-            param=TABLES[1],
-        )
+        why = "the format has no keys for short_mscale and long_mscale, which phimoe's longrope needs"
+        raise UnsupportedModel(f"{TABLES[1]}: {why}. Serve the model from safetensors.", param=TABLES[1])
 
 
 def _dbrx(hparams: HParams, config: dict[str, Any]) -> None:
@@ -280,7 +238,7 @@ def _afmoe(hparams: HParams, config: dict[str, Any]) -> None:
     score(hparams, (SIGMOID,), SIGMOID)
     attention_bias(hparams, config)
     _without_groups(hparams, config)
-    _windows(hparams, config)
+    windows(hparams, config)
     config["mup_enabled"] = True
 
 
@@ -289,7 +247,7 @@ def _exaone_moe(hparams: HParams, config: dict[str, Any]) -> None:
     without_predictors(hparams, config)
     routed(hparams, config)
     hparams.get("expert_shared_feed_forward_length")  # that of the tensors: a multiple of an expert's
-    _windows(hparams, config)
+    windows(hparams, config)
 
 
 def _cohere2_moe(hparams: HParams, config: dict[str, Any]) -> None:
@@ -309,7 +267,7 @@ def _cohere2_moe(hparams: HParams, config: dict[str, Any]) -> None:
         "intermediate_size": config.pop("moe_intermediate_size"),
         "logit_scale": hparams.real("logit_scale"),
     }
-    _windows(hparams, config)
+    windows(hparams, config)
 
 
 def _laguna(hparams: HParams, config: dict[str, Any]) -> None:
@@ -323,9 +281,8 @@ def _laguna(hparams: HParams, config: dict[str, Any]) -> None:
     hparams.only(name, max(kv_heads), min(kv_heads))
     full["partial_rotary_factor"] = hparams.count("rope.dimension_count", width) / width
     config |= {"rope_parameters": {"full_attention": full}, "layer_types": ["full_attention"] * layers}
-    if window := hparams.optional("attention.sliding_window"):
-        config["sliding_window"] = window
-        config["layer_types"] = layer_types(hparams, layers, every=4, full_first=True)
+    if hparams.get("attention.sliding_window"):
+        windows(hparams, config, full_first=True)
         config["rope_parameters"]["sliding_attention"] = {
             "rope_type": "default",
             "rope_theta": hparams.real("rope.freq_base_swa", full["rope_theta"]),
@@ -333,9 +290,7 @@ def _laguna(hparams: HParams, config: dict[str, Any]) -> None:
         }
     config |= {
         "num_attention_heads_per_layer": heads,
-        "mlp_layer_types": [
-            "dense" if layer < config["first_k_dense_replace"] else "sparse" for layer in range(layers)
-        ],
+        "mlp_layer_types": [("dense", "sparse")[layer >= config["first_k_dense_replace"]] for layer in range(layers)],
         "shared_expert_intermediate_size": hparams.count("expert_shared_feed_forward_length"),
         "gating": "per-head" if gate is not None and gate.shape[0] == heads[0] else "per-element",
     }
@@ -344,21 +299,11 @@ def _laguna(hparams: HParams, config: dict[str, Any]) -> None:
 def _gpt_oss(hparams: HParams, config: dict[str, Any]) -> None:
     """The borders of its yarn are not rounded, for which the format has no key."""
     config["sliding_window"] = hparams.count("attention.sliding_window")
-    config["num_local_experts"] = expert_count(hparams)
-    config["num_experts_per_tok"] = hparams.count("expert_used_count")
+    chosen_experts(hparams, config)
     config["intermediate_size"] = hparams.count("expert_feed_forward_length", config["intermediate_size"])
     config["attention_bias"] = biased(hparams)
     if config["rope_parameters"]["rope_type"] == "yarn":
         config["rope_parameters"]["truncate"] = False
-
-
-def with_key(key: str, row: Family) -> Callable[[GgufHeader], Family | None]:
-    """``Family.variant``: ``row`` for a file that has the key."""
-
-    def variant(header: GgufHeader) -> Family | None:
-        return row if header.metadata.get(f"{header.metadata['general.architecture']}.{key}") else None
-
-    return variant
 
 
 MIXTRAL = Family("mixtral", "MixtralForCausalLM", _MIXTRAL_BLOCK, chosen_experts, changes=INTERLEAVED)

@@ -6,53 +6,57 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights.checkpoint import Array
 from truffula.weights.gguf.changes import Change, Config
 from truffula.weights.gguf.header import GgufHeader
 from truffula.weights.gguf.hparams import HParams
 
 BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_qkv": "self_attn.qkv_proj",  # the three as one, where the converter is asked for it
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_qkv": "self_attn.qkv_proj",  # the three as one: an option of the converter
+}  # fmt: skip
 LLAMA_BLOCK = {**BLOCK, "ffn_norm": "post_attention_layernorm"}
-QWEN3_BLOCK = {**LLAMA_BLOCK, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-EXPERTS_BLOCK = {
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.gate_proj",
-    "ffn_up_exps": "mlp.experts.up_proj",
-    "ffn_down_exps": "mlp.experts.down_proj",
-    "ffn_gate_up_exps": "mlp.experts.gate_up_proj",  # an option of the converter
-}
-SHARED_EXPERT = {
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-}
-GRANITE_EXPERTS = {
-    "ffn_gate_inp": "block_sparse_moe.router.layer",
-    "ffn_gate_exps": "block_sparse_moe.experts.gate_proj",
-    "ffn_up_exps": "block_sparse_moe.experts.up_proj",
-    "ffn_down_exps": "block_sparse_moe.experts.down_proj",
-    "ffn_gate_up_exps": "block_sparse_moe.experts.gate_up_proj",
-    "ffn_gate_shexp": "shared_mlp.input_linear",
-    "ffn_up_shexp": "shared_mlp.input_linear",
-    "ffn_down_shexp": "shared_mlp.output_linear",
-}
 POST_NORM_BLOCK = {**BLOCK, "post_attention_norm": "post_attention_layernorm"}
-HEAD_NORMS_BLOCK = {**BLOCK, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+HEAD_NORMS_BLOCK = {**BLOCK, **_HEAD_NORMS}
+QWEN3_BLOCK = {**LLAMA_BLOCK, **_HEAD_NORMS}
+# Older files have kv_b whole; that of others is made of k_b and v_b.
+LATENT_BLOCK = {
+    **LLAMA_BLOCK, "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm", "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.kv_b_proj", "attn_v_b": "self_attn.kv_b_proj",
+}  # fmt: skip
+
+
+def experts_block(module: str, *names: str) -> dict[str, str]:
+    """Experts of which gate, down and up have these names."""
+    gate, down, up = names or ("gate_proj", "down_proj", "up_proj")
+    return {
+        "ffn_gate_exps": f"{module}.{gate}", "ffn_up_exps": f"{module}.{up}", "ffn_down_exps": f"{module}.{down}",
+        "ffn_gate_up_exps": f"{module}.gate_up_proj",  # an option of the converter
+    }  # fmt: skip
+
+
+def shared_block(module: str) -> dict[str, str]:
+    return {f"ffn_{name}_shexp": f"{module}.{name}_proj" for name in ("gate", "up", "down")}
+
+
+EXPERTS_BLOCK = {"ffn_gate_inp": "mlp.gate", **experts_block("mlp.experts")}
+DEEPSEEK_EXPERTS = {**EXPERTS_BLOCK, **shared_block("mlp.shared_experts")}
+SHARED_EXPERT = {**shared_block("mlp.shared_expert"), "ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
+GRANITE_EXPERTS = {
+    "ffn_gate_inp": "block_sparse_moe.router.layer", **experts_block("block_sparse_moe.experts"),
+    "ffn_gate_shexp": "shared_mlp.input_linear", "ffn_up_shexp": "shared_mlp.input_linear",
+    "ffn_down_shexp": "shared_mlp.output_linear",
+}  # fmt: skip
+CORRECTION = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
 RMS_NORM = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
 LAYER_NORM = ("attention.layer_norm_epsilon", "layer_norm_eps")
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
 
 
 @dataclass(frozen=True)
@@ -94,18 +98,13 @@ class Family:
 
 def expert_count(hparams: HParams) -> int:
     """The number of experts, which the file's routers must have too: a dense file may state one by mistake."""
-    count, name = hparams.count("expert_count"), hparams.name("expert_count")
-    router = hparams.header.tensors.get("blk.0.ffn_gate_inp.weight")
+    count = hparams.count("expert_count")
+    router = hparams.header.tensors.get(first := "blk.0.ffn_gate_inp.weight")
     if router is None:
-        raise UnsupportedModel(
-            f"{name} is {count}, in a file without blk.0.ffn_gate_inp.weight, the router of the first layer; supported "
-            "are models with experts in every layer.",
-            param=name,
-        )
+        why = "the router of the first layer; supported are models with experts in every layer"
+        raise hparams.unsupported("expert_count", f"is {count}, in a file without {first}, {why}.")
     if router.shape[0] != count:
-        raise CheckpointError(
-            f"{name} is {count}, and the router blk.0.ffn_gate_inp.weight has {router.shape[0]} rows.", param=name
-        )
+        raise hparams.error("expert_count", f"is {count}; the router {first} has {router.shape[0]} rows.")
     return count
 
 
@@ -137,6 +136,12 @@ def attention_bias(hparams: HParams, config: dict[str, Any]) -> None:
         config["attention_bias"] = True
 
 
+def llama_biases(hparams: HParams, config: dict[str, Any]) -> None:
+    attention_bias(hparams, config)
+    if hparams.has("ffn_up.bias"):
+        config["mlp_bias"] = True
+
+
 def layer_types(hparams: HParams, layers: int, every: int, *, full_first: bool = False) -> list[str]:
     """The type of each layer, from a list of booleans (true: sliding) or a period: every n-th is full, none for 0; with
     ``full_first``, the first of n is."""
@@ -146,22 +151,90 @@ def layer_types(hparams: HParams, layers: int, every: int, *, full_first: bool =
         period = layers + 1 if none_is_full else hparams.count("attention.sliding_window_pattern", every)
         pattern = [(layer + (not full_first)) % period != 0 for layer in range(layers)]
     if len(pattern) != layers:
-        name = hparams.name("attention.sliding_window_pattern")
-        raise CheckpointError(f"{name} has {len(pattern)} entries for {layers} layers.", param=name)
+        why = f"has {len(pattern)} entries for {layers} layers."
+        raise hparams.error("attention.sliding_window_pattern", why)
     return ["sliding_attention" if slides else "full_attention" for slides in pattern]
 
 
 def llama_like(hparams: HParams, config: dict[str, Any]) -> None:
     """Biases as Llama has them, in a class without the field ``head_dim``."""
-    attention_bias(hparams, config)
+    llama_biases(hparams, config)
     implied_head_dim(hparams, config)
-    if "blk.0.ffn_up.bias" in hparams.header.tensors:
-        config["mlp_bias"] = True
 
 
 def granite(hparams: HParams, config: dict[str, Any]) -> None:
+    """llama.cpp does not rotate where ``rope.scaling.finetuned`` is false; the classes always do.
+
+    A Granite 4 model without Mamba layers is a file of this kind, with the keys of such layers.
+    """
+    hparams.only("rope.scaling.finetuned", hparams.get("rope.scaling.finetuned", True), True)
+    for key in ("conv_kernel", "group_count", "inner_size", "state_size", "time_step_rank"):
+        hparams.get(f"ssm.{key}")
+    granite_scales(hparams, config)
+
+
+def granite_scales(hparams: HParams, config: dict[str, Any]) -> None:
     llama_like(hparams, config)
     config["attention_multiplier"] = hparams.real("attention.scale")
     config["embedding_multiplier"] = hparams.real("embedding_scale", 1.0)
     config["residual_multiplier"] = hparams.real("residual_scale", 1.0)
     config["logits_scaling"] = hparams.real("logit_scale", 1.0)
+
+
+def score(hparams: HParams, allowed: tuple[int, ...], default: int = 0) -> int:
+    """``expert_gating_func``: how the router makes scores, ``SOFTMAX`` or ``SIGMOID``. 0 means none is given."""
+    found = hparams.get("expert_gating_func") or default
+    hparams.only("expert_gating_func", found, *allowed)
+    return int(found)
+
+
+def without_predictors(hparams: HParams, config: dict[str, Any]) -> None:
+    """The last layers of a file may predict further tokens: they are left out."""
+    predicting = hparams.optional("nextn_predict_layers")
+    if predicting >= config["num_hidden_layers"]:
+        raise hparams.error("nextn_predict_layers", f"is {predicting}, of {config['num_hidden_layers']} layers.")
+    config["num_hidden_layers"] -= predicting
+    config["num_nextn_predict_layers"] = 0
+
+
+def routed(hparams: HParams, config: dict[str, Any]) -> None:
+    """The experts, under DeepSeek's keys."""
+    config |= {
+        "first_k_dense_replace": hparams.optional("leading_dense_block_count"),
+        "n_routed_experts": hparams.count("expert_count"),
+        "num_experts_per_tok": hparams.count("expert_used_count"),
+        "n_shared_experts": hparams.optional("expert_shared_count"),
+        "moe_intermediate_size": hparams.count("expert_feed_forward_length"),
+        "n_group": hparams.count("expert_group_count", 1),
+        "topk_group": hparams.count("expert_group_used_count", 1),
+        "norm_topk_prob": bool(hparams.get("expert_weights_norm", False)),
+        "routed_scaling_factor": hparams.real("expert_weights_scale", 1.0) or 1.0,  # 0: the weights are not scaled
+    }
+
+
+def with_key(key: str, row: Family) -> Callable[[GgufHeader], Family | None]:
+    """``Family.variant``: ``row`` for a file that has the key."""
+
+    def variant(header: GgufHeader) -> Family | None:
+        return row if header.metadata.get(f"{header.metadata['general.architecture']}.{key}") else None
+
+    return variant
+
+
+def windows(
+    hparams: HParams, config: dict[str, Any], every: int = 4, default: int | None = None, *, full_first: bool = False
+) -> None:
+    """The window, for which there may be a default, and which layers have it: see ``layer_types``."""
+    config["sliding_window"] = hparams.count("attention.sliding_window", default)
+    config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every, full_first=full_first)
+
+
+def optional_window(hparams: HParams, config: dict[str, Any]) -> None:
+    config["sliding_window"] = hparams.optional("attention.sliding_window") or None
+
+
+def experts(hparams: HParams, config: dict[str, Any]) -> None:
+    """The experts, under Qwen's keys."""
+    config["num_experts"] = hparams.count("expert_count")
+    config["num_experts_per_tok"] = hparams.count("expert_used_count")
+    config["moe_intermediate_size"] = hparams.count("expert_feed_forward_length")

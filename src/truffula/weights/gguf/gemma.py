@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights.gguf.changes import INTERLEAVED, LESS_ONE, less_one
+from truffula.weights.gguf.changes import INTERLEAVED, less_one
 from truffula.weights.gguf.families import (
-    BLOCK,
+    HEAD_NORMS_BLOCK,
     LLAMA_BLOCK,
+    POST_NORM_BLOCK,
     TOP,
     Family,
     attention_bias,
     biased,
     expert_count,
-    layer_types,
+    experts,
+    windows,
 )
 from truffula.weights.gguf.hparams import ROPE_FREQS, HParams
 
 _GEMMA2_BLOCK = {
-    **BLOCK, "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+    **POST_NORM_BLOCK, "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
 }  # fmt: skip
-_GEMMA3_BLOCK = {**_GEMMA2_BLOCK, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GEMMA3_BLOCK = {**HEAD_NORMS_BLOCK, **_GEMMA2_BLOCK}
 _GEMMA4_BLOCK = {
     **_GEMMA3_BLOCK, "ffn_gate_inp": "router.proj", "ffn_gate_exps": "experts.gate_proj",
     "ffn_up_exps": "experts.up_proj", "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
@@ -37,10 +39,8 @@ _GEMMA4_WHOLE = {
     "ffn_down_exps.weight": "experts.down_proj", "ffn_down_exps.scale": "router.per_expert_scale",
     "layer_output_scale.weight": "layer_scalar",
 }  # fmt: skip
-_MUSE_NORMS = tuple(module for module in _GEMMA2_BLOCK.values() if module.endswith("layernorm"))
 _MUSE_TOP = {
-    "token_embd": "model.language_model.embed_tokens", "output_norm": "model.language_model.norm",
-    "output": "lm_head",
+    **TOP, "token_embd": "model.language_model.embed_tokens", "output_norm": "model.language_model.norm",
 }  # fmt: skip
 _GEMMA4_TOP = {
     **TOP, "per_layer_token_embd": "model.embed_tokens_per_layer",
@@ -50,23 +50,18 @@ _GEMMA4_TOP = {
 
 
 def _gemma2(hparams: HParams, config: dict[str, Any]) -> None:
-    config["sliding_window"] = hparams.count("attention.sliding_window", 4096)
-    config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every=2)
+    windows(hparams, config, every=2, default=4096)
     config["attn_logit_softcapping"] = hparams.real("attn_logit_softcapping", 50.0)
     config["final_logit_softcapping"] = hparams.real("final_logit_softcapping", 30.0)
     config["query_pre_attn_scalar"] = _attention_scalar(config, layers_of_27b=46)
-    theta, local = config["rope_parameters"]["rope_theta"], hparams.get("rope.freq_base_swa")
-    if local is not None and hparams.real("rope.freq_base_swa") != theta:
-        name = hparams.name("rope.freq_base_swa")
-        raise UnsupportedModel(f"{name} is {local}; gemma2 has one base for all layers, here {theta}.", param=name)
+    theta = config["rope_parameters"]["rope_theta"]
+    hparams.only("rope.freq_base_swa", hparams.real("rope.freq_base_swa", theta), theta)
 
 
 def _gemma3(hparams: HParams, config: dict[str, Any]) -> None:
-    config["sliding_window"] = hparams.count("attention.sliding_window")
-    config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every=6)
+    windows(hparams, config, every=6)
     config["query_pre_attn_scalar"] = _attention_scalar(config, layers_of_27b=62)
-    cap = hparams.get("final_logit_softcapping")
-    config["final_logit_softcapping"] = hparams.real("final_logit_softcapping") if cap else None
+    config["final_logit_softcapping"] = hparams.real("final_logit_softcapping", 0.0) or None
     local = {"rope_type": "default", "rope_theta": hparams.real("rope.freq_base_swa", 10000.0)}
     config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
 
@@ -83,33 +78,28 @@ def _attention_scalar(config: Mapping[str, Any], layers_of_27b: int) -> int:
 
 def _gemma4(hparams: HParams, config: dict[str, Any]) -> None:
     """``key_length`` and ``freq_base`` are of full layers, the keys that end in ``_swa`` of the others."""
-    layers, tensors = config["num_hidden_layers"], hparams.header.tensors
-    kinds = layer_types(hparams, layers, every=6)
+    windows(hparams, config, every=6)
+    layers, kinds, tensors = config["num_hidden_layers"], config["layer_types"], hparams.header.tensors
     shared = hparams.optional("attention.shared_kv_layers")
     if shared >= layers:
-        name = hparams.name("attention.shared_kv_layers")
-        raise CheckpointError(f"{name} is {shared}, of {layers} layers.", param=name)
+        raise hparams.error("attention.shared_kv_layers", f"is {shared}, of {layers} layers.")
     full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     wide, narrow = config["head_dim"], hparams.count("attention.key_length_swa")
     for key in ("attention.value_length_swa", "rope.dimension_count_swa"):
-        if hparams.count(key, narrow) != narrow:
-            name = hparams.name(key)
-            raise UnsupportedModel(f"{name} is {hparams.get(key)}, for heads {narrow} wide.", param=name)
+        hparams.only(key, hparams.count(key, narrow), narrow)
     heads = {kind: _of_kind(hparams, kinds, kind, config["num_attention_heads"]) for kind in set(kinds)}
     wide_layer = {"head_dim": wide, "num_key_value_heads": heads.get("full_attention")}
     config |= {
-        "layer_types": kinds,
         "head_dim": narrow,
         "num_key_value_heads": heads.get("sliding_attention", heads.get("full_attention")),
         "per_layer_config": {str(index): wide_layer for index in full},
-        "sliding_window": hparams.count("attention.sliding_window"),
         "num_kv_shared_layers": shared,
         "attention_bias": biased(hparams),
         # Full layers without a value matrix use their keys as values.
         "attention_k_eq_v": bool(full)
         and not {f"blk.{full[0]}.attn_{name}.weight" for name in ("v", "qkv")} & {*tensors},
         "hidden_size_per_layer_input": hparams.optional("embedding_length_per_layer_input"),
-        "final_logit_softcapping": hparams.real(cap) if hparams.get(cap := "final_logit_softcapping") else None,
+        "final_logit_softcapping": hparams.real("final_logit_softcapping", 0.0) or None,
         **_widths(hparams, config, layers - shared),
     }
     table = tensors.get("per_layer_token_embd.weight")
@@ -119,10 +109,9 @@ def _gemma4(hparams: HParams, config: dict[str, Any]) -> None:
         "sliding_attention": {"rope_type": "default", "rope_theta": hparams.real("rope.freq_base_swa")},
     }
     if hparams.get("expert_count"):
-        config["enable_moe_block"] = True
-        config["num_experts"] = expert_count(hparams)
-        config["top_k_experts"] = hparams.count("expert_used_count")
-        config["moe_intermediate_size"] = hparams.count("expert_feed_forward_length")
+        experts(hparams, config)
+        expert_count(hparams)
+        config |= {"enable_moe_block": True, "top_k_experts": config.pop("num_experts_per_tok")}
 
 
 def _of_kind(hparams: HParams, kinds: list[str], kind: str, heads: int) -> int:
@@ -130,8 +119,8 @@ def _of_kind(hparams: HParams, kinds: list[str], kind: str, heads: int) -> int:
     each = hparams.each("attention.head_count_kv", len(kinds), heads)
     found = {count for count, other in zip(each, kinds, strict=True) if other == kind}
     if len(found) != 1:
-        name = hparams.name("attention.head_count_kv")
-        raise UnsupportedModel(f"{name} differs between layers of the type {kind}: {each[:8]}.", param=name)
+        why = f"differs between layers of the type {kind}: {each[:8]}."
+        raise hparams.unsupported("attention.head_count_kv", why)
     return found.pop()
 
 
@@ -140,8 +129,7 @@ def _widths(hparams: HParams, config: Mapping[str, Any], first: int) -> dict[str
     each = hparams.each("feed_forward_length", config["num_hidden_layers"])
     double = bool(each[first:]) and each[-1] == 2 * each[0]
     if each != [each[0]] * len(each[:first]) + [each[0] * (1 + double)] * len(each[first:]):
-        name = hparams.name("feed_forward_length")
-        raise UnsupportedModel(f"{name} differs from layer to layer: {each[:8]}.", param=name)
+        raise hparams.unsupported("feed_forward_length", f"differs from layer to layer: {each[:8]}.")
     return {"intermediate_size": each[0], "use_double_wide_mlp": double}
 
 
@@ -164,32 +152,28 @@ def _proportional(hparams: HParams, rope: Mapping[str, Any], width: int) -> dict
 
 def _muse(hparams: HParams, config: dict[str, Any]) -> None:
     """The factor of q is in the file as a norm of q, of which k has one of ones; layers with a window are rotated."""
-    layers, tables = config["num_hidden_layers"], hparams.tables
+    layers = config["num_hidden_layers"]
     found = {letter: set[float]() for letter in "qk"}
-    for name in [f"blk.{layer}.attn_{letter}_norm.weight" for layer in range(layers) for letter in "qk"]:
-        values = tables.pop(name, None)
-        found[name[-13]] |= {0.0} if values is None else {float(value) for value in np.unique(values)}
+    for layer, letter in product(range(layers), found):
+        values = hparams.tables.pop(f"blk.{layer}.attn_{letter}_norm.weight", 0.0)
+        found[letter] |= {float(value) for value in np.unique(values)}
     if len(found["q"]) != 1 or not min(found["q"]) > 0 or found["k"] != {1.0}:
         why = f"a muse-glimmer file has norms of q of one positive number and norms of k of ones, not {found}"
         raise UnsupportedModel(f"{why}.", param="blk.0.attn_q_norm.weight")
-    kinds, theta = layer_types(hparams, layers, every=4), config["rope_parameters"]["rope_theta"]
-    if hparams.real("rope.freq_base_swa", theta) != theta:
-        name = hparams.name("rope.freq_base_swa")
-        raise UnsupportedModel(f"{name} is {hparams.get('rope.freq_base_swa')}, not {theta}.", param=name)
+    theta = config["rope_parameters"]["rope_theta"]
+    hparams.only("rope.freq_base_swa", hparams.real("rope.freq_base_swa", theta), theta)
+    windows(hparams, config)
     ids = {key: config.pop(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     text = config | {
         "model_type": "muse_glimmer_text",
-        "layer_types": kinds,
-        "layer_rope_theta": [theta if kind == "sliding_attention" else 0.0 for kind in kinds],
-        "sliding_window": hparams.count("attention.sliding_window"),
+        "layer_rope_theta": [theta if kind == "sliding_attention" else 0.0 for kind in config["layer_types"]],
         "qk_scale_factor": float(str(np.float32(found["q"].pop()))),
         "output_multiplier": hparams.real("logit_scale"),
         "final_logit_softcapping": hparams.real("final_logit_softcapping"),
     }
-    del text["architectures"]
-    kept = {key: config[key] for key in ("model_type", "architectures")}
+    whole = {"model_type": config["model_type"], "architectures": text.pop("architectures")}
     config.clear()
-    config.update(kept | ids | {"text_config": text})
+    config.update(whole | ids | {"text_config": text})
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -205,5 +189,5 @@ FAMILIES: Mapping[str, Family] = {
                            {**_GEMMA2_BLOCK, "attn_gate": "self_attn.gate_proj"}, _muse, factors=False,
                            layers="model.language_model.layers.", top=_MUSE_TOP,
                            read=r"blk\.\d+\.attn_[qk]_norm\.weight",
-                           changes={**INTERLEAVED, **{f"{name}.weight": LESS_ONE for name in _MUSE_NORMS}}),
+                           changes={**INTERLEAVED, **less_one(_GEMMA2_BLOCK)}),
 }  # fmt: skip

@@ -76,11 +76,10 @@ class HParams:
         value = self._required(key, default)
         if isinstance(value, list) and value:
             if len(set(value)) != 1:
-                name = self.name(key)
-                raise UnsupportedModel(f"{name} differs from layer to layer: {value[:8]}…", param=name)
+                raise self.unsupported(key, f"differs from layer to layer: {value[:8]}…")
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._error(key, f"is {value!r}; it must be a positive integer.")
+            raise self.error(key, f"is {value!r}; it must be a positive integer.")
         return value
 
     def some(self, key: str, default: int | None = None) -> int:
@@ -101,7 +100,7 @@ class HParams:
         if not isinstance(value, list):
             return [self.count(key, default)] * layers
         if len(value) != layers or any(type(item) is not int or item < 1 for item in value):
-            raise self._error(key, f"is {str(value)[:80]}; it must have {layers} positive integers, one per layer.")
+            raise self.error(key, f"is {str(value)[:80]}; it must have {layers} positive integers, one per layer.")
         return value
 
     def numbers(self, name: str, layers: int) -> list[float]:
@@ -121,7 +120,7 @@ class HParams:
     def quotient(self, key: str, by: str) -> int:
         whole, count = self.count(key), self.count(by)
         if whole % count:
-            raise self._error(by, f"is {count}, which does not divide {self.name(key)}, {whole}.")
+            raise self.error(by, f"is {count}, which does not divide {self.name(key)}, {whole}.")
         return whole // count
 
     def listed(self, key: str, kind: type) -> list[Any]:
@@ -129,7 +128,7 @@ class HParams:
         each, layers = self.get(key), self.count("block_count")
         if not isinstance(each, list) or len(each) != layers or any(type(item) is not kind for item in each):
             shown = f"a list of {len(each)}" if isinstance(each, list) else repr(each)
-            raise self._error(key, f"is {shown}; expected a list of {layers} of type {kind.__name__}.")
+            raise self.error(key, f"is {shown}; expected a list of {layers} of type {kind.__name__}.")
         return each
 
     def attends(self) -> list[bool]:
@@ -140,25 +139,27 @@ class HParams:
         """A finite number of at least ``least``: the shortest decimal form (1e-05) of the stored float32."""
         value = self._required(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self._error(key, f"is {value!r}; it must be a finite number.")
+            raise self.error(key, f"is {value!r}; it must be a finite number.")
         if least is not None and value < least:
-            raise self._error(key, f"is {value}; it must be at least {least}.")
+            raise self.error(key, f"is {value}; it must be at least {least}.")
         return float(str(np.float32(value)))
 
     def only(self, key: str, found: Any, *supported: Any) -> None:
         """Raise ``UnsupportedModel`` unless ``found``, the value of the key, is one that is ``supported``."""
         if found not in supported:
-            known = " or ".join(map(str, supported))
-            raise UnsupportedModel(f"{self.name(key)} is {found}; it must be {known}.", param=self.name(key))
+            raise self.unsupported(key, f"is {found}; it must be {' or '.join(map(str, supported))}.")
 
     def _required(self, key: str, default: Any) -> Any:
         value = self.get(key, default)
         if value is None:
-            raise self._error(key, "is missing.")
+            raise self.error(key, "is missing.")
         return value
 
-    def _error(self, key: str, why: str) -> CheckpointError:
+    def error(self, key: str, why: str) -> CheckpointError:
         return CheckpointError(f"the GGUF metadata key {self.name(key)} {why}", param=self.name(key))
+
+    def unsupported(self, key: str, why: str) -> UnsupportedModel:
+        return UnsupportedModel(f"the GGUF metadata key {self.name(key)} {why}", param=self.name(key))
 
 
 def check_unread_keys(header: GgufHeader) -> list[str]:
@@ -199,7 +200,7 @@ def rope_parameters(
         UnsupportedModel: a type of scaling that is not supported, or two kinds at once.
         CheckpointError: a value of the wrong kind or range.
     """
-    name, kind = hparams.name("rope.scaling.type"), hparams.get("rope.scaling.type", "linear")
+    kind = hparams.get("rope.scaling.type", "linear")
     base: dict[str, Any] = {"rope_type": "default", "rope_theta": hparams.real("rope.freq_base", theta)}
     older = hparams.real("rope.scale_linear", 0.0, least=0.0)
     factor = hparams.real("rope.scaling.factor", older, least=0.0) or 1.0
@@ -207,7 +208,7 @@ def rope_parameters(
     table = next((item for item in TABLES[1:] if item in hparams.tables), ROPE_FREQS if factors is not None else "")
     if kind not in ("none", "linear", "yarn", *(("longrope",) if table in TABLES[1:] else ())):
         why = f"none, linear and yarn are supported, and longrope with {TABLES[1]} and {TABLES[2]}"
-        raise UnsupportedModel(f"{name} is {kind!r}; {why}.", param=name)
+        raise hparams.unsupported("rope.scaling.type", f"is {kind!r}; {why}.")
     if kind == "none":
         factor = 1.0
     if table and (kind == "yarn" or factor != 1.0):
@@ -221,7 +222,7 @@ def rope_parameters(
     ignored = [key for key, value in yarn.items() if value not in (None, unscaled.get(key))]
     if ignored:
         names = ", ".join(hparams.name(f"rope.scaling.{key}") for key in ignored)
-        warnings.append(f"{names}: no effect, because {name} is {kind}.")
+        warnings.append(f"{names}: no effect, because {hparams.name('rope.scaling.type')} is {kind}.")
     if factors is not None:
         return _from_table(factors, base["rope_theta"], width)
     if kind == "yarn":

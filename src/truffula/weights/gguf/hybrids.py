@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from truffula.errors import CheckpointError
 from truffula.weights.gguf.changes import (
     ABSORBED,
     CONV,
@@ -22,29 +21,35 @@ from truffula.weights.gguf.changes import (
     joined,
     less_one,
     log_of_minus,
-)  # fmt: skip
-from truffula.weights.gguf.experts import SIGMOID, routed, score, without_predictors
+)
 from truffula.weights.gguf.families import (
+    BLOCK,
     EXPERTS_BLOCK,
     HEAD_NORMS_BLOCK,
-    LLAMA_BLOCK,
+    LATENT_BLOCK,
+    RMS_NORM,
     SHARED_EXPERT,
+    SIGMOID,
     Family,
+    experts,
+    experts_block,
     implied_head_dim,
     partly_rotated,
+    routed,
+    score,
+    shared_block,
+    without_predictors,
 )
 from truffula.weights.gguf.hparams import HParams
 
 _LFM2_BLOCK = {
-    "attn_norm": "operator_norm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.out_proj", "attn_q_norm": "self_attn.q_layernorm",
-    "attn_k_norm": "self_attn.k_layernorm", "shortconv.conv": "conv.conv", "shortconv.in_proj": "conv.in_proj",
-    "shortconv.out_proj": "conv.out_proj", "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1",
-    "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2",
+    **BLOCK, "attn_norm": "operator_norm", "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm", "attn_k_norm": "self_attn.k_layernorm", "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj", "shortconv.out_proj": "conv.out_proj", "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2",
 }  # fmt: skip
 _LFM2_MOE_BLOCK = {
-    **_LFM2_BLOCK, "ffn_gate_inp": "feed_forward.gate", "ffn_gate_exps": "feed_forward.experts.w1",
-    "ffn_up_exps": "feed_forward.experts.w3", "ffn_down_exps": "feed_forward.experts.w2",
+    **_LFM2_BLOCK, "ffn_gate_inp": "feed_forward.gate", **experts_block("feed_forward.experts", "w1", "w2", "w3"),
 }  # fmt: skip
 _LINEAR = {
     **HEAD_NORMS_BLOCK, "post_attention_norm": "post_attention_layernorm", "ssm_conv1d": "linear_attn.conv1d",
@@ -60,6 +65,12 @@ _QWEN3_NEXT_BLOCK = {
     **_LINEAR, **EXPERTS_BLOCK, **SHARED_EXPERT, "ssm_in": "linear_attn.in_proj_qkvz",
     "attn_qkv": "linear_attn.in_proj_qkvz", "attn_gate": "linear_attn.in_proj_qkvz",
     "ssm_ba": "linear_attn.in_proj_ba",
+}  # fmt: skip
+_KIMI_BLOCK = {
+    **LATENT_BLOCK, **{f"ssm_conv1d_{name}": f"self_attn.{name}_conv1d" for name in "qkv"},
+    **{f"ssm_{name}": f"self_attn.{name}_proj" for name in ("f_a", "f_b", "g_a", "g_b")},
+    "ssm_beta": "self_attn.b_proj", "ssm_norm": "self_attn.o_norm", "ffn_gate_inp": "block_sparse_moe.gate",
+    **experts_block("block_sparse_moe.experts", "w1", "w2", "w3"), **shared_block("block_sparse_moe.shared_experts"),
 }  # fmt: skip
 
 
@@ -90,18 +101,6 @@ def _by_key_head(config: Config, n: int) -> Order:
     return np.concatenate([start + np.arange(keys * width).reshape(keys, -1) for start, width in starts], 1).reshape(-1)
 
 
-_KIMI_BLOCK = {
-    **LLAMA_BLOCK, "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm",
-    "attn_q_b": "self_attn.q_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
-    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-    **{f"attn_{name}_b": "self_attn.kv_b_proj" for name in ("kv", "k", "v")},
-    **{f"ssm_conv1d_{name}": f"self_attn.{name}_conv1d" for name in "qkv"},
-    **{f"ssm_{name}": f"self_attn.{name}_proj" for name in ("f_a", "f_b", "g_a", "g_b")},
-    "ssm_beta": "self_attn.b_proj", "ssm_norm": "self_attn.o_norm", "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.w1", "ffn_up_exps": "block_sparse_moe.experts.w3",
-    "ffn_down_exps": "block_sparse_moe.experts.w2",
-    **{f"ffn_{name}_shexp": f"block_sparse_moe.shared_experts.{name}_proj" for name in ("gate", "up", "down")},
-}  # fmt: skip
 _RATE = Change(values=log_of_minus)
 _DELTA_NORMS = {name: LESS_ONE for name in less_one(_LINEAR) if not name.startswith("linear_attn.norm")}
 _QWEN35_CHANGES = {
@@ -114,6 +113,11 @@ _QWEN3_NEXT_CHANGES = {
     **_DELTA_NORMS, "mlp.shared_expert_gate": ONE_ROW, "linear_attn.conv1d": CONV,
     "linear_attn.in_proj_qkvz": joined(_by_key_head), "linear_attn.A_log": _RATE,
 }  # fmt: skip
+_KIMI_CHANGES = {
+    "self_attn.kv_b_proj": replace(ABSORBED, joins=True),
+    **{f"self_attn.{name}_conv1d": CONV for name in "qkv"},
+    "self_attn.A_log": Change(lambda config, shape: (1, 1, math.prod(shape), 1), values=log_of_minus),
+}
 
 
 def _lfm2(hparams: HParams, config: dict[str, Any]) -> None:
@@ -129,11 +133,9 @@ def _lfm2_moe(hparams: HParams, config: dict[str, Any]) -> None:
     """The weights of a row's experts are divided by their sum."""
     _lfm2(hparams, config)
     score(hparams, (SIGMOID,), SIGMOID)
+    experts(hparams, config)
     config |= {
         "num_dense_layers": hparams.optional("leading_dense_block_count"),
-        "num_experts": hparams.count("expert_count"),
-        "num_experts_per_tok": hparams.count("expert_used_count"),
-        "moe_intermediate_size": hparams.count("expert_feed_forward_length"),
         "routed_scaling_factor": hparams.real("expert_weights_scale", 1.0),
         "norm_topk_prob": True,
         "use_expert_bias": hparams.has("exp_probs_b.bias"),
@@ -163,12 +165,8 @@ def _qwen35(hparams: HParams, config: dict[str, Any]) -> None:
 def _qwen35_moe(hparams: HParams, config: dict[str, Any]) -> None:
     """llama.cpp divides the weights of the chosen experts by their sum: the format has no key for it here."""
     _qwen35(hparams, config)
-    config |= {
-        "num_experts": hparams.count("expert_count"),
-        "num_experts_per_tok": hparams.count("expert_used_count"),
-        "moe_intermediate_size": hparams.count("expert_feed_forward_length"),
-        "shared_expert_intermediate_size": hparams.count("expert_shared_feed_forward_length"),
-    }
+    experts(hparams, config)
+    config["shared_expert_intermediate_size"] = hparams.count("expert_shared_feed_forward_length")
     if config["model_type"] == "qwen3_next":
         config["norm_topk_prob"] = True
 
@@ -185,8 +183,8 @@ def _kimi_linear(hparams: HParams, config: dict[str, Any]) -> None:
     hparams.get("attention.value_length")  # of no head
     key = hparams.count("attention.key_length_mla")
     if key <= rope:
-        name = hparams.name("attention.key_length_mla")
-        raise CheckpointError(f"{name} is {key}; expected more than rope.dimension_count, {rope}.", param=name)
+        why = f"is {key}; expected more than rope.dimension_count, {rope}."
+        raise hparams.error("attention.key_length_mla", why)
     queries = hparams.has("attn_q_a.weight")
     config |= {
         "num_key_value_heads": heads,
@@ -210,13 +208,8 @@ _KIMI_KEYS = {
     "n_shared_experts": "num_shared_experts", "norm_topk_prob": "moe_renormalize", "rope_parameters": None,
     "head_dim": None,
 }  # fmt: skip
-_KIMI_CHANGES = {
-    "self_attn.kv_b_proj": replace(ABSORBED, joins=True),
-    **{f"self_attn.{name}_conv1d": CONV for name in "qkv"},
-    "self_attn.A_log": Change(lambda config, shape: (1, 1, math.prod(shape), 1), values=log_of_minus),
-}
 _NO_PREDICTIONS = {"num_nextn_predict_layers": None}
-_NORM_EPS = ("attention.layer_norm_rms_epsilon", "norm_eps")
+_NORM_EPS = (RMS_NORM[0], "norm_eps")
 _LFM2_NORM = {"token_embd_norm.weight": "model.embedding_norm.weight"}
 FAMILIES: Mapping[str, Family] = {
     "lfm2": Family("lfm2", "Lfm2ForCausalLM", _LFM2_BLOCK, _lfm2, eps=_NORM_EPS, changes={"conv.conv": CONV},

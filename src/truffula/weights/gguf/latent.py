@@ -7,29 +7,22 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
-from truffula.errors import CheckpointError
 from truffula.weights.gguf.changes import ABSORBED
-from truffula.weights.gguf.experts import (
+from truffula.weights.gguf.families import (
     CORRECTION,
     DEEPSEEK_EXPERTS,
+    LATENT_BLOCK,
     SIGMOID,
     SOFTMAX,
+    Family,
     routed,
     score,
     with_key,
     without_predictors,
 )
-from truffula.weights.gguf.families import LLAMA_BLOCK, Family
 from truffula.weights.gguf.hparams import HParams
 
-# Older files have kv_b whole; that of others is made of k_b and v_b.
-_LATENT_BLOCK = {
-    **LLAMA_BLOCK,
-    "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm", "attn_q_b": "self_attn.q_b_proj",
-    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa", "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-    "attn_kv_b": "self_attn.kv_b_proj", "attn_k_b": "self_attn.kv_b_proj", "attn_v_b": "self_attn.kv_b_proj",
-    **DEEPSEEK_EXPERTS,
-}  # fmt: skip
+_LATENT_BLOCK = {**LATENT_BLOCK, **DEEPSEEK_EXPERTS}
 _SPARSE_BLOCK = {
     **_LATENT_BLOCK, "indexer.attn_k": "self_attn.indexer.wk", "indexer.attn_q_b": "self_attn.indexer.wq_b",
     "indexer.k_norm": "self_attn.indexer.k_norm", "indexer.proj": "self_attn.indexer.weights_proj",
@@ -48,16 +41,11 @@ def _latent(hparams: HParams, config: dict[str, Any]) -> None:
     if absorbed:
         for name, wanted in ((key, hparams.count(rank) + rope), (value, hparams.count(rank))):
             if hparams.count(name) != wanted:
-                raise CheckpointError(
-                    f"{hparams.name(name)} is {hparams.count(name)}; expected {wanted}, of latent attention.",
-                    param=hparams.name(name),
-                )
+                raise hparams.error(name, f"is {hparams.count(name)}; expected {wanted}, of latent attention.")
         key, value = f"{key}_mla", f"{value}_mla"
     nope = hparams.count(key) - rope
     if nope < 1:
-        raise CheckpointError(
-            f"{hparams.name(key)} is {nope + rope}, of which {rope} columns are rotated.", param=hparams.name(key)
-        )
+        raise hparams.error(key, f"is {nope + rope}, of which {rope} columns are rotated.")
     config |= {
         "num_key_value_heads": heads,
         "q_lora_rank": hparams.count("attention.q_lora_rank") if hparams.has("attn_q_a.weight") else None,

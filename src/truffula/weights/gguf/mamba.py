@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from truffula.errors import UnsupportedModel
 from truffula.weights.gguf.changes import CONV, INTERLEAVED, STACKED, Change, flat, log_of_minus
-from truffula.weights.gguf.experts import SIGMOID, routed, score, without_predictors
-from truffula.weights.gguf.families import GRANITE_EXPERTS, LLAMA_BLOCK, Family, granite, implied_head_dim
+from truffula.weights.gguf.families import (
+    GRANITE_EXPERTS,
+    LLAMA_BLOCK,
+    SIGMOID,
+    Family,
+    experts_block,
+    granite_scales,
+    implied_head_dim,
+    routed,
+    score,
+    without_predictors,
+)
 from truffula.weights.gguf.header import GgufHeader
 from truffula.weights.gguf.hparams import HParams
 
@@ -21,8 +30,7 @@ _BAMBA_BLOCK = {
 _JAMBA_BLOCK = {
     **_BAMBA_BLOCK, "ssm_x": "mamba.x_proj", "ssm_dt": "mamba.dt_proj", "ssm_dt_norm": "mamba.dt_layernorm",
     "ssm_b_norm": "mamba.b_layernorm", "ssm_c_norm": "mamba.c_layernorm", "ffn_gate_inp": "feed_forward.router",
-    "ffn_gate_exps": "feed_forward.experts.gate_proj", "ffn_up_exps": "feed_forward.experts.up_proj",
-    "ffn_down_exps": "feed_forward.experts.down_proj",
+    **experts_block("feed_forward.experts"),
 }  # fmt: skip
 # The shared expert is called so only where there are others.
 _GRANITE_BLOCK = {
@@ -58,8 +66,7 @@ def _periodic(hparams: HParams, key: str, places: Sequence[bool]) -> tuple[int, 
     found = [index for index, is_one in enumerate(places) if is_one] or [len(places)]
     period = found[1] - found[0] if len(found) > 1 else len(places) + 1
     if [index % period == found[0] for index in range(len(places))] != list(places):
-        name = hparams.name(key)
-        raise UnsupportedModel(f"{name}: layers {found[:8]} are not one in every few, as jamba has them.", param=name)
+        raise hparams.unsupported(key, f"gives layers {found[:8]}, which are not one in every few, as jamba has them.")
     return period, found[0]
 
 
@@ -84,27 +91,28 @@ def _mamba2(hparams: HParams, config: dict[str, Any]) -> None:
 
 
 def _granite_hybrid(hparams: HParams, config: dict[str, Any]) -> None:
-    """Attention without positions."""
-    granite(hparams, config)
+    """Attention has positions only where ``rope.scaling.finetuned`` says so, or is missing, as in llama.cpp."""
+    width, rotated = config["head_dim"], hparams.get("rope.scaling.finetuned", True)
+    rotary = hparams.count("rope.dimension_count", width)
+    if rotated:
+        hparams.only("rope.dimension_count", rotary, width)
+    granite_scales(hparams, config)
     _mamba2(hparams, config)
-    hparams.count("rope.dimension_count", config.pop("head_dim", 1))
+    config.pop("head_dim", None)
     config |= {
         "layer_types": ["full_attention" if attends else "linear_attention" for attends in hparams.attends()],
         "mamba_expand": hparams.quotient("ssm.inner_size", "embedding_length"),
         "num_local_experts": hparams.optional("expert_count"),
         "num_experts_per_tok": hparams.optional("expert_used_count"),
         "shared_intermediate_size": hparams.count("expert_shared_feed_forward_length"),
-        "position_embedding_type": "nope",
+        "position_embedding_type": "rope" if rotated else "nope",
     }
 
 
 def _bamba(hparams: HParams, config: dict[str, Any]) -> None:
     """Half of each head is rotated."""
     _mamba2(hparams, config)
-    rotated, width = hparams.count("rope.dimension_count"), config["head_dim"]
-    if 2 * rotated != width:
-        name = hparams.name("rope.dimension_count")
-        raise UnsupportedModel(f"{name} is {rotated}; bamba rotates half of its heads, {width} wide.", param=name)
+    hparams.only("rope.dimension_count", hparams.count("rope.dimension_count"), config["head_dim"] // 2)
     config["attn_layer_indices"] = [index for index, attends in enumerate(hparams.attends()) if attends]
     config["mamba_expand"] = hparams.quotient("ssm.inner_size", "embedding_length")
     config["mlp_bias"] = hparams.has("ffn_up.bias")
@@ -130,13 +138,9 @@ def _falcon_h1(hparams: HParams, config: dict[str, Any]) -> None:
 def _jamba(hparams: HParams, config: dict[str, Any]) -> None:
     """Experts are in the layers that have a router."""
     del config["rope_parameters"]
-    routers = [
-        f"blk.{index}.ffn_gate_inp.weight" in hparams.header.tensors for index in range(config["num_hidden_layers"])
-    ]
-    attends, sparse = (
-        _periodic(hparams, "attention.head_count_kv", hparams.attends()),
-        _periodic(hparams, "expert_count", routers),
-    )
+    layers, tensors = range(config["num_hidden_layers"]), hparams.header.tensors
+    attends = _periodic(hparams, "attention.head_count_kv", hparams.attends())
+    sparse = _periodic(hparams, "expert_count", [f"blk.{layer}.ffn_gate_inp.weight" in tensors for layer in layers])
     config |= {
         "attn_layer_period": attends[0], "attn_layer_offset": attends[1],
         "expert_layer_period": sparse[0], "expert_layer_offset": sparse[1],

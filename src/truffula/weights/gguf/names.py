@@ -101,7 +101,7 @@ def to_config(hparams: HParams, family: Family, warnings: list[str]) -> dict[str
     }
     for key, ggml in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         value = header.metadata.get(f"tokenizer.ggml.{ggml}_token_id")
-        if isinstance(value, int) and value < config["vocab_size"]:
+        if type(value) is int and 0 <= value < config["vocab_size"]:
             config[key] = value
     family.extra(hparams, config)
     for name in hparams.tables:

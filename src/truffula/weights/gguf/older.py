@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights.gguf.changes import Change, Config, Order, grouped
 from truffula.weights.gguf.families import Family, biased, partly_rotated
 from truffula.weights.gguf.header import GgufHeader
@@ -49,31 +48,26 @@ def _square(hparams: HParams, config: dict[str, Any]) -> None:
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     kv_heads = config.pop("num_key_value_heads")
     if config.pop("head_dim") * heads != hidden or kv_heads != heads:
-        name = hparams.name("attention.head_count")
         why = f"heads of {hidden} / {heads} columns, each with keys of its own, are supported in a file of this kind"
-        raise UnsupportedModel(f"{name} is {heads}; {why}.", param=name)
+        raise hparams.unsupported("attention.head_count", f"is {heads}; {why}.")
 
 
 def _without_rope(hparams: HParams, config: dict[str, Any]) -> None:
     _square(hparams, config)
     if config.pop("rope_parameters")["rope_type"] != "default":
-        name = hparams.name("rope.scaling.type")
-        raise UnsupportedModel(f"{name}: {hparams.architecture} has no rotary embedding to scale.", param=name)
+        why = f"scales a rotary embedding; {hparams.architecture} has no rotary embedding."
+        raise hparams.unsupported("rope.scaling.type", why)
 
 
 def _four(hparams: HParams, config: dict[str, Any]) -> None:
     """The MLP is four times as wide, for which the class has no key."""
     _without_rope(hparams, config)
-    width, name = config.pop("intermediate_size"), hparams.name("feed_forward_length")
-    if width != 4 * config["hidden_size"]:
-        raise UnsupportedModel(f"{name} is {width}; expected {4 * config['hidden_size']}.", param=name)
+    hparams.only("feed_forward_length", config.pop("intermediate_size"), 4 * config["hidden_size"])
 
 
 def _starcoder(hparams: HParams, config: dict[str, Any]) -> None:
     """One KV head: the converter does not know others."""
-    if config["num_key_value_heads"] != 1:
-        name = hparams.name("attention.head_count_kv")
-        raise UnsupportedModel(f"{name} is {config['num_key_value_heads']}; 1 is supported.", param=name)
+    hparams.only("attention.head_count_kv", config["num_key_value_heads"], 1)
     config["num_key_value_heads"] = config["num_attention_heads"]
     _without_rope(hparams, config)
 
@@ -81,20 +75,17 @@ def _starcoder(hparams: HParams, config: dict[str, Any]) -> None:
 def _neox(hparams: HParams, config: dict[str, Any]) -> None:
     partly_rotated(hparams, config)
     _square(hparams, config)
-    parallel, name = hparams.get("use_parallel_residual"), hparams.name("use_parallel_residual")
+    parallel = hparams.get("use_parallel_residual")
     if not isinstance(parallel, bool):
-        raise CheckpointError(f"the GGUF metadata key {name} is {parallel!r}; it must be true or false.", param=name)
+        raise hparams.error("use_parallel_residual", f"is {parallel!r}; it must be true or false.")
     config["use_parallel_residual"] = parallel
     config["attention_bias"] = biased(hparams)
 
 
 def _mpt(hparams: HParams, config: dict[str, Any]) -> None:
     _four(hparams, config)
-    bias, name = hparams.get("attention.max_alibi_bias", 0.0), hparams.name("attention.max_alibi_bias")
-    if bias != 8:
-        raise UnsupportedModel(f"{name} is {bias}; 8 is supported.", param=name)
-    clip = hparams.get("attention.clamp_kqv")
-    config["attn_config"] = {"alibi": True, "clip_qkv": hparams.real("attention.clamp_kqv") if clip else None}
+    hparams.only("attention.max_alibi_bias", hparams.real("attention.max_alibi_bias", 0.0), 8.0)
+    config["attn_config"] = {"alibi": True, "clip_qkv": hparams.real("attention.clamp_kqv", 0.0) or None}
 
 
 def _falcon(hparams: HParams, config: dict[str, Any]) -> None:
@@ -103,8 +94,8 @@ def _falcon(hparams: HParams, config: dict[str, Any]) -> None:
     config["num_key_value_heads"] = config["num_attention_heads"]
     _square(hparams, config)
     if config["num_attention_heads"] % kv_heads:
-        name = hparams.name("attention.head_count_kv")
-        raise UnsupportedModel(f"{name} is {kv_heads}, for {config['num_attention_heads']} heads.", param=name)
+        why = f"is {kv_heads}, for {config['num_attention_heads']} heads."
+        raise hparams.unsupported("attention.head_count_kv", why)
     two = _two_norms(hparams.header)
     if two or kv_heads > 1:
         config |= {"new_decoder_architecture": True, "num_kv_heads": kv_heads, "num_ln_in_parallel_attn": 1 + two}
