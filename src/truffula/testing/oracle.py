@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class Oracle:
             if getattr(config, "quantization_config", None) is not None:
                 del config.quantization_config
             source = {"pretrained_model_name_or_path": None, "state_dict": _values(path)}
+            source["ignore_mismatched_sizes"] = path.suffix == ".gguf"  # refused below
             with torch.device("meta"):
                 loader = type(auto.from_config(config))
             self.notes = ("transformers computes with the weights that truffula dequantised.",)
@@ -105,12 +107,10 @@ class Oracle:
             experts_implementation="eager",
             dtype=getattr(torch, dtype),
         )
-        if by_values and path.suffix == ".gguf" and (lacking := sorted(loading["missing_keys"])):
-            raise UnsupportedModel(
-                f"{path} cannot be compared: transformers names "
-                f"{some(lacking, 3)} of {config.model_type} otherwise than truffula does in GGUF files.",
-                param=str(path),
-            )
+        differing = {key[0] for key in loading["mismatched_keys"]}
+        if by_values and path.suffix == ".gguf" and (lacking := sorted(loading["missing_keys"] | differing)):
+            why = f"transformers has {some(lacking, 3)} of {config.model_type} in another form than a GGUF file"
+            raise UnsupportedModel(f"{path} cannot be compared: {why}.", param=str(path))
         model.set_attn_implementation(_ATTENTION)  # some classes do not take it from the argument above
         if factors:
             model.model.rotary_emb.inv_freq /= torch.tensor(factors)
@@ -272,11 +272,20 @@ def _take_factors(config: Any) -> list[float]:
 
 
 def _values(path: Path) -> dict[str, Any]:
-    """The tensors of a quantised checkpoint by name, dequantised: transformers would need the scheme's library."""
+    """The tensors of a quantised checkpoint by name, dequantised: transformers would need the scheme's library.
+
+    Experts that a GGUF file stacks are apart, as in most safetensors files: transformers stacks them in its own way.
+    """
     import torch
 
+    values = {}
     with contextlib.closing(open_checkpoint(path)) as opened:
-        return {name: torch.from_numpy(opened.read(name).astype(np.float32)) for name in opened.tensors}
+        for name in opened.tensors:
+            value = torch.from_numpy(opened.read(name).astype(np.float32))
+            stack = re.fullmatch(r"(.+\.experts)\.(\w+\.weight)", name)
+            stacked = {f"{stack[1]}.{index}.{stack[2]}": each for index, each in enumerate(value)} if stack else {}
+            values |= stacked or {name: value}
+    return values
 
 
 def _equal(one: Any, other: Any) -> bool:

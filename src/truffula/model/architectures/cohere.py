@@ -97,6 +97,7 @@ def _cohere_experts(view: ConfigView, sizes: Sizes) -> MoeSpec:
         sizes.mlp,
         view.choice("hidden_act", ACTIVATIONS),
         shared=SharedSpec(sizes.mlp * count, scale=share) if count else None,
+        scaled_sum=share != 1.0,
         names=DEEPSEEK_NAMES,
     )
 

@@ -95,7 +95,7 @@ def _moe(view: ConfigView) -> MoeSpec:
     )
     shared = SharedSpec(view.integer("shared_expert_intermediate_size"))
     width, activation = view.integer("moe_intermediate_size"), view.choice("hidden_act", ACTIVATIONS)
-    return MoeSpec(router, width, activation, shared=shared, names=_NAMES)
+    return MoeSpec(router, width, activation, shared=shared, scaled_sum=True, names=_NAMES)
 
 
 def _ropes(view: ConfigView, sizes: Sizes, kinds: tuple[str, ...]) -> Mapping[str, RopeSpec]:

@@ -109,7 +109,8 @@ class MoeSpec:
     ``width`` is F of an expert. Without ``gated`` an expert is down(activation(up x)). ``latent``: the experts read
     latent_in(x), of that width, and latent_out of their sum counts; both with a bias if ``latent_bias``. ``limit`` and
     ``offset`` are the ``glu_limit`` and ``glu_offset`` of the experts' ``program.Epilogue``. ``weigh`` input: x is
-    multiplied by the expert's weight, instead of the result; one expert per row.
+    multiplied by the expert's weight, instead of the result; one expert per row. ``scaled_sum``: transformers
+    multiplies the sum by the router's scale, not each weight, so ``verify`` does not compare the sum.
     """
 
     router: RouterSpec
@@ -122,6 +123,7 @@ class MoeSpec:
     limit: float | None = None
     offset: float = 0.0
     weigh: Literal["output", "input"] = "output"
+    scaled_sum: bool = False
     names: MoeNames = MoeNames()
 
     @property
@@ -213,7 +215,7 @@ class MoeSpec:
             taken = latent
         build.experts("experts_in", taken, routes, inner, None, limited)
         if self.weigh == "output":
-            probe = build.probe(names.experts5, "out")
+            probe = None if self.scaled_sum else build.probe(names.experts5, "out")
             build.experts("experts_out", inner, routes, summed, probe, combine="weighted")
         else:
             build.experts("experts_out", inner, routes, summed, None, combine="sum")
