@@ -95,7 +95,10 @@ Files of [these model types](models.md), in one file or split. The values have t
 
 Some settings have no key in the format. They are taken from llama.cpp's code or from the published model: Llama 4's
 chunks of 8,192 tokens, the factor of Trinity's embeddings, how Mistral 4's queries grow beyond the original length, and
-the groups of experts of DeepSeek V2 and V3 in files of 2025 and before.
+the groups of experts of DeepSeek V2 and V3 in files of 2025 and before. A setting that has none and no such value is
+refused by name: the factors of Phi-3.5-MoE's longrope, the layers that a scaled OLMo 3 scales. So are files of all
+other architectures, such as `gemma3n` and `gptj`: serve these models from safetensors. Falcon-H1's files are served
+without adapters, as its multipliers are in the weights.
 
 | type | kept |
 |---|---|"""

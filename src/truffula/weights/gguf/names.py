@@ -45,7 +45,8 @@ def family_of(header: GgufHeader) -> Family:
     family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
     if family is None:
         raise UnsupportedModel(
-            f"general.architecture is {architecture!r}; supported in GGUF files are {', '.join(FAMILIES)}.",
+            f"general.architecture is {architecture!r}, of which GGUF files are not supported. Serve the model from "
+            f"safetensors; supported in GGUF files are {', '.join(sorted(FAMILIES))}.",
             param="general.architecture",
         )
     return (family.variant and family.variant(header)) or family
