@@ -201,6 +201,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("dots.llm1", {"attention.sliding_window": 6}, "sliding_window"),
     ("Trinity", {"expert_weights_norm": False}, "expert_weights_norm is False"),
     ("Trinity", {"attention.sliding_window_pattern": [True]}, "1 entries for 5 layers"),
+    ("Trinity", {"attention.sliding_window_pattern": ["no"] * 5}, "true and false"),
+    ("DeepSeek V3", {"expert_weights_norm": "no"}, "expert_weights_norm is 'no'; it must be true or false"),
     ("K-EXAONE", {"attention.sliding_window_pattern": [True] * 4}, "4 entries for 3 layers"),
     ("Command (MoE)", {"expert_weights_scale": 2.0}, "expert_weights_scale is 2.0"),
     ("Laguna XS", {"attention.head_count": [4, 6]}, "3 positive integers"),

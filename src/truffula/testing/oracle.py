@@ -278,7 +278,7 @@ def _values(path: Path) -> dict[str, Any]:
     """
     import torch
 
-    values = {}
+    values: dict[str, Any] = {}
     with contextlib.closing(open_checkpoint(path)) as opened:
         for name in opened.tensors:
             value = torch.from_numpy(opened.read(name).astype(np.float32))

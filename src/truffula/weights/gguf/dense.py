@@ -17,6 +17,7 @@ from truffula.weights.gguf.families import (
     LLAMA_BLOCK,
     POST_NORM_BLOCK,
     QWEN3_BLOCK,
+    RMS_NORM,
     TOP,
     Family,
     attention_bias,
@@ -28,6 +29,7 @@ from truffula.weights.gguf.families import (
     optional_window,
     partly_rotated,
     windows,
+    with_key,
 )
 from truffula.weights.gguf.hparams import HParams
 
@@ -140,7 +142,7 @@ def _glm(hparams: HParams, config: dict[str, Any]) -> None:
 
 
 def _nemotron(hparams: HParams, config: dict[str, Any]) -> None:
-    hparams.get("attention.layer_norm_rms_epsilon")  # the converter writes the same number under both keys
+    hparams.get(RMS_NORM[0])  # the converter writes the same number under both keys
     partly_rotated(hparams, config)
     llama_like(hparams, config)
 
@@ -184,7 +186,7 @@ def _olmo(hparams: HParams, config: dict[str, Any]) -> None:
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", "LlamaForCausalLM", LLAMA_BLOCK, _llama, changes=INTERLEAVED,
-                    variant=lambda header: MIXTRAL if header.metadata.get("llama.expert_count") else None),
+                    variant=with_key("expert_count", MIXTRAL)),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", LLAMA_BLOCK, implied_head_dim),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", QWEN3_BLOCK, attention_bias),
     "command-r": Family("cohere", "CohereForCausalLM", HEAD_NORMS_BLOCK, _cohere, eps=LAYER_NORM),

@@ -61,17 +61,20 @@ SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
 
 @dataclass(frozen=True)
 class Family:
-    """The mapping of one GGUF architecture to a model type. ``whole`` are names that do not follow from ``block``, of
-    layers without their prefix. ``changes`` are the converter's, by module (``self_attn.q_proj``, ``model.norm``) or
-    tensor (``linear_attn.A_log``). ``default_theta`` None: the file must contain ``rope.freq_base``. ``eps`` is the
-    key of the norms' epsilon, here and in config.json. ``partial``: a part of each head may be rotated.
-    ``no_adapters``: see ``Checkpoint``. ``factors``: ``rope_freqs.weight`` has the divisors of all frequencies.
-    ``top`` are the modules outside layers, ``layers`` is the prefix of a layer, without its number. ``keys`` are the
-    class's names of what ``to_config`` names otherwise, None where it has no such key. ``by_layer``: widths and
-    numbers of heads may differ from layer to layer, and the config first has those of layer 0. ``split`` are modules
-    whose rows are modules of their own, named with ``{h}``; ``made`` makes tensors of metadata. ``latent``: attention
-    is latent. ``variant`` is the row for a file that this one is not for.
-    ``read`` matches tensors that are not the model's: their values are among the tables of ``extra``.
+    """The mapping of one GGUF architecture to a model type.
+
+    Tensors: ``block`` maps modules of a layer, ``top`` those outside layers, ``whole`` maps tensors whose names do not
+    follow from these; ``layers`` is the prefix of a layer, without its number. ``changes`` are the converter's, by
+    module (``self_attn.q_proj``, ``model.norm``) or tensor (``linear_attn.A_log``). ``split`` are modules whose rows
+    are modules of their own, named with ``{h}``; ``made`` makes tensors of metadata; ``read`` matches tensors whose
+    values are only read, among the tables of ``extra``.
+
+    Metadata: ``extra`` completes what ``to_config`` reads; ``keys`` are then the class's names of keys, None where it
+    has no such key. ``eps`` is the key of the norms' epsilon, here and in config.json. ``default_theta`` None: the file
+    must contain ``rope.freq_base``. ``factors``: ``rope_freqs.weight`` may hold divisors of all frequencies.
+    ``partial``: a part of each head may be rotated. ``latent``: attention is latent. ``by_layer``: widths and numbers
+    of heads may differ from layer to layer, and the config first has those of layer 0. ``variant`` returns the row that
+    a file needs instead, or None. ``no_adapters``: see ``Checkpoint``.
     """
 
     model_type: str
@@ -96,21 +99,13 @@ class Family:
     read: str = "(?!)"
 
 
-def expert_count(hparams: HParams) -> int:
-    """The number of experts, which the file's routers must have too: a dense file may state one by mistake."""
-    count = hparams.count("expert_count")
-    router = hparams.header.tensors.get(first := "blk.0.ffn_gate_inp.weight")
-    if router is None:
-        why = "the router of the first layer; supported are models with experts in every layer"
-        raise hparams.unsupported("expert_count", f"is {count}, in a file without {first}, {why}.")
-    if router.shape[0] != count:
-        raise hparams.error("expert_count", f"is {count}; the router {first} has {router.shape[0]} rows.")
-    return count
+def with_key(key: str, row: Family) -> Callable[[GgufHeader], Family | None]:
+    """``Family.variant``: ``row`` for a file that has the key."""
 
+    def variant(header: GgufHeader) -> Family | None:
+        return row if header.metadata.get(f"{header.metadata['general.architecture']}.{key}") else None
 
-def chosen_experts(hparams: HParams, config: dict[str, Any]) -> None:
-    config["num_local_experts"] = expert_count(hparams)
-    config["num_experts_per_tok"] = hparams.count("expert_used_count")
+    return variant
 
 
 def implied_head_dim(hparams: HParams, config: dict[str, Any]) -> None:
@@ -142,6 +137,12 @@ def llama_biases(hparams: HParams, config: dict[str, Any]) -> None:
         config["mlp_bias"] = True
 
 
+def llama_like(hparams: HParams, config: dict[str, Any]) -> None:
+    """Biases as Llama has them, in a class without the field ``head_dim``."""
+    llama_biases(hparams, config)
+    implied_head_dim(hparams, config)
+
+
 def layer_types(hparams: HParams, layers: int, every: int, *, full_first: bool = False) -> list[str]:
     """The type of each layer, from a list of booleans (true: sliding) or a period: every n-th is full, none for 0; with
     ``full_first``, the first of n is."""
@@ -150,16 +151,22 @@ def layer_types(hparams: HParams, layers: int, every: int, *, full_first: bool =
         none_is_full = type(pattern) is int and pattern == 0
         period = layers + 1 if none_is_full else hparams.count("attention.sliding_window_pattern", every)
         pattern = [(layer + (not full_first)) % period != 0 for layer in range(layers)]
-    if len(pattern) != layers:
-        why = f"has {len(pattern)} entries for {layers} layers."
+    if len(pattern) != layers or any(slides not in (True, False) for slides in pattern):
+        why = f"has {len(pattern)} entries for {layers} layers, or others than true and false."
         raise hparams.error("attention.sliding_window_pattern", why)
     return ["sliding_attention" if slides else "full_attention" for slides in pattern]
 
 
-def llama_like(hparams: HParams, config: dict[str, Any]) -> None:
-    """Biases as Llama has them, in a class without the field ``head_dim``."""
-    llama_biases(hparams, config)
-    implied_head_dim(hparams, config)
+def windows(
+    hparams: HParams, config: dict[str, Any], every: int = 4, default: int | None = None, *, full_first: bool = False
+) -> None:
+    """The window, for which there may be a default, and which layers have it: see ``layer_types``."""
+    config["sliding_window"] = hparams.count("attention.sliding_window", default)
+    config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every, full_first=full_first)
+
+
+def optional_window(hparams: HParams, config: dict[str, Any]) -> None:
+    config["sliding_window"] = hparams.optional("attention.sliding_window") or None
 
 
 def granite(hparams: HParams, config: dict[str, Any]) -> None:
@@ -167,7 +174,7 @@ def granite(hparams: HParams, config: dict[str, Any]) -> None:
 
     A Granite 4 model without Mamba layers is a file of this kind, with the keys of such layers.
     """
-    hparams.only("rope.scaling.finetuned", hparams.get("rope.scaling.finetuned", True), True)
+    hparams.only("rope.scaling.finetuned", hparams.flag("rope.scaling.finetuned", True), True)
     for key in ("conv_kernel", "group_count", "inner_size", "state_size", "time_step_rank"):
         hparams.get(f"ssm.{key}")
     granite_scales(hparams, config)
@@ -179,6 +186,45 @@ def granite_scales(hparams: HParams, config: dict[str, Any]) -> None:
     config["embedding_multiplier"] = hparams.real("embedding_scale", 1.0)
     config["residual_multiplier"] = hparams.real("residual_scale", 1.0)
     config["logits_scaling"] = hparams.real("logit_scale", 1.0)
+
+
+def expert_count(hparams: HParams) -> int:
+    """The number of experts, which the file's routers must have too: a dense file may state one by mistake."""
+    count = hparams.count("expert_count")
+    router = hparams.header.tensors.get(first := "blk.0.ffn_gate_inp.weight")
+    if router is None:
+        why = "the router of the first layer; supported are models with experts in every layer"
+        raise hparams.unsupported("expert_count", f"is {count}, in a file without {first}, {why}.")
+    if router.shape[0] != count:
+        raise hparams.error("expert_count", f"is {count}; the router {first} has {router.shape[0]} rows.")
+    return count
+
+
+def chosen_experts(hparams: HParams, config: dict[str, Any]) -> None:
+    config["num_local_experts"] = expert_count(hparams)
+    config["num_experts_per_tok"] = hparams.count("expert_used_count")
+
+
+def experts(hparams: HParams, config: dict[str, Any]) -> None:
+    """The experts, under Qwen's keys, of which ``norm_topk_prob`` has none in a file."""
+    config["num_experts"] = hparams.count("expert_count")
+    config["num_experts_per_tok"] = hparams.count("expert_used_count")
+    config["moe_intermediate_size"] = hparams.count("expert_feed_forward_length")
+
+
+def routed(hparams: HParams, config: dict[str, Any]) -> None:
+    """The experts, under DeepSeek's keys."""
+    config |= {
+        "first_k_dense_replace": hparams.optional("leading_dense_block_count"),
+        "n_routed_experts": hparams.count("expert_count"),
+        "num_experts_per_tok": hparams.count("expert_used_count"),
+        "n_shared_experts": hparams.optional("expert_shared_count"),
+        "moe_intermediate_size": hparams.count("expert_feed_forward_length"),
+        "n_group": hparams.count("expert_group_count", 1),
+        "topk_group": hparams.count("expert_group_used_count", 1),
+        "norm_topk_prob": hparams.flag("expert_weights_norm"),
+        "routed_scaling_factor": hparams.real("expert_weights_scale", 1.0) or 1.0,  # 0: the weights are not scaled
+    }
 
 
 def score(hparams: HParams, allowed: tuple[int, ...], default: int = 0) -> int:
@@ -195,46 +241,3 @@ def without_predictors(hparams: HParams, config: dict[str, Any]) -> None:
         raise hparams.error("nextn_predict_layers", f"is {predicting}, of {config['num_hidden_layers']} layers.")
     config["num_hidden_layers"] -= predicting
     config["num_nextn_predict_layers"] = 0
-
-
-def routed(hparams: HParams, config: dict[str, Any]) -> None:
-    """The experts, under DeepSeek's keys."""
-    config |= {
-        "first_k_dense_replace": hparams.optional("leading_dense_block_count"),
-        "n_routed_experts": hparams.count("expert_count"),
-        "num_experts_per_tok": hparams.count("expert_used_count"),
-        "n_shared_experts": hparams.optional("expert_shared_count"),
-        "moe_intermediate_size": hparams.count("expert_feed_forward_length"),
-        "n_group": hparams.count("expert_group_count", 1),
-        "topk_group": hparams.count("expert_group_used_count", 1),
-        "norm_topk_prob": bool(hparams.get("expert_weights_norm", False)),
-        "routed_scaling_factor": hparams.real("expert_weights_scale", 1.0) or 1.0,  # 0: the weights are not scaled
-    }
-
-
-def with_key(key: str, row: Family) -> Callable[[GgufHeader], Family | None]:
-    """``Family.variant``: ``row`` for a file that has the key."""
-
-    def variant(header: GgufHeader) -> Family | None:
-        return row if header.metadata.get(f"{header.metadata['general.architecture']}.{key}") else None
-
-    return variant
-
-
-def windows(
-    hparams: HParams, config: dict[str, Any], every: int = 4, default: int | None = None, *, full_first: bool = False
-) -> None:
-    """The window, for which there may be a default, and which layers have it: see ``layer_types``."""
-    config["sliding_window"] = hparams.count("attention.sliding_window", default)
-    config["layer_types"] = layer_types(hparams, config["num_hidden_layers"], every, full_first=full_first)
-
-
-def optional_window(hparams: HParams, config: dict[str, Any]) -> None:
-    config["sliding_window"] = hparams.optional("attention.sliding_window") or None
-
-
-def experts(hparams: HParams, config: dict[str, Any]) -> None:
-    """The experts, under Qwen's keys."""
-    config["num_experts"] = hparams.count("expert_count")
-    config["num_experts_per_tok"] = hparams.count("expert_used_count")
-    config["moe_intermediate_size"] = hparams.count("expert_feed_forward_length")

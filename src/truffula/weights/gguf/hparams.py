@@ -94,6 +94,13 @@ class HParams:
         """A count that may be missing or 0."""
         return self.count(key) if self.get(key) else 0
 
+    def flag(self, key: str, default: bool | None = False) -> bool:
+        """A boolean; with the default None the file must have it."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, f"is {value!r}; it must be true or false.")
+        return value
+
     def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
         """A positive integer for each layer; a single one is that of all."""
         value = self._required(key, default)

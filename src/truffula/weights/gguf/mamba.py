@@ -8,7 +8,9 @@ from typing import Any
 from truffula.weights.gguf.changes import CONV, INTERLEAVED, STACKED, Change, flat, log_of_minus
 from truffula.weights.gguf.families import (
     GRANITE_EXPERTS,
+    LAYER_NORM,
     LLAMA_BLOCK,
+    RMS_NORM,
     SIGMOID,
     Family,
     experts_block,
@@ -70,12 +72,6 @@ def _periodic(hparams: HParams, key: str, places: Sequence[bool]) -> tuple[int, 
     return period, found[0]
 
 
-_MULTIPLIED = (
-    "the multipliers of Falcon-H1, which an adapter was trained with, are not in a GGUF file, whose weights are "
-    "multiplied by them. Serve the model from safetensors."
-)
-
-
 def _mamba2(hparams: HParams, config: dict[str, Any]) -> None:
     """The keys of Bamba's class, which others took."""
     config |= {
@@ -92,7 +88,7 @@ def _mamba2(hparams: HParams, config: dict[str, Any]) -> None:
 
 def _granite_hybrid(hparams: HParams, config: dict[str, Any]) -> None:
     """Attention has positions only where ``rope.scaling.finetuned`` says so, or is missing, as in llama.cpp."""
-    width, rotated = config["head_dim"], hparams.get("rope.scaling.finetuned", True)
+    width, rotated = config["head_dim"], hparams.flag("rope.scaling.finetuned", True)
     rotary = hparams.count("rope.dimension_count", width)
     if rotated:
         hparams.only("rope.dimension_count", rotary, width)
@@ -161,8 +157,8 @@ def _nemotron_h(hparams: HParams, config: dict[str, Any]) -> None:
     without_predictors(hparams, config)
     hparams.count("rope.dimension_count", 1)
     del config["rope_parameters"]
-    if hparams.get("attention.layer_norm_rms_epsilon") is not None:
-        config["layer_norm_epsilon"] = hparams.real("attention.layer_norm_rms_epsilon")
+    if hparams.get(RMS_NORM[0]) is not None:
+        config["layer_norm_epsilon"] = hparams.real(RMS_NORM[0])
     widths = zip(hparams.attends(), hparams.listed("feed_forward_length", int), strict=True)
     kinds = ["full_attention" if attends else "mlp" if width else "linear_attention" for attends, width in widths]
     tensors = hparams.header.tensors
@@ -189,13 +185,17 @@ def _nemotron_h(hparams: HParams, config: dict[str, Any]) -> None:
     config["moe_latent_size"] = hparams.optional("moe_latent_size") or None
 
 
+_MULTIPLIED = (
+    "the multipliers of Falcon-H1, which an adapter was trained with, are not in a GGUF file, whose weights are "
+    "multiplied by them. Serve the model from safetensors."
+)
 _FINAL_NORM = {"output_norm.weight": "model.final_layernorm.weight"}
 _JAMBA_CHANGES = {"mamba.conv1d": CONV, "mamba.A_log": Change(values=log_of_minus)}
 _NEMOTRON = Family(
     "nemotron_h", "NemotronHForCausalLM", _NEMOTRON_BLOCK, _nemotron_h,
     changes={**_mamba_changes("mixer"), "mixer.q_proj": INTERLEAVED["self_attn.q_proj"],
              "mixer.k_proj": INTERLEAVED["self_attn.k_proj"]},
-    eps=("attention.layer_norm_epsilon", "layer_norm_epsilon"), partial=True,
+    eps=(LAYER_NORM[0], "layer_norm_epsilon"), partial=True,
     whole={**_mamba_whole("mixer"), "exp_probs_b.bias": "mixer.gate.e_score_correction_bias",
            "token_embd.weight": "model.embeddings.weight", "output_norm.weight": "model.norm_f.weight"},
 )  # fmt: skip

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from truffula.weights.gguf.changes import Change, Config, Order, grouped
-from truffula.weights.gguf.families import Family, biased, partly_rotated
+from truffula.weights.gguf.families import LAYER_NORM, Family, biased, partly_rotated
 from truffula.weights.gguf.header import GgufHeader
 from truffula.weights.gguf.hparams import HParams
 
-_EPS = ("attention.layer_norm_epsilon", "layer_norm_epsilon")
+_EPS = (LAYER_NORM[0], "layer_norm_epsilon")
 _GPT2_BLOCK = {
     "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2",
     "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
@@ -75,10 +75,7 @@ def _starcoder(hparams: HParams, config: dict[str, Any]) -> None:
 def _neox(hparams: HParams, config: dict[str, Any]) -> None:
     partly_rotated(hparams, config)
     _square(hparams, config)
-    parallel = hparams.get("use_parallel_residual")
-    if not isinstance(parallel, bool):
-        raise hparams.error("use_parallel_residual", f"is {parallel!r}; it must be true or false.")
-    config["use_parallel_residual"] = parallel
+    config["use_parallel_residual"] = hparams.flag("use_parallel_residual", None)
     config["attention_bias"] = biased(hparams)
 
 
@@ -128,7 +125,7 @@ FAMILIES: Mapping[str, Family] = {
     "starcoder": Family("gpt_bigcode", "GPTBigCodeForCausalLM", _GPT2_BLOCK, _starcoder, eps=_EPS,
                         layers="transformer.h.", top=_GPT2_TOP, keys={"intermediate_size": "n_inner"}),
     "gptneox": Family("gpt_neox", "GPTNeoXForCausalLM", _NEOX_BLOCK, _neox, layers="gpt_neox.layers.", top=_NEOX_TOP,
-                      eps=("attention.layer_norm_epsilon", "layer_norm_eps"), partial=True,
+                      eps=LAYER_NORM, partial=True,
                       changes={"attention.query_key_value": Change(rows=_per_head)}),
     "bloom": Family("bloom", "BloomForCausalLM", _BLOOM_BLOCK, _four, eps=_EPS, layers="transformer.h.",
                     top=_BLOOM_TOP, keys={"max_position_embeddings": "seq_length"},
