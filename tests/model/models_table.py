@@ -71,9 +71,9 @@ part, KV cache and state, [tying](tying.md), quantisation, adapter sites, chat t
   model's repository is never run.
 
 Every native type is read from safetensors in each [format](quantization.md#quantised-checkpoints): plain, GPTQ, AWQ,
-AutoRound, compressed-tensors, fp8, bitsandbytes, MXFP4, MXFP8, NVFP4, HQQ. [GGUF files](formats.md#gguf) are read of the
-types marked so, and of no others. The adapter sites are the linear modules named below, embedding and head; `experts`
-are adapted one by one or as the stacked parameters that peft trains. [Which fields of an adapter are
+AutoRound, compressed-tensors, fp8, bitsandbytes, MXFP4, MXFP8, NVFP4, HQQ. [GGUF files](formats.md#gguf) are read of
+the types marked so, and of no others. The adapter sites are the linear modules named below, embedding and head;
+`experts` are adapted one by one or as the stacked parameters that peft trains. [Which fields of an adapter are
 served](adapters.md).
 
 ## Native
