@@ -18,7 +18,6 @@ from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames
 
 KINDS = ("conv", "full_attention")
 NAMES = ModuleNames(
-    qkv=None,
     out="self_attn.out_proj",
     gate="feed_forward.w1",
     up="feed_forward.w3",

@@ -17,7 +17,7 @@ from truffula.model.parts.mlp import MlpSpec
 from truffula.model.rope import RopeKeys, read_rope
 from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames
 
-PHI_NAMES = ModuleNames(qkv=None, out="self_attn.dense", up="mlp.fc1", down="mlp.fc2")
+PHI_NAMES = ModuleNames(out="self_attn.dense", up="mlp.fc1", down="mlp.fc2")
 PHI3_NAMES = ModuleNames(qkv_order="flat", gate_up_fused=True)
 
 

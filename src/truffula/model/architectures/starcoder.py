@@ -9,7 +9,7 @@ from truffula.model.parts.mlp import MlpSpec
 from truffula.model.rope import read_rope
 from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames
 
-NAMES = ModuleNames(qkv=None, up="mlp.c_fc", down="mlp.c_proj")
+NAMES = ModuleNames(up="mlp.c_fc", down="mlp.c_proj")
 
 
 def starcoder2(view: ConfigView) -> ModelSpec:
