@@ -20,8 +20,10 @@ $(BIN)/python:
 	  { echo "truffula needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "Could not make a virtual environment: on Debian and Ubuntu, install the package python3-venv."; rm -rf $(VENV); exit 1; }
 
-# What compiles is installed beside what is compiled, so that a second time only what changed is compiled again.
-$(VENV)/.run: pyproject.toml CMakeLists.txt $(wildcard src/truffula/kernels/cpu/native/*) | $(BIN)/python
+# What compiles is installed beside what is compiled, so that a second time only what changed is compiled again. The
+# installation has a list of packages, too: a new one needs it anew.
+$(VENV)/.run: pyproject.toml CMakeLists.txt $(wildcard src/truffula/kernels/cpu/native/*) \
+  $(wildcard src/truffula/*/__init__.py src/truffula/*/*/__init__.py) | $(BIN)/python
 	@echo "Installing truffula and compiling its native kernels (a minute or two the first time) ..."
 	@$(PIP) install -q $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])') cmake ninja
 	@$(COMPILED) || rm -rf $(VENV)/build  # what CMake keeps of a failure stays wrong
