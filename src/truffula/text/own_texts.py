@@ -2,13 +2,16 @@
 
 Where the folder has a tokenizer.json, its files alone make the tokenizer; otherwise they are read on top of the base's.
 Chat templates are the folder's if it has any. A tokenizer may add tokens to the base's and rename added ones; one that
-gives an id of the base's vocabulary to another token, or merges otherwise, is an error.
+gives an id of the base's vocabulary to another token, merges or decodes otherwise is an error.
+
+A server trusts them no more than a client's text: what runs their rules and templates does so in a text worker
+(``examine``). Decoding, which does not, is the base's, or ``ByteRule``.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from truffula.errors import AdapterError, AdapterLoadError, CheckpointError, InvalidRequest, TemplateError
+from truffula.errors import AdapterError, AdapterLoadError, CheckpointError
 from truffula.lora.paths import OpenFolder
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.ends import EndTokens
 from truffula.text.tokenizer import Tokenizer, digest_of, load_tokenizer
-from truffula.types import GenerateRequest, TextSource
+from truffula.types import EndToken, TextSource
 from truffula.weights.text_files import TOKENIZER_FILES, ModelTexts, is_lfs_pointer
 
 if TYPE_CHECKING:
@@ -33,14 +36,15 @@ TOKENIZER, CONFIG, TEMPLATES = "tokenizer.json", "tokenizer_config.json", ("chat
 
 
 class Examined(msgspec.Struct, frozen=True):
-    """What an adapter's text files make. ``same_tokenizer``: as the base's. ``rendered``: see ``EndTokens``, by number
-    of messages and source."""
+    """What an adapter's text files make. ``same_tokenizer``: as the base's. ``turn_ends``, ``warnings``: see
+    ``EndTokens``."""
 
     same_tokenizer: bool
     templates: dict[str, str]
     special_tokens: dict[str, str]
     response_template: Any
-    rendered: dict[str, str]
+    turn_ends: dict[str, EndToken]
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -97,38 +101,18 @@ def examine(worker: Worker, source: TextSource) -> Iterator[bytes]:
     base = Base(
         worker.tokenizer, setup.templates, setup.replaced_templates, setup.info.vocab_size + setup.info.more_ids
     )
-    yield msgspec.msgpack.encode(examined(load_own(source, texts), source, base, texts))
+    yield msgspec.msgpack.encode(examined(load_own(source, texts), base))
 
 
-def examined(own: Tokenizer, source: TextSource, base: Base, texts: ModelTexts) -> Examined:
-    """See ``Examined``; ``texts`` are the base's. Raises ``AdapterError``."""
+def examined(own: Tokenizer, base: Base) -> Examined:
+    """See ``Examined``. Raises ``AdapterError``."""
     same = base.tokenizer is not None and own.same_as(base.tokenizer)
     if base.tokenizer is not None and not same:
         _require_extension(own, base.tokenizer)
-        _require_merges(_read(source.folder, source.root), texts.tokenizer)
-    rendered: dict[str, str] = {}
-
-    def render(templates: ChatTemplates, chat: GenerateRequest) -> str:
-        try:
-            text = templates.render(chat)
-        except (TemplateError, InvalidRequest):
-            text = ""
-        rendered[_place(chat)] = text
-        return text
-
     templates = base.templates_for(own)
-    EndTokens((), (), tokenizer=own, templates=templates, vocab_size=base.vocab_size, render=render)
+    ends = EndTokens(own.end_tokens, (), tokenizer=own, templates=templates, vocab_size=base.vocab_size)
     response = {} if base.replaced_templates else own.response_template
-    return Examined(same, templates.sources, own.special_tokens, response, rendered)
-
-
-def rendering(rendered: Mapping[str, str]) -> Callable[[ChatTemplates, GenerateRequest], str]:
-    """``Render`` by what was rendered elsewhere."""
-    return lambda _, chat: rendered.get(_place(chat), "")
-
-
-def _place(chat: GenerateRequest) -> str:
-    return f"{len(chat.messages or ())} {chat.chat_template}"
+    return Examined(same, templates.sources, own.special_tokens, response, ends.turn_ends, ends.warnings)
 
 
 def _read(folder: str, root: str) -> dict[str, bytes]:
@@ -157,7 +141,8 @@ def _has_template(files: Mapping[str, bytes]) -> bool:
 
 
 def _require_extension(own: Tokenizer, base: Tokenizer) -> None:
-    """Every id of the base's tokenizer means the same; an added token may have another name."""
+    """Every id of the base's tokenizer means the same, though an added token may have another name; what is no added
+    token is cut and decoded alike."""
     for token_id in base.ids:
         theirs, mine = base.id_to_token(token_id), own.id_to_token(token_id)
         if theirs != mine and theirs is not None and not (token_id in base.added_ids and token_id in own.added_ids):
@@ -167,26 +152,16 @@ def _require_extension(own: Tokenizer, base: Tokenizer) -> None:
                 "the base's.", param=TOKENIZER, token_id=token_id,
             )  # fmt: skip
 
-
-class _Merges(msgspec.Struct):
-    class Model(msgspec.Struct):
-        merges: list[Any] = []
-
-    model: Model = msgspec.field(default_factory=Model)
-
-
-def _require_merges(own: Mapping[str, bytes], base: Mapping[str, bytes]) -> None:
-    """Raise ``AdapterError`` unless both cut text alike; older files write a merge as one text."""
-    if TOKENIZER not in own or TOKENIZER not in base:
-        return
-    pairs = [
-        [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in found.model.merges]
-        for found in (msgspec.json.decode(files[TOKENIZER], type=_Merges) for files in (own, base))
-    ]
-    for number, (mine, theirs) in enumerate(itertools.zip_longest(*pairs)):
-        if mine != theirs:
+    mine, theirs = own.rules(), base.rules()
+    if not own.has_byte_rule and mine.decoder != theirs.decoder:
+        raise AdapterError(
+            "The adapter's tokenizer contradicts the base's: it decodes otherwise (decoder in tokenizer.json). Remove "
+            "the tokenizer files from the adapter's folder if it was trained with the base's.", param=TOKENIZER,
+        )  # fmt: skip
+    for number, merges in enumerate(itertools.zip_longest(mine.model.merges, theirs.model.merges)):
+        if merges[0] != merges[1]:
             raise AdapterError(
-                f"The adapter's tokenizer contradicts the base's: merge {number} is {mine!r}, and {theirs!r} there. It "
-                "is of another base; remove the tokenizer files from the adapter's folder if it was trained with the "
-                "base's.", param=TOKENIZER, merge=number,
+                f"The adapter's tokenizer contradicts the base's: merge {number} is {merges[0]!r}, and {merges[1]!r} "
+                "there. It is of another base; remove the tokenizer files from the adapter's folder if it was trained "
+                "with the base's.", param=TOKENIZER, merge=number,
             )  # fmt: skip

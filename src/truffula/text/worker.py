@@ -42,7 +42,7 @@ class Worker:
     """What a function gets: the ``setup``, and the model's texts, which are kept for later calls."""
 
     setup: Setup
-    _own: dict[TextSource, tuple[Tokenizer, ChatTemplates]] = field(default_factory=dict)
+    _own: dict[str, tuple[Tokenizer, ChatTemplates]] = field(default_factory=dict)  # by checksum
 
     @cached_property
     def templates(self) -> ChatTemplates:
@@ -71,12 +71,12 @@ class Worker:
         """The tokenizer and the templates of an adapter, or of the model."""
         if source is None:
             return self.tokenizer, self.templates
-        found = self._own.pop(source, None)
+        found = self._own.pop(source.digest, None)
         if found is None:
             tokenizer = load_own(source, self.files)
             base = Base(None, self.setup.templates, self.setup.replaced_templates, 0)
             found = tokenizer, base.templates_for(tokenizer)
-        self._own[source] = found
+        self._own[source.digest] = found
         while len(self._own) > MAX_OWN:
             del self._own[next(iter(self._own))]
         return found
