@@ -49,6 +49,13 @@ def decoding_otherwise() -> dict[str, Any]:
     return changed | {"decoder": {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}}
 
 
+def with_far_token() -> dict[str, Any]:
+    """A list with a place for each id would take 32 GB."""
+    changed: dict[str, Any] = json.loads(byte_level_json())
+    changed["model"]["vocab"]["far"] = 4_000_000_000
+    return changed
+
+
 def own(folder: Path, model: Path, seed: int, **files: bytes | str | dict[str, Any]) -> Path:
     """An adapter with text files: their names have ``__`` for the dot."""
     write_adapter(folder, model, seed)
@@ -193,6 +200,8 @@ def test_a_generation_with_other_texts_than_the_folder_has_now_is_refused(
     ("files", "words"),
     [
         ({"tokenizer__json": decoding_otherwise()}, "it decodes otherwise"),
+        ({"tokenizer__json": with_tokens("<" + "x" * 2000)}, "a token of 2001 characters; the limit is 1024"),
+        ({"tokenizer__json": with_far_token()}, "has token 4000000000, and the model 430 ids"),
         ({"tokenizer__json": word_piece_json()}, r"the base's: token 2 is \"'\", and '<\|role\|>' there"),
         ({"tokenizer__json": "merges"}, r"contradicts the base's: merge 0 is "),
         ({"tokenizer__json": b"{"}, "cannot be used: tokenizer.json cannot be read"),

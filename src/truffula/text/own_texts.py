@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 64 << 20
 """Of one file."""
+MAX_TOKEN_CHARS = 1024
+"""Of a token that the base lacks: each of an answer's tokens may be it."""
 TOKENIZER, CONFIG, TEMPLATES = "tokenizer.json", "tokenizer_config.json", ("chat_template.jinja", "chat_template.json")
 
 
@@ -107,6 +109,8 @@ def examine(worker: Worker, source: TextSource) -> Iterator[bytes]:
 def examined(own: Tokenizer, base: Base) -> Examined:
     """See ``Examined``. Raises ``AdapterError``."""
     same = base.tokenizer is not None and own.same_as(base.tokenizer)
+    if not same:
+        _require_rows(own, base)
     if base.tokenizer is not None and not same:
         _require_extension(own, base.tokenizer)
     templates = base.templates_for(own)
@@ -138,6 +142,22 @@ def _has_template(files: Mapping[str, bytes]) -> bool:
     except (msgspec.DecodeError, RecursionError):
         return False  # refused when it is loaded
     return bool(isinstance(config, dict) and config.get("chat_template")) or any(name in files for name in TEMPLATES)
+
+
+def _require_rows(own: Tokenizer, base: Base) -> None:
+    """Every token that the base's tokenizer lacks has a row, and is no long text."""
+    ids, longest = ([], 0) if base.tokenizer is None else (base.tokenizer.ids, base.tokenizer.longest_piece)
+    if (highest := own.ids[-1:]) and highest[0] >= max(base.vocab_size, *ids[-1:], 0) and highest != ids[-1:]:
+        raise AdapterError(
+            f"The adapter's tokenizer has token {highest[0]}, and the model {base.vocab_size} ids. Start truffula with "
+            "--adapter-tokens if the adapter has rows for it, or remove the token.", param=TOKENIZER,
+            token_id=highest[0], limit=base.vocab_size,
+        )  # fmt: skip
+    if own.longest_piece > max(longest, MAX_TOKEN_CHARS):
+        raise AdapterError(
+            f"The adapter's tokenizer has a token of {own.longest_piece} characters; the limit is {MAX_TOKEN_CHARS}.",
+            param=TOKENIZER,
+        )
 
 
 def _require_extension(own: Tokenizer, base: Tokenizer) -> None:
