@@ -68,7 +68,7 @@ def find_source(folder: str, root: str, base_digest: str) -> TextSource | None:
 
     Raises ``AdapterError`` for a file that cannot be used, ``AdapterLoadError`` for a folder that cannot be read.
     """
-    files = _read(folder, root)
+    files = text_files(folder, root)
     same = base_digest.split(" ")
     return None if all(digest_of({name: files[name]}) in same for name in files) else TextSource(
         folder, root, digest_of(files)
@@ -77,7 +77,7 @@ def find_source(folder: str, root: str, base_digest: str) -> TextSource | None:
 
 def load_own(source: TextSource, base: ModelTexts) -> Tokenizer:
     """The tokenizer, with the chat templates, of an adapter. Raises as ``find_source``, and where its files changed."""
-    files = _read(source.folder, source.root)
+    files = text_files(source.folder, source.root)
     if digest_of(files) != source.digest:
         raise AdapterLoadError("The adapter's tokenizer changed while it was read; send the request again.")
     try:
@@ -119,8 +119,8 @@ def examined(own: Tokenizer, base: Base) -> Examined:
     return Examined(same, templates.sources, own.special_tokens, response, ends.turn_ends, ends.warnings)
 
 
-def _read(folder: str, root: str) -> dict[str, bytes]:
-    """The text files of an adapter's folder, by name."""
+def text_files(folder: str, root: str) -> dict[str, bytes]:
+    """The text files of an adapter's folder, by name. Raises as ``find_source``."""
     try:
         with closing(OpenFolder(Path(folder), Path(root) if root else None)) as opened:
             names = opened.names()
