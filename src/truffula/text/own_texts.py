@@ -172,13 +172,13 @@ def _require_extension(own: Tokenizer, base: Tokenizer) -> None:
                 "the base's.", param=TOKENIZER, token_id=token_id,
             )  # fmt: skip
 
-    mine, theirs = own.rules(), base.rules()
-    if not own.has_byte_rule and mine.decoder != theirs.decoder:
+    rules, others = own.rules(), base.rules()
+    if not own.has_byte_rule and rules.decoder != others.decoder:
         raise AdapterError(
             "The adapter's tokenizer contradicts the base's: it decodes otherwise (decoder in tokenizer.json). Remove "
             "the tokenizer files from the adapter's folder if it was trained with the base's.", param=TOKENIZER,
         )  # fmt: skip
-    for number, merges in enumerate(itertools.zip_longest(mine.model.merges, theirs.model.merges)):
+    for number, merges in enumerate(itertools.zip_longest(rules.model.merges, others.model.merges)):
         if merges[0] != merges[1]:
             raise AdapterError(
                 f"The adapter's tokenizer contradicts the base's: merge {number} is {merges[0]!r}, and {merges[1]!r} "
