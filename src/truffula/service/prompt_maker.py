@@ -34,7 +34,9 @@ INLINE_CHARS = 4096
 HEAVY_CHARS = 65_536
 """Longer texts and bodies go to a text worker."""
 HEAVY_SECONDS = 20.0
-"""Processor time of reading one large request."""
+"""Processor time of reading one large request, or an adapter's texts for the first time."""
+OWN_SECONDS = 6.0
+"""Processor time of a short request with an adapter's own texts, which the worker may have to read again."""
 
 
 class PromptMaker:
@@ -96,8 +98,9 @@ class PromptMaker:
         own = texts.source is not None
         if self._workers is None or (size <= HEAVY_CHARS and not own and self.core.is_plain(request)):
             return await self.in_thread(size, lambda: self.core.prompt(request, texts))
-        if size > HEAVY_CHARS or own:  # the worker may have to read the adapter's tokenizer
-            (packed,) = await self.in_worker(prompt_job, (request, texts.source), request.salt)
+        if size > HEAVY_CHARS or own:
+            seconds = HEAVY_SECONDS if size > HEAVY_CHARS else OWN_SECONDS
+            (packed,) = await self.in_worker(prompt_job, (request, texts.source), request.salt, seconds)
             return unpack_prompt(packed)
         light = self._workers.light
         try:
@@ -109,17 +112,19 @@ class PromptMaker:
         rendered = msgspec.structs.replace(request, messages=None, prompt=text, add_special_tokens=special)
         return replace(await self.prompt(rendered, texts), ignored=ignored)
 
-    async def in_worker(self, job: Job, argument: Any, client: str) -> list[bytes]:
+    async def in_worker(self, job: Job, argument: Any, client: str, seconds: float = HEAVY_SECONDS) -> list[bytes]:
         """What ``job`` yields for a large text, or one of an adapter's own tokenizer, within a heavy worker's limits.
 
         Raises ``InvalidRequest`` when it exceeds them, ``Overloaded`` when too many calls wait.
         """
         assert self._workers is not None
         try:
-            return await self._workers.heavy.run(job, argument, client=client, seconds=HEAVY_SECONDS)
+            return await self._workers.heavy.run(job, argument, client=client, seconds=seconds)
         except WorkerStopped as error:
             raise InvalidRequest(
-                f"Reading this request was stopped: {error.message}. Send a shorter text.", param="prompt"
+                f"Reading this request was stopped: {error.message}. Send a shorter text, or ask the operator if the "
+                "adapter has a chat template of its own.",
+                param="prompt",
             ) from error
 
     async def in_thread(self, size: int, work: Callable[[], T]) -> T:

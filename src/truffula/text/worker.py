@@ -9,6 +9,7 @@ Setup and calls arrive pickled: a worker trusts the server. The server trusts no
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import pickle
@@ -112,16 +113,27 @@ def serve(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            function, argument, seconds = pickle.loads(call)
-            _limit_time(seconds)
-            for part in function(worker, argument):
-                connection.send_bytes(PART + part)
-            connection.send_bytes(END)
+            if not _answer(connection, worker, call):
+                gc.collect()  # the error refers to all that its template made, which would count for the next call
         except MemoryError:
             return  # what is left of this process is in an unknown state; the server starts another
-        except BaseException as error:  # noqa: BLE001  # the caller gets it; a Rust panic is no Exception
-            found = error if isinstance(error, TruffulaError) else internal_error(error)
-            connection.send_bytes(FAILED + msgspec.msgpack.encode(found.info()))
+
+
+def _answer(connection: Connection, worker: Worker, call: bytes) -> bool:
+    """Answer one call; whether it has a result. Raises ``MemoryError``."""
+    try:
+        function, argument, seconds = pickle.loads(call)
+        _limit_time(seconds)
+        for part in function(worker, argument):
+            connection.send_bytes(PART + part)
+        connection.send_bytes(END)
+        return True
+    except MemoryError:
+        raise
+    except BaseException as error:  # noqa: BLE001  # the caller gets it; a Rust panic is no Exception
+        found = error if isinstance(error, TruffulaError) else internal_error(error)
+        connection.send_bytes(FAILED + msgspec.msgpack.encode(found.info()))
+        return False
 
 
 def main(arguments: list[str] | None = None) -> Any:
