@@ -267,7 +267,7 @@ def load_tokenizer(files: Mapping[str, bytes], end_tokens: Sequence[EndToken] = 
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:
-    """A checksum of a tokenizer's files (name → content). Nobody can make other files with the same one."""
+    """A checksum of a tokenizer's files (name → content). Other files with the same one cannot be made."""
     return " ".join(f"{name}:{blake2b(files[name], digest_size=16).hexdigest()}" for name in sorted(files))
 
 
