@@ -151,17 +151,33 @@ def test_sums_need_equal_texts(llm: LLM) -> None:
     assert ids_of(llm, ADDED, {"added": 0.5}) == ids_of(llm, ADDED, "added")
 
 
-def test_a_sum_of_more_adapters_than_texts_are_kept_ends(llm: LLM, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_sum_of_different_templates_ends(llm: LLM, folders: dict[str, Path], tmp_path: Path) -> None:
     names = [f"adapter-{number}" for number in range(MAX_OWN + 1)]
     for seed, name in enumerate(names):
         own(tmp_path / name, folders["model"], seed, chat_template__jinja=f"{name}{TEMPLATE}")
     with pytest.raises(InvalidRequest, match="which differ"):
         llm.generate("a", GREEDY, adapters={str(tmp_path / name): 0.1 for name in names})
     core = llm._service.core
+    refs = [llm.adapters.resolve(str(tmp_path / name)) for name in names]
+    kept = [core.text_sets.known(ref) for ref in refs]
+    assert None not in kept, "templates beside the base's tokenizer are kept, more of them than tokenizers"
+    assert {one.tokenizer for one in kept} == {core.tokenizer}
+
+
+def test_a_sum_of_more_tokenizers_than_are_kept_ends(llm: LLM, folders: dict[str, Path], tmp_path: Path) -> None:
+    names = [f"adapter-{number}" for number in range(MAX_OWN + 1)]
+    for seed, name in enumerate(names):
+        own(tmp_path / name, folders["model"], seed, tokenizer__json=with_tokens(f"<{name}>"))
+    with pytest.raises(InvalidRequest, match="which differ"):
+        llm.generate("a", GREEDY, adapters={str(tmp_path / name): 0.1 for name in names})
+    kept = [llm._service.core.text_sets.known(llm.adapters.resolve(str(tmp_path / name))) for name in names]
+    assert [one is None for one in kept] == [True, *[False] * MAX_OWN]
+    core = llm._service.core
+    refs = [llm.adapters.resolve(str(tmp_path / name)) for name in names]
 
     async def run() -> None:
         maker = PromptMaker(core, None)
-        parts = tuple(WeightedAdapter(llm.adapters.resolve(str(tmp_path / name))) for name in names)
+        parts = tuple(WeightedAdapter(ref) for ref in refs)
         with pytest.raises(InvalidRequest, match="which differ"):
             await asyncio.wait_for(maker.of(compose(parts)), 60)
         maker.close()

@@ -13,7 +13,7 @@ from truffula.errors import AdapterLoadError, InvalidRequest, TruffulaError
 from truffula.service.answers import AnswerFormats
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.ends import EndTokens
-from truffula.text.own_texts import Base, Examined, examined, find_source, load_own
+from truffula.text.own_texts import Base, Examined, dropped, examined, find_source, load_own
 from truffula.text.tokenizer import Tokenizer, digest_of
 from truffula.types import AdapterRef, GenerateRequest, TextSource
 from truffula.weights.text_files import ModelTexts
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from truffula.service.core import Service
 
 MAX_OWN = 4
-"""Adapters' texts that are kept, the last used."""
+"""Adapters' tokenizers that are kept, the last used."""
 MAX_KNOWN = 1 << 14
 ERROR_KEPT_S = 60.0
 """How long texts that were refused are refused again without reading them."""
@@ -140,8 +140,8 @@ class TextSets:
         made = core.text_set(base.tokenizer if found.same_tokenizer else tokenizer, found, source)
         with self._lock:
             self._made[source.digest] = made
-            while len(self._made) > MAX_OWN:
-                self._made.popitem(last=False)
+            for digest in dropped([(key, bool(one.own_tokenizer)) for key, one in self._made.items()], MAX_OWN):
+                self._made.pop(digest, None)
         return made
 
     def refuse(self, source: TextSource, error: TruffulaError) -> None:

@@ -11,7 +11,7 @@ A server trusts them no more than a client's text: what runs their rules and tem
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,10 @@ from truffula.weights.text_files import TOKENIZER_FILES, ModelTexts, is_lfs_poin
 if TYPE_CHECKING:
     from truffula.text.worker import Worker
 
-MAX_BYTES = 64 << 20
-"""Of one file."""
+MAX_BYTES, MAX_SMALL_BYTES = 64 << 20, 4 << 20
+"""Of tokenizer.json, and of each other file."""
+MAX_TEMPLATES = 32
+"""Adapters' texts that are kept, the last used; fewer of those with tokenizers of their own."""
 MAX_TOKEN_CHARS = 1024
 """Of a token that the base lacks: each of an answer's tokens may be it."""
 TOKENIZER, CONFIG, TEMPLATES = "tokenizer.json", "tokenizer_config.json", ("chat_template.jinja", "chat_template.json")
@@ -124,16 +126,27 @@ def text_files(folder: str, root: str) -> dict[str, bytes]:
     try:
         with closing(OpenFolder(Path(folder), Path(root) if root else None)) as opened:
             names = opened.names()
-            files = {name: opened.read(name, MAX_BYTES) for name in TOKENIZER_FILES if name in names}
+            files = {name: opened.read(name, _most(name)) for name in TOKENIZER_FILES if name in names}
     except OSError as error:
         raise AdapterLoadError(f"The adapter's folder cannot be read: {error.strerror or error}.") from error
     for name, content in files.items():
         if content is None or is_lfs_pointer(content[:64]):
             raise AdapterError(
-                f"The adapter's {name} cannot be read: it is not a regular file, has more than {MAX_BYTES} bytes, is a "
-                "Git LFS pointer, or leads out of the folder that adapters may be in.", param=name,
+                f"The adapter's {name} cannot be read: it is not a regular file, has more than {_most(name)} bytes, is "
+                "a Git LFS pointer, or leads out of the folder that adapters may be in.", param=name,
             )  # fmt: skip
     return {name: content for name, content in files.items() if content is not None}
+
+
+def _most(name: str) -> int:
+    return MAX_BYTES if name == TOKENIZER else MAX_SMALL_BYTES
+
+
+def dropped(own: Sequence[tuple[str, bool]], most: int) -> list[str]:
+    """The keys of kept texts that are dropped, of these in the order of their use, each with whether its tokenizer is
+    one of its own, of which ``most`` are kept."""
+    tokenizers = [key for key, is_own in own if is_own]
+    return [*tokenizers[:-most], *(key for key, _ in own[:-MAX_TEMPLATES])]
 
 
 def _has_template(files: Mapping[str, bytes]) -> bool:

@@ -27,7 +27,7 @@ import msgspec
 
 from truffula.errors import CheckpointChanged, TruffulaError, internal_error
 from truffula.text.chat_template import ChatTemplates
-from truffula.text.own_texts import Base, load_own
+from truffula.text.own_texts import Base, dropped, load_own
 from truffula.text.process import END, FAILED, PART, READY, Setup
 from truffula.text.tokenizer import Tokenizer, digest_of, load_tokenizer
 from truffula.types import TextSource
@@ -35,7 +35,7 @@ from truffula.weights.text_files import ModelTexts
 from truffula.weights.texts import read_texts
 
 MAX_OWN = 2
-"""Adapters' texts that are kept, the last used."""
+"""Adapters' tokenizers that are kept, the last used."""
 
 
 @dataclass
@@ -75,11 +75,12 @@ class Worker:
         found = self._own.pop(source.digest, None)
         if found is None:
             tokenizer = load_own(source, self.files)
-            base = Base(None, self.setup.templates, self.setup.replaced_templates, 0)
-            found = tokenizer, base.templates_for(tokenizer)
+            templates = Base(None, self.setup.templates, self.setup.replaced_templates, 0).templates_for(tokenizer)
+            same = self.tokenizer if self.tokenizer is not None and tokenizer.same_as(self.tokenizer) else tokenizer
+            found = same, templates
         self._own[source.digest] = found
-        while len(self._own) > MAX_OWN:
-            del self._own[next(iter(self._own))]
+        for digest in dropped([(key, one is not self.tokenizer) for key, (one, _) in self._own.items()], MAX_OWN):
+            self._own.pop(digest, None)
         return found
 
 
