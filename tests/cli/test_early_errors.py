@@ -37,7 +37,7 @@ main()
         (["--api-key", "one", "--api-key", " "], "--api-key is empty. Set a key, or leave it out"),
         (["--adapter-dir", "~nosuchuser/x"], "--adapter-dir is '~nosuchuser/x'; it must be a folder that exists."),
         (["--config", "~nosuchuser/x.toml"], "~nosuchuser/x.toml"),
-        (["--backend", "gpu"], "--backend is 'gpu'; it must be one of auto, cpu, reference."),
+        (["--backend", "gpu"], "--backend is 'gpu'; it must be one of auto, cpu, reference, triton."),
         (["--tool-format", "hermez"], "--tool-format is 'hermez'; it must be one of auto, none, harmony, "),
         (["--reasoning-format", "deep"], "--reasoning-format is 'deep'; it must be one of auto, none, harmony, "),
         (["--port", "70000"], "--port is '70000'; it must be an integer"),

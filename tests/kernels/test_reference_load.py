@@ -144,8 +144,8 @@ def test_taps_show_every_op_and_only_in_debug(backend):
 def test_select_backend():
     assert select_backend("auto", "cpu").name == ("cpu" if available() else "reference")
     assert select_backend("reference", "auto").name == "reference"
-    assert BACKENDS == ("auto", "cpu", "reference")
-    with pytest.raises(ConfigError, match="auto, cpu, reference") as caught:
+    assert BACKENDS == ("auto", "cpu", "reference", "triton")
+    with pytest.raises(ConfigError, match="auto, cpu, reference, triton") as caught:
         select_backend("cuda-graphs", "cpu")
     assert caught.value.param == "backend"
     with pytest.raises(ConfigError) as caught:
