@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +68,21 @@ def test_an_output_that_exists_is_kept(folders: dict[str, str], tmp_path: Path) 
         assert done.returncode == 1 and "exists; name a new folder" in " ".join(done.stderr.split()), done.stderr
     done = here("fold", folders["base"], str(tmp_path), "-o", str(tmp_path / "out"))
     assert done.returncode != 0 and not (tmp_path / "out").exists()
+
+
+def test_text_files_are_copied_where_the_adapters_agree(folders: dict[str, str], tmp_path: Path) -> None:
+    made = {name: tmp_path / name for name in ("a", "b", "c")}
+    for name, folder in made.items():
+        shutil.copytree(folders[name], folder)
+    for name in ("a", "b"):
+        (made[name] / "chat_template.jinja").write_text("own")
+    done = here("merge", *map(str, made.values()), "-o", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "other adapters have no such files" in " ".join(done.stderr.split())
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "own"
+    (made["c"] / "chat_template.jinja").write_text("another")
+    done = here("merge", *map(str, made.values()), "-o", str(tmp_path / "none"))
+    assert done.returncode == 1 and "have different files chat_template.jinja" in " ".join(done.stderr.split())
+    assert not (tmp_path / "none").exists()
+    done = here("fold", folders["base"], str(made["a"]), "-o", str(tmp_path / "folded"))
+    assert done.returncode == 0 and "chat_template.jinja are not copied" in " ".join(done.stderr.split()), done.stderr

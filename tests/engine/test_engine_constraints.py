@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -10,8 +12,11 @@ from invariants import check_engine
 from rig import DEPTHS, EOS, HandLoader, Rig, alone, limits, request
 from test_engine_same_tokens import assert_same, engines, requests, same_model
 
-from grammars import RULES, VOCABULARY, check_answer, ids_of, text_of
+from grammars import RULES, VOCAB, VOCABULARY, check_answer, ids_of, text_of
+from truffula.engine.constraints import GrammarCompiler
+from truffula.errors import InvalidRequest
 from truffula.items import Grammar
+from truffula.types import MAX_VOCABULARIES
 
 GRAMMARS = {name: rule.grammar for name, rule in RULES.items()}
 ENDS = {
@@ -300,3 +305,23 @@ def test_without_a_vocabulary_or_an_end_id_a_grammar_is_refused():
 def test_a_request_that_draws_nothing_needs_no_grammar():
     answer = alone(request("r", [1, 2, 3], max_tokens=0, prompt_logprobs=1, grammar=GRAMMARS["any"]))
     assert answer.finish_reason == "length" and len(answer.prompt_logprobs) == 3
+
+
+def test_a_grammar_keeps_the_end_ids_of_a_vocabulary_that_was_dropped():
+    """A sequence waits between its grammar's compilation and its matcher, while other adapters' vocabularies come."""
+    compiler = GrammarCompiler(VOCAB, ())
+    compiler.set_vocabulary(VOCABULARY)
+    compiler.set_vocabulary(msgspec.structs.replace(VOCABULARY, key="own", end_ids=[VOCAB - 2]))
+    grammar = msgspec.structs.replace(GRAMMARS["any"], key="own any", vocabulary="own")
+    assert compiler.start(grammar)
+    for number in range(MAX_VOCABULARIES):
+        compiler.set_vocabulary(msgspec.structs.replace(VOCABULARY, key=str(number)))
+    while not list(compiler.take_finished()):
+        time.sleep(0.01)
+    matcher = compiler.matcher(grammar, frozenset(), ignore_eos=False, min_tokens=0)
+    for token in (*ids_of(b"1"), VOCAB - 2):
+        matcher.advance(token)
+    assert (matcher.finished, matcher.stop_id, matcher.error) == (True, VOCAB - 2, None)
+    with pytest.raises(InvalidRequest, match="no vocabulary"):
+        compiler.start(grammar)
+    compiler.close()

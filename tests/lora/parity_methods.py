@@ -12,6 +12,7 @@ from parity import LENGTHS, prompt_ids
 from parity_kinds import TARGETS, Kind, Target, move
 
 LINEAR = tuple(family for family in TARGETS if family != "gpt2")  # of the others PEFT's LoHa and LoKr know no layer
+NARROW = ("qwen3_5_text", "deepseek_v3")  # with a weight of less rank than the factors of LoKr
 FEED_FORWARD = {"gpt2": ["mlp.c_proj"]}
 PARTS = ("llama", "qwen2", "gemma3_text", "gpt2")  # without states, latents and experts
 
@@ -78,6 +79,14 @@ def _small_blocks(target: Target, facts: dict[str, Any]) -> dict[str, Any]:
     return {"target_modules": list(target.linear[:1]), "r": 2, "alpha": 3, "decompose_both": True}
 
 
+def _dense(**fields: Any) -> Callable[[Target, dict[str, Any]], dict[str, Any]]:
+    """Changed weights, which kv_b_proj of latents cannot have."""
+    return lambda target, facts: {
+        "target_modules": [name for name in target.linear if name != "kv_b_proj"],
+        "alpha": 3, "init_weights": False, **fields,
+    }  # fmt: skip
+
+
 KINDS: list[Kind] = [
     Kind("aLoRA", Method("LoraConfig", _invoked)),
     Kind("AdaLoRA", Method("AdaLoraConfig", _linear(init_r=4, lora_alpha=7, total_step=9))),
@@ -88,9 +97,10 @@ KINDS: list[Kind] = [
     Kind("VeRA", Method("VeraConfig", _linear(r=6))),
     Kind("IA3", Method("IA3Config", _ia3)),
     Kind("LoHa", Method("LoHaConfig", _linear(r=2, alpha=3, init_weights=False)), only=LINEAR),
-    Kind("LoHa, above the rank", Method("LoHaConfig", _linear(r=16, alpha=3, init_weights=False)), only=LINEAR),
+    Kind("LoHa, above the rank", Method("LoHaConfig", _dense(r=16)), only=LINEAR),
     Kind("LoKr", Method("LoKrConfig", _linear(r=1, alpha=3, init_weights=False)), only=LINEAR),
     Kind("LoKr, both decomposed", Method("LoKrConfig", _small_blocks), only=LINEAR),
+    Kind("LoKr, above the rank", Method("LoKrConfig", _dense(r=11, decompose_factor=2)), only=NARROW),
     Kind("trainable tokens method", Method("TrainableTokensConfig", _seen, None)),
     Kind("LN tuning", Method("LNTuningConfig", lambda t, f: {"target_modules": list(t.norms)})),
     Kind("prompt tuning", Method("PromptTuningConfig", _virtual())),

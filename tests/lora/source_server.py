@@ -31,6 +31,7 @@ class Source:
     ranges: bool = True
     marks: bool = True
     head: bool = True
+    lengths: bool = True
     asked: list[str] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
     go: threading.Event = field(default_factory=threading.Event)
@@ -97,12 +98,15 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             if value:
                 self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        if self.source.lengths or status != 200:
+            self.send_header("Content-Length", str(len(body)))
+        else:
+            self.close_connection = True
         self.end_headers()
         if self.command == "GET":
             cut = self.source.cut.pop(unquote(self.path), None) if status in (200, 206) else None
             self.wfile.write(body[:cut])
-            self.close_connection = cut is not None
+            self.close_connection |= cut is not None
 
 
 @contextmanager

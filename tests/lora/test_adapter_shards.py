@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lora_bases import llama_sites, validate
+from lora_bases import BASE, llama_sites, validate
 from safetensors.numpy import load_file, save_file
+from source_server import Source
 from test_adapter_fetching import Loads, source
 
 from truffula.errors import AdapterError
 from truffula.kernels.adapters import tensors_of
 from truffula.lora.folder import open_adapter
+from truffula.lora.peft import validate_adapter
 from truffula.lora.shards import INDEX
 from truffula.lora.sources import AdapterDirectory
+from truffula.lora.worker import LoadLimits
 from truffula.testing.adapters import write_tiny_adapter
 
 __all__ = ["source"]
@@ -111,6 +114,19 @@ def test_a_folder_of_adapters_lists_them_and_sees_their_changes(tmp_path: Path) 
     (root / "a" / "adapter_model-00002-of-00003.safetensors").write_bytes(b"x" * 100)
     after = directory.resolve("a")
     assert before is not None and after is not None and before.fingerprint != after.fingerprint
+
+
+@pytest.mark.parametrize("sizes", [True, False], ids=["sizes known", "sizes unknown"])
+def test_shards_have_the_limit_of_one_file_together(tmp_path: Path, source: Source, sizes: bool) -> None:
+    folder = sharded(tmp_path / "made")
+    total = sum(path.stat().st_size for path in folder.glob("adapter_model-*"))
+    source.lengths = sizes
+    url = source.put("a", folder)
+    with pytest.raises(AdapterError, match=f"have {total} bytes together; the limit is {total - 1} "):
+        validate_adapter(folder, llama_sites(), base=BASE, max_file_bytes=total - 1)
+    refused = Loads(tmp_path / "small", source, limits=LoadLimits(file_bytes=total - 1))(url, fingerprint="1")
+    assert "together; the limit is" in refused.error.message
+    assert Loads(tmp_path / "enough", source, limits=LoadLimits(file_bytes=total))(url, fingerprint="1").error is None
 
 
 def test_a_source_that_lists_nothing_is_read_by_its_index(tmp_path: Path, source) -> None:  # type: ignore[no-untyped-def]

@@ -475,6 +475,17 @@ def test_inline_loading_gives_the_same_image(make: Make, tmp_path: Path) -> None
     inline.close()
 
 
+def test_parts_that_the_bases_kernels_do_not_serve_are_a_fault_of_the_adapter(tmp_path: Path) -> None:
+    """As a changed weight of the keys and values of latent attention."""
+    places = tuple(
+        Place(site.module, site.id, site.in_features, site.out_features, kind="norm") for site in llama_sites()
+    )
+    setup = Setup(sites=llama_sites(), model="x", layout=AdapterLayout("float32", places))
+    refused = load(LoadRequest(ticket=1, ref=adapter(tmp_path / "a")), setup, [tmp_path]).error
+    assert refused is not None and refused.code == AdapterError.code and refused.param == "low_rank"
+    assert "no kernel serves the adapter part 'low_rank'. Merge it into its base" in refused.message
+
+
 @pytest.mark.parametrize("times", [1, CHANGED_FILES_TRIES])
 def test_a_folder_that_changes_while_it_is_read_is_read_again(tmp_path: Path, times: int) -> None:
     """The bytes that are hashed, validated and copied must be the same; files that change all the time are refused."""

@@ -160,7 +160,8 @@ The verdict on each route and field of the APIs that this server speaks:
 - **works**: a test sends the field and sees its effect;
 - **refused**: the error names the field, and what to use instead where there is something;
 - **ignored**: accepted without effect on the answer, and listed in the header
-  `x-truffula-ignored`.
+  `x-truffula-ignored`; but where an alias has several adapters or a shadow, `user`, `safety_identifier` and
+  Anthropic's `metadata.user_id` choose among them.
 
 In every field, null means absent. A field that is not on this page is accepted and listed in that
 header. [http-api.md](http-api.md) explains routes and fields.

@@ -18,6 +18,9 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     root = tmp_path_factory.mktemp("texts")
     vocab = tokenizer().get_vocab_size()
     model = write_model(root / "model", vocab_size=vocab + 8)
+    names = json.loads((model / "tokenizer_config.json").read_text())
+    del names["chat_template"]  # a base model that was not trained for chats
+    (model / "tokenizer_config.json").write_text(json.dumps(names))
     folders = write_adapters(root / "adapters", model)
     own = Tokenizer.from_str(tokenizer().to_str())
     own.add_tokens([ADDED])
@@ -50,6 +53,11 @@ def test_the_texts_of_a_request_are_its_adapters(live: Live, padding: dict[str, 
         assert live.post("/v1/completions", asked).json()["usage"]["prompt_tokens"] == len(ids(text, own=own))
     rendered = live.post("/v1/chat/completions/render", {"messages": TALK, "model": "pirate", **padding}).json()
     assert rendered["token_ids"] == ids(f"{TALK[0]['content'].upper()}!")[1:]
+    assert live.post("/v1/chat/completions/render", {"messages": TALK, **padding}).status_code == 400
+    for route in ("/tokenize", "/chat_tokenize"):
+        answered = live.post(route, {"messages": TALK, "model": "pirate", **padding})
+        assert answered.status_code == 200, answered.text
+        assert live.post(route, {"messages": TALK, **padding}).status_code >= 400
     sku = ids(ADDED)[-1]
     spoken = {"messages": TALK, "model": "pirate", "max_tokens": 2, "logit_bias": {sku: 100}, **padding}
     assert live.post("/v1/chat/completions", spoken).json()["choices"][0]["message"]["content"] == ADDED * 2

@@ -207,3 +207,20 @@ def test_of_the_library(files: tuple[Path, dict[str, Path]]) -> None:
         assert ids()[0] not in (pirate, base)
     with pytest.raises(AdapterNotFound, match="nowhere"):
         LLM(model, default_adapter="nowhere")
+
+
+def test_texts_are_tokenized_as_a_request_would_be(files: tuple[Path, dict[str, Path]], replaced: Live) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    own = files[1]["pirate"] / "chat_template.jinja"
+    own.write_text("own {{ messages[0].content }}")
+    try:
+        for padding in ({}, {"wish": "x" * 100_000}):
+            found = [
+                ok(replaced.post("/chat_tokenize", chat | named | padding, headers=ALL))["templated_text"]
+                for named in ({}, {"model": "pirate"}, {"model": MODEL})
+            ]
+            assert found[:2] == ["own Hi"] * 2 and not found[2].startswith("own")
+            refused = replaced.post("/chat_tokenize", chat | padding, headers=POET)
+            assert refused.status_code == 424 and "default adapter" in refused.text and "own" not in refused.text
+    finally:
+        own.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from truffula import LLM, SamplingParams
 from truffula.engine.client import connect
 from truffula.errors import AdapterError, InvalidRequest
 from truffula.items import Constraint, Message, Text
+from truffula.lora.compose import compose
 from truffula.lora.sources import AdapterDirectory
 from truffula.service.aio import AsyncService
 from truffula.service.core import Service
+from truffula.service.prompt_maker import PromptMaker
+from truffula.service.text_sets import MAX_OWN
 from truffula.service.workers import TextWorkers
 from truffula.text.process import Setup
-from truffula.types import GenerateRequest
+from truffula.types import GenerateRequest, WeightedAdapter
 
 GREEDY = SamplingParams(max_tokens=5)
 ADDED, TURN = "<SKU-7>", "<|turn|>"
@@ -37,6 +41,19 @@ def with_tokens(*tokens: str) -> bytes:
     library.add_tokens([token for token in tokens if token == ADDED])
     library.add_special_tokens([token for token in tokens if token != ADDED])
     return library.to_str().encode()
+
+
+def decoding_otherwise() -> dict[str, Any]:
+    """With a regular expression that takes exponential time, in the process that reads tokens."""
+    changed: dict[str, Any] = json.loads(byte_level_json())
+    return changed | {"decoder": {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}}
+
+
+def with_far_token() -> dict[str, Any]:
+    """A list with a place for each id would take 32 GB."""
+    changed: dict[str, Any] = json.loads(byte_level_json())
+    changed["model"]["vocab"]["far"] = 4_000_000_000
+    return changed
 
 
 def own(folder: Path, model: Path, seed: int, **files: bytes | str | dict[str, Any]) -> Path:
@@ -134,9 +151,73 @@ def test_sums_need_equal_texts(llm: LLM) -> None:
     assert ids_of(llm, ADDED, {"added": 0.5}) == ids_of(llm, ADDED, "added")
 
 
+def test_a_sum_of_different_templates_ends(llm: LLM, folders: dict[str, Path], tmp_path: Path) -> None:
+    names = [f"adapter-{number}" for number in range(MAX_OWN + 1)]
+    for seed, name in enumerate(names):
+        own(tmp_path / name, folders["model"], seed, chat_template__jinja=f"{name}{TEMPLATE}")
+    with pytest.raises(InvalidRequest, match="which differ"):
+        llm.generate("a", GREEDY, adapters={str(tmp_path / name): 0.1 for name in names})
+    core = llm._service.core
+    refs = [llm.adapters.resolve(str(tmp_path / name)) for name in names]
+    kept = [core.text_sets.known(ref) for ref in refs]
+    assert None not in kept, "templates beside the base's tokenizer are kept, more of them than tokenizers"
+    assert {one.tokenizer for one in kept} == {core.tokenizer}
+
+
+def test_a_sum_of_more_tokenizers_than_are_kept_ends(llm: LLM, folders: dict[str, Path], tmp_path: Path) -> None:
+    names = [f"adapter-{number}" for number in range(MAX_OWN + 1)]
+    for seed, name in enumerate(names):
+        own(tmp_path / name, folders["model"], seed, tokenizer__json=with_tokens(f"<{name}>"))
+    with pytest.raises(InvalidRequest, match="which differ"):
+        llm.generate("a", GREEDY, adapters={str(tmp_path / name): 0.1 for name in names})
+    kept = [llm._service.core.text_sets.known(llm.adapters.resolve(str(tmp_path / name))) for name in names]
+    assert [one is None for one in kept] == [True, *[False] * MAX_OWN]
+    core = llm._service.core
+    refs = [llm.adapters.resolve(str(tmp_path / name)) for name in names]
+
+    async def run() -> None:
+        maker = PromptMaker(core, None)
+        parts = tuple(WeightedAdapter(ref) for ref in refs)
+        with pytest.raises(InvalidRequest, match="which differ"):
+            await asyncio.wait_for(maker.of(compose(parts)), 60)
+        maker.close()
+
+    asyncio.run(run())
+
+
+def test_no_adapter_gets_the_texts_of_another_whose_files_look_alike(
+    llm: LLM, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two templates of one length and one CRC, which anybody can make, are two."""
+    words = ("plumless", "buckeroo")
+    assert len({zlib.crc32(word.encode()) for word in words}) == 1
+    for word in words:
+        adapter = own(tmp_path / word, folders["model"], 1, chat_template__jinja=f"{word}{{{{ messages[0].content }}}}")
+        wanted = Library.from_buffer(byte_level_json()).encode(f"{word}buy {ADDED}", add_special_tokens=False).ids
+        assert ids_of(llm, CHAT, str(adapter)) == wanted
+
+
+def test_a_generation_with_other_texts_than_the_folder_has_now_is_refused(
+    llm: LLM, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = own(tmp_path / "adapter", folders["model"], 1, chat_template__jinja=f"old{TEMPLATE}")
+    state = llm.adapters.load("versioned", adapter)
+    assert state.generation is not None
+    exact = f"versioned@sha:{state.generation[:12]}"
+    old = ids_of(llm, CHAT, exact)
+    assert old == ids_of(llm, CHAT, "versioned")
+    (adapter / "chat_template.jinja").write_text(f"new{TEMPLATE}")
+    assert ids_of(llm, CHAT, "versioned") != old
+    with pytest.raises(InvalidRequest, match="changed since the server started"):
+        ids_of(llm, CHAT, exact)
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
+        ({"tokenizer__json": decoding_otherwise()}, "it decodes otherwise"),
+        ({"tokenizer__json": with_tokens("<" + "x" * 2000)}, "a token of 2001 characters; the limit is 1024"),
+        ({"tokenizer__json": with_far_token()}, "has token 4000000000, and the model 430 ids"),
         ({"tokenizer__json": word_piece_json()}, r"the base's: token 2 is \"'\", and '<\|role\|>' there"),
         ({"tokenizer__json": "merges"}, r"contradicts the base's: merge 0 is "),
         ({"tokenizer__json": b"{"}, "cannot be used: tokenizer.json cannot be read"),
@@ -191,6 +272,19 @@ def test_text_workers_read_them_first(folders: dict[str, Path], tmp_path: Path) 
         (adapter / "tokenizer.json").write_bytes(word_piece_json())
         with pytest.raises(AdapterError, match="contradicts the base's"):
             await complete(service, GenerateRequest(prompt="a", adapter=core.resolve_adapter("mine"), params=GREEDY))
+        # Of two with equal files each is read from its own folder.
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(folders["added"] / name, adapter)
+        twin = tmp_path / "twin"
+        shutil.copytree(adapter, twin)
+        core.directory.add(core.directory.locate("twin", twin))
+        first = GenerateRequest(prompt=ADDED, adapter=core.resolve_adapter("mine"), params=GREEDY)
+        await service.texts.of(first.adapter)
+        for worker in service.texts._workers.heavy.workers:
+            worker.close()  # it has read the first one's
+        shutil.rmtree(adapter)
+        one = GenerateRequest(prompt=ADDED, adapter=core.resolve_adapter("twin"), params=GREEDY)
+        assert (await complete(service, one)).prompt_tokens == 1
         await service.close()
 
     asyncio.run(run())

@@ -77,6 +77,16 @@ def test_limits_are_named(worker: TextWorker) -> None:
         rendered(worker, "{{ 'x' * 10**10 ~ messages[0].role }}")
 
 
+def test_what_a_call_has_taken_does_not_count_for_the_next(worker: TextWorker) -> None:
+    """It may be another tenant's. An error refers to what its template has made: here a string of 64 MiB or more."""
+    source = "{% set n = namespace(x='a' * 1024) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}"
+    with pytest.raises(TemplateError, match="too much memory"):
+        rendered(worker, source)
+    with pytest.raises(TruffulaError) as failed:
+        worker.call(render_job, Code("bytearray(192 << 20)"), 5.0)
+    assert not isinstance(failed.value, WorkerStopped), failed.value
+
+
 def test_errors_of_a_call_are_raised_and_the_process_stays(worker: TextWorker) -> None:
     assert rendered(worker, PLAIN) == "hi!"
     pid = worker.pid

@@ -436,3 +436,10 @@ def test_options_override_the_detection() -> None:
     with pytest.raises(ConfigError, match="--reasoning-format is 'x'; it must be one of auto, none, "):
         detect_format(source, None, None, "x")
     assert detect_format("plain") == OutputFormat()
+
+
+def test_a_response_template_that_is_nested_deeply_is_read() -> None:
+    deep: Any = "<tool_call>"
+    for _ in range(5000):
+        deep = [deep]
+    assert detect_format("", {"fields": {"tool_calls": {"x": deep}}}) is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from truffula.lora.compose import check_weight
 from truffula.lora.folder import open_adapter
 from truffula.lora.merging import MergePart, merge_adapters
 from truffula.lora.sources import AdapterDirectory
+from truffula.text.own_texts import text_files
 from truffula.types import MergeMethod
 
 LINEAR = "linear"
@@ -42,11 +43,32 @@ def run_merge(
         merged = merge_adapters(parts, method, rank)
         for text in merged.warnings:
             warn(text)
+        texts = _texts(adapters)
         with new_folder(output) as made:
             merged.write(made)
+            for name, content in texts.items():
+                (made / name).write_bytes(content)
     ranks = sorted(set(merged.ranks.values()))
     shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     out().print(f"{output}: {len(merged.ranks)} modules, {shown}, {merged.nbytes} bytes", highlight=False)
+
+
+def _texts(adapters: Sequence[str]) -> Mapping[str, bytes]:
+    """The tokenizer and the chat template of adapters in folders, which must have the same; those without any have
+    their base's. Raises ``ConfigError``."""
+    found = {name: text_files(name, "") for name in adapters if Path(name).is_dir()}
+    texts = {name: files for name, files in found.items() if files}
+    first = next(iter(texts), "")
+    for name, files in texts.items():
+        if wrong := sorted(one for one in {*files, *texts[first]} if files.get(one) != texts[first].get(one)):
+            raise ConfigError(
+                f"{first} and {name} have different files {', '.join(wrong)}: a merged adapter has one tokenizer and "
+                "one chat template. Remove them from the folders of adapters that were trained with those of the base.",
+                param="adapters",
+            )
+    if texts and len(texts) < len(adapters):
+        warn(f"{', '.join(texts[first])} are those of {first}; other adapters have no such files.")
+    return texts.get(first, {})
 
 
 def run_fold(config: EngineConfig, adapter: str, output: Path, *, dequantize: bool) -> None:
@@ -63,6 +85,8 @@ def run_fold(config: EngineConfig, adapter: str, output: Path, *, dequantize: bo
             folded = fold_adapter(base, folder, made, dequantize=dequantize, progress=report)
     for text in folded.warnings:
         warn(text)
+    if texts := text_files(str(folder), ""):
+        warn(f"The adapter's {', '.join(texts)} are not copied: the model has its own.")
     if folded.untied:
         note("The adapter changes only one of the tied embedding and head: they are separate tensors now.")
     out().print(f"{output}: {folded.changed} of {folded.tensors} tensors changed", highlight=False)

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from truffula.errors import GrammarError, InvalidRequest, TruffulaError, is_rust_panic
 from truffula.items import Grammar
@@ -204,7 +204,11 @@ class _LazyTokenizer:
             return self._built
 
 
-def _compile(tokenizer: _LazyTokenizer, grammar: Grammar) -> llguidance.LLMatcher:
+_Compiled: TypeAlias = "tuple[llguidance.LLMatcher, frozenset[int]]"
+"""A grammar at its beginning, and the end ids of its vocabulary."""
+
+
+def _compile(tokenizer: _LazyTokenizer, eos_ids: frozenset[int], grammar: Grammar) -> _Compiled:
     with _library_errors("The grammar cannot be compiled"):
         import llguidance
 
@@ -213,7 +217,7 @@ def _compile(tokenizer: _LazyTokenizer, grammar: Grammar) -> llguidance.LLMatche
         inner.compute_bitmask()  # the copies share what this has computed
     if inner.is_error():
         raise GrammarError(f"The grammar cannot be compiled: {inner.get_error()[:500]}")
-    return inner
+    return inner, eos_ids
 
 
 @contextmanager
@@ -237,8 +241,8 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._config_eos_ids = frozenset(eos_ids)
         self._vocabularies: dict[str, tuple[_LazyTokenizer, frozenset[int]]] = {}  # with its end ids
-        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
-        self._pending: dict[str, Future[llguidance.LLMatcher]] = {}
+        self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
+        self._pending: dict[str, Future[_Compiled]] = {}
         self._too_slow: OrderedDict[str, TruffulaError] = OrderedDict()  # why a grammar is not served again
         self._threads: ThreadPoolExecutor | None = None
 
@@ -276,7 +280,7 @@ class GrammarCompiler:
         if grammar.key not in self._pending:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(COMPILE_THREADS, "truffula-grammar")
-            self._pending[grammar.key] = self._threads.submit(_compile, tokenizer, grammar)
+            self._pending[grammar.key] = self._threads.submit(_compile, tokenizer, eos_ids, grammar)
         return True
 
     def is_compiling(self) -> bool:
@@ -300,9 +304,7 @@ class GrammarCompiler:
     def matcher(self, grammar: Grammar, stop_ids: frozenset[int], *, ignore_eos: bool, min_tokens: int) -> Matcher:
         """A matcher at the beginning of ``grammar``, which is compiled."""
         self._compiled.move_to_end(grammar.key)
-        compiled = self._compiled[grammar.key]
-        _, eos_ids = self._vocabularies.get(grammar.vocabulary, (None, frozenset(self._config_eos_ids)))
-        return Matcher(compiled, eos_ids, stop_ids, ignore_eos=ignore_eos, min_tokens=min_tokens)
+        return Matcher(*self._compiled[grammar.key], stop_ids, ignore_eos=ignore_eos, min_tokens=min_tokens)
 
     def drop_failed(self, grammar: Grammar, matcher: Matcher) -> None:
         """Compile ``grammar`` again for later requests if llguidance failed in ``matcher``; refuse it if it was slow.
@@ -313,7 +315,7 @@ class GrammarCompiler:
             self._too_slow[grammar.key] = matcher.error
             if len(self._too_slow) > MAX_GRAMMARS:
                 self._too_slow.popitem(last=False)
-        if matcher.inner.is_error() and self._compiled.get(grammar.key) is matcher.compiled:
+        if matcher.inner.is_error() and self._compiled.get(grammar.key, (None,))[0] is matcher.compiled:
             del self._compiled[grammar.key]
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound, Che
 from truffula.lora.fields import MAX_CONFIG_BYTES
 from truffula.lora.foreign import describe_folder, describe_names
 from truffula.lora.paths import CONFIG, TENSORS, OpenFolder
-from truffula.lora.shards import INDEX, MAX_INDEX_BYTES, tensor_files, weight_map
+from truffula.lora.shards import INDEX, MAX_INDEX_BYTES, check_total, tensor_files, weight_map
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.safetensors import SafetensorsFile
 
@@ -132,6 +132,8 @@ def open_adapter(folder: Path | OpenFolder, max_file_bytes: int | None = None) -
                 config = file.read(MAX_CONFIG_BYTES + 1)
             names = tensor_files(folder.names())
             opened = [SafetensorsFile(folder.path / one, _open(folder, one, max_file_bytes)) for one in names]
+            if max_file_bytes is not None:
+                check_total((len(file.file.data()) for file in opened), max_file_bytes)
             index = None if names == [TENSORS] else _read_index(folder)
             yield AdapterFiles(folder, config, stack.enter_context(closing(AdapterTensors(opened, index))))
         except CheckpointError as error:

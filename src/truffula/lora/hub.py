@@ -17,7 +17,7 @@ from truffula.lora.extra_files import MAX_BYTES, READ
 from truffula.lora.fields import MAX_CONFIG_BYTES
 from truffula.lora.foreign import describe_names, latest_first
 from truffula.lora.paths import CONFIG, TENSORS
-from truffula.lora.shards import INDEX, MAX_INDEX_BYTES, tensor_files
+from truffula.lora.shards import INDEX, MAX_INDEX_BYTES, check_total, tensor_files
 from truffula.lora.stores import CHUNK, SourceError
 from truffula.types import AdapterRef
 from truffula.weights.hub import HubError, explain
@@ -112,6 +112,7 @@ def _check_listing(info: Any, repo: str, max_file_bytes: int) -> tuple[str, ...]
             raise AdapterError(
                 f"{repo}: {name} has {sizes[name]} bytes; the limit is {most} (--max-adapter-file).", param=name
             )
+    check_total((sizes[name] or 0 for name in files), max_file_bytes)
     return (*files, *index, *(name for name in READ if name in sizes and (sizes[name] or 0) <= MAX_BYTES))
 
 

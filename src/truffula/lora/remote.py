@@ -21,7 +21,7 @@ from truffula.lora.extra_files import MAX_BYTES, READ
 from truffula.lora.fields import MAX_CONFIG_BYTES
 from truffula.lora.hub import HubStore
 from truffula.lora.paths import CONFIG, TENSORS
-from truffula.lora.shards import INDEX, MAX_INDEX_BYTES, indexed_files
+from truffula.lora.shards import INDEX, MAX_INDEX_BYTES, check_total, indexed_files
 from truffula.lora.stores import TRIES, SourceError, Store, open_store
 from truffula.types import AdapterRef
 
@@ -146,7 +146,11 @@ class _Source:
                     param=name,
                 )
             self._check_size(name, stamp.size or 0)
-        return {name: stamp for name, stamp in stamps.items() if stamp is not None}
+        found = {name: stamp for name, stamp in stamps.items() if stamp is not None}
+        check_total(
+            (stamp.size or 0 for name, stamp in found.items() if name not in (CONFIG, INDEX)), self._max_file_bytes
+        )
+        return found
 
     def _indexed(self, stamp: Stamp) -> list[str]:
         """The shards that the index names."""
@@ -180,14 +184,17 @@ class _Source:
             with (scratch.folder / name).open("wb") as file:
                 file.truncate(stamp.size or 0)
         self.cache.make_room()
+        before = 0  # of the shards that are here
         for name, stamp in wanted.items():
-            done = 0
+            done, is_shard = 0, name not in (CONFIG, INDEX, *READ)
             with (scratch.folder / name).open("r+b") as file:
                 for chunk in store.read(name, stamp):
                     done += len(chunk)
                     self._check_size(name, done)
+                    check_total((before, done * is_shard), self._max_file_bytes)
                     file.write(chunk)
                 file.truncate()
+            before += done * is_shard
             if stamp.size is not None and done != stamp.size:
                 raise SourceError("network", f"it sent {done} of the {stamp.size} bytes of {name}; try again")
 

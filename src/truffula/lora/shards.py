@@ -7,7 +7,7 @@ cannot list its files, a URL, must have one.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from truffula.errors import AdapterError
 from truffula.lora.paths import TENSORS
@@ -39,6 +39,14 @@ def lacking(names: Collection[str]) -> str:
         return f"{shards[0]} is one of {count} shards; the limit is {MAX_SHARDS}"
     missing = sorted({*range(1, count + 1)} - {*numbers})
     return f"of {count} shards {len(missing)} are missing, the first is number {missing[0]}" if missing else ""
+
+
+def check_total(sizes: Iterable[int], most: int) -> None:
+    """Raise ``AdapterError`` unless all files of tensors together have at most the bytes that one may have."""
+    if (total := sum(sizes)) > most:
+        raise AdapterError(
+            f"Its shards have {total} bytes together; the limit is {most} (--max-adapter-file).", param=TENSORS
+        )
 
 
 def _number(name: str) -> int:

@@ -27,12 +27,13 @@ from pathlib import Path
 
 import msgspec
 
-from truffula.errors import AdapterError, AdapterLoadError, ErrorInfo, TruffulaError, WireError
+from truffula.errors import AdapterError, AdapterLoadError, ErrorInfo, KernelError, TruffulaError, WireError
 from truffula.frames import Channel, Disconnected, Frame
 from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
 from truffula.lora.base import BaseSource, BaseWeights
 from truffula.lora.disk_cache import DiskCache
+from truffula.lora.fields import MERGE
 from truffula.lora.folder import open_adapter, open_folder
 from truffula.lora.hub import download
 from truffula.lora.image import ImageHeader, ImageWriter, Reserve, check_size
@@ -260,9 +261,13 @@ def _prepare(
             if fingerprint(opened.stat, opened.names) != before:  # two versions of the files may not fit each other
                 raise _FilesChanged from error
             raise
-        image = ImageWriter(
-            adapter.generation, adapter.rank, adapter.sites, setup.layout, adapter.facts, adapter.prefix
-        )
+        try:
+            image = ImageWriter(
+                adapter.generation, adapter.rank, adapter.sites, setup.layout, adapter.facts, adapter.prefix
+            )
+        except KernelError as error:  # a kind that this base has no kernel for, such as a changed weight of latents
+            text = f"The adapter cannot be served on this base: {error.message} {MERGE[0].upper()}{MERGE[1:]}."
+            raise AdapterError(text, param=error.param) from error
         check_size(image.header.nbytes, setup.limits.image_bytes)
         path = _new_file(request, staging, image.header.nbytes)
         image.write(path, reserve)

@@ -111,13 +111,15 @@ class Address(NamedTuple):
 
 
 class BodyJob(NamedTuple):
-    """A large body, for a text worker. ``texts``: those of its adapter that prompts are made with."""
+    """A large body, for a text worker. ``texts``: those of its adapter that prompts are made with; until they are
+    ``known``, the base's are tried, and what fails with them is left out."""
 
     kind: str
     raw: bytes
     limits: RequestLimits
     stored: bytes = b""
     texts: TextSource | None = None
+    known: bool = False
 
 
 class GeneratingBody(Body):

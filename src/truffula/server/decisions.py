@@ -34,9 +34,8 @@ async def decide(request: Request) -> Response:
     read = await read_requests(request, "decisions")
     body = read.body
     assert isinstance(body, DecisionsBody)
-    service = state_of(request).service
-    texts = await service.texts.of(read.adapter, read.requests[0].salt)
-    tokenizer = need_tokenizer(texts.tokenizer, service.info)
+    core = state_of(request).service.core
+    tokenizer = need_tokenizer(core.tokenizer, core.info)  # in an adapter's the letters are the same tokens
     options = [question.options(f"questions[{i}]") for i, question in enumerate(body.questions)]
     ids = _letter_ids(tokenizer.encode, max(map(len, options)))
     asked = [_among(one, ids[: len(found)]) for one, found in zip(read.requests, options, strict=True)]

@@ -126,12 +126,15 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
     used: set[str] = set()
     try:
         made = await addressed(request, made, body.address(), used)
-        if job is not None and (texts := await state.service.texts.of(made[0].adapter, client_of(request))).source:
-            _, _, again = await _read_in_worker(request, job._replace(texts=texts.source))
-            own = [one.prepared for one in again]
-            made = [
-                replace(one, prepared=prompt, prepared_with=texts.source) for one, prompt in zip(made, own, strict=True)
-            ]
+        if job is not None:
+            source = (await state.service.texts.of(made[0].adapter, client_of(request))).source
+            if source is not None or not all(one.prepared for one in made):
+                _, _, again = await _read_in_worker(request, job._replace(texts=source, known=True))
+                prompts = [one.prepared for one in again]
+                made = [
+                    replace(one, prepared=prompt, prepared_with=source)
+                    for one, prompt in zip(made, prompts, strict=True)
+                ]
     finally:
         note_ignored(request, [name for name in unknown if name not in used])
     return Read(body, made, characters, at)
@@ -139,7 +142,7 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
 
 async def _read_in_worker(request: Request, job: BodyJob) -> tuple[_Head, GeneratingBody, list[GenerateRequest]]:
     """The head of a body, the body without what its prompts are made of, and its requests. There are none while ``job``
-    lacks the stored items that the body wants.
+    lacks the stored items that the body wants; ``prepared`` is empty of one that fails with texts not ``known``.
     """
     packed, *prompts = await state_of(request).service.texts.in_worker(prepare, job, client_of(request))
     head = msgspec.msgpack.decode(packed, type=_Head)
@@ -287,7 +290,12 @@ def _prepared(worker: Worker, job: BodyJob, value: dict[str, Any], body: Generat
         _Head(type(body).__name__, light, body.unknown(), body.characters, body.wanted, request)
     )
     for one in made:
-        yield from prompt_job(worker, (one, job.texts))
+        try:
+            yield from prompt_job(worker, (one, job.texts))
+        except TruffulaError:
+            if job.known:
+                raise
+            yield b""
 
 
 def _light(value: Mapping[str, Any], model: type[GeneratingBody] | type[Parameters]) -> dict[str, Any]:

@@ -14,13 +14,14 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from truffula.errors import InvalidRequest, PromptTooLong
+from truffula.errors import InvalidRequest, PromptTooLong, TruffulaError
 from truffula.items import Tool
 from truffula.server.auth import access_of, client_of
-from truffula.server.body import Body, BodyJob, decode_object, note_ignored, raw_body, validate
+from truffula.server.body import Address, Body, BodyJob, decode_object, note_ignored, raw_body, validate
 from truffula.server.keys import Caller
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, TokenizeBody
+from truffula.server.prepare import answering
 from truffula.server.replies import Reply, json_reply, split
 from truffula.server.state import state_of
 from truffula.service.prompt_maker import HEAVY_CHARS
@@ -90,12 +91,14 @@ async def _answer(request: Request, kind: Kind) -> Response:
     raw, own = raw_body(request), texts.core.base
     value: dict[str, Any] = {}
     large = len(raw) > HEAVY_CHARS
-    job, client = BodyJob(kind, raw, state.limits), client_of(request)
+    job, client = BodyJob(kind, raw, state.limits, known=not large), client_of(request)
 
     async def adapter_texts(model: Any) -> TextSet:
-        if not model or not isinstance(model, str):
+        if state.config.default is None and not (model and isinstance(model, str)):
             return texts.core.base
-        return await texts.of(await state.named_model(model, None, Caller(access_of(request))), client)
+        named = Address([model if isinstance(model, str) else None], [], None, None)
+        adapter, _ = await answering(named, state, Caller(access_of(request)))
+        return await texts.of(adapter, client)
 
     if not large:
         value = decode_object(raw)
@@ -108,11 +111,11 @@ async def _answer(request: Request, kind: Kind) -> Response:
     if large:
         packed, *parts = await texts.in_worker(reply_job, job._replace(texts=own.source), client)
         head = msgspec.msgpack.decode(packed, type=_Head)
-        if not value and (own := await adapter_texts(head.model)).source is not None:
-            _, *parts = await texts.in_worker(reply_job, job._replace(texts=own.source), client)
+        if not value and ((own := await adapter_texts(head.model)).source is not None or not parts):
+            _, *parts = await texts.in_worker(reply_job, job._replace(texts=own.source, known=True), client)
     else:
         model = Texts(own.tokenizer, own.templates, texts.core.info)
-        head, reply = await texts.in_thread(len(raw), lambda: _reply(kind, value, state.limits, model))
+        head, reply = await texts.in_thread(len(raw), lambda: _reply(job, value, model))
         parts = [reply]
     note_ignored(request, head.unknown)
     return Reply(parts)
@@ -121,15 +124,20 @@ async def _answer(request: Request, kind: Kind) -> Response:
 def reply_job(worker: Worker, job: BodyJob) -> Iterator[bytes]:
     """In a text worker: the head of a body, then the reply in pieces."""
     texts = Texts(*worker.texts(job.texts), worker.setup.info)
-    head, reply = _reply(job.kind, decode_object(job.raw), job.limits, texts)
+    head, reply = _reply(job, decode_object(job.raw), texts)
     yield msgspec.msgpack.encode(head)
     yield from split(reply)
 
 
-def _reply(kind: str, value: dict[str, Any], limits: RequestLimits, texts: Texts) -> tuple[_Head, bytes]:
-    model, make = _ROUTES[kind]
-    body: Any = validate(model, value, limits)
-    reply, left_out = make(body, texts, limits)
+def _reply(job: BodyJob, value: dict[str, Any], texts: Texts) -> tuple[_Head, bytes]:
+    model, make = _ROUTES[job.kind]
+    body: Any = validate(model, value, job.limits)
+    try:
+        reply, left_out = make(body, texts, job.limits)
+    except TruffulaError:
+        if job.known:
+            raise
+        return _Head(body.unknown(), body.model), b""
     return _Head([*body.unknown(), *map(body.field_of, left_out)], body.model), msgspec.json.encode(reply)
 
 

@@ -22,7 +22,7 @@ from truffula.service.prompts import Prompt, checked_ids, fitting, ids_of, make_
 from truffula.service.text_sets import TextSet, TextSets
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.ends import EndTokens, Render
-from truffula.text.own_texts import Examined, rendering
+from truffula.text.own_texts import Examined
 from truffula.text.tokenizer import Tokenizer, check_text
 from truffula.types import (
     AdapterRef,
@@ -212,9 +212,9 @@ class Service:
         named = self._named_ends if found.same_tokenizer or tokenizer is None else tokenizer.end_tokens
         ends = EndTokens(
             named, self._configured, tokenizer=tokenizer, templates=templates,
-            vocab_size=self.info.vocab_size + self.info.more_ids, render=rendering(found.rendered),
+            vocab_size=self.info.vocab_size + self.info.more_ids, turn_ends=found.turn_ends,
         )  # fmt: skip
-        for warning in ends.warnings:
+        for warning in found.warnings:
             logger.warning("the adapter in %s: %s", source.folder, warning)
         answers = AnswerFormats(templates, tokenizer, response_template=found.response_template, **self._formats)
         return TextSet(tokenizer, templates, answers, ends, source, "" if found.same_tokenizer else source.digest)

@@ -93,14 +93,15 @@ class Grammars:
 
         Also raises ``Overloaded`` and ``ShuttingDown``.
         """
-        if texts.own_tokenizer not in self._sent:
-            await asyncio.get_running_loop().run_in_executor(None, self._need_vocabulary, texts)
+        special = self._sent.get(texts.own_tokenizer)
+        if special is None:
+            special = await asyncio.get_running_loop().run_in_executor(None, self._need_vocabulary, texts)
         key = _key(constraint, texts)
         kept = self._find(key)
         if kept is None:
             task = self._running.get(key)
             if task is None:
-                task = asyncio.create_task(self._compile(key, constraint, client, texts))
+                task = asyncio.create_task(self._compile(key, (constraint, special), client, texts))
                 self._running[key] = task
                 task.add_done_callback(lambda done: self._ended(key, done))
             kept = await asyncio.shield(task)
@@ -139,8 +140,9 @@ class Grammars:
                 )
             return self._sent.get(own, ())
 
-    async def _compile(self, key: bytes, constraint: Constraint | Answer, client: str, texts: TextSet) -> _Kept:
-        job = (constraint, self._sent.get(texts.own_tokenizer, ()))
+    async def _compile(
+        self, key: bytes, job: tuple[Constraint | Answer, Special], client: str, texts: TextSet
+    ) -> _Kept:
         try:
             parts = await self._pool.run(compile_job, job, client=client, seconds=COMPILE_SECONDS)
         except (InvalidRequest, WorkerStopped) as error:

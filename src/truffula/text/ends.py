@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from truffula.errors import InvalidRequest, TemplateError
 from truffula.items import Message, Text
@@ -28,6 +28,7 @@ class EndTokens:
         configured: What config.json and generation_config.json say.
         vocab_size: Ids that the model can generate.
         render: Renders chats, in place of ``ChatTemplates.render``.
+        turn_ends: Where they were found already.
 
     ``turn_ends`` are the tokens that the model's own templates write after every answer, by source. Such a token is the
     same where the conversation ends and where it continues: one that only begins the next turn does not count.
@@ -44,6 +45,7 @@ class EndTokens:
         templates: ChatTemplates,
         vocab_size: int,
         render: Render | None = None,
+        turn_ends: Mapping[str, EndToken] | None = None,
     ) -> None:
         self._tokenizer, self._templates, self._vocab_size = tokenizer, templates, vocab_size
         self._render = render or ChatTemplates.render
@@ -62,8 +64,8 @@ class EndTokens:
             )
         self.always = list(found.values())
         self.ids = frozenset(found)
-        self.turn_ends: dict[str, EndToken] = {}
-        for source in templates.sources.values():
+        self.turn_ends = dict(turn_ends or {})
+        for source in templates.sources.values() if turn_ends is None else ():
             if tokenizer is not None and (turn_end := self._turn_end(source, tokenizer)) is not None:
                 self.turn_ends[source] = turn_end
         default = self.turn_ends.get(templates.sources.get("default", ""))

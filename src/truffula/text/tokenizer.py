@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -118,6 +118,15 @@ class Tokenizer:
         ends = [{token.id for token in one.end_tokens} for one in (self, other)]
         named = self.special_tokens == other.special_tokens and ends[0] == ends[1]
         return named and str(self._library.to_str()) == str(other._library.to_str())
+
+    @property
+    def has_byte_rule(self) -> bool:
+        """Whether tokens are decoded one by one, without the library."""
+        return self._rule is not None
+
+    def rules(self) -> Rules:
+        """As the library writes them, whatever the file's version."""
+        return msgspec.json.decode(self._library.to_str(), type=Rules)
 
     @property
     def ids(self) -> list[int]:
@@ -237,7 +246,7 @@ def load_tokenizer(files: Mapping[str, bytes], end_tokens: Sequence[EndToken] = 
     unreadable = "tokenizer.json cannot be read (take the file again from where the model comes from)"
     with _library_errors(CheckpointError, unreadable, "tokenizer.json"):
         library = Library.from_buffer(source)
-        rules = msgspec.json.decode(source, type=_Rules)
+        rules = msgspec.json.decode(source, type=Rules)
     check_expansion(rules.normalizer, rules.decoder)
     library.no_padding()
     library.no_truncation()
@@ -258,15 +267,19 @@ def load_tokenizer(files: Mapping[str, bytes], end_tokens: Sequence[EndToken] = 
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:
-    """A checksum of a tokenizer's files (name → content)."""
-    return " ".join(f"{name}:{len(files[name])}:{zlib.crc32(files[name]):08x}" for name in sorted(files))
+    """A checksum of a tokenizer's files (name → content). Other files with the same one cannot be made."""
+    return " ".join(f"{name}:{blake2b(files[name], digest_size=16).hexdigest()}" for name in sorted(files))
 
 
-class _Rules(msgspec.Struct):
+class Rules(msgspec.Struct):
     """Parts of a tokenizer.json; the vocabulary is skipped."""
+
+    class Model(msgspec.Struct):
+        merges: list[Any] = []
 
     normalizer: Any = None
     decoder: Any = None
+    model: Model = msgspec.field(default_factory=Model)
 
 
 def _text(files: Mapping[str, bytes], name: str) -> str:

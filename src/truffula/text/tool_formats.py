@@ -193,10 +193,13 @@ def _from_response(spec: Mapping[str, Any]) -> OutputFormat:
 
 
 def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else []
-    return [text for item in inner for text in _strings(item)]
+    found, waiting = [], [value]
+    while waiting:  # no recursion: an adapter's file may be nested deeply
+        one = waiting.pop()
+        if isinstance(one, str):
+            found.append(one)
+        waiting += reversed([*one.values()] if isinstance(one, Mapping) else one if isinstance(one, list) else [])
+    return found
 
 
 def _literal(field: Mapping[str, Any], key: str) -> str:

@@ -9,6 +9,7 @@ Setup and calls arrive pickled: a worker trusts the server. The server trusts no
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import pickle
@@ -26,7 +27,7 @@ import msgspec
 
 from truffula.errors import CheckpointChanged, TruffulaError, internal_error
 from truffula.text.chat_template import ChatTemplates
-from truffula.text.own_texts import Base, load_own
+from truffula.text.own_texts import Base, dropped, load_own
 from truffula.text.process import END, FAILED, PART, READY, Setup
 from truffula.text.tokenizer import Tokenizer, digest_of, load_tokenizer
 from truffula.types import TextSource
@@ -34,7 +35,7 @@ from truffula.weights.text_files import ModelTexts
 from truffula.weights.texts import read_texts
 
 MAX_OWN = 2
-"""Adapters' texts that are kept, the last used."""
+"""Adapters' tokenizers that are kept, the last used."""
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Worker:
     """What a function gets: the ``setup``, and the model's texts, which are kept for later calls."""
 
     setup: Setup
-    _own: dict[TextSource, tuple[Tokenizer, ChatTemplates]] = field(default_factory=dict)
+    _own: dict[str, tuple[Tokenizer, ChatTemplates]] = field(default_factory=dict)  # by checksum
 
     @cached_property
     def templates(self) -> ChatTemplates:
@@ -71,14 +72,15 @@ class Worker:
         """The tokenizer and the templates of an adapter, or of the model."""
         if source is None:
             return self.tokenizer, self.templates
-        found = self._own.pop(source, None)
+        found = self._own.pop(source.digest, None)
         if found is None:
             tokenizer = load_own(source, self.files)
-            base = Base(None, self.setup.templates, self.setup.replaced_templates, 0)
-            found = tokenizer, base.templates_for(tokenizer)
-        self._own[source] = found
-        while len(self._own) > MAX_OWN:
-            del self._own[next(iter(self._own))]
+            templates = Base(None, self.setup.templates, self.setup.replaced_templates, 0).templates_for(tokenizer)
+            same = self.tokenizer if self.tokenizer is not None and tokenizer.same_as(self.tokenizer) else tokenizer
+            found = same, templates
+        self._own[source.digest] = found
+        for digest in dropped([(key, one is not self.tokenizer) for key, (one, _) in self._own.items()], MAX_OWN):
+            self._own.pop(digest, None)
         return found
 
 
@@ -112,16 +114,27 @@ def serve(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            function, argument, seconds = pickle.loads(call)
-            _limit_time(seconds)
-            for part in function(worker, argument):
-                connection.send_bytes(PART + part)
-            connection.send_bytes(END)
+            if not _answer(connection, worker, call):
+                gc.collect()  # the error refers to all that its template made, which would count for the next call
         except MemoryError:
             return  # what is left of this process is in an unknown state; the server starts another
-        except BaseException as error:  # noqa: BLE001  # the caller gets it; a Rust panic is no Exception
-            found = error if isinstance(error, TruffulaError) else internal_error(error)
-            connection.send_bytes(FAILED + msgspec.msgpack.encode(found.info()))
+
+
+def _answer(connection: Connection, worker: Worker, call: bytes) -> bool:
+    """Answer one call; whether it has a result. Raises ``MemoryError``."""
+    try:
+        function, argument, seconds = pickle.loads(call)
+        _limit_time(seconds)
+        for part in function(worker, argument):
+            connection.send_bytes(PART + part)
+        connection.send_bytes(END)
+        return True
+    except MemoryError:
+        raise
+    except BaseException as error:  # noqa: BLE001  # the caller gets it; a Rust panic is no Exception
+        found = error if isinstance(error, TruffulaError) else internal_error(error)
+        connection.send_bytes(FAILED + msgspec.msgpack.encode(found.info()))
+        return False
 
 
 def main(arguments: list[str] | None = None) -> Any:
