@@ -33,7 +33,9 @@ class TritonBackend(ReferenceBackend):
     name = "triton"
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
         self._where = device
         self._device = device.torch_device
         self.device = str(self._device)

@@ -270,7 +270,8 @@ class Launcher:
                 attention_kernels.attention, q, *kv, tables, there["q_start"], there["kv_len"], there[f"items_{name}"],
                 there[f"counts_{name}"], partial_, tops, dens, sinks, slopes, out, op.scale, op.softcap or 1.0,
                 stride_q, stride_out, tables.stride(0), HEADS=op.heads, KV_HEADS=op.kv_heads, DK=op.dim_k, DV=op.dim_v,
-                BDK=power_of_two(op.dim_k), BDV=dims, S=self._block_size, SPLIT=cut.split, BQ=cut.queries,
+                BDK=max(16, power_of_two(op.dim_k)), BDV=dims,  # tensor cores add 16 products at least
+                S=self._block_size, SPLIT=cut.split, BQ=cut.queries,
                 BM=power_of_two(cut.queries * group), BN=tiles.keys, WINDOW=op.window or 0, CHUNKED=op.chunked,
                 SOFTCAP=op.softcap is not None, SINKS=op.sinks is not None,
                 ALIBI=0 if not op.alibi else 2 if op.alibi_rounded else 1, PRECISION=exact,
