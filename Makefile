@@ -73,7 +73,7 @@ test-slow: $(VENV)/.dev   ## real clients in their own environments, kills, floo
 	failed=$$?; $(TESTING) $(BIN)/python -m pytest -m "slow and alone" --timeout=1200 $(ARGS) || [ $$? = 5 ] && exit $$failed
 
 test-triton: $(VENV)/.triton   ## Triton's kernels under its interpreter, and compiled for GPUs, without one (TRITON="triton==3.8.0")
-	@$(TESTING) $(BIN)/python -m pytest -m triton -n 2 --timeout=1200 $(ARGS) tests/kernels tests/lora
+	@$(TESTING) $(BIN)/python -m pytest -m triton -n 2 --timeout=1200 $(ARGS) tests/kernels tests/lora tests/engine
 
 # An environment of its own, so that what the tests need elsewhere is not there. pytest's settings are its own, too.
 smoke:           ## what a user without torch has: installed apart, then commands, server, adapters, dialects

@@ -1,7 +1,7 @@
 """The engine on real backends, float32: greedy tokens are the same alone, mixed, chunked, cached, preempted, resumed.
 
 On the reference a token may differ where the two best logits lie within 1e-4 of each other; such near-ties are counted.
-On the native backend none may: nor may a logprob.
+On the native backend none may: nor may a logprob. Nor on Triton's kernels, as their interpreter computes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from folder_loader import FolderLoader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_backends import SINGLE
+from kernel_backends import INTERPRETED, SINGLE, needs_triton
 from rig import Answer, Rig, composed, limits, request
 
 from truffula.kernels.inputs import Capacity
@@ -129,7 +129,7 @@ def real(request, tmp_path_factory):
     checkpoint = open_checkpoint(folder)
     plan = plan_model(checkpoint)
     pull = WeightReader(checkpoint, plan)
-    executable = SINGLE[name].load(plan.program, "float32", pull, CAPACITY)
+    executable = {**SINGLE, **INTERPRETED}[name].load(plan.program, "float32", pull, CAPACITY)
     adapters = {
         name: str(write_tiny_adapter(root / name, folder, rank=rank, alpha=4 * rank, targets=targets, seed=rank))
         for name, rank, targets in [("thin", 1, ["q_proj", "down_proj", "w2"]), ("wide", 7, "all-linear")]
@@ -195,6 +195,12 @@ def hold_in_any_company(real: Real, examples: int) -> None:
 def test_greedy_tokens_in_any_company(real):
     # A step of torch's takes many times a native one's, and its bits are not promised: more of it in the slow suite.
     hold_in_any_company(real, 15 if real.exact else 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("real", [pytest.param(("triton", "gemma3"), marks=needs_triton, id="gemma3")], indirect=True)
+def test_greedy_tokens_of_interpreted_kernels_in_any_company(real):
+    hold_in_any_company(real, 2)
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 
 pytestmark = needs_triton
 CAPACITY = Capacity(
-    max_tokens=64, max_seqs=8, max_logit_rows=16, max_segments=8, num_blocks=40, block_size=16, max_blocks_per_seq=8
+    max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=8, num_blocks=40, block_size=16, max_blocks_per_seq=8
 )
 MODELS = {
     "llama": tiny_config("llama", num_hidden_layers=1),
@@ -39,12 +39,14 @@ MODELS = {
     "gemma2": tiny_config("gemma2", num_hidden_layers=2),
     "qwen3_moe": tiny_config("qwen3_moe", num_hidden_layers=1),
     "deepseek_v3": tiny_config("deepseek_v3", num_hidden_layers=2),
+    "gpt_oss": tiny_config("gpt_oss", num_hidden_layers=2),
 }
 IDS = tuple(int(i) for i in np.random.default_rng(0).integers(0, 90, 45))
+# Attention of the first sequence has two splits: in one item in the first step, apart in the second.
 STEPS = (
-    [Part(IDS[:21], 0, (3, 7, 9), 0), Part(IDS[21:26], 0, (5,), 1), Part(IDS[26:29], 0, (11,), 2),
-     Part(IDS[29:38], 0, (4,), None)],
-    [Part((7,), 21, (3, 7, 9), 0), Part((8,), 5, (5,), 1), Part((9,), 3, (11,), 2), Part((10,), 9, (4,), None)],
+    [Part(IDS[:39], 0, (3, 7, 9), 0, "all"), Part(IDS[21:26], 0, (5,), 1, "all"), Part(IDS[26:29], 0, (11,), 2, "all"),
+     Part(IDS[29:38], 0, (4,), None, "all")],
+    [Part((7,), 39, (3, 7, 9), 0), Part((8,), 5, (5,), 1), Part((9,), 3, (11,), 2), Part((10,), 9, (4,), None)],
 )  # fmt: skip
 
 
@@ -95,15 +97,17 @@ def test_in_sixteen_bits_logits_are_as_near_as_those_of_torch(name: str, dtype: 
         load(backend, program, of)
         for backend, of in ((ReferenceBackend(), "float32"), (half, dtype), (interpreted(), dtype))
     )
+    ours, torchs = [], []
     for parts in STEPS:
         wanted = logits(exact, parts)
-        # 1.32 is the most seen (gemma2, float16, four rows): roundings at other places, over few numbers.
-        assert distance(logits(kernels, parts), wanted) < 1.5 * distance(logits(torch_, parts), wanted)
+        for executable, found in ((kernels, ours), (torch_, torchs)):
+            found += map(distance, logits(executable, parts), wanted)
+    # Of the median of the rows: where a rounding changes a row's experts, either may be far away.
+    assert np.median(ours) < 1.1 * np.median(torchs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("gemma3", "bfloat16")])
 def test_a_rows_bits_depend_on_its_sequence_alone(name: str, dtype: str) -> None:
     program = decoder_program(MODELS[name])
     executable = load(interpreted(), program, dtype)

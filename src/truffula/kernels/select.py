@@ -73,7 +73,6 @@ def _cpu(device: str, threads: int | None, cpu_isa: str, precision: Precision) -
 
 
 def _triton(device: str, threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
-    del threads
     if device.partition(":")[0] != "cuda":
         raise ConfigError(
             f"device is {device!r}, but the triton backend computes on NVIDIA GPUs: --device cuda, or leave backend at "
@@ -90,12 +89,13 @@ def _triton(device: str, threads: int | None, cpu_isa: str, precision: Precision
             f"the triton backend needs torch, which is not installed: {installation().pip_install('cuda')}.",
             param="backend",
         )
+    prepare_compute()
     from truffula.kernels.triton.device import cuda_device
 
     found = cuda_device(device)
     from truffula.kernels.triton.backend import TritonBackend
 
-    return TritonBackend(found)
+    return TritonBackend(found, threads)
 
 
 def gpu_device() -> str:

@@ -85,7 +85,8 @@ def random_blocks(kind: str, outputs: int, inputs: int, *, seed: int = 0) -> Qua
 def _part_rows(program: Program, decl: WeightDecl) -> list[int]:
     if len(decl.parts) == 1:
         return [decl.shape[0]]
-    op = next(op for op in program.ops if isinstance(op, Linear) and op.weight == decl.id)
+    linears = (op for op in program.ops if isinstance(op, Linear))
+    op = next(op for op in linears if decl.id in (op.weight, op.epilogue.bias))
     return [item.hi - item.lo for item in op.slices]
 
 

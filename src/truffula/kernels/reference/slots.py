@@ -12,13 +12,15 @@ from truffula.kernels.adapters import AdapterImage, AdapterLayout
 from truffula.kernels.inputs import Array, StepInputs
 from truffula.kernels.reference.linear import OpAdapter, Segment, lay_out
 
+Slots = dict[int, Mapping[tuple[int, int], OpAdapter]]
+
 
 class AdapterSlots:
     """Takes images of one layout; see ``Executable`` for slots."""
 
     def __init__(self, layout: AdapterLayout, device: torch.device) -> None:
         self._layout, self._device = layout, device
-        self._slots: dict[int, Mapping[tuple[int, int], OpAdapter]] = {}
+        self._slots: Slots = {}
 
     def bytes_of(self, image: AdapterImage) -> int:
         """The copy of the image on another device."""
@@ -39,13 +41,14 @@ class AdapterSlots:
     def clear(self) -> None:
         self._slots.clear()
 
-    def segments(self, inputs: StepInputs, spans: Array) -> list[Segment]:
-        """The segments of a step that have rows; ``spans`` are their rows, ``seg`` or ``seg_r``."""
-        made = []
+    def segments(self, inputs: StepInputs, spans: Array, slots: Slots | None = None) -> list[Segment]:
+        """The segments of a step that have rows; ``spans`` are their rows, ``seg`` or ``seg_r``. ``slots``: in place of
+        those here."""
+        made, slots = [], self._slots if slots is None else slots
         for index in range(inputs.G):
             lo, hi, slot = int(spans[index, 0]), int(spans[index, 1]), int(inputs.seg[index, 2])
-            if slot not in self._slots:
+            if slot not in slots:
                 raise KernelError(f"segment {index} names adapter slot {slot}, which is empty.", param="seg")
             if lo < hi:
-                made.append(Segment(lo, hi, self._slots[slot], float(inputs.seg_weight[index])))
+                made.append(Segment(lo, hi, slots[slot], float(inputs.seg_weight[index])))
         return made

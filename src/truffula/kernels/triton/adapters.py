@@ -28,7 +28,7 @@ from truffula.kernels.adapters import (
 )
 from truffula.kernels.inputs import Array, StepInputs
 from truffula.kernels.program import Linear, Logits, Program, SiteSlice
-from truffula.kernels.reference.linear import OpAdapter, lay_out_sites
+from truffula.kernels.reference.linear import OpAdapter, Segment, lay_out_sites
 from truffula.kernels.reference.slots import AdapterSlots
 from truffula.kernels.reference.weights import view
 
@@ -132,12 +132,14 @@ class DeviceAdapters(AdapterSlots):
                 found.setdefault(op, []).append(index)
         return found
 
-    def all_by_torch(self, op: int, inputs: StepInputs) -> None:
-        """Make the parts of all adapters of a step at ``op`` usable for torch: they may act on the same rows."""
-        for slot in inputs.seg[: inputs.G, 2].tolist():
-            made = self._slots[slot]
-            if op in self._resident[slot].sites and not any(key[0] == op for key in made):
-                self._slots[slot] = {**made, **self._in_torch(self._resident[slot], {op})}
+    def all_by_torch(self, op: int, inputs: StepInputs) -> tuple[list[Segment], list[Segment]]:
+        """The segments of a step, of token rows and of rows of logits, with the parts of all adapters at ``op``: they
+        may act on the same rows. What torch needs of those that kernels serve is not kept."""
+        slots = dict(self._slots)
+        for slot in set(inputs.seg[: inputs.G, 2].tolist()):
+            if op in self._resident[slot].sites and not any(key[0] == op for key in slots[slot]):
+                slots[slot] = {**slots[slot], **self._in_torch(self._resident[slot], {op})}
+        return self.segments(inputs, inputs.seg[:, :2], slots), self.segments(inputs, inputs.seg_r, slots)
 
     def serve_by_torch(self, slot: int) -> None:
         """Make all parts of an adapter usable for torch, beside their descriptors."""

@@ -13,11 +13,12 @@ from truffula.errors import InsufficientMemory
 from truffula.kernels.adapters import AdapterLayout, layout_of
 from truffula.kernels.backend import MemoryLimit, MemoryPlan, PullWeight
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.program import Attention, Linear, Logits, Program
+from truffula.kernels.program import Program
 from truffula.kernels.reference.backend import ReferenceBackend
 from truffula.kernels.reference.weights import Weight, load_weights
 from truffula.kernels.triton.device import CudaDevice, Device
 from truffula.kernels.triton.executable import TritonExecutable
+from truffula.kernels.triton.launch import workspaces
 from truffula.kernels.triton.served import ops_without_kernels
 from truffula.kernels.triton.tiles import Tiles, gpu_tiles, host_tiles
 from truffula.kernels.validate import validate
@@ -32,7 +33,9 @@ class TritonBackend(ReferenceBackend):
     name = "triton"
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
         self._where = device
         self._device = device.torch_device
         self.device = str(self._device)
@@ -56,16 +59,9 @@ class TritonBackend(ReferenceBackend):
     ) -> MemoryPlan:
         """Besides the buffers: the sums of products and of attention, and what a step uploads."""
         plan, tiles = super().plan(program, dtype, capacity, stored_types), self._tiles(dtype)
-        sums = 0
-        for op in program.ops:
-            if isinstance(op, Linear | Logits):
-                outputs, inputs = program.weights[op.weight].shape
-                rows = capacity.max_tokens if isinstance(op, Linear) else capacity.max_logit_rows
-                split, _ = tiles.cut(outputs, inputs)
-                sums = max(sums, max(rows, split * min(rows, tiles.split_rows)) * outputs)
-        partial = [tiles.partial_rows * op.heads * (op.dim_v + 2) for op in program.ops if isinstance(op, Attention)]
+        sums = sum(workspaces(program, capacity, tiles).values())
         uploads = 4 * len(program.kv_groups) * capacity.max_seqs * capacity.max_blocks_per_seq
-        return replace(plan, arena_bytes=plan.arena_bytes + 4 * sums + 4 * max(partial, default=0) + uploads)
+        return replace(plan, arena_bytes=plan.arena_bytes + 4 * sums + uploads)
 
     def load(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False

@@ -98,7 +98,7 @@ class TritonExecutable(ReferenceExecutable):
         self._state = StepState(self.inputs)
         self._by_torch: dict[int, list[int]] = {}
         launcher = Launcher(
-            program, weights, self._planes, capacity.block_size, device, tiles, self.fixed.whole,
+            program, weights, self._planes, capacity, device, tiles, self.fixed.whole,
             self._step_memory.there, self.resident.first, self._state,
         )  # fmt: skip
         self.launches: list[Launch | None] = [launcher.launch_of(index) for index in range(len(program.ops))]
@@ -179,9 +179,7 @@ class TritonExecutable(ReferenceExecutable):
     def _compute(self, op: Op, step: Step) -> None:
         launch, segments = self.launches[step.op], self._by_torch.get(step.op, [])
         if segments or (launch is None and self.inputs.G and step.op in self.resident.first):
-            self.resident.all_by_torch(step.op, self.inputs)
-            step.segments = self._adapters.segments(self.inputs, self.inputs.seg[:, :2])
-            step.segments_r = self._adapters.segments(self.inputs, self.inputs.seg_r)
+            step.segments, step.segments_r = self.resident.all_by_torch(step.op, self.inputs)
         if launch is None:
             super()._compute(op, step)
             return

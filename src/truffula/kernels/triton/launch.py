@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from truffula.kernels.inputs import StepInputs
+from truffula.kernels.inputs import Capacity, StepInputs
 from truffula.kernels.program import (
     Attention,
     Embed,
@@ -60,7 +60,7 @@ class Launcher:
         program: Program,
         weights: list[Weight],
         planes: KvPlanes,
-        block_size: int,
+        capacity: Capacity,
         device: Device,
         tiles: Tiles,
         buffer: Callable[[Ref], Tensor],
@@ -68,11 +68,13 @@ class Launcher:
         first_descriptor: dict[int, int],
         step: StepState,
     ) -> None:
-        self._program, self._weights, self._planes, self._block_size = program, weights, planes, block_size
+        self._program, self._weights, self._planes, self._block_size = program, weights, planes, capacity.block_size
         self._device, self._tiles, self._buffer, self._there = device, tiles, buffer, there
         self._first, self._step = first_descriptor, step
         self._none = torch.zeros(1, device=device.torch_device)  # the operand of a kernel that does not read it
         self._workspaces: dict[str, Tensor] = {}
+        for name, floats in workspaces(program, capacity, tiles).items():
+            self._workspace(name, floats)
 
     def launch_of(self, index: int) -> Launch | None:
         """The launch of op number ``index``; None: torch computes it."""
@@ -125,9 +127,11 @@ class Launcher:
         return self._none if weight is None else self._weights[weight].whole
 
     def _workspace(self, name: str, floats: int) -> Tensor:
-        """At least so many floats that only one op uses. It grows: steps are launched with it anew."""
+        """At least so many floats that only one op uses. Those of adapters grow with their ranks, each time to twice
+        their number, as torch keeps what they leave."""
         found = self._workspaces.get(name)
         if found is None or len(found) < floats:
+            floats = floats if found is None else max(floats, 2 * len(found))
             found = torch.empty(floats, dtype=torch.float32, device=self._device.torch_device)
             self._workspaces[name] = found
         return found
@@ -266,7 +270,8 @@ class Launcher:
                 attention_kernels.attention, q, *kv, tables, there["q_start"], there["kv_len"], there[f"items_{name}"],
                 there[f"counts_{name}"], partial_, tops, dens, sinks, slopes, out, op.scale, op.softcap or 1.0,
                 stride_q, stride_out, tables.stride(0), HEADS=op.heads, KV_HEADS=op.kv_heads, DK=op.dim_k, DV=op.dim_v,
-                BDK=power_of_two(op.dim_k), BDV=dims, S=self._block_size, SPLIT=cut.split, BQ=cut.queries,
+                BDK=max(16, power_of_two(op.dim_k)), BDV=dims,  # tensor cores add 16 products at least
+                S=self._block_size, SPLIT=cut.split, BQ=cut.queries,
                 BM=power_of_two(cut.queries * group), BN=tiles.keys, WINDOW=op.window or 0, CHUNKED=op.chunked,
                 SOFTCAP=op.softcap is not None, SINKS=op.sinks is not None,
                 ALIBI=0 if not op.alibi else 2 if op.alibi_rounded else 1, PRECISION=exact,
@@ -300,3 +305,17 @@ def attention_name(key: tuple[int | None, bool, int]) -> str:
 def power_of_two(width: int) -> int:
     """The least one that is at least ``width`` and 16."""
     return max(16, 1 << (width - 1).bit_length())
+
+
+def workspaces(program: Program, capacity: Capacity, tiles: Tiles) -> dict[str, int]:
+    """The most floats of a step's sums of products and of attention."""
+    products = attention = 0
+    for op in program.ops:
+        if isinstance(op, Linear | Logits):
+            outputs, inputs = program.weights[op.weight].shape
+            rows = capacity.max_tokens if isinstance(op, Linear) else capacity.max_logit_rows
+            split, _ = tiles.cut(outputs, inputs)
+            products = max(products, max(rows, split * min(rows, tiles.split_rows)) * outputs)
+        elif isinstance(op, Attention):
+            attention = max(attention, tiles.partial_rows * op.heads * (op.dim_v + 2))
+    return {"product": products, "attention": attention}
