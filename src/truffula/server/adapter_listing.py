@@ -140,7 +140,8 @@ class _Query:
         given: dict[str, Any] = dict(request.query_params)
         if unknown := sorted(set(given) - set(cls.__dataclass_fields__)):
             names = ", ".join(cls.__dataclass_fields__)
-            raise InvalidRequest(f"{unknown[0][:40]} has no effect here; use {names}.", param=unknown[0][:40])
+            name = unknown[0][:40] or "A parameter without a name"
+            raise InvalidRequest(f"{name} has no effect here; use {names}.", param=unknown[0][:40] or "query")
         for name, allowed in (("status", (*STATUSES, NOT_LOADED)), ("source", SOURCES)):
             if name in given and given[name] not in allowed:
                 text = f"{name}: should be one of {', '.join(allowed)}, got {given[name][:40]!r}."
