@@ -13,7 +13,7 @@ import pytest
 from truffula.lora.disk_cache import DiskCache
 
 WORK = """
-import random, sys, time
+import fcntl, os, random, sys, time
 from pathlib import Path
 from truffula.lora.disk_cache import DiskCache, Stamp, content_id
 folder, seed, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -30,9 +30,17 @@ while time.monotonic() < end:
                 time.sleep(rng.random() / 500)
                 assert content_id(found) == known.entry
                 read += 1
-                if rng.random() < 0.02:
+        if found is not None:
+            if rng.random() < 0.02:  # while no process reads it
+                try:
+                    fd = os.open(found, os.O_RDONLY)
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     (found / "b").write_bytes(b"damage")
-                continue
+                except OSError:
+                    pass
+                else:
+                    os.close(fd)
+            continue
     with cache.scratch() as scratch:
         (scratch.folder / "a").write_bytes(body)
         (scratch.folder / "b").write_bytes(b"x" * rng.randrange(3))
