@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ for folder in sorted({path.parent for path in Path(__file__).parent.rglob("*.py"
 
 # Before any test imports triton: its kernels run under its interpreter, on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell starts a run in the background with Ctrl-C ignored, which the commands under test would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = ["smoke"]  # it wants an environment without torch: make smoke
 

@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import select
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,10 +95,8 @@ def terminal(*args: str, **env: str) -> Iterator[Terminal]:
 
 
 def _take_terminal() -> None:
-    """Make standard input the controlling terminal, so that Ctrl-C typed there is a signal; tests that run in the
-    background of a shell ignore it."""
+    """Make standard input the controlling terminal, so that Ctrl-C typed there is a signal."""
     import fcntl
     import termios
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -275,15 +275,15 @@ def test_text_workers_read_them_first(folders: dict[str, Path], tmp_path: Path) 
         # Of two with equal files each is read from its own folder.
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(folders["added"] / name, adapter)
-        twin = tmp_path / "twin"
-        shutil.copytree(adapter, twin)
-        core.directory.add(core.directory.locate("twin", twin))
+        other = tmp_path / "other"
+        shutil.copytree(adapter, other)
+        core.directory.add(core.directory.locate("other", other))
         first = GenerateRequest(prompt=ADDED, adapter=core.resolve_adapter("mine"), params=GREEDY)
         await service.texts.of(first.adapter)
         for worker in service.texts._workers.heavy.workers:
             worker.close()  # it has read the first one's
         shutil.rmtree(adapter)
-        one = GenerateRequest(prompt=ADDED, adapter=core.resolve_adapter("twin"), params=GREEDY)
+        one = GenerateRequest(prompt=ADDED, adapter=core.resolve_adapter("other"), params=GREEDY)
         assert (await complete(service, one)).prompt_tokens == 1
         await service.close()
 

