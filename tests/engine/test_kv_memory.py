@@ -103,4 +103,7 @@ def test_without_room_for_one_sequence_at_load_the_error_has_the_numbers():
     assert caught.value.data["needed_bytes"] > caught.value.data["limit_bytes"]
     with pytest.raises(InsufficientMemory):
         at_load(38_000, asked_len=4096)
+    with pytest.raises(InsufficientMemory) as caught:  # room for its blocks, not for the states of one sequence
+        at_load(200_000, state_bytes=60_000)
+    assert caught.value.data["needed_bytes"] > caught.value.data["limit_bytes"]
     assert at_load(43_000, asked_len=4096)[1].max_model_len == 4096

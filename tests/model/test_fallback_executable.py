@@ -27,9 +27,13 @@ from truffula.kernels.inputs import Capacity, SequenceSampling, StepInputs
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.slots import AdapterSlots
+from truffula.model.fallback import probe
 from truffula.model.fallback.adapters import AdapterHooks, layout_of_sites
 from truffula.model.fallback.backend import TransformersBackend
+from truffula.model.fallback.paged import PagedExecutable
+from truffula.model.fallback.serial import SerialExecutable
 from truffula.model.load import WeightReader, plan_model
+from truffula.model.plan import PackingFails
 from truffula.testing.programs import Part, fill_step
 from truffula.weights.open import open_checkpoint
 
@@ -113,6 +117,66 @@ def test_stacked_sequences_come_and_go(tmp_path, kind):
     ):  # fmt: skip
         for (slot, _), logits in zip(chunks, step(*chunks), strict=True):
             np.testing.assert_allclose(logits, wanted[slot, seen[slot]], atol=2e-4)
+    start(0)
+    start(1)
+    step((0, 3), (1, 3))
+    texts[1] = texts[3]  # the slot's next sequence begins while the other one of the pass rests
+    start(1)
+    step((1, 3))
+    for logits, right in zip(step((0, 1), (1, 1)), (wanted[0, 4], wanted[3, 4]), strict=True):
+        np.testing.assert_allclose(logits, right, atol=2e-4)
+    seen[1] -= 2  # and a step runs again
+    step((1, 1))
+    for logits, right in zip(step((0, 1), (1, 1)), (wanted[0, 5], wanted[3, 4]), strict=True):
+        np.testing.assert_allclose(logits, right, atol=2e-4)
+    start(2)
+    step((2, 3))
+    adapters[2] = adapters[0]  # as activated LoRA acts from a token on
+    first = step((2, 1))[0]
+    seen[2] -= 1
+    np.testing.assert_allclose(step((2, 1))[0], first, atol=2e-4)
+    executable.close()
+
+
+@pytest.mark.parametrize("kind", ["persimmon", "jetmoe", "mamba"])
+def test_the_probe_finds_what_one_sequence_shows_another(tmp_path, kind, monkeypatch):
+    """Also where the model's own rounding makes any difference, such as a choice of other experts."""
+    opened = open_checkpoint(write_small(tmp_path, small_config(kind, num_hidden_layers=2)))
+    plan = plan_model(opened)
+    backend = TransformersBackend(plan.transformers, ReferenceBackend())
+    capacity = replace(CAPACITY, block_size=16, max_tokens=32)
+    executable = backend.load(plan.program, "bfloat16", WeightReader(opened, plan), capacity)
+    assert isinstance(executable, PagedExecutable) or executable.stacks
+    run = executable.run
+
+    def leak() -> None:
+        """The second sequence's first keys become those of the first; where there are no keys, its first token."""
+        i = executable.inputs
+        if i.N > 1 and isinstance(executable, SerialExecutable):
+            i.token_ids[i.q_start[1]] = i.token_ids[0]
+        run()
+        if i.N > 1 and isinstance(executable, PagedExecutable):
+            for plane in executable._planes._planes.values():
+                plane[i.block_tables[0, 1, 0], 0] = plane[i.block_tables[0, 0, 0], 0]
+
+    monkeypatch.setattr(executable, "run", leak)
+    monkeypatch.setattr(probe, "_limit", lambda *_: 1e3)
+    if isinstance(executable, PagedExecutable):
+        with pytest.raises(PackingFails, match="change another sequence"):
+            probe.probe_paged(executable)
+    else:
+        probe.probe_serial(executable)
+        assert not executable.stacks
+    executable.close()
+
+
+@pytest.mark.parametrize("change", [{"block_size": 1, "max_blocks_per_seq": 12}, {"max_logit_rows": 1}])
+def test_sequences_are_not_stacked_where_two_cannot_be_tried(tmp_path, change):
+    opened = open_checkpoint(write_small(tmp_path, small_config("rwkv", num_hidden_layers=2)))
+    plan = plan_model(opened)
+    backend = TransformersBackend(plan.transformers, ReferenceBackend())
+    executable = backend.load(plan.program, "float32", WeightReader(opened, plan), replace(CAPACITY, **change))
+    assert not executable.stacks
     executable.close()
 
 

@@ -117,7 +117,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         prefetch_adapters=config.prefetch_adapters,
         rope_regime=plan.interface.rope_regime,
         kv_windows=layout.windows,
-        kv_block_bytes=() if planned.kv_at_load else layout.block_bytes,  # else the pool has paid for all of them
+        kv_block_bytes=() if planned.kv_at_load else layout.block_bytes,  # at load all are paid for already
         num_states=memory.num_states,
         state_bytes=0 if planned.kv_at_load else layout.state_bytes,
     )

@@ -66,7 +66,8 @@ def plan_memory(
     least = wanted if asked_len is not None else min(wanted, SHORTEST_USEFUL_TOKENS)
     if plan.kv_at_load:
         num_states, most = _at_load(layout, max(0, pool), max_running)
-        longest = layout.longest(wanted, num_blocks=most)
+        short_of_states = layout.has_states and num_states <= layout.state_rows
+        longest = 0 if short_of_states else layout.longest(wanted, num_blocks=most)
     else:
         longest = layout.longest(wanted, nbytes=max(0, pool))
     if longest < least or pool < 0:
@@ -97,7 +98,8 @@ def plan_memory(
 
 
 def _at_load(layout: KvLayout, pool: int, max_running: int) -> tuple[int, int]:
-    """State rows, and the most blocks of each KV group beside them, in ``KV_SHARE`` of ``pool``."""
+    """State rows (0: no layer has states), and the most blocks of each KV group beside them, in ``KV_SHARE`` of
+    ``pool``."""
     share, rows = int(pool * KV_SHARE), 0
     if layout.has_states:  # each running sequence's, and as many snapshots
         rows = 1 + min(2 * max_running * layout.state_rows, share // 2 // layout.state_bytes)
@@ -108,7 +110,8 @@ def _at_load(layout: KvLayout, pool: int, max_running: int) -> tuple[int, int]:
 def _too_little(plan: MemoryPlan, limit: MemoryLimit, layout: KvLayout, least: int, holds: int) -> InsufficientMemory:
     fixed, kv = plan.fixed_bytes, layout.peak_bytes(least)
     if plan.kv_at_load:
-        kv = math.ceil(layout.blocks_for(least) * sum(layout.block_bytes) / KV_SHARE)
+        states = 2 * layout.state_rows * layout.state_bytes
+        kv = math.ceil((layout.blocks_for(least) * sum(layout.block_bytes) + states) / KV_SHARE)
     ways = ["raise --memory" if limit.reason.startswith("--memory") else "free memory or raise the limit"]
     if holds >= 1:
         ways.append(f"--max-model-len {holds} (the longest that fits)")

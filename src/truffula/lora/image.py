@@ -137,11 +137,11 @@ class Reserve:
         except OSError:
             os.close(fd)
             return None
-        if len(mapped) >= nbytes:
+        try:
+            if len(mapped) < nbytes:
+                return fd, map_new_file(fd, nbytes)
             os.ftruncate(fd, nbytes)
             return fd, mapped[:nbytes]
-        try:
-            return fd, map_new_file(fd, nbytes)
         except OSError:
             os.close(fd)
             path.unlink()

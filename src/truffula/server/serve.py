@@ -354,14 +354,6 @@ def run_server(resolved: Resolved, listening: socket.socket, handle: EngineHandl
         TruffulaError: What kept the engine from starting, or why it is not restarted any more.
     """
     server = make_server(resolved, listening, handle, directory)
-    load = server.loading.load
-
-    def load_and_freeze() -> App:
-        app = load()
-        gc.freeze()  # what a start makes stays: later collections skip it, so that they are short
-        return app
-
-    server.loading.load = load_and_freeze
     if resolved.server.api_keys_file is not None:
         signal.signal(signal.SIGHUP, lambda *_: server.loading.reload_keys())
     gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTIONS)

@@ -67,6 +67,7 @@ class TransformersBackend:
         # Caches that are stacked anew are there twice.
         state = 2 * self._described.trace.cache_widths[1] * served.itemsize * capacity.max_seqs if serial else 0
         return MemoryPlan(
+            kv_at_load=not serial and torch.device(self.device).type != "cpu",
             weight_bytes=weights,
             # The widest activation a few times: input, output, gate and up, and the float32 sum of an adapter.
             arena_bytes=6 * 4 * capacity.max_tokens * min(widest, 2**16) + state,

@@ -24,15 +24,18 @@ _LEAST_LIMIT, _ROUNDINGS = 2e-3, 3.0
 """See ``_limit``. Of all model types of transformers, with random weights in bfloat16, harmless differences were at
 most 1.9 times those of such a change (where another expert was chosen; 0.8 times otherwise), and mistakes at least 5
 times. In float32: 2e-5, and 1 and more."""
+_COMPANY = 0.15
+"""Of log-probabilities of a sequence beside others of the same lengths: all its rows go through the same products,
+whatever the others hold."""
 _LENGTHS = (9, 6)
 _SITES = 12
 
 
 def probe_paged(executable: PagedExecutable) -> None:
-    """Compare two packed sequences with each alone.
+    """Compare two packed sequences with each alone, and with each other's tokens changed.
 
     Raises:
-        PackingFails: Log-probabilities differ, or the adapter does not change its own rows, or changes others.
+        PackingFails: Log-probabilities differ, a sequence changes another, or an adapter not its own rows.
     """
     if problem := _problem(executable):
         raise PackingFails(problem)
@@ -74,10 +77,13 @@ def probe_serial(executable: SerialExecutable) -> None:
 def _problem(executable: PagedExecutable | SerialExecutable) -> str:
     """What goes wrong when sequences are computed together, without an adapter and with one on the first; or empty."""
     texts = _texts(executable, min(executable.capacity.max_tokens, executable.capacity.block_size))
+    if len(texts) < 2 and executable.capacity.max_seqs > 1:
+        return "there is no room to try two sequences in a step"
     own = [_alone(executable, text) for text in texts]
     limit = _limit(executable, texts[0], own[0])
     try:
         plain, mixed = _together(executable, texts), None
+        others = _together(executable, [texts[0][::-1], *texts[1:]])
         if image := _adapter(executable):
             slot = executable.adapter(image)
             try:
@@ -91,8 +97,9 @@ def _problem(executable: PagedExecutable | SerialExecutable) -> str:
         return f"two packed sequences differ from each alone by {differs:.1g} in log-probability"
     if mixed is not None and np.array_equal(mixed[0], plain[0]):
         return "an adapter does not change the sequence that it acts on"
-    if mixed is not None and len(texts) > 1 and not float(np.abs(mixed[1] - plain[1]).max()) <= limit:
-        return "an adapter of one sequence changes another sequence"
+    beside = [rows[1] for rows in (others, mixed) if rows is not None and len(texts) > 1]
+    if any(not float(np.abs(rows - plain[1]).max()) <= min(limit, _COMPANY) for rows in beside):
+        return "the tokens of one sequence, or its adapter, change another sequence"
     return ""
 
 
@@ -131,6 +138,7 @@ def _texts(executable: TransformersExecutable, room: int) -> list[list[int]]:
 def _alone(executable: TransformersExecutable, text: list[int]) -> Array:
     """Log-probabilities ``[T, V]`` of one pass of the model with its own attention."""
     model, paged = executable.model, isinstance(executable, PagedExecutable)
+    executable.hooks.prepare(None, [], None, [])
     if paged:
         model.set_attn_implementation(executable.described.skeleton.own_attention)
     try:

@@ -32,12 +32,14 @@ class _Stack:
 class _Sequence:
     """The tokens of a sequence slot that are known, the cache that has its row, and how many tokens that has seen.
 
-    ``computed`` -1: a pass failed, so the cache is not known to be right.
+    ``computed`` -1: a pass failed, so the cache is not known to be right. ``acting``: from which positions on which
+    segments act (activated LoRA acts from its invocation on).
     """
 
     tokens: list[int] = field(default_factory=list)
     stack: _Stack | None = None
     computed: int = 0
+    acting: list[tuple[int, list[Segment]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class _Chunk:
 
 
 class SerialExecutable(TransformersExecutable):
-    """``Executable`` with a cache object per sequence slot.
+    """``Executable`` with the model's own cache objects, one of each sequence or one that several share as its rows.
 
     The engine's KV blocks account for the memory of the caches and hold nothing: a cache lives as long as no other
     sequence has a block of its sequence. A chunk that does not continue the cache (a step runs again, or its cache is
@@ -123,6 +125,10 @@ class SerialExecutable(TransformersExecutable):
     def _catch_up(self, chunk: _Chunk, segments: Sequence[Segment]) -> None:
         """Note the tokens of a chunk, and let the cache of its sequence end where the chunk begins."""
         sequence, start = self._sequences[chunk.slot], chunk.start
+        active = [segment for segment in segments if segment.lo <= chunk.lo < segment.hi]
+        acting = sequence.acting = [(at, some) for at, some in sequence.acting if at < start]
+        if not acting or not _act_alike(acting[-1][1], active):
+            acting.append((start if acting else 0, active))
         sequence.tokens[start:] = self.inputs.token_ids[chunk.lo : chunk.hi].tolist()
         if len(sequence.tokens) != start + chunk.hi - chunk.lo:
             known = f"{len(sequence.tokens)} tokens are known"
@@ -130,10 +136,10 @@ class SerialExecutable(TransformersExecutable):
         if sequence.computed == start:
             return
         sequence.stack, sequence.computed = None, 0
-        active = [segment for segment in segments if segment.lo <= chunk.lo < segment.hi]
-        for at in range(0, start, self.capacity.max_tokens):
-            some = np.asarray([sequence.tokens[at : min(start, at + self.capacity.max_tokens)]], np.int32)
-            self._advance([chunk.slot], some, np.zeros(0, np.int64), active)
+        for (lo, some), hi in zip(acting, [*(at for at, _ in acting[1:]), start], strict=True):
+            for at in range(lo, hi, self.capacity.max_tokens):
+                tokens = np.asarray([sequence.tokens[at : min(hi, at + self.capacity.max_tokens)]], np.int32)
+                self._advance([chunk.slot], tokens, np.zeros(0, np.int64), some)
 
     def _advance(self, slots: list[int], tokens: Int32, rows: Array, active: list[Segment]) -> Array:
         """Continue the sequences in ``slots`` by ``tokens [N, T]``: float32 logits of ``rows`` of those N·T tokens.
@@ -170,7 +176,7 @@ class SerialExecutable(TransformersExecutable):
     def _stacked(self, slots: tuple[int, ...]) -> _Stack | None:
         """The stack of these sequences, or None when they are new. Those that stay behind in a former one leave it."""
         stacks = [self._sequences[slot].stack for slot in slots]
-        if stacks[0] is None or stacks[0].slots == slots:
+        if all(stack is stacks[0] for stack in stacks) and (stacks[0] is None or stacks[0].slots == slots):
             return stacks[0]
         for stack in {id(stack): stack for stack in stacks if stack is not None}.values():
             for slot in set(stack.slots).difference(slots):
@@ -188,7 +194,14 @@ class SerialExecutable(TransformersExecutable):
 
     def _drop_cache(self, slot: int) -> None:
         if slot >= 0:
-            self._sequences[slot].stack, self._sequences[slot].computed = None, -1
+            sequence = self._sequences[slot]
+            sequence.stack, sequence.computed = None, -1
+            sequence.acting.clear()  # it keeps no adapter in memory
+
+
+def _act_alike(some: Sequence[Segment], others: Sequence[Segment]) -> bool:
+    """Whether the same adapters act with the same weights."""
+    return [(id(one.ops), one.weight) for one in some] == [(id(one.ops), one.weight) for one in others]
 
 
 def _of_rows(segments: Sequence[Segment], rows: Array) -> list[Segment]:
